@@ -1,0 +1,285 @@
+"""Every fusable block of the models, once, as a small plain-torch function.
+
+The models call these functions; a graph rewrite traces them to obtain its pattern; the test of a
+fused kernel compares against them. Source of the maths: daVinci-MagiHuman, arXiv 2603.21986,
+section 3, and its published weights.
+
+Rows are tokens. The sequence holds all video tokens, then audio, then text, so each modality is
+one run of rows; `counts` = (video, audio, text) gives the runs. `counts=None` means one set of
+weights for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Counts = tuple[int, int, int]
+
+NORM_EPS = 1e-6
+ACTIVATION_LIMIT = 7.0
+ACTIVATION_ALPHA = 1.702
+QUERY_BLOCK = 512  # queries at a time in the CPU's attention
+
+
+class LocalAttention(NamedTuple):
+    """Shape of frame-local attention."""
+
+    frames: int  # latent frames
+    frame_tokens: int  # video tokens of each
+    reach: int  # frames seen each way
+
+
+def per_modality(
+    fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, counts: Counts | None
+) -> Tensor:
+    """`fn(rows, weight)` of each modality's rows with its third of `weight`, stacked on dim 0."""
+    if counts is None:
+        return fn(x, weight)
+    parts = zip(x.split(counts), weight.chunk(3), strict=True)
+    return torch.cat([fn(rows, own) for rows, own in parts])
+
+
+def rms_norm(x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
+    """`x * rsqrt(mean(x^2) + 1e-6) * (weight + 1)` over the last dim, in fp32.
+
+    x: [N, ..., C] any float dtype; weight: [C], or [3 C] with `counts`, fp32, zero-centred.
+    Returns fp32 of x's shape.
+    """
+    if x.dtype != torch.float32:
+        x = x.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
+    return per_modality(lambda rows, own: rows * (own + 1), x, weight, counts)
+
+
+def linear(x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
+    """Matrix product over operands in the weight's dtype, no bias, rounded to that dtype once.
+
+    x: [N, in]; weight: [out, in], or [3 out, in] with `counts`. Sums are fp32: tensor cores do so
+    by themselves; on the CPU the rounded operands are widened first, since its bf16 products differ
+    from one instruction set to the next.
+    """
+    return per_modality(_matmul, x.to(weight.dtype), weight, counts)
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.device.type == "cpu":
+        return F.linear(x.float(), weight.float()).to(weight.dtype)
+    return F.linear(x, weight)
+
+
+def rope_table(coords: Tensor, bands: Tensor) -> Tensor:
+    """Rotary angles as `[sin | cos]`.
+
+    coords: [N, 9] fp32, (t, h, w), sizes (T, H, W), reference sizes (Tr, Hr, Wr); bands: [B] fp32.
+    Per axis the scale is (ref - 1) / (size - 1), or 1 where both are 1; h and w are centred, t is
+    not. Returns [N, 6 B] fp32: sines of all bands of t, then h, then w; then the cosines likewise.
+    """
+    position, size, reference = coords.split(3, dim=-1)
+    both_one = (size == 1) & (reference == 1)
+    scale = torch.where(both_one, 1.0, (reference - 1) / (size - 1))
+    centre = (size - 1) / 2 * torch.tensor([0.0, 1.0, 1.0], device=coords.device)
+    angle = ((position - centre) * scale)[..., None] * bands  # [N, 3, B]
+    return torch.cat((angle.sin(), angle.cos()), dim=1).flatten(1)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Half-split rotation of the first `rope.shape[1]` dims of each head; the rest passes through.
+
+    x: [N, heads, D] fp32; rope: [N, R], `[sin | cos]` of R / 2 angles. Angle k turns dims k and
+    k + R / 2.
+    """
+    rotated = rope.shape[-1]
+    sin, cos = rope[:, None].chunk(2, dim=-1)  # [N, 1, R / 2]
+    first, second = x[..., :rotated].chunk(2, dim=-1)
+    return torch.cat(
+        (first * cos - second * sin, second * cos + first * sin, x[..., rotated:]), dim=-1
+    )
+
+
+def add_norm(
+    x: Tensor, delta: Tensor | None, weight: Tensor, counts: Counts | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sandwich: `delta` joins the fp32 residual stream x, which is then normed to `dtype`.
+
+    x: [N, C] fp32; delta: [N, C] or None; weight: [C] or [3 C]. Returns the stream and the norm.
+    """
+    if delta is not None:
+        x = x + delta
+    return x, rms_norm(x, weight, counts).to(dtype)
+
+
+def split_qkv(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    counts: Counts | None,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of the fused projection: q and k, normed per head and rotated, v, and the head
+    gates.
+
+    qkv: [N, (heads + 2 kv_heads) D + heads], rows [Q | K | V | gate]; weights: [D] or [3 D]; rope:
+    [N, R]. Returns q [N, heads, D], k and v [N, kv_heads, D], gate [N, heads], in qkv's dtype.
+    """
+    dim = (qkv.shape[1] - heads) // (heads + 2 * kv_heads)
+    q, k, v, gate = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim, heads], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in (q, k, v))
+    q = qk_norm_rotary(q, q_weight, rope, counts, qkv.dtype)
+    k = qk_norm_rotary(k, k_weight, rope, counts, qkv.dtype)
+    # A copy of v: library attention on a GPU gives wrong numbers, and no error, for rows that do
+    # not start at multiples of 16 bytes, as those of a narrow projection need not.
+    return q, k, v.contiguous(), gate
+
+
+def qk_norm_rotary(
+    x: Tensor, weight: Tensor, rope: Tensor, counts: Counts | None, dtype: torch.dtype
+) -> Tensor:
+    """Per-head norm, then rotation, both in fp32. x: [N, heads, D]; weight: [D] or [3 D]."""
+    return rotate(rms_norm(x, weight, counts), rope).to(dtype)
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    local: LocalAttention | None = None,
+    length: Tensor | None = None,
+) -> Tensor:
+    """`attention`, each head scaled by its gate. Returns [N, heads, D]."""
+    return head_gate(attention(q, k, v, local, length), gate)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: LocalAttention | None = None,
+    length: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention with grouped key/value heads, scale D^-0.5, no mask.
+
+    With `local`, video tokens of frame f see the video tokens of frames f - reach .. f + reach
+    (clipped) and every audio and text token, under one softmax; audio and text tokens see
+    everything. With `length`, tokens from there on are padding: nothing sees them, and their own
+    rows mean nothing.
+
+    Args:
+        q: [N, heads, D].
+        k: [N, kv_heads, D]; query head h reads key head h // (heads / kv_heads).
+        v: like k.
+        local: shape of frame-local attention, or None for all tokens.
+        length: int scalar tensor, or None for N.
+
+    Returns:
+        [N, heads, D] in q's dtype; sums are fp32 over the inputs as given.
+    """
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [heads, N, D]
+    valid = None if length is None else torch.arange(k.shape[1], device=k.device) < length
+    if local is None:
+        return _fused_attention(q, k, v, valid).transpose(0, 1)
+
+    attend = _blockwise_attention if q.device.type == "cpu" else _fused_attention
+    frames, frame_tokens, reach = local
+    video = frames * frame_tokens
+    out = torch.empty_like(q)
+    for frame in range(frames):
+        rows = slice(frame * frame_tokens, (frame + 1) * frame_tokens)
+        first, last = max(frame - reach, 0), min(frame + reach + 1, frames)
+        near = slice(first * frame_tokens, last * frame_tokens)
+        keys, values = (torch.cat((x[:, near], x[:, video:]), dim=1) for x in (k, v))
+        seen = None if valid is None else torch.cat((valid[near], valid[video:]))
+        out[:, rows] = attend(q[:, rows], keys, values, seen)
+    out[:, video:] = attend(q[:, video:], k, v, valid)
+    return out.transpose(0, 1)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """PyTorch's own kernels; widened on the CPU, whose bf16 kernel rounds the probabilities."""
+    dtype = q.dtype
+    if q.device.type == "cpu":
+        q, k, v = q.float(), k.float(), v.float()
+    mask = None if valid is None else valid.expand(1, 1, q.shape[1], -1)
+    out: Tensor = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=mask, enable_gqa=True
+    )
+    return out[0].to(dtype)
+
+
+def _blockwise_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    """The definition in fp32, a block of queries at a time so that memory stays linear in N."""
+    group = q.shape[0] // k.shape[0]
+    keys, values = (x.float().repeat_interleave(group, dim=0) for x in (k, v))
+    scale = q.shape[-1] ** -0.5
+    out = torch.empty_like(q)
+    for rows in range(0, q.shape[1], QUERY_BLOCK):
+        scores = q[:, rows : rows + QUERY_BLOCK].float() @ keys.transpose(1, 2) * scale
+        if valid is not None:
+            scores = scores.masked_fill(~valid, float("-inf"))
+        out[:, rows : rows + QUERY_BLOCK] = scores.softmax(-1) @ values
+    return out
+
+
+def head_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """Each head times the sigmoid of its gate, in fp32, in x's dtype.
+
+    x: [N, heads, D]; gate: [N, heads].
+    """
+    return (x.float() * gate.float().sigmoid()[..., None]).to(x.dtype)
+
+
+def swiglu7(x: Tensor) -> Tensor:
+    """Clamped SwiGLU in fp32: g = min(glu, 7), l = clamp(lin, -7, 7), `g sigmoid(1.702 g) (l + 1)`.
+
+    x: [N, 2 M], glu in the even columns and lin in the odd ones. Returns [N, M] in x's dtype, of
+    magnitude 56 at most.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    glu = pairs[..., 0].clamp(max=ACTIVATION_LIMIT)
+    lin = pairs[..., 1].clamp(-ACTIVATION_LIMIT, ACTIVATION_LIMIT)
+    return (glu * torch.sigmoid(ACTIVATION_ALPHA * glu) * (lin + 1)).to(x.dtype)
+
+
+def gelu7(x: Tensor) -> Tensor:
+    """Clamped sigmoid GELU in fp32: y = min(x, 7), `y sigmoid(1.702 y)`.
+
+    Returns shape and dtype of x, of magnitude 7 at most.
+    """
+    y = x.float().clamp(max=ACTIVATION_LIMIT)
+    return (y * torch.sigmoid(ACTIVATION_ALPHA * y)).to(x.dtype)
+
+
+def channel_norm(x: Tensor, eps: float) -> Tensor:
+    """`x * rsqrt(mean over channels of x^2 + eps)`, the mean in fp32, no weight.
+
+    x: [B, C, T, H, W]; returns shape and dtype of x.
+    """
+    scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + eps)
+    return (x * scale).to(x.dtype)
+
+
+def pad_time(x: Tensor, frames: int) -> Tensor:
+    """Repeat the first and the last frame `frames` times. x: [B, C, T, H, W]."""
+    first = x[:, :, :1].expand(-1, -1, frames, -1, -1)
+    last = x[:, :, -1:].expand(-1, -1, frames, -1, -1)
+    return torch.cat((first, x, last), dim=2)
+
+
+def interleave_time(x: Tensor) -> Tensor:
+    """Split the channels into two frames each: [B, 2 C, T, H, W] -> [B, C, 2 T, H, W]."""
+    return x.unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """[B, C patch^2, T, H, W] -> [B, C, T, patch H, patch W]; the channel order is (C, patch
+    column, patch row).
+    """
+    x = x.unflatten(1, (-1, patch, patch))  # [B, C, column, row, T, H, W]
+    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(3, 4).flatten(4, 5)

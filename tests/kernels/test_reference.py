@@ -1,0 +1,156 @@
+"""The reference blocks against their formulas in float64, on fresh random inputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import golden
+from magihuman.kernels import reference as ref
+
+FP32 = 1e-6  # fp32 sums over a few hundred terms
+BF16 = 2**-8  # one rounding to bf16, 8 bits of mantissa
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.mark.parametrize("counts", [None, (5, 3, 2), (10, 0, 0), (0, 9, 1), (1, 0, 9)])
+def test_rms_norm(counts: ref.Counts | None) -> None:
+    x, weight = 3 * randn(10, 48), randn(48 if counts is None else 144)
+    own = weight.double().expand(10, -1) if counts is None else rows_of(weight, counts)
+    scale = (x.double().square().mean(-1, keepdim=True) + 1e-6) ** -0.5
+    out = ref.rms_norm(x, weight, counts)
+    assert out.dtype == torch.float32
+    assert golden.error(out, x.double() * scale * (own + 1)) <= FP32
+
+
+def rows_of(weight: Tensor, counts: ref.Counts) -> Tensor:
+    """The weight of each row, [N, ...], by plain indexing."""
+    modality = [i for i, count in enumerate(counts) for _ in range(count)]
+    return weight.double().unflatten(0, (3, -1))[modality]
+
+
+@pytest.mark.parametrize("counts", [None, (5, 3, 2), (0, 9, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(counts: ref.Counts | None, dtype: torch.dtype) -> None:
+    x, weight = randn(10, 33), randn(7 if counts is None else 21, 33, dtype=dtype)
+    own = weight.double().expand(10, 7, 33) if counts is None else rows_of(weight, counts)
+    expected = torch.einsum("nk,nok->no", x.to(dtype).double(), own)
+    out = ref.linear(x, weight, counts)
+    assert out.dtype == dtype
+    assert golden.error(out, expected) <= (FP32 if dtype == torch.float32 else BF16)
+
+
+def test_rotation_turns_pairs_and_keeps_the_rest() -> None:
+    x, angle = randn(6, 2, 32), randn(6, 12)
+    out = ref.rotate(x, torch.cat((angle.sin(), angle.cos()), dim=-1)).double()
+    pairs = torch.complex(x[..., :12].double(), x[..., 12:24].double())
+    turned = pairs * torch.polar(torch.ones_like(angle), angle).to(torch.complex128)[:, None]
+    assert golden.error(out[..., :12], turned.real) <= FP32
+    assert golden.error(out[..., 12:24], turned.imag) <= FP32
+    assert (out[..., 24:] == x[..., 24:]).all()
+
+
+def test_rope_table_of_known_coordinates() -> None:
+    coords = torch.tensor(
+        [
+            [3.0, 2, 5, 8, 4, 6, 8, 4, 6],  # scale 1; h and w centred
+            [4.0, 0, 0, 9, 1, 1, 5, 1, 1],  # time scale (5 - 1) / (9 - 1)
+            [-7.0, 0, 0, 7, 1, 1, 1, 1, 1],  # scale 0: not rotated
+        ]
+    )
+    bands = torch.tensor([1.0, 0.1])
+    table = ref.rope_table(coords, bands)
+    angles = torch.tensor(
+        [[3.0, 0.3, 0.5, 0.05, 2.5, 0.25], [2.0, 0.2, 0, 0, 0, 0], [0.0, 0, 0, 0, 0, 0]]
+    )
+    torch.testing.assert_close(table, torch.cat((angles.sin(), angles.cos()), dim=-1))
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention(tokens: int, dtype: torch.dtype) -> None:
+    q, k, v = (randn(tokens, heads, 32, dtype=dtype) for heads in (6, 2, 2))
+    keys, values = (x.double().repeat_interleave(3, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) / math.sqrt(32)
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+    out = ref.attention(q, k, v)
+    assert out.dtype == dtype
+    assert golden.error(out, expected) <= (FP32 if dtype == torch.float32 else BF16)
+
+
+@pytest.mark.parametrize("reach", [0, 1, 3, 50])
+@pytest.mark.parametrize("others", [0, 1, 40])
+def test_local_attention(reach: int, others: int) -> None:
+    frames, frame_tokens = 5, 7
+    video = frames * frame_tokens
+    q, k, v = (randn(video + others, heads, 16) for heads in (4, 2, 2))
+    frame = torch.arange(video + others) // frame_tokens
+    is_video = torch.arange(video + others) < video
+    near = (frame[:, None] - frame).abs() <= reach
+    mask = near | ~is_video | ~is_video[:, None]
+    keys, values = (x.double().repeat_interleave(2, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) / 4
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    expected = torch.einsum("hqk,khd->qhd", weights, values)
+    out = ref.attention(q, k, v, ref.LocalAttention(frames, frame_tokens, reach))
+    assert golden.error(out, expected) <= FP32
+
+
+def test_local_attention_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (randn(45, heads, 16) for heads in (4, 2, 2))
+    local = ref.LocalAttention(3, 12, 1)
+    whole = ref.attention(q, k, v, local)
+    monkeypatch.setattr(ref, "QUERY_BLOCK", 5)
+    torch.testing.assert_close(ref.attention(q, k, v, local), whole)
+
+
+def test_head_gate() -> None:
+    x, gate = randn(5, 3, 8), 4 * randn(5, 3)
+    expected = x.double() / (1 + (-gate.double()).exp())[..., None]
+    assert golden.error(ref.head_gate(x, gate), expected) <= FP32
+
+
+def test_clamped_activations() -> None:
+    x = 8 * randn(40, 26)
+    glu, lin = x[:, ::2].double().clamp(max=7), x[:, 1::2].double().clamp(-7, 7)
+    expected = glu / (1 + (-1.702 * glu).exp()) * (lin + 1)
+    assert golden.error(ref.swiglu7(x), expected) <= FP32
+    y = x.double().clamp(max=7)
+    assert golden.error(ref.gelu7(x), y / (1 + (-1.702 * y).exp())) <= FP32
+
+
+def test_activations_are_bounded() -> None:
+    x = torch.tensor([[1e4, 1e4, 1e4, -1e4, -1e4, 1e4, -0.5, 1e4]])
+    assert ref.swiglu7(x).abs().max() <= 56
+    assert ref.gelu7(x).abs().max() <= 7
+    assert ref.swiglu7(x.bfloat16()).dtype == ref.gelu7(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_channel_norm_and_time_padding() -> None:
+    x = randn(1, 6, 3, 2, 2)
+    scale = (x.double().square().mean(1, keepdim=True) + 1e-3) ** -0.5
+    assert golden.error(ref.channel_norm(x, 1e-3), x.double() * scale) <= FP32
+    padded = ref.pad_time(x, 2)
+    assert (padded == x[:, :, [0, 0, 0, 1, 2, 2, 2]]).all()
+
+
+def test_interleaving_and_unpatchifying_move_values_where_they_belong() -> None:
+    x = randn(1, 6, 2, 2, 2)
+    frames = ref.interleave_time(x)
+    assert frames.shape == (1, 3, 4, 2, 2)
+    for half in range(2):
+        assert (frames[:, :, half::2] == x[:, 3 * half : 3 * half + 3]).all()
+    y = randn(1, 12, 2, 3, 4)
+    pixels = ref.unpatchify(y, 2)
+    assert pixels.shape == (1, 3, 2, 6, 8)
+    for channel in range(3):
+        for column in range(2):
+            for row in range(2):
+                source = y[0, channel * 4 + column * 2 + row]
+                assert (pixels[0, channel, :, row::2, column::2] == source).all()
