@@ -1,0 +1,1 @@
+"""The models in plain PyTorch, under the published key names."""

@@ -1,0 +1,184 @@
+"""The Turbo VAE decoder: 48-channel latents to frames, in overlapping windows of seven latents.
+
+Module names spell the published keys (`decoder....`). Non-causal 3-D convolutions, weight-free
+channel norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magihuman.kernels import reference as ref
+from magihuman.runtime.config import LATENT_MEAN, LATENT_STD, TurboVAEConfig
+
+NORM_EPS = 1e-8
+SHORTCUT_NORM_EPS = 1e-6
+
+
+class Conv3d(nn.Module):
+    """Convolution padded by repeated frames in time and by zeros in space."""
+
+    def __init__(self, channels: int, out: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.time_pad = kernel[0] // 2
+        self.conv = nn.Conv3d(channels, out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.time_pad:
+            x = ref.pad_time(x, self.time_pad)
+        out: Tensor = self.conv(x)
+        return out
+
+
+class ResBlock(nn.Module):
+    """norm, act, conv, norm, SiLU, conv, plus the shortcut; the first act is ReLU right after an
+    upsample.
+    """
+
+    def __init__(self, channels: int, out: int, after_upsample: bool = False) -> None:
+        super().__init__()
+        self.first_act = F.relu if after_upsample else F.silu
+        self.conv1 = Conv3d(channels, out, (3, 3, 3))
+        self.conv2 = Conv3d(out, out, (3, 3, 3))
+        self.conv_shortcut = Conv3d(channels, out, (1, 1, 1)) if channels != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(self.first_act(ref.channel_norm(x, NORM_EPS)))
+        y = self.conv2(F.silu(ref.channel_norm(y, NORM_EPS)))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(ref.channel_norm(x, SHORTCUT_NORM_EPS))
+        return y + x
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns; `in_time`: twice the frames too, of which a first window drops
+    the first.
+    """
+
+    def __init__(self, channels: int, in_time: bool) -> None:
+        super().__init__()
+        self.time_conv = Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
+        resize = nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact")
+        self.resample = nn.Sequential(resize, nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor, first_window: bool) -> Tensor:
+        if self.time_conv is not None:
+            x = ref.interleave_time(self.time_conv(x))
+            if first_window:
+                x = x[:, :, 1:]
+        batch = x.shape[0]
+        frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
+        resize, conv = self.resample
+        frames = conv(resize(frames.float()).to(x.dtype))
+        return frames.unflatten(0, (batch, -1)).movedim(1, 2)
+
+
+class MidBlock(nn.Module):
+    """Residual blocks of one width."""
+
+    def __init__(self, channels: int, layers: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels, channels) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """A width change where needed, an upsample where there is one, residual blocks."""
+
+    def __init__(self, channels: int, out: int, layers: int, upsample: bool, in_time: bool) -> None:
+        super().__init__()
+        self.conv_in = ResBlock(channels, out) if channels != out else None
+        self.upsamplers = nn.ModuleList([Upsample(out, in_time)] if upsample else [])
+        self.resnets = nn.ModuleList(ResBlock(out, out, upsample) for _ in range(layers))
+
+    def forward(self, x: Tensor, first_window: bool) -> Tensor:
+        if self.conv_in is not None:
+            x = self.conv_in(x)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, first_window)
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """One window: [B, 48, T, H, W] -> [B, 3, frames, 16 H, 16 W], frames = 4 T - 3 in a first
+    window, else 4 T.
+    """
+
+    def __init__(self, config: TurboVAEConfig) -> None:
+        super().__init__()
+        widths = config.decoder_block_out_channels[::-1]
+        layers = config.decoder_layers_per_block[::-1]
+        scaling = config.decoder_spatio_temporal_scaling[::-1]
+        spatio_only = config.decoder_spatio_only[::-1]
+        self.patch = config.patch_size
+        self.conv_in = Conv3d(config.latent_channels, widths[0], (3, 3, 3))
+        self.mid_block = MidBlock(widths[0], layers[0])
+        self.up_blocks = nn.ModuleList(
+            UpBlock(widths[max(i - 1, 0)], width, layers[i + 1], scaling[i], not spatio_only[i])
+            for i, width in enumerate(widths)
+        )
+        self.conv_out = Conv3d(widths[-1], config.out_channels * self.patch**2, (3, 3, 3))
+
+    def forward(self, x: Tensor, first_window: bool) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x, first_window)
+        x = self.conv_out(F.silu(ref.channel_norm(x, NORM_EPS)))
+        return ref.unpatchify(x, self.patch)
+
+
+class TurboVAE(nn.Module):
+    """Windowed decoder of normalised latents."""
+
+    def __init__(self, config: TurboVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config)
+        shape = (1, -1, 1, 1, 1)
+        for name, values in (("mean", LATENT_MEAN), ("std", LATENT_STD)):
+            self.register_buffer(name, torch.tensor(values).view(shape), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def windows(self, z: Tensor) -> Iterator[Tensor]:
+        """Decode window by window, in order.
+
+        z: [1, 48, T, H, W] normalised latents, any float dtype. Yields [1, 3, frames, 16 H, 16 W]
+            in the weights'
+        dtype, about [-1, 1]; the yields concatenate to 4 (T - 1) + 1 frames.
+        """
+        dtype = self.decoder.conv_in.conv.weight.dtype
+        z = (z.float() * self.std.float() + self.mean.float()).to(dtype)
+        first, step, ratio = (
+            self.config.first_chunk_size,
+            self.config.step_size,
+            self.config.temporal_compression_ratio,
+        )
+        latents = z.shape[2]
+        padding = first - latents if latents < first else -(latents - first) % step
+        z = torch.cat((z, z[:, :, -1:].expand(-1, -1, padding, -1, -1)), dim=2)
+        total = latents + padding
+        remaining = ratio * (latents - 1) + 1  # frames still to yield, padding cut
+        for start in (0, *range(first, total, step)):
+            stop = start + (first if start == 0 else step)
+            left, right = int(start > 0), int(stop < total)  # latents of context on each side
+            frames = self.decoder(z[:, :, start - left : stop + right], start == 0)
+            frames = frames[:, :, ratio * left : frames.shape[2] - ratio * right]
+            yield frames[:, :, :remaining]
+            remaining -= frames.shape[2]
+            if remaining <= 0:
+                return
+
+    def forward(self, z: Tensor) -> Tensor:
+        """All windows of z, concatenated: [1, 3, 4 (T - 1) + 1, 16 H, 16 W]."""
+        return torch.cat(list(self.windows(z)), dim=2)
