@@ -1,0 +1,206 @@
+"""Files in and out, through PyAV: sound in, mp4 out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from magihuman.runtime.errors import InvalidRequestError, OutputError
+
+if TYPE_CHECKING:
+    from magihuman.runtime.request import Video
+
+ENCODER = {
+    "preset": "veryfast",
+    "crf": "17",
+}  # the rate factor fixes the quality, the preset the size
+AUDIO_BIT_RATE = 192_000
+AUDIO_BLOCK = 1024
+BITS_PER_PIXEL = 2  # far above what H.264 needs at this quality, for the check of free space
+BT709 = 1  # code point of ITU-T H.273 for matrix, primaries and transfer
+LIMITED_RANGE = 1
+
+
+def read_audio(
+    path: str | os.PathLike[str], sample_rate_hz: int, limit_s: float
+) -> npt.NDArray[np.float32]:
+    """Decode a sound file to mono float32 at this rate; what lies beyond `limit_s` is not read."""
+    import av
+
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidRequestError(f"audio must be a path, got a {type(path).__name__}")
+    source = Path(path)
+    if not os.path.isfile(source):
+        state = "is not a file" if os.path.exists(source) else "does not exist"
+        raise InvalidRequestError(f"audio must be a readable file, got {source}, which {state}")
+    if source.stat().st_size == 0:
+        raise InvalidRequestError(f"audio must not be empty, got {source} of 0 bytes")
+    blocks: list[npt.NDArray[np.float32]] = []
+    samples = 0
+    try:
+        with av.open(str(source)) as container:
+            if not container.streams.audio:
+                raise InvalidRequestError(
+                    f"audio must have a sound track, got {source} without one"
+                )
+            resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
+            for frame in _decoded(container):
+                for out in resampler.resample(frame):
+                    block = _mono(out)
+                    blocks.append(block)
+                    samples += len(block)
+                if samples >= limit_s * sample_rate_hz:
+                    break
+            blocks += [_mono(out) for out in resampler.resample(None)]
+    except av.FFmpegError as error:
+        raise InvalidRequestError(
+            f"audio must be in a format FFmpeg reads (WAV, MP3, FLAC, ...), got {source}:"
+            f" {error.strerror}"
+        ) from error
+    if not blocks:
+        raise InvalidRequestError(f"audio must have sound in it, got {source} with no samples")
+    wave = np.concatenate(blocks)
+    if not np.isfinite(wave).all():
+        raise InvalidRequestError(
+            f"audio must be finite, got {source} with NaN or infinite samples"
+        )
+    return wave
+
+
+def _mono(frame: Any) -> npt.NDArray[np.float32]:
+    """The mean of a frame's channels; FFmpeg's own downmix is louder, beyond [-1, 1]."""
+    return np.asarray(frame.to_ndarray().mean(axis=0), dtype=np.float32)
+
+
+def _decoded(container: Any) -> Iterator[Any]:
+    """Frames of the first sound track; a damaged tail ends the sound, as players have it."""
+    import av
+
+    decoded = 0
+    try:
+        for frame in container.decode(audio=0):
+            decoded += 1
+            yield frame
+    except av.FFmpegError:
+        if not decoded:
+            raise
+
+
+def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:
+    """Raise `OutputError` now where `write_mp4` could not write a clip of this size to `path`
+    later.
+    """
+    path = path.absolute()
+    folder = path.parent
+    if path.suffix.lower() != ".mp4":
+        raise OutputError(f"the output's name must end in .mp4, got {path.name}")
+    if os.path.isdir(path):
+        raise OutputError(f"the output must be a file, got the folder {path}")
+    if not os.path.isdir(folder):
+        raise OutputError(f"the output's folder must exist, got {folder}; create it first")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".magihuman-"):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"the output's folder {folder} cannot be written to: {error.strerror}"
+        ) from error
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(
+            f"the output's name must be one the disk takes, got {path.name}: {error.strerror}"
+        ) from error
+    needed = frames * width_px * height_px * BITS_PER_PIXEL // 8 + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"the disk of {folder} must have {needed / 2**20:.0f} MiB free for this clip, got"
+            f" {free / 2**20:.1f} MiB"
+        )
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed to `path` on success and removed otherwise."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".magihuman-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_mp4(video: Video, path: Path) -> Path:
+    """H.264 (yuv420p, BT.709) and AAC, index first; sound is cut to the picture's length. Whole or
+    not at all.
+    """
+    import av
+
+    path = path.absolute()
+    height, width = video.frames.shape[1:3]
+    check_output(path, len(video.frames), width, height)
+    try:
+        with atomic_path(path) as temporary:
+            with av.open(
+                str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
+            ) as container:
+                _mux(container, video)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+    except (OSError, av.FFmpegError) as error:
+        raise OutputError(f"{path} could not be written: {error}; nothing is left of it") from error
+    return path
+
+
+def _mux(container: Any, video: Video) -> None:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    height, width = video.frames.shape[1:3]
+    picture = container.add_stream("libx264", rate=Fraction(video.fps), options=ENCODER)
+    picture.width, picture.height, picture.pix_fmt = width, height, "yuv420p"
+    context = picture.codec_context
+    context.colorspace = context.color_primaries = context.color_trc = BT709
+    context.color_range = LIMITED_RANGE
+    sound = container.add_stream("aac", rate=video.sample_rate_hz, layout="stereo")
+    sound.bit_rate = AUDIO_BIT_RATE
+
+    for pixels in video.frames:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        frame = frame.reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
+        container.mux(picture.encode(frame))
+    container.mux(picture.encode(None))
+
+    length = min(len(video.audio), round(video.duration_s * video.sample_rate_hz))
+    wave = np.ascontiguousarray(video.audio[:length].T, dtype=np.float32).clip(-1, 1)
+    for start in range(0, length, AUDIO_BLOCK):
+        block = np.ascontiguousarray(wave[:, start : start + AUDIO_BLOCK])
+        samples = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
+        samples.sample_rate = video.sample_rate_hz
+        samples.pts = start
+        samples.time_base = Fraction(1, video.sample_rate_hz)
+        container.mux(sound.encode(samples))
+    container.mux(sound.encode(None))

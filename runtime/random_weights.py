@@ -1,0 +1,164 @@
+"""Seeded random weights: the full-size model without files, and tiny checkpoints in the published
+layouts.
+
+Every tensor is drawn from its own generator, seeded by the tensor's name, on the device that holds
+it: the same seed and device kind give the same weights whatever else is built. Scales keep
+activations finite through all layers. What comes out of such a model is noise.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from magihuman.runtime.checkpoint import frozen
+from magihuman.runtime.config import VARIANTS, DiTConfig, TurboVAEConfig, Variant
+from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.image import ImageVAE, wan_vae
+from magihuman.runtime.model.dit import DiT, Norm
+from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, Snake
+from magihuman.runtime.model.turbo_vae import TurboVAE
+from magihuman.runtime.quiet import quiet_diffusers
+from magihuman.runtime.text import TextEncoder
+
+Module = TypeVar("Module", bound=nn.Module)
+
+WAN_BASE_DIM = 160  # width of the published image encoder
+AUDIO_GAIN = (
+    0.55  # snake adds up to 1 to every channel; this keeps the waveform within about [-1, 1]
+)
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Stands in for a model directory in `load`: full-size components with seeded random
+    weights.
+    """
+
+    variant: str = "distill"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS or VARIANTS[self.variant].is_sr:
+            raise InvalidRequestError(f"variant must be base or distill, got {self.variant!r}")
+
+
+def randomize(module: Module, seed: int, name: str = "") -> Module:
+    """Fill every parameter in place: linears and convolutions by fan-in, norms near their neutral
+    value.
+    """
+    owners = {id(p): owner for owner in module.modules() for p in owner.parameters(recurse=False)}
+    depth = max(1, sum(isinstance(owner, Norm) for owner in owners.values()) // 4)
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed(zlib.crc32(f"{seed}:{name}:{key}".encode()))
+            scale, centre = _distribution(key, parameter, owners[id(parameter)], depth)
+            parameter.normal_(0.0, scale, generator=generator).add_(centre)
+    return frozen(module)
+
+
+def _distribution(key: str, parameter: Tensor, owner: nn.Module, depth: int) -> tuple[float, float]:
+    """(standard deviation, mean) of one tensor."""
+    if isinstance(owner, (Norm, Snake)):
+        return 0.1, 0.0
+    if key.endswith("gamma"):  # Wan's norms
+        return 0.1, 1.0
+    if parameter.ndim == 1:
+        return 0.02, 0.0
+    fan_in = parameter[0].numel()
+    if isinstance(owner, nn.ConvTranspose1d):
+        fan_in = parameter.shape[0] * parameter.shape[2] // owner.stride[0]
+    scale = fan_in**-0.5
+    if isinstance(owner, (nn.Conv1d, nn.ConvTranspose1d)):
+        scale *= AUDIO_GAIN
+    if key.endswith(("linear_proj.weight", "down_proj.weight")):
+        scale *= (2 * depth) ** -0.5  # 2 depth terms are added to the residual stream
+    return float(scale), 0.0
+
+
+def dit(
+    config: DiTConfig, seed: int, device: torch.device, linear_dtype: torch.dtype, name: str
+) -> DiT:
+    """A DiT of any size."""
+    with torch.device(device):
+        return randomize(DiT(config, linear_dtype), seed, name)
+
+
+def full_dit(variant: Variant, seed: int, device: torch.device, linear_dtype: torch.dtype) -> DiT:
+    """A DiT of the published size."""
+    return dit(variant.architecture(DiTConfig()), seed, device, linear_dtype, variant.name)
+
+
+def turbo_vae(
+    config: TurboVAEConfig, seed: int, device: torch.device, dtype: torch.dtype
+) -> TurboVAE:
+    """A Turbo VAE decoder."""
+    with torch.device(device):
+        return randomize(TurboVAE(config), seed, "turbo_vae").to(dtype)
+
+
+def audio_vae(config: OobleckConfig, seed: int, device: torch.device) -> Oobleck:
+    """An Oobleck autoencoder."""
+    with torch.device(device):
+        return randomize(Oobleck(config), seed, "audio_vae")
+
+
+def image_vae(seed: int, device: torch.device, dtype: torch.dtype) -> ImageVAE:
+    """A Wan VAE encoder of the published size."""
+    vae = wan_vae(WAN_BASE_DIM)
+    del vae.decoder, vae.post_quant_conv
+    with quiet_diffusers():
+        return ImageVAE(randomize(vae.to(device), seed, "image_vae").to(dtype))
+
+
+def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte."""
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel
+
+    sizes = {
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+    }
+    config = T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), is_encoder_decoder=False)
+    before = torch.get_default_dtype()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                model = T5GemmaEncoderModel(config)
+        finally:
+            torch.set_default_dtype(before)
+    return TextEncoder(byte_tokenizer(), frozen(model.to(dtype)))
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer that needs no files: one token a byte, with T5Gemma's special tokens at their
+    places.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+    )

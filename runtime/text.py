@@ -1,0 +1,89 @@
+"""Prompts to embeddings, through transformers' T5Gemma encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from magihuman.runtime.checkpoint import frozen
+from magihuman.runtime.config import MAX_TEXT_TOKENS
+from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.quiet import quiet_transformers
+
+ENCODER_LIMIT_TOKENS = 8192  # positions the encoder was built for
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenizer and encoder of t5gemma-9b-9b-ul2, or of anything with its layout."""
+
+    tokenizer: Any
+    model: Any
+
+    @property
+    def channels(self) -> int:
+        """Width of the embeddings."""
+        return int(self.model.config.encoder.hidden_size)
+
+    def tokenize(self, prompt: str) -> tuple[Tensor, str | None]:
+        """Token ids [1, L], uncut, and a note where the prompt is longer than the model reads."""
+        ids: Tensor = self.tokenizer([prompt], return_tensors="pt")["input_ids"]
+        excess = ids.shape[1] - MAX_TEXT_TOKENS
+        if excess <= 0:
+            return ids, None
+        note = (
+            f"prompts are read up to {MAX_TEXT_TOKENS} tokens: this one has {ids.shape[1]},"
+            f" the last {excess} are cut"
+        )
+        return ids[:, :ENCODER_LIMIT_TOKENS], note
+
+    @torch.inference_mode()
+    def encode(self, ids: Tensor) -> Tensor:
+        """Embeddings of the first 640 tokens, fp32 [L, C]. All tokens are encoded; fp16 in
+        between, as published.
+        """
+        ids = ids.to(self.model.device)
+        hidden: Tensor = self.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids)
+        ).last_hidden_state
+        return hidden[0, :MAX_TEXT_TOKENS].half().float()
+
+
+def load_text_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """From a local folder in the published layout; the decoder's weights are not loaded."""
+    from transformers import AutoTokenizer, T5GemmaEncoderModel
+
+    # Where one of these is missing, transformers makes up a default in silence.
+    for names in (("config.json",), ("tokenizer.json", "tokenizer.model")):
+        if not any((path / name).is_file() for name in names):
+            raise CheckpointError(f"the text encoder at {path} lacks {' or '.join(names)}")
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            model, info = T5GemmaEncoderModel.from_pretrained(
+                str(path),
+                is_encoder_decoder=False,
+                dtype=dtype,
+                device_map={"": str(device)},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below; transformers only says that some are
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"the text encoder at {path} cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"the text encoder at {path} lacks {len(missing)} tensors: {', '.join(missing[:8])}"
+        )
+    misshapen = sorted(str(key) for key, *_ in info["mismatched_keys"])
+    if misshapen:
+        raise CheckpointError(
+            f"the text encoder at {path} has {len(misshapen)} misshapen tensors:"
+            f" {', '.join(misshapen[:8])}"
+        )
+    return TextEncoder(tokenizer, frozen(model))
