@@ -1,0 +1,67 @@
+"""The runtime a service embeds: `load` a model, `generate` clips, `save` them.
+
+    from magihuman import runtime
+
+    with runtime.load("/models/daVinci-MagiHuman") as engine:
+        engine.generate("A woman smiles and says: hello!").save("hello.mp4")
+
+Importing this package imports neither torch nor any model; `load` does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from magihuman.runtime.errors import (
+    Cancelled,
+    CheckpointError,
+    DeviceError,
+    InvalidRequestError,
+    MagiHumanError,
+    OutputError,
+)
+from magihuman.runtime.request import Plan, Progress, Request, Video
+
+if TYPE_CHECKING:
+    from magihuman.runtime.engine import Engine
+    from magihuman.runtime.loading import load
+    from magihuman.runtime.random_weights import Synthetic as synthetic
+    from magihuman.runtime.tiny import write_tiny
+
+__all__ = [
+    "Cancelled",
+    "CheckpointError",
+    "DeviceError",
+    "Engine",
+    "InvalidRequestError",
+    "MagiHumanError",
+    "OutputError",
+    "Plan",
+    "Progress",
+    "Request",
+    "Video",
+    "load",
+    "synthetic",
+    "write_tiny",
+]
+
+_LAZY = {
+    "Engine": ("engine", "Engine"),
+    "load": ("loading", "load"),
+    "synthetic": ("random_weights", "Synthetic"),
+    "write_tiny": ("tiny", "write_tiny"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value = getattr(import_module(f"{__name__}.{module}"), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

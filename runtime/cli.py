@@ -1,0 +1,345 @@
+"""The `magihuman` command. Exit codes: 0, 2 for bad input, 1 for anything else; no tracebacks for
+user errors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from magihuman import runtime
+
+app = typer.Typer(
+    help="Run daVinci-MagiHuman: a prompt in, a video of a person speaking out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+BAD_INPUT, FAILED = 2, 1
+BAD_INPUT_ERRORS = (runtime.InvalidRequestError, runtime.CheckpointError, runtime.OutputError)
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="MAGIHUMAN_MODEL",
+        help="Model directory, or Hugging Face hub id (owner/name).",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+]
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is seen and said.")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")],
+    image: Annotated[
+        Path | None, typer.Option(help="Reference image; becomes the first frame.")
+    ] = None,
+    audio: Annotated[Path | None, typer.Option(help="Driving voice; becomes the sound.")] = None,
+    variant: Annotated[
+        str, typer.Option(help="distill (8 steps) or base (32, with guidance).")
+    ] = "distill",
+    sr: Annotated[str | None, typer.Option(help="Super-resolution: 540p or 1080p.")] = None,
+    seconds: Annotated[float, typer.Option(help="Length of the clip, 0.2 to 60.")] = 5.0,
+    width: Annotated[int, typer.Option(help="Pixels, made in steps of 32.")] = 480,
+    height: Annotated[int, typer.Option(help="Pixels, made in steps of 32.")] = 272,
+    sr_width: Annotated[int | None, typer.Option(help="Pixels after super-resolution.")] = None,
+    sr_height: Annotated[int | None, typer.Option(help="Pixels after super-resolution.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 42,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance moves away from.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    sr_steps: Annotated[int | None, typer.Option(help="Super-resolution steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Video guidance of the base model.")
+    ] = None,
+    sr_guidance: Annotated[float | None, typer.Option(help="Guidance of super-resolution.")] = None,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
+    turbo_vae: Annotated[str | None, typer.Option(help="Path of the Turbo VAE.")] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Path or hub id of the text encoder.")
+    ] = None,
+    audio_vae: Annotated[
+        str | None, typer.Option(help="Path or hub id of the audio autoencoder.")
+    ] = None,
+    image_vae: Annotated[
+        str | None, typer.Option(help="Path or hub id of the image encoder.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make one clip and write it as an mp4 with sound."""
+    with _user_errors():
+        request = runtime.Request(
+            prompt=prompt,
+            image=image,
+            audio=audio,
+            seconds=seconds,
+            width=width,
+            height=height,
+            sr_width=sr_width,
+            sr_height=sr_height,
+            seed=seed,
+            steps=steps,
+            sr_steps=sr_steps,
+            guidance=guidance,
+            sr_guidance=sr_guidance,
+            **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
+        )
+        _check_before_loading(request, variant, sr, output)
+        bar = _Bar(as_json)
+        start = time.perf_counter()
+        with bar:
+            engine = runtime.load(
+                model,
+                variant=variant,
+                sr=sr,
+                precision=precision,  # type: ignore[arg-type]
+                device=device,
+                revision=revision,
+                turbo_vae=turbo_vae,
+                text_encoder=text_encoder,
+                audio_vae=audio_vae,
+                image_vae=image_vae,
+                on_load=bar.on_load,
+            )
+            load_s = time.perf_counter() - start
+            with engine:
+                video = engine.generate(request, on_progress=bar.on_progress)
+            start = time.perf_counter()
+            path = video.save(output)
+        timings = {"load": load_s, **video.timings_s, "write": time.perf_counter() - start}
+        _print_result(path, video, timings, as_json)
+
+
+@app.command()
+def tiny(
+    folder: Annotated[Path, typer.Argument(help="Where to write the checkpoint.")],
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+) -> None:
+    """Write a tiny checkpoint of every component, with random weights: its clips are noise."""
+    with _user_errors():
+        for made in runtime.write_tiny(folder, seed):
+            out.print(f"wrote {made}")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A model directory.")], as_json: JsonOption = False
+) -> None:
+    """Say what is in a model directory, what is missing or damaged, and what fits this GPU."""
+    with _user_errors():
+        import torch
+
+        from magihuman.runtime.report import fits, inspect_model
+
+        components = inspect_model(folder)
+        memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+        lineups = {} if memory is None else fits(components, memory)
+        damaged = [c for c in components if c.state not in ("ok", "missing")]
+        if as_json:
+            fields = [
+                {"name": c.name, **{k: v for k, v in vars(c).items() if k != "name"}}
+                for c in components
+            ]
+            print(json.dumps({"components": fields, "gpu_bytes": memory, "fits": lineups}))
+        else:
+            table = Table(Column("component", no_wrap=True))
+            for title in ("state", "tensors", "dtypes on disk", "disk", "on the device"):
+                table.add_column(title)
+            for c in components:
+                dtypes = ", ".join(f"{count} {name}" for name, count in c.dtypes.items())
+                row = (
+                    c.name,
+                    "damaged" if c in damaged else c.state,
+                    str(c.tensors),
+                    dtypes,
+                    _size(c.disk_bytes),
+                    _size(c.device_bytes),
+                )
+                table.add_row(*row)
+            out.print(table)
+            for label, ok in lineups.items():
+                out.print(f"{label}: {'fits' if ok else 'does not fit'} this GPU")
+            if memory is None:
+                out.print("no GPU here: everything would run on the CPU")
+            for c in damaged:
+                err.print(f"{c.name}: {c.state}", style="red", markup=False, highlight=False)
+        if damaged:
+            raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what this machine has, which paths will be used, and why."""
+    with _user_errors():
+        from magihuman.runtime.report import machine
+
+        facts = machine()
+        if as_json:
+            print(json.dumps(facts))
+            return
+        table = Table(show_header=False)
+        for name, value in facts.items():
+            table.add_row(name, value)
+        out.print(table)
+
+
+def main() -> None:
+    """Entry point."""
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+    app()
+
+
+def _check_before_loading(
+    request: runtime.Request, variant: str, sr: str | None, output: Path
+) -> None:
+    """What can be refused before weights are read: the plan, the inputs' files, the output's
+    place.
+    """
+    from magihuman.runtime import config
+    from magihuman.runtime.errors import InvalidRequestError
+    from magihuman.runtime.media import check_output
+
+    if variant not in config.BASE_VARIANTS:
+        raise InvalidRequestError(
+            f"variant must be one of {', '.join(config.BASE_VARIANTS)}, got {variant!r}"
+        )
+    if sr is not None and sr not in config.SR_SIZES:
+        raise InvalidRequestError(f"sr must be one of {', '.join(config.SR_SIZES)}, got {sr!r}")
+    plan = request.plan(config.VARIANTS[variant], sr)
+    if request.image is not None:
+        from magihuman.runtime.image import open_image
+
+        open_image(request.image)
+    if request.audio is not None:
+        from magihuman.runtime.audio import open_driving_audio
+
+        open_driving_audio(request.audio, request.seconds)
+    check_output(output, config.video_frames(plan.frames), *plan.size_px)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn the package's own errors into one line and an exit code."""
+    try:
+        yield
+    except BAD_INPUT_ERRORS as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(BAD_INPUT) from None
+    except runtime.MagiHumanError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise typer.Exit(FAILED) from None
+
+
+class _Bar:
+    """A live bar on a terminal, plain lines elsewhere, nothing with --json."""
+
+    def __init__(self, silent: bool) -> None:
+        self._live = None
+        self._silent = silent
+        self._tasks: dict[str, object] = {}
+        if not silent and err.is_terminal:
+            columns = (
+                TextColumn("{task.description:>16}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._live = Progress(*columns, TimeElapsedColumn(), console=err, transient=True)
+
+    def __enter__(self) -> None:
+        if self._live is not None:
+            self._live.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def on_load(self, component: str, done: int, of: int) -> None:
+        """Weights are being read."""
+        finished = of > 0 and done == of
+        note = _size(done) if of > 1 else ""
+        self._show(f"load {component}", done, of, note, line=finished and of == 1)
+
+    def on_progress(self, progress: runtime.Progress) -> None:
+        """A step has finished."""
+        note = f"{progress.step}/{progress.of}"
+        self._show(progress.stage, progress.step, progress.of, note, line=progress.step > 0)
+
+    def _show(self, name: str, done: int, of: int, note: str, line: bool) -> None:
+        if self._live is not None:
+            task = self._tasks.get(name)
+            if task is None:
+                task = self._tasks[name] = self._live.add_task(name, total=None, note="")
+            self._live.update(task, completed=done, total=of or None, note=note)  # type: ignore[arg-type]
+        elif line and not self._silent:
+            err.print(f"{name} {note}".rstrip(), highlight=False)
+
+
+def _print_result(
+    path: Path, video: runtime.Video, timings: dict[str, float], as_json: bool
+) -> None:
+    frames, height, width = video.frames.shape[:3]
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "path": os.fspath(path),
+                    "frames": frames,
+                    "width": width,
+                    "height": height,
+                    "fps": video.fps,
+                    "duration_s": video.duration_s,
+                    "sample_rate_hz": video.sample_rate_hz,
+                    "seed": video.seed,
+                    "warnings": list(video.warnings),
+                    "timings_s": timings,
+                }
+            )
+        )
+        return
+    table = Table("stage", "seconds")
+    for name, seconds in timings.items():
+        table.add_row(name, f"{seconds:.3f}")
+    table.add_row("total", f"{sum(timings.values()):.3f}")
+    out.print(table)
+    out.print(
+        f"{path}: {frames} frames of {width}x{height}, {video.duration_s:.2f} s, seed {video.seed}"
+    )
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} GiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Find the model's files, check that they fit the device, and assemble an engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import torch
+
+from magihuman.runtime import checkpoint, config, random_weights
+from magihuman.runtime.audio import AudioVAE
+from magihuman.runtime.denoise import Forward
+from magihuman.runtime.engine import Components, Engine
+from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
+from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae
+from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.model.oobleck import OobleckConfig
+from magihuman.runtime.text import load_text_encoder
+
+log = logging.getLogger("magihuman")
+Part = TypeVar("Part")
+
+TURBO_FOLDER = "turbo_vae"
+TEXT_FOLDER = "t5gemma-9b-9b-ul2"
+AUDIO_FOLDER = "stable-audio-open-1.0"
+IMAGE_FOLDER = "Wan2.2-TI2V-5B"
+HUB_IDS = {
+    TEXT_FOLDER: "google/t5gemma-9b-9b-ul2",
+    AUDIO_FOLDER: "stabilityai/stable-audio-open-1.0",
+    IMAGE_FOLDER: "Wan-AI/Wan2.2-TI2V-5B",
+}
+HUB_FILES = {
+    TEXT_FOLDER: ["*.json", "*.safetensors", "tokenizer.model"],
+    AUDIO_FOLDER: ["model_config.json", "model.safetensors"],
+    IMAGE_FOLDER: [WEIGHTS_NAME],
+}
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+OnLoad = Callable[[str, int, int], None]  # (component, bytes done, of how many)
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where each component lies."""
+
+    dit: Path
+    turbo_vae: Path
+    text_encoder: Path
+    audio_vae: Path
+    image_vae: Path | None
+    sr: Path | None
+
+
+def load(
+    model: PathLike | random_weights.Synthetic,
+    *,
+    variant: str | None = None,
+    sr: str | None = None,
+    precision: config.Precision = "bf16",
+    compile: bool = True,  # noqa: A002 - what everybody calls it
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    turbo_vae: PathLike | None = None,
+    text_encoder: PathLike | None = None,
+    audio_vae: PathLike | None = None,
+    image_vae: PathLike | None = None,
+    on_load: OnLoad | None = None,
+) -> Engine:
+    """Load a model and return an engine ready to generate.
+
+    Args:
+        model: a directory with the published folders, a Hugging Face hub id ("owner/name"; the
+            offline mode of huggingface_hub is honoured), or `synthetic()` for random weights
+            without files.
+        variant: "distill" (default: 8 steps, no guidance) or "base" (32 steps with guidance).
+        sr: None, "540p" or "1080p": super-resolve every clip.
+        precision: compute dtype of the linears in the transformer: "bf16" as published, or "fp32".
+        compile: run the transformers as captured graphs of fused kernels where this machine can
+            (`magihuman doctor` says); False runs the plain model.
+        device: a torch device; by default the first GPU, else the CPU.
+        revision: of the hub repository.
+        turbo_vae, text_encoder, audio_vae, image_vae: paths (or hub ids) of components that lie
+            elsewhere than in `model`. Without an image encoder, requests with an image are refused.
+        on_load: called with (component, bytes done, bytes in all) while weights are read.
+
+    Raises:
+        InvalidRequestError: an argument is not one of those above.
+        CheckpointError: a file is missing, damaged, or does not fit.
+        DeviceError: the device is not there, or too small for the weights.
+    """
+    is_synthetic = isinstance(model, random_weights.Synthetic)
+    default = model.variant if isinstance(model, random_weights.Synthetic) else "distill"
+    name = default if variant is None else variant
+    _choice("variant", name, config.BASE_VARIANTS)
+    _choice("sr", sr, (None, *config.SR_SIZES))
+    _choice("precision", precision, get_args(config.Precision))
+    if is_synthetic and name != default:
+        raise InvalidRequestError(
+            f"variant must be {default!r}, as the synthetic model's, got {name!r}"
+        )
+    target = pick_device(device)
+    chosen = config.VARIANTS[name]
+    upscaler = config.VARIANTS[f"{sr}_sr"] if sr else None
+    linear = torch.bfloat16 if precision == "bf16" else torch.float32
+    # The published pipeline runs the image autoencoders in bf16; on the CPU fp32 is both exact and
+    # faster.
+    vae_dtype = torch.bfloat16 if target.type == "cuda" and precision == "bf16" else torch.float32
+    report = _Reporter(on_load)
+
+    try:
+        if isinstance(model, random_weights.Synthetic):
+            parts = _build_synthetic(model, chosen, upscaler, target, linear, vae_dtype, report)
+        else:
+            overrides = {
+                TURBO_FOLDER: turbo_vae,
+                TEXT_FOLDER: text_encoder,
+                AUDIO_FOLDER: audio_vae,
+                IMAGE_FOLDER: image_vae,
+            }
+            paths = find(model, chosen, upscaler, overrides, revision)
+            check_fit(paths, target, linear)
+            parts = _read(paths, chosen, upscaler, target, linear, vae_dtype, report)
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise DeviceError(
+            f"{target} ran out of memory while loading; free it, or load without sr: {error}"
+        ) from error
+    if parts.text_encoder.channels != parts.dit.config.text_channels:
+        raise CheckpointError(
+            "the text encoder's width must be the transformer's text_channels,"
+            f" {parts.dit.config.text_channels}, got {parts.text_encoder.channels}; they belong"
+            " to different models"
+        )
+    if compile:
+        parts.forward = compiled(parts.dit, linear, target)
+        if parts.sr_dit is not None:
+            parts.sr_forward = compiled(parts.sr_dit, linear, target)
+    return Engine(parts, chosen, sr, precision, target)
+
+
+def compiled(model: DiT, linear: torch.dtype, device: torch.device) -> Forward | None:
+    """The compiled forward of a transformer, or None, with one log line, where there is none."""
+    from magihuman.graphs.support import why_not
+
+    reason = why_not(model.config, linear, device)
+    if reason is not None:
+        log.info("running the plain transformer: %s", reason)
+        return None
+    from magihuman.graphs.replay import CompiledForward
+
+    return CompiledForward(model, model.config, linear, device)
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the first GPU, or the CPU; `DeviceError` where it is not there."""
+    if device is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRequestError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
+    if target.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (target.index or 0) >= count:
+            raise DeviceError(
+                f"{target} is not there: this PyTorch sees {count} GPU(s); use device='cpu'"
+            )
+        return torch.device("cuda", target.index or 0)
+    if target.type != "cpu":
+        raise InvalidRequestError(f"device must be cpu, cuda or cuda:N, got {device!r}")
+    return target
+
+
+def find(
+    model: PathLike,
+    variant: config.Variant,
+    sr: config.Variant | None,
+    overrides: dict[str, PathLike | None],
+    revision: str | None = None,
+) -> Paths:
+    """Locate every component, downloading what a hub id names. Errors name all that is missing."""
+    root = Path(model)
+    wanted = [variant.name, TURBO_FOLDER, *([sr.name] if sr else [])]
+    is_hub = not root.exists() and HUB_ID.fullmatch(os.fspath(model)) is not None
+    if is_hub:
+        patterns = [f"{name}/*" for name in wanted if overrides.get(name) is None]
+        root = _download(os.fspath(model), patterns, revision)
+    elif not root.is_dir():
+        raise CheckpointError(
+            f"model must be a directory with the published folders or a hub id (owner/name), got"
+            f" {os.fspath(model)}"
+        )
+
+    found: dict[str, Path | None] = {}
+    for name in (*wanted, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER):
+        override = overrides.get(name)
+        if override is None:
+            place = root / name
+            if not place.exists() and is_hub and name in HUB_IDS:
+                place = _download(HUB_IDS[name], HUB_FILES[name], None)
+        else:
+            place = Path(override)
+            if not place.exists() and name in HUB_IDS and HUB_ID.fullmatch(os.fspath(override)):
+                place = _download(os.fspath(override), HUB_FILES[name], None)
+        found[name] = place if place.exists() else None
+        if found[name] is None and override is not None:
+            raise CheckpointError(
+                f"{name} must be at the path given, {place}, which does not exist"
+            )
+    missing = [name for name, place in found.items() if place is None and name != IMAGE_FOLDER]
+    if missing:
+        raise CheckpointError(
+            f"{root} lacks {', '.join(missing)}; download what is missing or give its path"
+        )
+
+    def required(name: str) -> Path:
+        place = found[name]
+        assert place is not None
+        return place
+
+    return Paths(
+        dit=required(variant.name),
+        turbo_vae=required(TURBO_FOLDER),
+        text_encoder=required(TEXT_FOLDER),
+        audio_vae=required(AUDIO_FOLDER),
+        image_vae=found[IMAGE_FOLDER],
+        sr=required(sr.name) if sr else None,
+    )
+
+
+def check_fit(paths: Paths, device: torch.device, linear: torch.dtype) -> None:
+    """Raise `DeviceError` where the weights alone exceed the GPU's free memory."""
+    if device.type != "cuda":
+        return
+    needed = {
+        "transformer": dit_bytes(paths.dit, linear),
+        "text encoder": folder_bytes(paths.text_encoder) // 2,
+    }
+    if paths.sr is not None:
+        needed["super-resolution transformer"] = dit_bytes(paths.sr, linear)
+    free = torch.cuda.mem_get_info(device)[0]
+    if sum(needed.values()) > free:
+        parts = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in needed.items())
+        raise DeviceError(
+            f"the weights need {sum(needed.values()) / 2**30:.1f} GiB ({parts}) and {device} has"
+            f" {free / 2**30:.1f} GiB free; use a larger GPU, free this one, or load without sr"
+        )
+
+
+def dit_bytes(folder: Path, linear: torch.dtype) -> int:
+    """Bytes of a DiT on the device: block linears in `linear`, the rest fp32."""
+    width = torch.empty((), dtype=linear).element_size()
+    total = 0
+    for key, info in checkpoint.scan(folder).items():
+        is_linear = key.startswith("block.") and len(info.shape) == 2
+        total += int(torch.Size(info.shape).numel()) * (width if is_linear else 4)
+    return total
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _download(repo: str, patterns: list[str], revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} is not in the local Hugging Face cache and cannot be downloaded (offline"
+            " mode, or no network); go online once, or give a directory"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"{repo} cannot be downloaded: {error}") from error
+
+
+def _read(
+    paths: Paths,
+    variant: config.Variant,
+    sr: config.Variant | None,
+    device: torch.device,
+    linear: torch.dtype,
+    vae_dtype: torch.dtype,
+    report: _Reporter,
+) -> Components:
+    def dit(folder: Path, kind: config.Variant) -> DiT:
+        return report.timed(
+            kind.name,
+            lambda: checkpoint.load_dit(folder, kind, device, linear, report.reader(kind.name)),
+        )
+
+    # Cheap components first, so that a damaged one is known before tens of gigabytes are read.
+    return Components(
+        turbo_vae=report.timed(
+            TURBO_FOLDER, lambda: checkpoint.load_turbo_vae(paths.turbo_vae, device, vae_dtype)
+        ),
+        audio_vae=report.timed(
+            AUDIO_FOLDER, lambda: AudioVAE(checkpoint.load_audio_vae(paths.audio_vae, device))
+        ),
+        image_vae=None
+        if paths.image_vae is None
+        else report.timed(
+            IMAGE_FOLDER, lambda: load_image_vae(_present(paths.image_vae), device, vae_dtype)
+        ),
+        text_encoder=report.timed(
+            TEXT_FOLDER, lambda: load_text_encoder(paths.text_encoder, device, torch.bfloat16)
+        ),
+        dit=dit(paths.dit, variant),
+        sr_dit=None if sr is None else dit(_present(paths.sr), sr),
+    )
+
+
+def _present(path: Path | None) -> Path:
+    assert path is not None
+    return path
+
+
+def _build_synthetic(
+    model: random_weights.Synthetic,
+    variant: config.Variant,
+    sr: config.Variant | None,
+    device: torch.device,
+    linear: torch.dtype,
+    vae_dtype: torch.dtype,
+    report: _Reporter,
+) -> Components:
+    seed = model.seed
+
+    def dit(kind: config.Variant) -> DiT:
+        return report.timed(kind.name, lambda: random_weights.full_dit(kind, seed, device, linear))
+
+    return Components(
+        turbo_vae=report.timed(
+            TURBO_FOLDER,
+            lambda: random_weights.turbo_vae(config.TurboVAEConfig(), seed, device, vae_dtype),
+        ),
+        audio_vae=report.timed(
+            AUDIO_FOLDER, lambda: AudioVAE(random_weights.audio_vae(OobleckConfig(), seed, device))
+        ),
+        image_vae=report.timed(
+            IMAGE_FOLDER, lambda: random_weights.image_vae(seed, device, vae_dtype)
+        ),
+        text_encoder=report.timed(
+            TEXT_FOLDER, lambda: random_weights.text_encoder(seed, device, torch.bfloat16)
+        ),
+        dit=dit(variant),
+        sr_dit=None if sr is None else dit(sr),
+    )
+
+
+def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        options = ", ".join(repr(item) for item in allowed)
+        raise InvalidRequestError(f"{name} must be one of {options}, got {value!r}")
+
+
+class _Reporter:
+    """Passes reading progress on and logs how long each component took."""
+
+    def __init__(self, on_load: OnLoad | None) -> None:
+        self._on_load: OnLoad = on_load or (lambda component, done, of: None)
+
+    def timed(self, name: str, build: Callable[[], Part]) -> Part:
+        self._on_load(name, 0, 0)
+        start = time.perf_counter()
+        part = build()
+        log.info("loaded %s in %.1f s", name, time.perf_counter() - start)
+        self._on_load(name, 1, 1)
+        return part
+
+    def reader(self, name: str) -> checkpoint.OnRead:
+        return lambda done, of: self._on_load(name, done, of)

@@ -1,0 +1,196 @@
+"""What is in a model directory and what this machine will do with it, as plain data for `inspect`
+and `doctor`.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+
+import torch
+
+from magihuman.graphs.support import why_not
+from magihuman.runtime import checkpoint
+from magihuman.runtime.config import VARIANTS, DiTConfig
+from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key, load_image_vae
+from magihuman.runtime.loading import (
+    AUDIO_FOLDER,
+    IMAGE_FOLDER,
+    TEXT_FOLDER,
+    TURBO_FOLDER,
+    dit_bytes,
+)
+from magihuman.runtime.model.dit import DiT
+
+PACKAGES = (
+    "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "av", "scipy", "pillow",
+    "huggingface_hub",
+)  # fmt: skip
+WORKSPACE_BYTES = 4 * 2**30  # activations of a 256p clip and the decoder's, rounded up
+
+
+@dataclass
+class Component:
+    """One folder of a model directory."""
+
+    name: str
+    state: str  # "ok", "missing", or what is wrong with it
+    tensors: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    disk_bytes: int = 0
+    device_bytes: int = 0
+
+    @property
+    def is_ok(self) -> bool:
+        """Complete, with every name and shape as the model wants it."""
+        return self.state == "ok"
+
+
+def inspect_model(root: Path) -> list[Component]:
+    """Every component of a model directory: transformers and text encoder by file headers alone,
+    the small ones by loading them.
+    """
+    if not root.is_dir():
+        raise CheckpointError(f"{root} must be a directory with the published folders")
+    found = [_inspect_dit(root / name, name) for name in VARIANTS]
+    cpu = torch.device("cpu")
+    found.append(
+        _inspect(
+            root / TURBO_FOLDER,
+            lambda f: _pickled(checkpoint.load_turbo_vae(f, cpu, torch.float32)),
+        )
+    )
+    found.append(_inspect(root / TEXT_FOLDER, lambda f: _scanned(f, "model.encoder.", "encoder.")))
+    found.append(_inspect(root / AUDIO_FOLDER, _inspect_audio))
+    found.append(_inspect(root / IMAGE_FOLDER, _inspect_image))
+    return found
+
+
+def fits(components: list[Component], memory_bytes: int) -> dict[str, bool]:
+    """Which of the usual line-ups stay in so much memory together, with room to work."""
+    size = {component.name: component.device_bytes for component in components}
+    shared = sum(size[name] for name in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER))
+    lineups = {
+        "distill": ["distill"],
+        "base": ["base"],
+        "distill + 540p": ["distill", "540p_sr"],
+        "distill + 1080p": ["distill", "1080p_sr"],
+    }
+    ok = {component.name for component in components if component.is_ok}
+    return {
+        label: shared + sum(size[name] for name in names) + WORKSPACE_BYTES <= memory_bytes
+        for label, names in lineups.items()
+        if ok.issuperset(names)
+    }
+
+
+def machine() -> dict[str, str]:
+    """Versions, devices and the paths that will be taken here, each with its reason."""
+    facts = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for name in PACKAGES:
+        facts[name] = metadata.version(name) if util.find_spec(_module(name)) else "not installed"
+    facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here"
+    if not torch.cuda.is_available():
+        built = (
+            "built for CUDA, but no GPU is usable" if torch.version.cuda else "built without CUDA"
+        )
+        facts["device"] = f"cpu, {torch.get_num_threads()} threads (this PyTorch is {built})"
+        facts["transformer"] = "plain PyTorch; sums in fp32 over bf16 operands"
+        facts["attention"] = "plain PyTorch in fp32"
+        facts["image and video autoencoders"] = "fp32, exact and faster than bf16 on a CPU"
+        return facts
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        facts[f"cuda:{index}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor},"
+            f" {properties.multi_processor_count} SMs, {free / 2**30:.1f} of {total / 2**30:.1f}"
+            " GiB free"
+        )
+    facts["device"] = f"cuda:0 by default, CUDA {torch.version.cuda}"
+    reason = why_not(DiTConfig(), torch.bfloat16, torch.device("cuda:0"))
+    if reason is None:
+        from magihuman.kernels import attention_backends
+
+        facts["transformer"] = "compiled: one captured graph of fused kernels, replayed"
+        facts["frame-local layers"] = "plain PyTorch (super-resolution to 1080p)"
+        dim = DiTConfig().head_dim
+        for name in attention_backends.NAMES:
+            missing = attention_backends.why_not(name, dim, torch.device("cuda:0"))
+            facts[f"attention by {name}"] = "usable" if missing is None else f"not used: {missing}"
+    else:
+        facts["transformer"] = f"plain PyTorch, bf16 linears on the tensor cores: {reason}"
+        facts["attention"] = "PyTorch's scaled_dot_product_attention in bf16"
+    facts["image and video autoencoders"] = "bf16, as published"
+    return facts
+
+
+def _inspect(folder: Path, read: object) -> Component:
+    component = Component(folder.name, "ok")
+    if not folder.is_dir():
+        component.state = "missing"
+        return component
+    component.disk_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    try:
+        tensors = read(folder)  # type: ignore[operator]
+    except CheckpointError as error:
+        component.state = str(error)
+        return component
+    component.tensors = len(tensors)
+    component.dtypes = dict(Counter(dtype for dtype, _ in tensors))
+    component.device_bytes = sum(size for _, size in tensors)
+    return component
+
+
+def _inspect_dit(folder: Path, name: str) -> Component:
+    def read(place: Path) -> list[tuple[str, int]]:
+        found = checkpoint.scan(place)
+        with torch.device("meta"):
+            model = DiT(checkpoint.dit_config(place, VARIANTS[name]))
+        wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        checkpoint.check_keys({key: info.shape for key, info in found.items()}, wanted, str(place))
+        return [(info.dtype, info.size_bytes) for info in found.values()]
+
+    component = _inspect(folder, read)
+    if component.is_ok:
+        component.device_bytes = dit_bytes(folder, torch.bfloat16)
+    return component
+
+
+def _inspect_image(folder: Path) -> list[tuple[str, int]]:
+    load_image_vae(folder, torch.device("cpu"), torch.float32)
+    state = checkpoint.load_pickle(folder / WEIGHTS_NAME)
+    return _tensors({key: value for key, value in state.items() if diffusers_key(key)})
+
+
+def _inspect_audio(folder: Path) -> list[tuple[str, int]]:
+    checkpoint.load_audio_vae(folder, torch.device("cpu"))
+    return _scanned(folder, checkpoint.AUDIO_VAE_PREFIX)
+
+
+def _scanned(folder: Path, *prefixes: str) -> list[tuple[str, int]]:
+    found = checkpoint.scan(folder)
+    kept = [info for key, info in found.items() if key.startswith(prefixes)]
+    if not kept:
+        raise CheckpointError(f"{folder} has no tensors named {' or '.join(prefixes)}...")
+    return [(info.dtype, info.size_bytes) for info in kept]
+
+
+def _pickled(model: torch.nn.Module) -> list[tuple[str, int]]:
+    return _tensors(model.state_dict())
+
+
+def _tensors(state: dict[str, torch.Tensor]) -> list[tuple[str, int]]:
+    return [
+        (str(value.dtype).removeprefix("torch."), value.numel() * value.element_size())
+        for value in state.values()
+    ]
+
+
+def _module(package: str) -> str:
+    return {"pillow": "PIL"}.get(package, package)

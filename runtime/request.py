@@ -1,0 +1,292 @@
+"""What goes into a generation and what comes out, with validation. Imports numpy, never torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from magihuman.runtime import config
+from magihuman.runtime.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+MIN_SECONDS, MAX_SECONDS = 0.2, 60.0
+MIN_SIDE_PX, MAX_SIDE_PX = 32, 4096
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+# The published pipeline's negative prompt (daVinci-MagiHuman repository,
+# inference/pipeline/video_generate.py).
+DEFAULT_NEGATIVE_PROMPT = " ".join(
+    """
+    Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings,
+    images, static, overall gray, worst quality, low quality, JPEG compression residue, ugly,
+    incomplete, extra fingers, poorly drawn hands, poorly drawn faces, deformed, disfigured,
+    misshapen limbs, fused fingers, still picture, messy background, three legs, many people
+    in the background, walking backwards, low quality, worst quality, poor quality, noise,
+    background noise, hiss, hum, buzz, crackle, static, compression artifacts, MP3 artifacts,
+    digital clipping, distortion, muffled, muddy, unclear, echo, reverb, room echo,
+    over-reverberated, hollow sound, distant, washed out, harsh, shrill, piercing, grating,
+    tinny, thin sound, boomy, bass-heavy, flat EQ, over-compressed, abrupt cut, jarring
+    transition, sudden silence, looping artifact, music, instrumental, sirens, alarms, crowd
+    noise, unrelated sound effects, chaotic, disorganized, messy, cheap sound, emotionless,
+    flat delivery, deadpan, lifeless, apathetic, robotic, mechanical, monotone, flat
+    intonation, undynamic, boring, reading from a script, AI voice, synthetic, text-to-speech,
+    TTS, insincere, fake emotion, exaggerated, overly dramatic, melodramatic, cheesy, cringey,
+    hesitant, unconfident, tired, weak voice, stuttering, stammering, mumbling, slurred
+    speech, mispronounced, bad articulation, lisp, vocal fry, creaky voice, mouth clicks, lip
+    smacks, wet mouth sounds, heavy breathing, audible inhales, plosives, p-pops, coughing,
+    clearing throat, sneezing, speaking too fast, rushed, speaking too slow, dragged out,
+    unnatural pauses, awkward silence, choppy, disjointed, multiple speakers, two voices,
+    background talking, out of tune, off-key, autotune artifacts
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to make. Checked on construction: a bad value raises `InvalidRequestError` naming
+    the rule.
+
+    Attributes:
+        prompt: what is seen and said; not empty. Beyond 640 tokens it is cut, with a warning.
+        image: reference face (path or PIL image); becomes the first frame.
+        audio: driving voice (path); becomes the sound, and the clip is no longer than it.
+        seconds: length asked for, 0.2 to 60; what is made is a whole number of latent frames (4 n
+            + 1 frames at 25/s).
+        width, height: size asked for in pixels; made in steps of 32, rounded down.
+        sr_width, sr_height: size after super-resolution; by default that of the engine's mode,
+            turned for portraits.
+        seed: 0 to 2^63 - 1. Same seed, device and request give the same latents, bit for bit.
+        negative_prompt: what guidance moves away from; used only where guidance is on.
+        steps, sr_steps: denoising steps; by default what the variant was made for.
+        guidance: video guidance of the base model (5.0 by default; 1.0 turns it off). Not for
+            distilled models.
+        sr_guidance: guidance of super-resolution; off by default, 3.5 as published.
+    """
+
+    prompt: str
+    image: str | os.PathLike[str] | Image | None = None
+    audio: str | os.PathLike[str] | None = None
+    seconds: float = 5.0
+    width: int = 480
+    height: int = 272
+    sr_width: int | None = None
+    sr_height: int | None = None
+    seed: int = 42
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    steps: int | None = None
+    sr_steps: int | None = None
+    guidance: float | None = None
+    sr_guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise InvalidRequestError(f"prompt must be text that is not blank, got {self.prompt!r}")
+        if not isinstance(self.negative_prompt, str):
+            raise InvalidRequestError(f"negative_prompt must be text, got {self.negative_prompt!r}")
+        for name in ("prompt", "negative_prompt"):
+            if not _is_unicode(getattr(self, name)):  # as of a command line that is not UTF-8
+                raise InvalidRequestError(
+                    f"{name} must be valid Unicode, got {getattr(self, name)!r}"
+                )
+        _number("seconds", self.seconds, MIN_SECONDS, MAX_SECONDS)
+        _whole("seed", self.seed, 0, MAX_SEED)
+        for name in ("width", "height"):
+            _whole(name, getattr(self, name), MIN_SIDE_PX, MAX_SIDE_PX)
+        if (self.sr_width is None) != (self.sr_height is None):
+            raise InvalidRequestError("sr_width and sr_height go together: give both or neither")
+        for name in ("sr_width", "sr_height"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), MIN_SIDE_PX, MAX_SIDE_PX)
+        for name in ("steps", "sr_steps"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1, MAX_STEPS)
+        for name in ("guidance", "sr_guidance"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 1.0, 100.0)
+
+    def plan(self, variant: config.Variant, sr: str | None) -> Plan:
+        """What will be made on an engine with this variant and super-resolution mode ("540p",
+        "1080p" or None).
+
+        Raises `InvalidRequestError` where the request and the engine do not fit.
+        """
+        notes: list[str] = []
+        if self.guidance is not None and variant.guidance is None and self.guidance != 1.0:
+            raise InvalidRequestError(
+                f"guidance must stay unset for the {variant.name} variant, which was distilled to"
+                f" run without, got {self.guidance:g}; load variant='base' to use guidance"
+            )
+        if sr is None:
+            for name in ("sr_width", "sr_steps", "sr_guidance"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequestError(
+                        f"{name} needs an engine loaded with super-resolution: load(...,"
+                        " sr='540p' or '1080p')"
+                    )
+        rows, columns = config.latent_side(self.height), config.latent_side(self.width)
+        stride = config.VIDEO_STRIDE[1]
+        if (columns * stride, rows * stride) != (self.width, self.height):
+            notes.append(
+                f"sizes are made in steps of 32 pixels: asked for {self.width}x{self.height},"
+                f" making {columns * stride}x{rows * stride}"
+            )
+        sr_rows = sr_columns = None
+        if sr is not None:
+            width, height = config.SR_SIZES[sr]
+            if self.height > self.width:
+                width, height = height, width
+            width, height = self.sr_width or width, self.sr_height or height
+            sr_rows, sr_columns = config.latent_side(height), config.latent_side(width)
+            if (sr_columns * stride, sr_rows * stride) != (width, height):
+                notes.append(
+                    f"sizes are made in steps of 32 pixels: super-resolution to {width}x{height}"
+                    f" makes {sr_columns * stride}x{sr_rows * stride}"
+                )
+            if sr_rows < rows or sr_columns < columns:
+                raise InvalidRequestError(
+                    f"super-resolution must not shrink the clip:"
+                    f" {columns * stride}x{rows * stride} does not fit"
+                    f" {sr_columns * stride}x{sr_rows * stride}; ask for a smaller width and height"
+                )
+        guidance = variant.guidance if self.guidance is None else self.guidance
+        return Plan(
+            audio=config.audio_latents(self.seconds),
+            rows=rows,
+            columns=columns,
+            sr_rows=sr_rows,
+            sr_columns=sr_columns,
+            steps=self.steps or variant.steps,
+            sr_steps=self.sr_steps or (config.VARIANTS[f"{sr}_sr"].steps if sr else 0),
+            guidance=None if guidance in (None, 1.0) else guidance,
+            sr_guidance=None if self.sr_guidance in (None, 1.0) else self.sr_guidance,
+            warnings=tuple(notes),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request resolved against an engine: latent sizes, steps, guidance, and what differs from
+    what was asked.
+    """
+
+    audio: int
+    rows: int
+    columns: int
+    sr_rows: int | None
+    sr_columns: int | None
+    steps: int
+    sr_steps: int
+    guidance: float | None
+    sr_guidance: float | None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def frames(self) -> int:
+        """Latent video frames."""
+        return config.latent_frames(self.audio)
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height) of the finished frames."""
+        stride = config.VIDEO_STRIDE[1]
+        return (self.sr_columns or self.columns) * stride, (self.sr_rows or self.rows) * stride
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the finished clip."""
+        return config.video_frames(self.frames) / config.FPS
+
+    def with_audio(self, latents: int) -> Plan:
+        """The plan for driving audio of so many latents."""
+        return dataclasses.replace(self, audio=latents)
+
+    def with_note(self, note: str | None) -> Plan:
+        """The plan with one more warning, where there is one."""
+        return self if note is None else dataclasses.replace(self, warnings=(*self.warnings, note))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report to `on_progress`: the stage, the step just finished of how many, seconds since
+    the request began.
+    """
+
+    stage: str
+    step: int
+    of: int
+    elapsed_s: float
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished clip.
+
+    Attributes:
+        frames: uint8 [T, H, W, 3], RGB.
+        audio: float32 [samples, 2], about [-1, 1].
+        fps: frames a second.
+        sample_rate_hz: of `audio`.
+        timings_s: seconds per stage, in order.
+        seed: the request's.
+        warnings: where the clip differs from what was asked for, and why.
+    """
+
+    frames: npt.NDArray[np.uint8]
+    audio: npt.NDArray[np.float32]
+    fps: int
+    sample_rate_hz: int
+    timings_s: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the picture."""
+        return len(self.frames) / self.fps
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write an mp4 (H.264, yuv420p, AAC, ready for streaming) and return its path.
+
+        The file appears whole or not at all. Raises `OutputError`.
+        """
+        from magihuman.runtime.media import write_mp4
+
+        return write_mp4(self, Path(path))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _number(name: str, value: object, low: float, high: float) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or not low <= value <= high:  # type: ignore[operator]
+        raise InvalidRequestError(
+            f"{name} must be a number from {low:g} to {high:g}, got {value!r}"
+        )
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise InvalidRequestError(
+            f"{name} must be a whole number from {low} to {high}, got {value!r}"
+        )

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("runtime", "graphs", "kernels", "export")
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "data", "results")
+
+INSTALL = ("-m", "pip", "install", "--no-deps", "--quiet")
+
+T5GEMMA = """
+import kernels
+from transformers import T5GemmaEncoderModel
+from magihuman.kernels import reference
+print(T5GemmaEncoderModel.__name__, reference.__file__, hasattr(kernels, "get_kernel"))
+"""
+
+
+def python(*arguments: str, path: list[Path], cwd: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    result = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy of the tree, so that nothing is left in it."""
+    place = tmp_path_factory.mktemp("wheel")
+    tree = shutil.copytree(ROOT, place / "tree", ignore=LEFT_OUT)
+    shutil.copy(ROOT / ".gitignore", tree)
+    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(place))
+    python(*build, path=[], cwd=tree)
+    (built,) = place.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def names(wheel) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    python(*INSTALL, "--target", str(folder), str(wheel), path=[], cwd=folder)
+    return folder
+
+
+def test_the_only_top_level_name_is_magihuman(names):
+    tops = {name.split("/")[0] for name in names}
+    (information,) = (top for top in tops if top.endswith(".dist-info"))
+    assert tops == {"magihuman", information}
+
+
+def test_every_module_is_in_the_wheel_and_nothing_else(names):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["scikit-build"]["wheel"]["packages"]
+    folders = [name for name in FOLDERS if (ROOT / name).is_dir()]
+    assert packages == {f"magihuman/{name}": name for name in folders}
+    wanted = {
+        f"magihuman/{file.relative_to(ROOT).as_posix()}"
+        for name in folders
+        for file in (ROOT / name).rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == wanted
+    assert {"magihuman/kernels/reference.py", "magihuman/runtime/model/dit.py"} <= wanted
+    assert not any("test" in name or "benchmark" in name for name in names)
+
+
+def test_types_license_and_command_are_in_the_wheel(wheel, names):
+    assert {"magihuman/runtime/py.typed", "magihuman/kernels/py.typed"} <= set(names)
+    with zipfile.ZipFile(wheel) as archive:
+        texts = {name: archive.read(name).decode() for name in names if ".dist-info/" in name}
+    (commands,) = (text for name, text in texts.items() if name.endswith("entry_points.txt"))
+    assert "magihuman = magihuman.runtime.cli:main" in commands
+    (metadata,) = (Parser().parsestr(t) for n, t in texts.items() if n.endswith("/METADATA"))
+    assert (metadata["Name"], metadata["License-Expression"]) == ("magihuman", "Apache-2.0")
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_the_installed_wheel_works(installed, tmp_path):
+    code = "from magihuman import runtime; print(runtime.__file__, runtime.Request('hi').steps)"
+    said = python("-c", code, path=[installed], cwd=tmp_path).split()
+    assert said == [str(installed / "magihuman" / "runtime" / "__init__.py"), "None"]
+    command = installed / "bin" / "magihuman"
+    help_text = python(str(command), "--help", path=[installed], cwd=tmp_path)
+    assert "generate" in help_text and "inspect" in help_text
+
+
+def test_the_repository_root_on_the_path_does_not_disturb_transformers(tmp_path):
+    """There, `kernels` is our folder; Hugging Face's package of that name is not installed."""
+    name, _, has_get_kernel = python("-c", T5GEMMA, path=[ROOT], cwd=tmp_path).split()
+    assert (name, has_get_kernel) == ("T5GemmaEncoderModel", "False")
+
+
+def test_hugging_faces_kernels_package_wins_over_our_folder(installed, tmp_path):
+    """Both installed to the same place, and the repository root before them on the path."""
+    command = [sys.executable, *INSTALL, "--target", str(tmp_path / "theirs"), "kernels"]
+    theirs = subprocess.run(command, capture_output=True, text=True)
+    if theirs.returncode != 0:
+        pytest.skip(f"the package cannot be had here: {theirs.stderr.strip().splitlines()[-1]}")
+    both = shutil.copytree(installed, tmp_path / "both")
+    before = {file.relative_to(both) for file in both.rglob("*.py")}
+    added = {f.relative_to(tmp_path / "theirs") for f in (tmp_path / "theirs").rglob("*.py")}
+    assert not before & added  # no file of one replaces a file of the other
+    shutil.copytree(tmp_path / "theirs", both, dirs_exist_ok=True)
+    name, ours, has_get_kernel = python("-c", T5GEMMA, path=[ROOT, both], cwd=tmp_path).split()
+    assert (name, has_get_kernel) == ("T5GemmaEncoderModel", "True")
+    assert ours == str(both / "magihuman" / "kernels" / "reference.py")
