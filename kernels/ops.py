@@ -1,0 +1,141 @@
+"""Every fused kernel as a PyTorch operator, `torch.ops.magihuman.*`.
+
+On a GPU an operator launches its kernel; on the CPU it computes the reference, so that a rewritten
+graph runs, and can be tested, anywhere. `counts` is (video, audio, text), or empty for one set of
+weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from magihuman.kernels import reference as ref
+
+
+def _counts(counts: list[int]) -> ref.Counts | None:
+    return (counts[0], counts[1], counts[2]) if counts else None
+
+
+@torch.library.custom_op("magihuman::add_norm", mutates_args=())
+def add_norm(x: Tensor, delta: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """`reference.add_norm`, the norm in delta's dtype."""
+    if x.is_cuda:
+        from magihuman.kernels.sandwich_norm import sandwich_norm
+
+        return sandwich_norm(x, delta, weight, _counts(counts), delta.dtype)
+    return ref.add_norm(x, delta, weight, _counts(counts), delta.dtype)
+
+
+@add_norm.register_fake
+def _(x: Tensor, delta: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(delta)
+
+
+@torch.library.custom_op("magihuman::norm", mutates_args=())
+def norm(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+    """`reference.rms_norm` in `dtype`."""
+    if x.is_cuda:
+        from magihuman.kernels.sandwich_norm import sandwich_norm
+
+        return sandwich_norm(x, None, weight, _counts(counts), dtype)[1]
+    return ref.rms_norm(x, weight, _counts(counts)).to(dtype)
+
+
+@norm.register_fake
+def _(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@torch.library.custom_op("magihuman::qk_norm_rope", mutates_args=())
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    counts: list[int],
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of `reference.split_qkv`, contiguous."""
+    if qkv.is_cuda:
+        from magihuman.kernels import qk_norm_rope as kernel
+
+        return kernel.qk_norm_rope(qkv, q_weight, k_weight, rope, _counts(counts), heads, kv_heads)
+    parts = ref.split_qkv(qkv, q_weight, k_weight, rope, _counts(counts), heads, kv_heads)
+    q, k, v = (part.clone(memory_format=torch.contiguous_format) for part in parts[:3])
+    return q, k, v
+
+
+@qk_norm_rope.register_fake
+def _(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    counts: list[int],
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dim = (qkv.shape[1] - heads) // (heads + 2 * kv_heads)
+    q, k, v = (qkv.new_empty(qkv.shape[0], count, dim) for count in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+@torch.library.custom_op("magihuman::gated_attention", mutates_args=())
+def gated_attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, backend: str
+) -> Tensor:
+    """`reference.gated_attention` over the first `length` keys, by a backend of
+    `attention_backends`.
+    """
+    if q.is_cuda:
+        from magihuman.kernels import attention_backends
+
+        return attention_backends.run(backend, q, k, v, gate, length)
+    return ref.gated_attention(q, k, v, gate, None, length).contiguous()
+
+
+@gated_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("magihuman::activation", mutates_args=())
+def activation(x: Tensor, kind: str, padded: int) -> Tensor:
+    """`reference.swiglu7` or `gelu7`, rows padded with zeros to `padded` columns."""
+    if x.is_cuda:
+        from magihuman.kernels import activations as kernels
+
+        return {"swiglu7": kernels.swiglu7, "gelu7": kernels.gelu7}[kind](x, padded)
+    out = {"swiglu7": ref.swiglu7, "gelu7": ref.gelu7}[kind](x)
+    return torch.nn.functional.pad(out, (0, padded - out.shape[1]))
+
+
+@activation.register_fake
+def _(x: Tensor, kind: str, padded: int) -> Tensor:
+    return x.new_empty(x.shape[0], padded)
+
+
+@torch.library.custom_op("magihuman::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """`reference.linear`; weight rows may be wider than their shape says, padded with zeros to x's.
+
+    x: [N, K'], K' at least K; weight: [out, K] or [3 out, K], of row stride K'.
+    """
+    if weight.shape[1] != x.shape[1]:
+        weight = weight.as_strided((weight.shape[0], x.shape[1]), weight.stride())
+    groups = _counts(counts)
+    if groups is None or not x.is_cuda:
+        return ref.linear(x, weight, groups)
+    experts = weight.chunk(3)
+    out = x.new_empty(x.shape[0], experts[0].shape[0])
+    for rows, own, result in zip(x.split(groups), experts, out.split(groups), strict=True):
+        if rows.shape[0]:
+            torch.mm(rows, own.t(), out=result)
+    return out
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // (3 if counts else 1))

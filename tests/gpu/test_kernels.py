@@ -1,0 +1,150 @@
+"""Every fused kernel against its reference, on a GPU: fresh inputs, poisoned outputs, odd shapes.
+
+Errors are relative to the reference in fp32 over the same inputs, and may be at most a tenth larger
+than those of the plain bf16 version.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import golden
+from magihuman.kernels import reference as ref
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from magihuman.kernels import (
+    activations,
+    attention_backends,
+    head_gate,
+    ops,
+    qk_norm_rope,
+    sandwich_norm,
+)
+
+DEVICE = torch.device("cuda")
+ROWS = [1, 63, 127, 4266, 14762]
+SLACK = 1.1
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """What the allocator hands out next is full of NaN."""
+    torch.full((1 << 28,), float("nan"), device=DEVICE)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def groupings(rows: int) -> list[ref.Counts | None]:
+    """No groups; three runs; runs of length 0 and 1."""
+    third = rows // 3
+    return [None, (rows - 2 * third, third, third), (0, 1, rows - 1), (rows, 0, 0)]
+
+
+def assert_close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    assert golden.error(ours, exact) <= SLACK * golden.error(plain, exact) + 1e-7
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("channels", [128, 384, 5120])
+def test_sandwich_norm(rows: int, channels: int) -> None:
+    for counts in groupings(rows):
+        x, delta = randn(rows, channels, dtype=torch.float32), randn(rows, channels)
+        weight = 0.1 * randn(channels * (3 if counts else 1), dtype=torch.float32)
+        total, normed = sandwich_norm.sandwich_norm(x, delta, weight, counts, torch.bfloat16)
+        plain_total, plain = ref.add_norm(x, delta, weight, counts, torch.bfloat16)
+        assert torch.equal(total, plain_total)
+        assert_close(normed, plain, ref.rms_norm(x + delta, weight, counts))
+        same, normed = sandwich_norm.sandwich_norm(x, None, weight, counts, torch.bfloat16)
+        assert same is x
+        exact = ref.rms_norm(x, weight, counts)
+        assert_close(normed, exact.to(torch.bfloat16), exact)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (4, 2, 64), (4, 2, 32)])
+def test_qk_norm_rope(rows: int, heads: int, kv_heads: int, dim: int) -> None:
+    angle = randn(rows, 3 * dim // 8, dtype=torch.float32)
+    rope = torch.cat((angle.sin(), angle.cos()), dim=1)
+    for counts in groupings(rows):
+        qkv = randn(rows, (heads + 2 * kv_heads) * dim + heads)
+        weights = [0.1 * randn(dim * (3 if counts else 1), dtype=torch.float32) for _ in range(2)]
+        arguments = (*weights, rope, counts, heads, kv_heads)
+        ours = qk_norm_rope.qk_norm_rope(qkv, *arguments)
+        plain = ref.split_qkv(qkv, *arguments)
+        exact = ref.split_qkv(qkv.float(), *arguments)
+        for part in range(3):
+            assert ours[part].is_contiguous()
+            assert_close(ours[part], plain[part], exact[part])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [340, 13652])
+def test_activations(rows: int, width: int) -> None:
+    padded = -(-width // 128) * 128
+    x = 4 * randn(rows, 2 * width)
+    out = activations.swiglu7(x, padded)
+    assert_close(out[:, :width], ref.swiglu7(x), ref.swiglu7(x.float()))
+    assert (out[:, width:] == 0).all()
+    out = activations.gelu7(x, 2 * width + 8)
+    assert_close(out[:, : 2 * width], ref.gelu7(x), ref.gelu7(x.float()))
+    assert (out[:, 2 * width :] == 0).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_head_gate(rows: int) -> None:
+    x, gate = randn(rows, 40, 128), randn(rows, 47)[:, 3:43]
+    exact = ref.head_gate(x.float(), gate)
+    assert_close(head_gate.head_gate(x, gate), ref.head_gate(x, gate), exact)
+
+
+@pytest.mark.parametrize("name", attention_backends.NAMES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (4, 2, 64), (4, 2, 32)])
+def test_attention(name: str, rows: int, heads: int, kv_heads: int, dim: int) -> None:
+    reason = attention_backends.why_not(name, dim, DEVICE)
+    if name == "cudnn" and rows == 1:
+        reason = "cuDNN takes no single query with a mask"
+    if reason is not None:
+        pytest.skip(reason)
+    q = randn(rows, heads, dim)
+    q[: rows // 2] *= 3  # some rows with sharp peaks
+    k, v = randn(rows, kv_heads, dim), randn(rows, kv_heads, dim)
+    gate = randn(rows, heads + 3)[:, 1 : 1 + heads]
+    for length in sorted({1, max(1, rows // 2), max(1, rows - 1), rows}):
+        k[length:], v[length:] = 50.0, -1000.0  # must not be seen
+        valid = torch.tensor(length, device=DEVICE, dtype=torch.int32)
+        ours = attention_backends.run(name, q, k, v, gate, valid)
+        keys, values = k[:length], v[:length]
+        exact = exact_attention(q, keys, values, gate)
+        plain = ref.gated_attention(q, keys, values, gate)
+        assert_close(ours, plain, exact)
+        k[length:], v[length:] = 0.0, 0.0
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """fp32, a head at a time."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q, dtype=torch.float32)
+    for head in range(q.shape[1]):
+        keys, values = (x[:, head // group].float() for x in (k, v))
+        scores = q[:, head].float() @ keys.T * q.shape[2] ** -0.5
+        out[:, head] = scores.softmax(-1) @ values
+    return out * gate.float().sigmoid()[..., None]
+
+
+@pytest.mark.parametrize("rows", [1, 63, 4266])
+def test_linear_with_row_ranges_and_padded_rows(rows: int) -> None:
+    for counts in groupings(rows):
+        weight = randn(96 * (3 if counts else 1), 384)
+        weight[:, 340:] = 0
+        x = randn(rows, 384)
+        out = ops.linear(x, weight[:, :340], list(counts or ()))
+        plain = ref.linear(x, weight, counts)
+        exact = ref.linear(x.float(), weight.float(), counts)
+        assert_close(out, plain, exact)
