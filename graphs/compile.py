@@ -1,0 +1,168 @@
+"""The order of the passes, the counts they must reach, and the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from magihuman.graphs import store
+from magihuman.graphs.capture import capture
+from magihuman.graphs.passes import activation, attention, linear, qk_norm_rope, sandwich_norm
+from magihuman.graphs.passes.context import Context
+from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
+from magihuman.kernels.reference import Counts
+
+Pass = Callable[[fx.GraphModule, Context], int]
+
+TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do; these occur nowhere else in a graph
+ANY_BACKEND = "any"  # of attention, where nothing depends on it
+
+
+class CompileError(RuntimeError):
+    """A pass did not find what the architecture implies."""
+
+
+@dataclass
+class Report:
+    """What compiling did."""
+
+    nodes_before: int = 0
+    nodes_after: int = 0
+    attention: str = ""
+    from_cache: bool = False
+    matches: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def passes_for(config: Any) -> list[tuple[str, Pass, int]]:
+    """Every pass with the number of matches that the architecture implies."""
+    layers = config.num_layers
+    return [
+        ("sandwich_norm", sandwich_norm.run, 2 * layers),
+        ("qk_norm_rope", qk_norm_rope.run, layers),
+        ("attention", attention.run, layers - len(config.local_attention_layers)),
+        ("activation", activation.run, layers),
+        ("linear", linear.run, 4 * layers),
+    ]
+
+
+def compile_forward(
+    model: nn.Module,
+    config: Any,
+    counts: Counts,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_backend: str | None = None,
+    cache: Path | None = None,
+) -> tuple[fx.GraphModule, Report]:
+    """The forward of `model` for sequences of `counts` tokens, in fused kernels.
+
+    Args:
+        model: a DiT with the signature of `magihuman.runtime.model.dit.DiT.forward`.
+        config: its architecture, without frame-local layers.
+        counts: tokens of each modality; text includes the padding of its bucket.
+        dtype: of the linears inside the blocks.
+        device: that the model is on.
+        attention_backend: one of `attention_backends.NAMES`; by default what measures fastest here.
+        cache: folder of rewritten graphs; by default the user's.
+
+    Returns:
+        A module that takes video, audio, text, rope and length, and the report.
+
+    Raises:
+        CaptureError: the forward is not one graph.
+        CompileError: a pass found more or fewer places than the architecture has.
+    """
+    report = Report()
+    start = time.perf_counter()
+    if device.type == "cuda" and attention_backend is None:
+        shape = (sum(counts), config.heads, config.kv_heads, config.head_dim)
+        from magihuman.kernels import attention_backends
+
+        attention_backend = attention_backends.fastest(*shape, device)
+    report.attention = attention_backend or ANY_BACKEND
+    report.seconds["choose attention"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    key = store.key_of(config, dtype, model)
+    module = store.load(key, model, cache)
+    report.from_cache = module is not None
+    report.seconds["cache"] = time.perf_counter() - start
+    if module is None:
+        module = rewrite(model, Context(config, TRACE_COUNTS, dtype, device), report)
+        store.save(module, key, cache)
+    specialize(module, counts, report.attention)
+    report.nodes_after = len(module.graph.nodes)
+    return module, report
+
+
+def rewrite(model: nn.Module, context: Context, report: Report) -> fx.GraphModule:
+    """Capture the whole forward and run every pass on it, at the context's token counts."""
+    start = time.perf_counter()
+    module = capture(model, example_inputs(context), local=None)
+    report.seconds["capture"] = time.perf_counter() - start
+    report.nodes_before = len(module.graph.nodes)
+    for name, run, expected in passes_for(context.config):
+        start = time.perf_counter()
+        found = run(module, context)
+        report.seconds[name] = time.perf_counter() - start
+        report.matches[name] = found
+        if found != expected:
+            raise CompileError(
+                f"the pass {name} must find {expected} places in {context.config.num_layers}"
+                f" layers, found {found}; the model and kernels/reference.py have drifted apart"
+            )
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def specialize(module: fx.GraphModule, counts: Counts, attention_backend: str) -> None:
+    """Put token counts and the attention backend into a graph rewritten at `TRACE_COUNTS`.
+
+    Once rewritten, a graph holds the counts only as whole lists: of the modality layers' operators
+    and of the split before the heads. So one capture serves every length and size.
+    """
+    traced = list(TRACE_COUNTS)
+    for node in module.graph.nodes:
+        node.args = tuple(
+            list(counts) if isinstance(argument, (list, tuple)) and list(argument) == traced
+            else argument
+            for argument in node.args
+        )  # fmt: skip
+        if node.target is torch.ops.magihuman.gated_attention.default:
+            node.args = (*node.args[:-1], attention_backend)
+    module.recompile()
+
+
+def example_inputs(context: Context) -> dict[str, Tensor]:
+    """Tensors of the shapes that the captured graph takes."""
+    config = context.config
+    video, audio, text = context.counts
+    return {
+        "video": context.example(video, config.video_channels),
+        "audio": context.example(audio, config.audio_channels),
+        "text": context.example(text, config.text_channels),
+        "rope": context.example(context.tokens, 6 * config.rope_bands),
+        "length": context.example(dtype=torch.int32),
+    }
+
+
+def pad_weights(model: nn.Module, config: Any) -> None:
+    """Lay the weights of the last product of each MLP out in rows of whole tiles, once.
+
+    Values and shapes stay what they are; the storage behind a row is longer and filled with zeros.
+    """
+    for name, parameter in model.named_parameters():
+        width = parameter.shape[-1]
+        padded = activation.padded_width(width)
+        if name.endswith("down_proj.weight") and parameter.stride(0) == width != padded:
+            storage = parameter.new_zeros(parameter.shape[0], padded)
+            storage[:, :width] = parameter.data
+            parameter.data = storage[:, :width]

@@ -1,0 +1,36 @@
+"""Attention and the head gate become one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from magihuman.graphs.passes.context import Context
+from magihuman.graphs.passes.rewrite import replace
+from magihuman.kernels import reference as ref
+
+
+def run(module: fx.GraphModule, context: Context) -> int:
+    """One for every layer that attends to all tokens."""
+    config = context.config
+    shapes = [(context.tokens, n, config.head_dim) for n in (config.heads, *[config.kv_heads] * 2)]
+
+    def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
+        arguments: tuple[Any, ...] = (
+            *inputs,
+            "any",
+        )  # the backend is chosen when the graph is specialised
+        return [graph.call_function(torch.ops.magihuman.gated_attention.default, arguments)]
+
+    return replace(
+        module,
+        lambda q, k, v, gate, length: ref.gated_attention(q, k, v, gate, None, length),
+        (
+            *(context.example(*shape, dtype=context.dtype) for shape in shapes),
+            context.example(context.tokens, config.heads, dtype=context.dtype),
+            context.example(dtype=torch.int32),
+        ),
+        build,
+    )

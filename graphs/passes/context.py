@@ -1,0 +1,48 @@
+"""What the passes know of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from magihuman.kernels.reference import Counts
+
+
+@dataclass(frozen=True)
+class Context:
+    """Sizes of the captured model.
+
+    Attributes:
+        config: the architecture, anything with the fields of `magihuman.runtime`'s `DiTConfig`.
+        counts: tokens of each modality.
+        dtype: of the linears inside the blocks.
+        device: that the model is on.
+    """
+
+    config: Any
+    counts: Counts
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence, padding included."""
+        return sum(self.counts)
+
+    @property
+    def hidden(self) -> int:
+        """Channels of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def groupings(self) -> tuple[Counts | None, ...]:
+        """The ways in which layers group rows: by modality, and not at all."""
+        layers, modality = self.config.num_layers, len(self.config.modality_layers)
+        return ((self.counts,) if modality else ()) + ((None,) if modality < layers else ())
+
+    def example(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor to trace with."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
