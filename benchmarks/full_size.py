@@ -1,0 +1,204 @@
+"""The engine at full size with random weights: seconds per stage, memory, agreement with fp32.
+
+    python benchmarks/full_size.py [--folder RESULTS] [--scratch DISK]
+
+480x256, 5 s, 300 text tokens: a sequence of 4,266 tokens. Every component is resident: transformer,
+text encoder, audio, image and video autoencoders. With --scratch, the transformer is also written
+to that folder in the published layout (7 shards, 28.5 GiB) and loaded back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import environment
+import torch
+from safetensors.torch import save_file
+
+from magihuman import runtime
+from magihuman.runtime import config, denoise, random_weights, tokens
+
+PROMPT = ("A woman with red hair looks into the camera, smiles and says: good morning! " * 4)[:300]
+LAYOUT = tokens.Layout(frames=32, rows=16, columns=30, audio=126, text=300)
+REPEATS = 3
+SHARDS = 7
+GIB = 2**30
+
+
+def generation(*, compiled: bool) -> dict[str, Any]:
+    """Whole requests, first one apart; the same seed must give the same clip."""
+    start = time.perf_counter()
+    engine = runtime.load(runtime.synthetic("distill"), compile=compiled)
+    torch.cuda.synchronize()
+    load_s = time.perf_counter() - start
+    resident = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    videos = [engine.generate(PROMPT, seed=1) for _ in range(1 + REPEATS)]
+    first, *rest = videos
+    stages = {
+        name: statistics.median(video.timings_s[name] for video in rest) for name in first.timings_s
+    }
+    assert all((video.frames == first.frames).all() for video in rest)
+    assert all((video.audio == first.audio).all() for video in rest)
+    start = time.perf_counter()
+    rest[0].save("/tmp/full_size.mp4")
+    write_s = time.perf_counter() - start
+    engine.close()
+    return {
+        "text_tokens": len(random_weights.byte_tokenizer()(PROMPT)["input_ids"]),
+        "sequence_tokens": LAYOUT.tokens,
+        "frames": list(first.frames.shape),
+        "steps": config.VARIANTS["distill"].steps,
+        "build_s": load_s,
+        "first_request_s": first.timings_s,
+        "median_s": stages,
+        "mp4_s": write_s,
+        "resident_gib": resident / GIB,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "same_seed_same_bits": True,
+    }
+
+
+def forward_times() -> dict[str, Any]:
+    """One forward of all 40 layers, device events."""
+    device = torch.device("cuda")
+    model = random_weights.full_dit(config.VARIANTS["distill"], 0, device, torch.bfloat16)
+    text = torch.randn(LAYOUT.text, model.config.text_channels, device=device)
+    velocity = denoise.velocity_of(model, LAYOUT, text, "v2")
+    video = torch.randn(1, 48, LAYOUT.frames, LAYOUT.rows, LAYOUT.columns, device=device)
+    sound = torch.randn(1, LAYOUT.audio, 64, device=device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(2 + 5):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            out = velocity(video, sound)
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop))
+    assert all(stream.isfinite().all() for stream in out)
+    return {"forward_ms": statistics.median(times[2:]), "output_std": [float(o.std()) for o in out]}
+
+
+def against_fp32() -> dict[str, Any]:
+    """Two layers (a modality GELU7 one, a shared SwiGLU7 one) at full width, bf16 against fp32
+    linears.
+
+    Rounding weights and activations to bf16 costs up to 2^-9 relative an operand; errors of
+    operands are independent, so a product of K terms carries about sqrt(2) 2^-9 / sqrt(3) of its
+    own size, 1.6e-3.
+    """
+    import dataclasses
+
+    device = torch.device("cuda")
+    small = dataclasses.replace(
+        config.DiTConfig(), num_layers=2, modality_layers=(0,), gelu7_layers=(0,)
+    )
+    exact = random_weights.dit(small, 0, device, torch.float32, "check")
+    rounded = random_weights.dit(small, 0, device, torch.bfloat16, "check")
+    rounded.load_state_dict(exact.state_dict())  # the same weights, rounded
+    text = torch.randn(LAYOUT.text, small.text_channels, device=device)
+    video = torch.randn(1, 48, LAYOUT.frames, LAYOUT.rows, LAYOUT.columns, device=device)
+    sound = torch.randn(1, LAYOUT.audio, 64, device=device)
+    with torch.inference_mode():
+        outputs = [
+            denoise.velocity_of(model, LAYOUT, text, "v2")(video, sound)
+            for model in (exact, rounded)
+        ]
+    errors = {
+        name: float((b.double() - a.double()).norm() / a.double().norm())
+        for name, a, b in zip(("video", "audio"), *outputs, strict=True)
+    }
+    return {"layers": 2, "relative_error": errors}
+
+
+def write_published_layout(folder: Path) -> dict[str, Any]:
+    """The full-size base model as published: bf16 block linears, the rest fp32, 7 shards."""
+    device = torch.device("cuda")
+    model = random_weights.full_dit(config.VARIANTS["base"], 0, device, torch.bfloat16)
+    state = model.state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(value.nbytes for value in state.values())
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    for key, value in state.items():
+        if sum(v.nbytes for v in parts[-1].values()) > total / SHARDS and len(parts) < SHARDS:
+            parts.append({})
+        parts[-1][key] = value
+    weight_map = {}
+    for i, part in enumerate(parts, 1):
+        name = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
+        save_file({key: value.cpu() for key, value in part.items()}, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    checksum = float(sum(value.double().sum() for value in state.values()))
+    return {"bytes": total, "largest_shard_bytes": largest, "tensors": len(state), "sum": checksum}
+
+
+LOAD = """
+import json, sys, time
+import torch
+from magihuman.runtime import checkpoint, config
+device = torch.device("cuda")
+torch.zeros(1, device=device)
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+status = lambda name: 1024 * int(open("/proc/self/status").read().split(name + ":")[1].split()[0])
+before = status("VmRSS")
+start = time.perf_counter()
+from pathlib import Path
+model = checkpoint.load_dit(Path(sys.argv[1]), config.VARIANTS["base"], device, torch.bfloat16)
+torch.cuda.synchronize()
+seconds = time.perf_counter() - start
+peak = status("VmHWM")
+total = float(sum(value.double().sum() for value in model.state_dict().values()))
+figures = {"seconds": seconds, "host_peak_growth_bytes": peak - before, "sum": total}
+print(json.dumps(figures))
+"""
+
+
+def read_published_layout(folder: Path) -> dict[str, Any]:
+    """Load it in a fresh process: seconds and growth of host memory."""
+    command = [sys.executable, "-c", LOAD, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def main() -> None:
+    """Run everything and write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
+    parser.add_argument("--scratch", type=Path)
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    for name, part in (
+        ("against_fp32", against_fp32),
+        ("forward", forward_times),
+        ("generate", functools.partial(generation, compiled=False)),
+        ("generate_compiled", functools.partial(generation, compiled=True)),
+    ):
+        figures[name] = part()
+        torch.cuda.empty_cache()
+        print(name, json.dumps(figures[name]), flush=True)
+    if arguments.scratch is not None:
+        written = write_published_layout(arguments.scratch)
+        torch.cuda.empty_cache()
+        print("written", json.dumps(written), flush=True)
+        read = read_published_layout(arguments.scratch)
+        assert read["sum"] == written["sum"]
+        figures["published_layout"] = {"written": written, "read": read}
+        print("read", json.dumps(read), flush=True)
+    print(environment.write("full_size", figures, arguments.folder))
+
+
+if __name__ == "__main__":
+    main()
