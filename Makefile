@@ -1,0 +1,74 @@
+# Needs make and Python 3.11 or later with venv; all else is installed into .venv.
+#   make demo    out/demo.mp4 from a tiny checkpoint with random weights
+#   make test    lint, types, imports, unit tests
+#   make clean   remove what these made
+# PYTHON=python3.12 picks the interpreter, TORCH=torch==2.11.0 another PyTorch; an empty TORCH=
+# leaves the version to pyproject.toml.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Folders are listed too, so that a removed module is noticed.
+SOURCES := $(shell find $(wildcard runtime graphs kernels) -name '*.py' -o -name py.typed \
+    -o -type d ! -name __pycache__)
+
+.PHONY: demo test lint types imports unit clean
+
+test: lint types imports unit
+
+lint: $(VENV)/.deps
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+imports: $(VENV)/.installed
+	$(BIN)/lint-imports --no-cache
+
+unit: $(VENV)/.installed
+	$(BIN)/pytest
+
+demo: $(VENV)/.installed
+	$(BIN)/magihuman tiny out/tiny-model
+	$(BIN)/magihuman generate --model out/tiny-model --out out/demo.mp4 \
+	    --seconds 2 --width 256 --height 256 \
+	    --prompt 'A woman looks into the camera, smiles and says: "Hello!"'
+	@$(BIN)/python -c "$$FACTS" out/demo.mp4
+	@echo "The tiny checkpoint's weights are random: its picture and sound are noise, on purpose."
+
+$(VENV)/.deps: pyproject.toml
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(PIP) install '$(TORCH)')
+	$(PIP) install '.[dev]'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.deps $(SOURCES)
+	$(PIP) install --no-deps --force-reinstall .
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("Python 3.11 or later is needed, got " + sys.version.split()[0]
+             + "; name one with PYTHON=python3.12")
+endef
+export CHECK_PYTHON
+
+define FACTS
+import sys
+import av
+with av.open(sys.argv[1]) as file:
+    picture, sound = file.streams.video[0], file.streams.audio[0]
+    print(f"{sys.argv[1]}: {picture.codec_context.name} {picture.width}x{picture.height},",
+          f"{picture.frames} frames at {picture.average_rate}/s, {sound.codec_context.name} at",
+          f"{sound.sample_rate} Hz, {file.duration / av.time_base:.2f} s")
+endef
+export FACTS
