@@ -7,6 +7,7 @@ followed by a gate kernel.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import statistics
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from magihuman.kernels.measured import Measurements
 
 NAMES = ("gluon", "triton", "fa3", "cudnn")
+GLUON_TRITON = "3.6"  # Gluon is experimental: other releases of triton have another one
 REPEATS, CALLS = 5, 4
 
 
@@ -35,8 +37,9 @@ def why_not(name: str, dim: int, device: torch.device) -> str | None:
             return f"it takes heads of 32, 64 or 128, not {dim}"
         if capability[0] != 9 if name == "gluon" else capability < (9, 0):
             return f"it is written for sm_90, this GPU is sm_{capability[0]}{capability[1]}"
-        if name == "gluon" and importlib.util.find_spec("triton.experimental.gluon") is None:
-            return "this triton has no Gluon"
+        version = importlib.metadata.version("triton")
+        if name == "gluon" and not version.startswith(f"{GLUON_TRITON}."):
+            return f"it is written for triton {GLUON_TRITON}, whose Gluon changes, not {version}"
     if name == "fa3" and importlib.util.find_spec("fa3_fwd_interface") is None:
         return "fa3-fwd is not installed"
     if name == "fa3" and (capability[0] != 9 or dim % 8):
