@@ -86,8 +86,9 @@ def load(
             (`magihuman doctor` says); False runs the plain model.
         device: a torch device; by default the first GPU, else the CPU.
         revision: of the hub repository.
-        turbo_vae, text_encoder, audio_vae, image_vae: paths (or hub ids) of components that lie
-            elsewhere than in `model`. Without an image encoder, requests with an image are refused.
+        turbo_vae, text_encoder, audio_vae, image_vae: paths of components that lie elsewhere than
+            in `model`; for the last three also hub ids. Without an image encoder, requests with an
+            image are refused.
         on_load: called with (component, bytes done, bytes in all) while weights are read.
 
     Raises:
@@ -204,7 +205,7 @@ def find(
         if override is None:
             place = root / name
             if not place.exists() and is_hub and name in HUB_IDS:
-                place = _download(HUB_IDS[name], HUB_FILES[name], None)
+                place = _third_party(name, place)
         else:
             place = Path(override)
             if not place.exists() and name in HUB_IDS and HUB_ID.fullmatch(os.fspath(override)):
@@ -267,6 +268,17 @@ def dit_bytes(folder: Path, linear: torch.dtype) -> int:
 def folder_bytes(folder: Path) -> int:
     """Bytes of the weight files in a folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _third_party(name: str, place: Path) -> Path:
+    """A third-party model from its own repository; the image encoder is optional there too."""
+    try:
+        return _download(HUB_IDS[name], HUB_FILES[name], None)
+    except CheckpointError as error:
+        if name != IMAGE_FOLDER:
+            raise
+        log.warning("no image encoder, so requests with an image will be refused: %s", error)
+        return place
 
 
 def _download(repo: str, patterns: list[str], revision: str | None) -> Path:

@@ -293,3 +293,17 @@ def test_a_snapshot_may_lack_a_folder(from_hub):
 
 def test_an_impossible_id_is_refused(from_hub):
     assert from_hub["impossible"].startswith("some--one/model cannot be downloaded: ")
+
+
+def test_of_the_hub_models_only_the_image_encoder_may_be_absent(monkeypatch, tmp_path, caplog):
+    """The network's refusal is made here; the rest is real."""
+
+    def refuse(repo, patterns, revision):
+        raise CheckpointError(f"{repo} is not there")
+
+    monkeypatch.setattr(loading, "_download", refuse)
+    absent = tmp_path / "absent"
+    assert loading._third_party(loading.IMAGE_FOLDER, absent) == absent
+    assert "requests with an image will be refused" in caplog.text
+    with pytest.raises(CheckpointError, match="stable-audio-open"):
+        loading._third_party(loading.AUDIO_FOLDER, absent)
