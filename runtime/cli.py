@@ -207,6 +207,62 @@ def doctor(as_json: JsonOption = False) -> None:
         out.print(table)
 
 
+@app.command()
+def explain(
+    variant: Annotated[str, typer.Option(help="distill, base or 540p_sr.")] = "distill",
+    seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 5.0,
+    width: Annotated[int, typer.Option(help="Pixels.")] = 480,
+    height: Annotated[int, typer.Option(help="Pixels.")] = 272,
+    text_tokens: Annotated[int, typer.Option(min=1, max=640, help="Of the prompt.")] = 300,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what compiling makes of one forward pass: operations, launches, bytes, per kind of layer.
+
+    Needs no GPU and no weights.
+    """
+    with _user_errors():
+        import torch
+
+        from magihuman.graphs import explain as explaining
+        from magihuman.runtime import config
+        from magihuman.runtime.errors import InvalidRequestError, OutputError
+        from magihuman.runtime.model.dit import DiT
+        from magihuman.runtime.tokens import Layout
+
+        chosen = config.VARIANTS.get(variant)
+        if chosen is None or chosen.local_attention:
+            raise InvalidRequestError(
+                f"variant must be distill, base or 540p_sr, which compile, got {variant!r}"
+            )
+        plan = runtime.Request("-", seconds=seconds, width=width, height=height).plan(
+            config.VARIANTS["distill"], None
+        )
+        layout = Layout(plan.frames, plan.rows, plan.columns, plan.audio, text_tokens)
+        found = explaining.explain(DiT, config.DiTConfig(), layout.counts, torch.bfloat16)
+        if html is not None:
+            try:
+                html.write_text(explaining.to_html(found), encoding="utf-8")
+            except OSError as error:
+                raise OutputError(f"{html} cannot be written: {error.strerror}") from error
+        if as_json:
+            sides = {
+                side: [vars(row) for row in getattr(found, side)] for side in ("before", "after")
+            }
+            print(json.dumps({"tokens": layout.counts, **sides, "totals": found.totals()}))
+            return
+        for side in ("before", "after"):
+            total = found.totals()[side]
+            title = f"{side}: {total['launches']:.0f} launches, {total['gigabytes']:.1f} GB"
+            table = Table("layers", "operation", "calls", "launches", "GB", title=title)
+            shown = ""
+            for row in getattr(found, side):
+                label, shown = ("" if row.layers == shown else row.layers), row.layers
+                figures = (str(row.calls), str(row.launches), f"{row.gigabytes:.2f}")
+                table.add_row(label, row.operation, *figures)
+            out.print(table)
+
+
 def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)

@@ -380,3 +380,25 @@ def test_doctor():
     assert {"device", "transformer", "attention", "free disk"} <= set(facts)
     result = run("doctor")
     assert result.exit_code == 0 and "free disk" in result.stdout
+
+
+def test_explain(tmp_path):
+    page = tmp_path / "page.html"
+    result = run("explain", "--seconds", "1", "--html", page, "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["tokens"] == [7 * 8 * 15, 26, 300]
+    after = {row["operation"] for row in found["after"]}
+    assert {"magihuman.add_norm", "magihuman.gated_attention", "magihuman.linear"} <= after
+    assert found["totals"]["after"]["launches"] < found["totals"]["before"]["launches"] / 5
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--variant", "1080p_sr"], ["--seconds", "99"], ["--html", "/proc/none/page.html"]],
+)
+def test_explain_refuses_bad_input(arguments):
+    result = run("explain", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")

@@ -1,0 +1,51 @@
+"""The explanation counts what the graphs hold."""
+
+from __future__ import annotations
+
+import torch
+
+from magihuman.graphs.explain import OUTSIDE, explain, layer_kinds, to_html
+from magihuman.runtime.config import DiTConfig
+from magihuman.runtime.model.dit import DiT
+
+COUNTS = (3840, 126, 320)
+
+
+def test_kinds_of_the_published_layers() -> None:
+    kinds = [(kind.modality, kind.gelu, kind.layers) for kind in layer_kinds(DiTConfig())]
+    assert kinds == [(True, True, 1), (True, True, 3), (False, False, 32), (True, False, 4)]
+
+
+def test_the_published_model() -> None:
+    found = explain(lambda config: DiT(config), DiTConfig(), COUNTS, torch.bfloat16)
+    calls: dict[str, int] = {}
+    for row in found.after:
+        calls[row.operation] = calls.get(row.operation, 0) + row.calls
+    assert calls["magihuman.add_norm"] == 79  # and the first, without an addition:
+    assert calls["magihuman.norm"] == 1
+    assert calls["magihuman.qk_norm_rope"] == calls["magihuman.gated_attention"] == 40
+    assert calls["magihuman.activation"] == 40
+    assert calls["magihuman.linear"] == 160
+    launches = sum(row.launches for row in found.after if row.operation == "magihuman.linear")
+    assert launches == 32 * 4 + 8 * 4 * 3
+    totals = found.totals()
+    assert totals["after"]["launches"] < totals["before"]["launches"] / 5
+    assert totals["after"]["gigabytes"] < totals["before"]["gigabytes"]
+
+    # Bytes of one operation, by hand: swiglu7 of 32 shared layers, bf16 in and out.
+    tokens = sum(COUNTS)
+    rows = [row for row in found.after if row.operation == "magihuman.activation"]
+    shared = next(row for row in rows if row.layers.startswith("32 x shared"))
+    assert abs(shared.gigabytes - 32 * tokens * (27304 + 13696) * 2 / 1e9) < 1e-6
+    assert {row.layers for row in found.after} >= {OUTSIDE}
+
+
+def test_the_page_holds_every_row() -> None:
+    small = DiTConfig(
+        num_layers=2, hidden_size=128, head_dim=32, kv_heads=2, text_channels=64,
+        modality_layers=(0,), gelu7_layers=(0,),
+    )  # fmt: skip
+    found = explain(lambda config: DiT(config), small, (12, 5, 4), torch.bfloat16)
+    page = to_html(found)
+    assert page.count("<tr><td>") == len(found.before) + len(found.after)
+    assert "12 video, 5 audio and 4 text tokens" in page
