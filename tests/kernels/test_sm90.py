@@ -39,6 +39,7 @@ def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], **optio
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
+    options = {"enable_fp_fusion": True, **options}  # the default, of which triton 3.9 wants a word
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
