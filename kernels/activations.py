@@ -1,6 +1,4 @@
-"""The clamped activations, writing rows padded with zeros to the width the next matrix product
-wants.
-"""
+"""The clamped activations, with rows padded with zeros to what the next product wants."""
 
 from __future__ import annotations
 

@@ -113,9 +113,7 @@ def fastest(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
 def _milliseconds(
     name: str, rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
 ) -> float:
-    """Device time of one call, from replays of a graph of several: the host's share does not
-    count.
-    """
+    """Device time of one call, from replays of a graph of several; the host does not count."""
     q = torch.randn(rows, heads, dim, device=device, dtype=torch.bfloat16)
     k, v = (torch.randn(rows, kv_heads, dim, device=device, dtype=torch.bfloat16) for _ in "kv")
     gate = torch.randn(rows, heads, device=device, dtype=torch.bfloat16)

@@ -1,5 +1,4 @@
-"""Attention with grouped heads, a valid key length read from device memory, and the head gate in
-its epilogue.
+"""Attention in Triton: grouped heads, key length from device memory, gate in the epilogue.
 
 An online-softmax kernel (arXiv 2205.14135, 2307.08691) over tensor-map loads. One program owns a
 tile of queries of one head and walks the keys; tiles beyond the valid length are not visited, and

@@ -24,9 +24,7 @@ class Measurements:
         self._path = (folder or CACHE) / f"{digest[:16]}.json"
 
     def get(self, key: str) -> dict[str, float] | None:
-        """Milliseconds by candidate, or None where nothing was measured. A damaged file is
-        empty.
-        """
+        """Milliseconds by candidate, or None. A damaged file counts as an empty one."""
         entry = self._read().get(key)
         return dict(entry) if isinstance(entry, dict) else None
 

@@ -86,9 +86,7 @@ def _(
 def gated_attention(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, backend: str
 ) -> Tensor:
-    """`reference.gated_attention` over the first `length` keys, by a backend of
-    `attention_backends`.
-    """
+    """`reference.gated_attention` over the first `length` keys, by this backend."""
     if q.is_cuda:
         from magihuman.kernels import attention_backends
 

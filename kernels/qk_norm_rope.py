@@ -1,6 +1,4 @@
-"""Per-head norm and rotation of q and k, and the layout attention wants, in one pass over the qkv
-rows.
-"""
+"""Per-head norm and rotation of q and k, and the layout attention wants, in one pass."""
 
 from __future__ import annotations
 

@@ -122,8 +122,7 @@ def split_qkv(
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The parts of the fused projection: q and k, normed per head and rotated, v, and the head
-    gates.
+    """Parts of the fused projection: q and k, normed per head and rotated, v, head gates.
 
     qkv: [N, (heads + 2 kv_heads) D + heads], rows [Q | K | V | gate]; weights: [D] or [3 D]; rope:
     [N, R]. Returns q [N, heads, D], k and v [N, kv_heads, D], gate [N, heads], in qkv's dtype.
@@ -278,8 +277,6 @@ def interleave_time(x: Tensor) -> Tensor:
 
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:
-    """[B, C patch^2, T, H, W] -> [B, C, T, patch H, patch W]; the channel order is (C, patch
-    column, patch row).
-    """
+    """[B, C patch^2, T, H, W] -> [B, C, T, patch H, patch W]; channels are (C, column, row)."""
     x = x.unflatten(1, (-1, patch, patch))  # [B, C, column, row, T, H, W]
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(3, 4).flatten(4, 5)

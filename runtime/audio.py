@@ -26,8 +26,7 @@ MAX_DRIVING_S = 3600.0
 
 
 def open_driving_audio(path: str | os.PathLike[str], seconds: float) -> tuple[Waveform, str | None]:
-    """Mono samples at 51.2 kHz, cut to `seconds`, and a note where the clip's length is not the
-    audio's or asked one.
+    """Mono samples at 51.2 kHz, cut to `seconds`, and a note where lengths differ.
 
     Any sample rate, mono or stereo. Raises `InvalidRequestError` for what cannot be decoded or is
     shorter than 0.2 s.
@@ -92,9 +91,7 @@ class AudioVAE:
 
 
 def resample(wave: Waveform) -> Waveform:
-    """51.2 kHz to 44.1 kHz by FFT. wave: [samples, channels]; returns [int(samples * 441 / 512),
-    channels].
-    """
+    """51.2 kHz to 44.1 kHz by FFT: [samples, channels] to [int(samples * 441 / 512), channels]."""
     length = int(len(wave) * (441 / 512))
     return np.asarray(scipy.signal.resample(wave, length), dtype=np.float32)
 

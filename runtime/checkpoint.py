@@ -251,9 +251,7 @@ def load_audio_vae(folder: Path, device: torch.device) -> Oobleck:
 
 
 def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace each `weight_g`, `weight_v` pair by `weight` = g v / ||v||, the norm over all but
-    dim 0.
-    """
+    """Each `weight_g`, `weight_v` pair as `weight` = g v / ||v||, the norm over all but dim 0."""
     folded = {}
     for key, value in state.items():
         if key.endswith(".weight_v"):

@@ -1,6 +1,4 @@
-"""The `magihuman` command. Exit codes: 0, 2 for bad input, 1 for anything else; no tracebacks for
-user errors.
-"""
+"""The `magihuman` command. Exit codes: 0, 2 for bad input, 1 for anything else."""
 
 from __future__ import annotations
 
@@ -272,9 +270,7 @@ def main() -> None:
 def _check_before_loading(
     request: runtime.Request, variant: str, sr: str | None, output: Path
 ) -> None:
-    """What can be refused before weights are read: the plan, the inputs' files, the output's
-    place.
-    """
+    """What can be refused before weights are read: plan, input files, the output's place."""
     from magihuman.runtime import config
     from magihuman.runtime.errors import InvalidRequestError
     from magihuman.runtime.media import check_output

@@ -1,6 +1,4 @@
-"""Variants, sizes and constants of the published model, as frozen data. Imports neither torch nor
-any model.
-"""
+"""Variants, sizes and constants of the published model, as frozen data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -147,9 +145,7 @@ SR_AUDIO_NOISE = 0.7  # share of fresh noise in the audio stream shown to the SR
 
 @dataclass(frozen=True)
 class TurboVAEConfig:
-    """Decoder of the published `TurboV3-Wan22-TinyShallow_7_7.json`; lists are from the output
-    side inwards.
-    """
+    """The published `TurboV3-Wan22-TinyShallow_7_7.json`; lists go from the output inwards."""
 
     latent_channels: int = LATENT_CHANNELS
     out_channels: int = 3

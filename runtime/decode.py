@@ -33,8 +33,9 @@ def decode_frames(
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """[1, 3, T, H, W], about [-1, 1], to uint8 [T, H, W, 3]: `x / 2 + 1/2`, clamped to [0, 1],
-    times 255, truncated.
+    """[1, 3, T, H, W] in about [-1, 1] to uint8 [T, H, W, 3].
+
+    `x / 2 + 1/2`, clamped to [0, 1], times 255, truncated.
     """
     scaled = (frames[0].float() * 0.5 + 0.5).clamp(0, 1) * 255
     return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous()

@@ -1,5 +1,4 @@
-"""The denoising loops: distilled, guided, super-resolving. Latents in, latents out; no text, no
-files.
+"""The denoising loops: distilled, guided, super-resolving. Latents in, latents out.
 
 Streams: video [1, 48, T, H, W], audio [1, A, 64], fp32. `noise(like)` returns fresh noise of a
 tensor's shape; where both streams draw, video draws first.
@@ -20,9 +19,7 @@ from magihuman.runtime.model.dit import DiT
 
 Velocity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Noise = Callable[[Tensor], Tensor]
-OnStep = Callable[
-    [int, int], None
-]  # (step about to start or just finished, of how many); may raise to stop
+OnStep = Callable[[int, int], None]  # (steps finished, of how many); may raise to stop
 
 
 class Forward(Protocol):
@@ -40,8 +37,9 @@ def velocity_of(
     style: config.CoordinateStyle,
     forward: Forward | None = None,
 ) -> Velocity:
-    """Velocity of both streams for one prompt. text: [L, C] fp32, L = layout.text. Tables are made
-    once, here.
+    """Velocity of both streams for one prompt; tables are made once, here.
+
+    text: [L, C] fp32, L = layout.text. forward: stands in for the model's own.
     """
     rope = model.adapter.rope(tokens.coordinates(layout, style, text.device))
     local = None
@@ -70,8 +68,7 @@ def distilled(
     """The distilled model's sampler: predict the clean clip, noise it afresh, no guidance.
 
     image: [1, 48, 1, H, W], held as latent frame 0. keep_audio: the audio is given and stays as it
-        is; its noise is
-    drawn all the same, so that the video's noise does not depend on it.
+    is; its noise is drawn all the same, so that the video's noise does not depend on it.
     """
     levels = [float(s) for s in sampling.sigmas(steps)]
     for step in range(steps):
@@ -100,10 +97,10 @@ def guided(
     keep_audio: bool = False,
     on_step: OnStep = lambda step, of: None,
 ) -> tuple[Tensor, Tensor]:
-    """The base model's sampler: UniPC on both streams, with guidance where `velocity_null` is
-    given.
+    """The base model's sampler: UniPC on both streams.
 
-    Video guidance is `guidance` while timestep > 500, then 2.0; audio guidance is 5.0.
+    Guidance applies where `velocity_null` is given. Video guidance is `guidance` while timestep >
+    500, then 2.0; audio guidance is 5.0.
     """
     levels, times = sampling.sigmas(steps), sampling.timesteps(steps)
     video_solver, audio_solver = sampling.UniPC(levels), sampling.UniPC(levels)
@@ -134,11 +131,10 @@ def super_resolve(
     image: Tensor | None = None,
     on_step: OnStep = lambda step, of: None,
 ) -> Tensor:
-    """The super-resolution sampler: UniPC on the video alone. video, audio: from `sr_start`.
-    Returns the video.
+    """The super-resolution sampler: UniPC on the video alone, which it returns.
 
-    Guidance, where `velocity_null` is given, is `guidance`, but at most 2.0 for the first 13
-    latent frames.
+    video, audio: from `sr_start`. Guidance, where `velocity_null` is given, is `guidance`, but at
+    most 2.0 for the first 13 latent frames.
     """
     solver = sampling.UniPC(sampling.sigmas(steps))
     scale = torch.full((1, 1, video.shape[2], 1, 1), guidance, device=video.device)
@@ -158,9 +154,7 @@ def super_resolve(
 def sr_start(
     video: Tensor, audio: Tensor, rows: int, columns: int, noise: Noise
 ) -> tuple[Tensor, Tensor]:
-    """Start of super-resolution: the base latents resized trilinearly and partly noised; audio
-    0.3, noise 0.7.
-    """
+    """Start of super-resolution: video resized trilinearly and partly noised, audio 0.3 kept."""
     size = (video.shape[2], rows, columns)
     video = F.interpolate(video, size=size, mode="trilinear", align_corners=True)
     keep = float(sampling.zero_snr_table()[config.SR_NOISE_INDEX])

@@ -120,8 +120,7 @@ class Engine:
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
     ) -> Video:
-        """Make one clip. The arguments are those of `Request`, or a `Request` in place of the
-        prompt.
+        """Make one clip. Arguments are those of `Request`, or a `Request` stands for all.
 
         Args:
             on_progress: called after every step with a `Progress`, from the calling thread.

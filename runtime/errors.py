@@ -1,6 +1,4 @@
-"""Errors of the runtime: one base class, few leaves. Messages give the rule, the value and the
-remedy.
-"""
+"""Errors of the runtime. Messages give the rule, the value and the remedy."""
 
 
 class MagiHumanError(Exception):

@@ -100,9 +100,7 @@ class ImageVAE:
 
     @torch.inference_mode()
     def encode(self, image: Image.Image, width_px: int, height_px: int) -> Tensor:
-        """Normalised latent of the image at this size, fp32 [1, 48, 1, H / 16, W / 16]; the mean,
-        no sampling.
-        """
+        """Normalised latent at this size, fp32 [1, 48, 1, H / 16, W / 16]; the mean, unsampled."""
         weight = self._vae.quant_conv.weight
         pixels = to_tensor(fit(image, width_px, height_px)).to(weight.device, weight.dtype)
         latent: Tensor = self._vae.encode(pixels).latent_dist.mode().float()
@@ -114,9 +112,7 @@ class ImageVAE:
 
 
 def wan_vae(base_dim: int) -> Any:
-    """Diffusers' module for the Wan 2.2 VAE with an encoder of this width; its decoder is left
-    minimal and unused.
-    """
+    """Diffusers' Wan 2.2 VAE with an encoder of this width; its decoder is minimal and unused."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(

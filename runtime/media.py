@@ -96,9 +96,7 @@ def _decoded(container: Any) -> Iterator[Any]:
 
 
 def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:
-    """Raise `OutputError` now where `write_mp4` could not write a clip of this size to `path`
-    later.
-    """
+    """Raise `OutputError` now where `write_mp4` could not write such a clip later."""
     path = path.absolute()
     folder = path.parent
     if path.suffix.lower() != ".mp4":
@@ -152,8 +150,9 @@ def _umask() -> int:
 
 
 def write_mp4(video: Video, path: Path) -> Path:
-    """H.264 (yuv420p, BT.709) and AAC, index first; sound is cut to the picture's length. Whole or
-    not at all.
+    """H.264 (yuv420p, BT.709) and AAC, index first, whole or not at all.
+
+    Sound is cut to the picture's length.
     """
     import av
 

@@ -1,5 +1,4 @@
-"""Seeded random weights: the full-size model without files, and tiny checkpoints in the published
-layouts.
+"""Seeded random weights: the full-size model without files, and tiny checkpoints.
 
 Every tensor is drawn from its own generator, seeded by the tensor's name, on the device that holds
 it: the same seed and device kind give the same weights whatever else is built. Scales keep
@@ -28,16 +27,12 @@ from magihuman.runtime.text import TextEncoder
 Module = TypeVar("Module", bound=nn.Module)
 
 WAN_BASE_DIM = 160  # width of the published image encoder
-AUDIO_GAIN = (
-    0.55  # snake adds up to 1 to every channel; this keeps the waveform within about [-1, 1]
-)
+AUDIO_GAIN = 0.55  # snake adds up to 1 to every channel; keeps the waveform within about [-1, 1]
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Stands in for a model directory in `load`: full-size components with seeded random
-    weights.
-    """
+    """Stands in for a model directory in `load`: full-size components, seeded random weights."""
 
     variant: str = "distill"
     seed: int = 0
@@ -48,9 +43,7 @@ class Synthetic:
 
 
 def randomize(module: Module, seed: int, name: str = "") -> Module:
-    """Fill every parameter in place: linears and convolutions by fan-in, norms near their neutral
-    value.
-    """
+    """Fill every parameter in place: by fan-in, norms near their neutral value."""
     owners = {id(p): owner for owner in module.modules() for p in owner.parameters(recurse=False)}
     depth = max(1, sum(isinstance(owner, Norm) for owner in owners.values()) // 4)
     with torch.no_grad():
@@ -143,9 +136,7 @@ def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEnc
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer that needs no files: one token a byte, with T5Gemma's special tokens at their
-    places.
-    """
+    """A tokenizer that needs no files: one token a byte, special tokens as T5Gemma has them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,4 @@
-"""What is in a model directory and what this machine will do with it, as plain data for `inspect`
-and `doctor`.
-"""
+"""What `inspect` and `doctor` say of a model directory and of this machine, as plain data."""
 
 from __future__ import annotations
 

@@ -55,8 +55,7 @@ DEFAULT_NEGATIVE_PROMPT = " ".join(
 
 @dataclass(frozen=True)
 class Request:
-    """One clip to make. Checked on construction: a bad value raises `InvalidRequestError` naming
-    the rule.
+    """One clip to make. Checked on construction: a bad value raises `InvalidRequestError`.
 
     Attributes:
         prompt: what is seen and said; not empty. Beyond 640 tokens it is cut, with a warning.
@@ -117,8 +116,7 @@ class Request:
                 _number(name, getattr(self, name), 1.0, 100.0)
 
     def plan(self, variant: config.Variant, sr: str | None) -> Plan:
-        """What will be made on an engine with this variant and super-resolution mode ("540p",
-        "1080p" or None).
+        """What an engine of this variant and super-resolution mode ("540p", "1080p", None) makes.
 
         Raises `InvalidRequestError` where the request and the engine do not fit.
         """
@@ -177,9 +175,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request resolved against an engine: latent sizes, steps, guidance, and what differs from
-    what was asked.
-    """
+    """A request resolved against an engine, and what differs from what was asked."""
 
     audio: int
     rows: int
@@ -219,9 +215,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """One report to `on_progress`: the stage, the step just finished of how many, seconds since
-    the request began.
-    """
+    """One report to `on_progress`: stage, steps finished of how many, seconds since the start."""
 
     stage: str
     step: int

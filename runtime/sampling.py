@@ -35,8 +35,7 @@ def timesteps(steps: int, shift: float = SHIFT) -> list[int]:
 
 
 def zero_snr_table() -> Tensor:
-    """Square roots of the cumulated alphas of the zero-terminal-SNR schedule, [1000] fp32, from
-    clean to noise.
+    """Square roots of the zero-terminal-SNR schedule's alphas, [1000] fp32, clean to noise.
 
     Scaled-linear betas 0.00085 to 0.012, shifted and scaled so that the last entry is 0 (arXiv
     2305.08891, alg. 1).
@@ -87,9 +86,7 @@ class UniPC:
         return math.inf if sigma == 0 else math.log1p(-sigma) - math.log(sigma)
 
     def _terms(self, i: int) -> tuple[float, float, float, float]:
-        """For the move from level i to i + 1: h, sigma ratio, alpha (e^-h - 1), and the ratio r of
-        the step before.
-        """
+        """Of the move from level i to i + 1: h, sigma ratio, alpha (e^-h - 1), last step's r."""
         now, then = self._log_snr(i), self._log_snr(i + 1)
         h = then - now
         ratio = self._sigma[i + 1] / self._sigma[i]

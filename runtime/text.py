@@ -44,9 +44,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, ids: Tensor) -> Tensor:
-        """Embeddings of the first 640 tokens, fp32 [L, C]. All tokens are encoded; fp16 in
-        between, as published.
-        """
+        """Embeddings of the first 640 tokens, fp32 [L, C]; encoded whole, fp16 in between."""
         ids = ids.to(self.model.device)
         hidden: Tensor = self.model(
             input_ids=ids, attention_mask=torch.ones_like(ids)

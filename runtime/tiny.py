@@ -1,6 +1,4 @@
-"""Write a tiny random checkpoint of every component, in the published layouts, for the demo and
-the tests.
-"""
+"""Write a tiny random checkpoint of every component, in the published layouts."""
 
 from __future__ import annotations
 
@@ -68,9 +66,7 @@ def write_tiny(folder: str | os.PathLike[str], seed: int = 0) -> list[Path]:
 
 
 def _write_dit(folder: Path, name: str, seed: int) -> Path:
-    """`base` in two shards with bf16 linears, the others in one fp32 file, as unlike as the
-    published ones are.
-    """
+    """`base` in two shards with bf16 linears, the others in one fp32 file."""
     folder.mkdir(exist_ok=True)
     model = random_weights.dit(DIT, seed, CPU, torch.bfloat16, name)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}

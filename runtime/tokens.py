@@ -43,9 +43,7 @@ def patchify(latent: Tensor) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, layout: Layout) -> Tensor:
-    """[T H/2 W/2, 192] -> [1, 48, T, H, W], channels in output order (row, column, C), unlike the
-    input's.
-    """
+    """[T H/2 W/2, 192] -> [1, 48, T, H, W], channels in output order (row, column, C)."""
     grid = (layout.frames, layout.rows // PATCH, layout.columns // PATCH)
     x = tokens.view(*grid, PATCH, PATCH, LATENT_CHANNELS)  # [T, H', W', ph, pw, C]
     return x.permute(5, 0, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)[None].contiguous()

@@ -1,6 +1,4 @@
-"""Find every occurrence of a reference function in a graph and build something else in its
-place.
-"""
+"""Find every occurrence of a reference function in a graph and put something else there."""
 
 from __future__ import annotations
 

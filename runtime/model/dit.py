@@ -35,9 +35,7 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Fused [Q | K | V | gate] projection, per-head norm and rotation, gated attention,
-    projection.
-    """
+    """[Q | K | V | gate] projection, per-head norm and rotation, gated attention, projection."""
 
     def __init__(self, config: DiTConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()

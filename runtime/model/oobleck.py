@@ -1,5 +1,4 @@
-"""The Oobleck audio autoencoder of stable-audio-open (arXiv 2404.10301), under its published layer
-numbers.
+"""The Oobleck autoencoder of stable-audio-open (arXiv 2404.10301), under its layer numbers.
 
 Published weights carry weight norm; `checkpoint.load_audio_vae` folds it, so the convolutions here
 are plain.
@@ -38,9 +37,7 @@ class OobleckConfig:
 
 
 class Snake(nn.Module):
-    """`x + sin(exp(alpha) x)^2 / exp(beta)` per channel (arXiv 2006.08195, with a free
-    magnitude).
-    """
+    """`x + sin(exp(alpha) x)^2 / exp(beta)` per channel (arXiv 2006.08195)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

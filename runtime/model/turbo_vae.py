@@ -35,9 +35,7 @@ class Conv3d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, act, conv, norm, SiLU, conv, plus the shortcut; the first act is ReLU right after an
-    upsample.
-    """
+    """Norm, act, conv, norm, SiLU, conv, plus shortcut; act is ReLU right after an upsample."""
 
     def __init__(self, channels: int, out: int, after_upsample: bool = False) -> None:
         super().__init__()
@@ -55,9 +53,7 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns; `in_time`: twice the frames too, of which a first window drops
-    the first.
-    """
+    """Twice the rows and columns; `in_time`: and frames, of which a first window drops one."""
 
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
@@ -110,8 +106,9 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One window: [B, 48, T, H, W] -> [B, 3, frames, 16 H, 16 W], frames = 4 T - 3 in a first
-    window, else 4 T.
+    """One window: [B, 48, T, H, W] -> [B, 3, frames, 16 H, 16 W].
+
+    frames = 4 T - 3 in a first window, else 4 T.
     """
 
     def __init__(self, config: TurboVAEConfig) -> None:
