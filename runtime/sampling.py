@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TRAIN_STEPS = 1000
@@ -21,17 +22,19 @@ def sigmas(steps: int, shift: float = SHIFT) -> Tensor:
     `linspace(1 - 1/1000, 0, steps + 1)` without its end, shifted once by `s -> shift s / (1 +
     (shift - 1) s)`, then 0.
     """
-    sigma_max = float(np.float32(1.0 - np.linspace(1, 1 / TRAIN_STEPS, TRAIN_STEPS)[-1]))
-    level = np.linspace(sigma_max, 0.0, steps + 1)[:-1]
-    level = shift * level / (1 + (shift - 1) * level)
-    return torch.from_numpy(np.append(level, 0.0).astype(np.float32))
+    return torch.from_numpy(np.append(_levels(steps, shift), 0.0).astype(np.float32))
 
 
 def timesteps(steps: int, shift: float = SHIFT) -> list[int]:
     """`sigma * 1000` truncated, for each step; guidance switches on it."""
+    return [int(level) for level in _levels(steps, shift) * TRAIN_STEPS]
+
+
+def _levels(steps: int, shift: float) -> NDArray[np.float64]:
     sigma_max = float(np.float32(1.0 - np.linspace(1, 1 / TRAIN_STEPS, TRAIN_STEPS)[-1]))
     level = np.linspace(sigma_max, 0.0, steps + 1)[:-1]
-    return [int(s) for s in shift * level / (1 + (shift - 1) * level) * TRAIN_STEPS]
+    shifted: NDArray[np.float64] = shift * level / (1 + (shift - 1) * level)
+    return shifted
 
 
 def zero_snr_table() -> Tensor:
