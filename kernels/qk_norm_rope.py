@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magihuman.kernels.reference import NORM_EPS, Counts
+from magihuman.kernels.reference import NORM_EPS, Counts, run_starts
 
 BLOCK = 2  # heads of a program
 WARPS = 1
@@ -122,8 +122,7 @@ def qk_norm_rope(
     k, v = (torch.empty((rows, kv_heads, dim), dtype=qkv.dtype, device=qkv.device) for _ in "kv")
     if rows == 0:
         return q, k, v
-    audio_start = rows if counts is None else counts[0]
-    text_start = rows if counts is None else counts[0] + counts[1]
+    audio_start, text_start = run_starts(counts, rows)
     angles = rope.shape[1] // 2
     blocks = triton.cdiv(heads, BLOCK) + triton.cdiv(kv_heads, BLOCK)
     _qk_norm_rope[(rows, blocks)](

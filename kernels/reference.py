@@ -34,6 +34,11 @@ class LocalAttention(NamedTuple):
     reach: int  # frames seen each way
 
 
+def run_starts(counts: Counts | None, rows: int) -> tuple[int, int]:
+    """First row of audio and of text; without counts, past the end: all rows are of one run."""
+    return (rows, rows) if counts is None else (counts[0], counts[0] + counts[1])
+
+
 def per_modality(
     fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, counts: Counts | None
 ) -> Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magihuman.kernels.reference import NORM_EPS, Counts
+from magihuman.kernels.reference import NORM_EPS, Counts, run_starts
 
 MAX_CHANNELS = 16384  # a row is held in registers
 
@@ -93,8 +93,7 @@ def sandwich_norm(
     total = x if delta is None else torch.empty_like(x)
     if rows == 0:
         return total, out
-    audio_start = rows if counts is None else counts[0]
-    text_start = rows if counts is None else counts[0] + counts[1]
+    audio_start, text_start = run_starts(counts, rows)
     head = 1 << (channels.bit_length() - 1)
     rest = channels - head
     _sandwich_norm[(rows,)](
