@@ -104,10 +104,9 @@ def scan(folder: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def check_keys(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], source: str
-) -> None:
-    """Raise unless names and shapes agree exactly."""
+def check_keys(found: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:
+    """Raise unless names and shapes agree exactly with the model's."""
+    wanted = shapes(model.state_dict(), source)
     problems = []
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
@@ -151,8 +150,7 @@ def load_dit(
     with torch.device("meta"):
         model = DiT(dit_config(folder, variant), linear_dtype)
     found = scan(folder)
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    check_keys({key: info.shape for key, info in found.items()}, wanted, str(folder))
+    check_keys({key: info.shape for key, info in found.items()}, model, str(folder))
 
     model = model.to_empty(device=device)
     targets = model.state_dict()
@@ -268,8 +266,7 @@ def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """`load_state_dict` with our error."""
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    check_keys(shapes(state, source), wanted, source)
+    check_keys(shapes(state, source), model, source)
     model.load_state_dict(dict(state), strict=True)
 
 

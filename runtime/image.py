@@ -176,8 +176,7 @@ def load_image_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Im
     with torch.device("meta"):
         vae = wan_vae(first[0])
         del vae.decoder, vae.post_quant_conv
-    wanted = {key: tuple(value.shape) for key, value in vae.state_dict().items()}
-    check_keys(found, wanted, str(path))
+    check_keys(found, vae, str(path))
     vae.load_state_dict(state, assign=True)
     with quiet_diffusers():
         return ImageVAE(frozen(vae.to(device=device, dtype=dtype)))

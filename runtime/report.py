@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
@@ -29,6 +30,7 @@ PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "av", "scipy", "pillow",
     "huggingface_hub",
 )  # fmt: skip
+Tensors = list[tuple[str, int]]  # dtype and bytes of each
 WORKSPACE_BYTES = 4 * 2**30  # activations of a 256p clip and the decoder's, rounded up
 
 
@@ -128,14 +130,14 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def _inspect(folder: Path, read: object) -> Component:
+def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:
     component = Component(folder.name, "ok")
     if not folder.is_dir():
         component.state = "missing"
         return component
     component.disk_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     try:
-        tensors = read(folder)  # type: ignore[operator]
+        tensors = read(folder)
     except CheckpointError as error:
         component.state = str(error)
         return component
@@ -146,12 +148,11 @@ def _inspect(folder: Path, read: object) -> Component:
 
 
 def _inspect_dit(folder: Path, name: str) -> Component:
-    def read(place: Path) -> list[tuple[str, int]]:
+    def read(place: Path) -> Tensors:
         found = checkpoint.scan(place)
         with torch.device("meta"):
             model = DiT(checkpoint.dit_config(place, VARIANTS[name]))
-        wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        checkpoint.check_keys({key: info.shape for key, info in found.items()}, wanted, str(place))
+        checkpoint.check_keys({key: info.shape for key, info in found.items()}, model, str(place))
         return [(info.dtype, info.size_bytes) for info in found.values()]
 
     component = _inspect(folder, read)
@@ -160,18 +161,18 @@ def _inspect_dit(folder: Path, name: str) -> Component:
     return component
 
 
-def _inspect_image(folder: Path) -> list[tuple[str, int]]:
+def _inspect_image(folder: Path) -> Tensors:
     load_image_vae(folder, torch.device("cpu"), torch.float32)
     state = checkpoint.load_pickle(folder / WEIGHTS_NAME)
     return _tensors({key: value for key, value in state.items() if diffusers_key(key)})
 
 
-def _inspect_audio(folder: Path) -> list[tuple[str, int]]:
+def _inspect_audio(folder: Path) -> Tensors:
     checkpoint.load_audio_vae(folder, torch.device("cpu"))
     return _scanned(folder, checkpoint.AUDIO_VAE_PREFIX)
 
 
-def _scanned(folder: Path, *prefixes: str) -> list[tuple[str, int]]:
+def _scanned(folder: Path, *prefixes: str) -> Tensors:
     found = checkpoint.scan(folder)
     kept = [info for key, info in found.items() if key.startswith(prefixes)]
     if not kept:
@@ -179,11 +180,11 @@ def _scanned(folder: Path, *prefixes: str) -> list[tuple[str, int]]:
     return [(info.dtype, info.size_bytes) for info in kept]
 
 
-def _pickled(model: torch.nn.Module) -> list[tuple[str, int]]:
+def _pickled(model: torch.nn.Module) -> Tensors:
     return _tensors(model.state_dict())
 
 
-def _tensors(state: dict[str, torch.Tensor]) -> list[tuple[str, int]]:
+def _tensors(state: dict[str, torch.Tensor]) -> Tensors:
     return [
         (str(value.dtype).removeprefix("torch."), value.numel() * value.element_size())
         for value in state.values()
