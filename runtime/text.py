@@ -31,7 +31,10 @@ class TextEncoder:
         return int(self.model.config.encoder.hidden_size)
 
     def tokenize(self, prompt: str) -> tuple[Tensor, str | None]:
-        """Token ids [1, L], uncut, and a note where the prompt is longer than the model reads."""
+        """Token ids [1, L], and a note where the prompt is longer than the model reads.
+
+        They are cut at the encoder's limit alone: it reads beyond what the model takes.
+        """
         ids: Tensor = self.tokenizer([prompt], return_tensors="pt")["input_ids"]
         excess = ids.shape[1] - MAX_TEXT_TOKENS
         if excess <= 0:
