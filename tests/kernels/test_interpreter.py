@@ -1,0 +1,96 @@
+"""The streaming kernels run on a CPU by Triton's interpreter, against their references.
+
+In fp32: the interpreter truncates where a GPU rounds to bf16. It has to be asked for before Triton
+is imported, hence the process of its own, which runs this file.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from magihuman.kernels import reference as ref
+
+pytest.importorskip("triton")
+
+ROWS = 5
+COUNTS: list[ref.Counts | None] = [None, (2, 1, 2), (0, 1, 4), (5, 0, 0)]
+
+
+def test_kernels_in_the_interpreter_agree_with_their_references() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    """The same formulas in fp32, but for the order of the sums: a few units in the last place."""
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def weight_of(columns: int, counts: ref.Counts | None) -> Tensor:
+    return 0.1 * torch.randn(columns * (3 if counts else 1))
+
+
+def in_wider_rows(columns: int) -> Tensor:
+    """Rows that do not follow each other closely, as those of a padded product."""
+    return torch.randn(ROWS, columns + 6)[:, :columns]
+
+
+def check_sandwich_norm() -> None:
+    from magihuman.kernels.sandwich_norm import sandwich_norm
+
+    for channels in (100, 128, 200):  # below, at and above a power of two
+        for counts in COUNTS:
+            x, delta = torch.randn(ROWS, channels), torch.randn(ROWS, channels)
+            weight = weight_of(channels, counts)
+            for change in (delta, None):
+                ours = sandwich_norm(x, change, weight, counts, torch.float32)
+                expected = ref.add_norm(x, change, weight, counts, torch.float32)
+                for mine, right in zip(ours, expected, strict=True):
+                    assert_close(mine, right)
+
+
+def check_qk_norm_rope() -> None:
+    from magihuman.kernels.qk_norm_rope import qk_norm_rope
+
+    for heads, kv_heads, dim in ((10, 2, 128), (4, 2, 64), (3, 1, 32)):
+        angle = torch.randn(ROWS, 3 * dim // 8)
+        rope = torch.cat((angle.sin(), angle.cos()), dim=1)
+        for counts in COUNTS:
+            qkv = in_wider_rows((heads + 2 * kv_heads) * dim + heads)
+            weights = weight_of(dim, counts), weight_of(dim, counts)
+            arguments = (qkv, *weights, rope, counts, heads, kv_heads)
+            expected = ref.split_qkv(*arguments)[:3]
+            for mine, right in zip(qk_norm_rope(*arguments), expected, strict=True):
+                assert_close(mine, right)
+
+
+def check_activations() -> None:
+    from magihuman.kernels.activations import gelu7, swiglu7
+
+    for width in (1, 21, 340, 1100):
+        x = 4 * in_wider_rows(2 * width)
+        for ours, plain in ((swiglu7, ref.swiglu7), (gelu7, ref.gelu7)):
+            expected = plain(x)
+            assert_close(ours(x), expected)
+            columns = expected.shape[1]
+            padded = ours(x, columns + 28)
+            assert_close(padded[:, :columns], expected)
+            assert (padded[:, columns:] == 0).all()
+
+
+if __name__ == "__main__":
+    # Fills what torch.empty returns with NaN: a kernel that leaves a place out is found.
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    check_sandwich_norm()
+    check_qk_norm_rope()
+    check_activations()
