@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,14 @@ from torch import Tensor, fx, nn
 
 from magihuman.graphs import store
 from magihuman.graphs.capture import capture
-from magihuman.graphs.passes import activation, attention, linear, qk_norm_rope, sandwich_norm
+from magihuman.graphs.passes import (
+    activation,
+    attention,
+    epilogue,
+    linear,
+    qk_norm_rope,
+    sandwich_norm,
+)
 from magihuman.graphs.passes.context import Context
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels.reference import Counts
@@ -35,6 +43,7 @@ class Report:
     nodes_before: int = 0
     nodes_after: int = 0
     attention: str = ""
+    linears: dict[str, str] = field(default_factory=dict)
     from_cache: bool = False
     matches: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -49,6 +58,7 @@ def passes_for(config: Any) -> list[tuple[str, Pass, int]]:
         ("attention", attention.run, layers - len(config.local_attention_layers)),
         ("activation", activation.run, layers),
         ("linear", linear.run, 4 * layers),
+        ("epilogue", epilogue.run, 3 * layers),
     ]
 
 
@@ -59,6 +69,7 @@ def compile_forward(
     dtype: torch.dtype,
     device: torch.device,
     attention_backend: str | None = None,
+    linear_route: str | None = None,
     cache: Path | None = None,
 ) -> tuple[fx.GraphModule, Report]:
     """The forward of `model` for sequences of `counts` tokens, in fused kernels.
@@ -70,6 +81,8 @@ def compile_forward(
         dtype: of the linears inside the blocks.
         device: that the model is on.
         attention_backend: one of `attention_backends.NAMES`; by default what measures fastest here.
+        linear_route: one of `linear_routes.TILES` or "library"; by default what measures fastest
+            here for each shape.
         cache: folder of rewritten graphs; by default the user's.
 
     Returns:
@@ -98,6 +111,9 @@ def compile_forward(
         module = rewrite(model, Context(config, TRACE_COUNTS, dtype, device), report)
         store.save(module, key, cache)
     specialize(module, counts, report.attention)
+    start = time.perf_counter()
+    report.linears = route_linears(module, sum(counts), linear_route)
+    report.seconds["choose linears"] = time.perf_counter() - start
     report.nodes_after = len(module.graph.nodes)
     return module, report
 
@@ -139,6 +155,38 @@ def specialize(module: fx.GraphModule, counts: Counts, attention_backend: str) -
         if node.target is torch.ops.magihuman.gated_attention.default:
             node.args = (*node.args[:-1], attention_backend)
     module.recompile()
+
+
+def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[str, str]:
+    """Put the route of each linear into a specialised graph; by default the fastest for its shape.
+
+    Returns the route of each kind, by what follows the product, its shape and its runs.
+    """
+    kinds = {
+        torch.ops.magihuman.linear.default: lambda args: ("store", *args[1:3], 0),
+        torch.ops.magihuman.linear_add_.default: lambda args: ("add", *args[2:4], 0),
+        torch.ops.magihuman.linear_activation.default: lambda args: (args[3], *args[1:3], args[4]),
+    }
+    chosen: dict[str, str] = {}
+    for node in module.graph.nodes:
+        if node.target in kinds:
+            after, weight, counts, padded = kinds[node.target](node.args)
+            values: Any = functools.reduce(getattr, weight.target.split("."), module)
+            kind = f"{after} {tuple(values.shape)}" + (" by modality" if counts else "")
+            if kind not in chosen:
+                chosen[kind] = route or _fastest(after, values, counts, rows, padded)
+            node.args = (*node.args[:-1], chosen[kind])
+    module.recompile()
+    return chosen
+
+
+def _fastest(after: Any, weight: Tensor, counts: list[int], rows: int, padded: int) -> str:
+    if not weight.is_cuda:
+        return epilogue.ANY_ROUTE
+    from magihuman.kernels import linear_routes
+
+    runs = (counts[0], counts[1], counts[2]) if counts else None
+    return linear_routes.fastest(after, weight, runs, rows, padded)
 
 
 def example_inputs(context: Context) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from magihuman.graphs.compile import (
     Report,
     example_inputs,
     rewrite,
+    route_linears,
     specialize,
 )
 from magihuman.graphs.passes.context import Context
@@ -35,6 +36,7 @@ VIEWS = {
     "transpose", "unflatten", "unsqueeze", "view",
 }  # fmt: skip
 OUTSIDE = "embedders and heads"
+OWN_ROUTE = "128x192"  # of linears: one launch each, whatever follows and however many experts
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def explain(
     before = capture(model, inputs, local=None)
     after = rewrite(model, Context(small, TRACE_COUNTS, dtype, META), Report())
     specialize(after, counts, ANY_BACKEND)
+    route_linears(after, sum(counts), OWN_ROUTE)
     return Explanation(
         counts, *(_Counter(module, kinds).rows(inputs) for module in (before, after))
     )
@@ -154,8 +157,6 @@ class _Counter(fx.Interpreter):
     def _add(self, node: fx.Node, out: Any) -> None:
         operation = str(node.target).removesuffix(".default")
         launches = 0 if operation.split(".")[1] in VIEWS else 1
-        if operation == "magihuman.linear" and node.args[2]:
-            launches = 3
         tensors = [self.env[source] for source in node.all_input_nodes] + [out]
         if operation == "aten.to.dtype" and tensors[0].dtype == out.dtype:
             launches = 0

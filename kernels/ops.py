@@ -116,24 +116,59 @@ def _(x: Tensor, kind: str, padded: int) -> Tensor:
 
 
 @torch.library.custom_op("magihuman::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """`reference.linear`; weight rows may be wider than their shape says, padded with zeros to x's.
+def linear(x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
+    """`reference.linear` by this route; x may have more columns than the weight, zeros.
 
-    x: [N, K'], K' at least K; weight: [out, K] or [3 out, K], of row stride K'.
+    x: [N, K'], K' at least K; weight: [out, K] or [3 out, K], of row stride K' where K' is not K.
     """
-    if weight.shape[1] != x.shape[1]:
-        weight = weight.as_strided((weight.shape[0], x.shape[1]), weight.stride())
-    groups = _counts(counts)
-    if groups is None or not x.is_cuda:
-        return ref.linear(x, weight, groups)
-    experts = weight.chunk(3)
-    out = x.new_empty(x.shape[0], experts[0].shape[0])
-    for rows, own, result in zip(x.split(groups), experts, out.split(groups), strict=True):
-        if rows.shape[0]:
-            torch.mm(rows, own.t(), out=result)
-    return out
+    if x.is_cuda:
+        from magihuman.kernels import linear_routes
+
+        return linear_routes.linear(x, weight, _counts(counts), route)
+    return ref.linear(x[:, : weight.shape[1]], weight, _counts(counts))
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+def _(x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // (3 if counts else 1))
+
+
+@torch.library.custom_op("magihuman::linear_activation", mutates_args=())
+def linear_activation(
+    x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, route: str
+) -> Tensor:
+    """`activation` of `linear`, rounded between the two as the plain model does."""
+    if x.is_cuda:
+        from magihuman.kernels import linear_routes
+
+        return linear_routes.linear_activation(x, weight, _counts(counts), kind, padded, route)
+    return activation(ref.linear(x, weight, _counts(counts)), kind, padded)
+
+
+@linear_activation.register_fake
+def _(x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, route: str) -> Tensor:
+    return x.new_empty(x.shape[0], padded)
+
+
+# Returns the stream that it changes, so that a graph's edges alone give the order; the decorator
+# above forbids that, a declaration does not.
+torch.library.define(
+    "magihuman::linear_add_",
+    "(Tensor(a!) stream, Tensor x, Tensor weight, int[] counts, str route) -> Tensor(a!)",
+)
+
+
+@torch.library.impl("magihuman::linear_add_", ("CPU", "CUDA"))
+def linear_add_(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
+    """`linear` joins the fp32 stream [N, out] in place; on a GPU without a rounding before it."""
+    if x.is_cuda:
+        from magihuman.kernels import linear_routes
+
+        linear_routes.linear_add(stream, x, weight, _counts(counts), route)
+        return stream
+    return stream.add_(ref.linear(x[:, : weight.shape[1]], weight, _counts(counts)))
+
+
+@torch.library.register_fake("magihuman::linear_add_")
+def _(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
+    return stream

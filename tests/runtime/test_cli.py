@@ -389,7 +389,7 @@ def test_explain(tmp_path):
     found = json.loads(result.stdout)
     assert found["tokens"] == [7 * 8 * 15, 26, 300]
     after = {row["operation"] for row in found["after"]}
-    assert {"magihuman.add_norm", "magihuman.gated_attention", "magihuman.linear"} <= after
+    assert {"magihuman.linear_add_", "magihuman.gated_attention", "magihuman.linear"} <= after
     assert found["totals"]["after"]["launches"] < found["totals"]["before"]["launches"] / 5
     assert page.read_text().startswith("<!doctype html>")
 

@@ -1,0 +1,98 @@
+"""The Hopper product against fp64: every route and epilogue, odd shapes, runs, poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import golden
+from magihuman.kernels import reference as ref
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+pytest.importorskip("cuda.bindings")
+
+from magihuman.kernels import linear_routes
+from magihuman.kernels.matmul_sm90 import Epilogue
+
+DEVICE = torch.device("cuda")
+SHAPES = [
+    (1, 64, 16, None),
+    (63, 200, 144, None),
+    (127, 328, 400, (0, 1, 126)),
+    (300, 328, 400, (200, 37, 63)),
+    (300, 1032, 208, (300, 0, 0)),
+    (4266, 5120, 7208, None),
+    (4286, 5120, 1024, (3840, 126, 320)),
+    (14762, 512, 5120, None),
+]
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(torch.bfloat16)
+
+
+def poisoned(rows: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of `width` NaN, of which the first `columns` are to be written."""
+    return torch.full((rows, width), float("nan"), device=DEVICE, dtype=dtype)[:, :columns]
+
+
+@pytest.mark.parametrize("route", linear_routes.TILES)
+@pytest.mark.parametrize("epilogue", ["store", "gelu7", "swiglu7", "add"])
+@pytest.mark.parametrize(("rows", "depth", "columns", "counts"), SHAPES)
+def test_product(
+    rows: int, depth: int, columns: int, counts: ref.Counts | None, epilogue: Epilogue, route: str
+) -> None:
+    x = poisoned(rows, depth, depth + 8, torch.bfloat16).copy_(randn(rows, depth))
+    weight = randn(columns * (3 if counts else 1), depth) * 2 * depth**-0.5
+    product = ref.per_modality(lambda a, b: a.double() @ b.double().t(), x, weight, counts)
+    rounded = product.to(torch.bfloat16)
+    tile = linear_routes.TILES[route]
+    if epilogue == "add":
+        before = torch.randn(rows, columns, device=DEVICE)
+        out, exact, plain = before.clone(), before + product, before + rounded.double()
+    else:
+        fn = {"store": lambda u: u, "gelu7": ref.gelu7, "swiglu7": ref.swiglu7}[epilogue]
+        exact, plain = fn(product.float()), fn(rounded)
+        width = exact.shape[1]
+        out = poisoned(rows, width, -(-width // 8) * 8 + 8, torch.bfloat16)
+    linear_routes.matmul(x, weight, out, counts, epilogue, tile)
+    assert golden.error(out, exact) <= 1.1 * golden.error(plain, exact) + 1e-7
+    if epilogue != "add":
+        beyond = out.as_strided((rows, out.stride(0)), out.stride())[:, out.shape[1] :]
+        assert beyond.isnan().all()  # nothing is written past the columns of the output
+
+
+@pytest.mark.parametrize("route", [linear_routes.LIBRARY, *linear_routes.TILES])
+@pytest.mark.parametrize("counts", [None, (150, 1, 149)])
+def test_routes_agree_with_the_reference(route: str, counts: ref.Counts | None) -> None:
+    """Through the operators, with a padded activation that the next product reads."""
+    from magihuman.kernels import ops
+
+    runs, experts = list(counts or ()), 3 if counts else 1
+    x = randn(300, 256)
+    up = randn(680 * experts, 256) / 16
+    down = poisoned(256 * experts, 340, 384, torch.bfloat16).copy_(randn(256 * experts, 340) / 16)
+    down.as_strided((len(down), 384), down.stride())[:, 340:] = 0
+    stream = torch.randn(300, 256, device=DEVICE)
+
+    hidden = ops.linear_activation(x, up, runs, "swiglu7", 384, route)
+    plain = ref.swiglu7(ref.linear(x, up, counts))
+    exact = ref.swiglu7(ref.linear(x.float(), up.float(), counts))
+    assert golden.error(hidden[:, :340], exact) <= 1.1 * golden.error(plain, exact)
+    assert (hidden[:, 340:] == 0).all()
+
+    product = ref.linear(plain.float(), down.float(), counts)
+    total = torch.ops.magihuman.linear_add_(stream.clone(), hidden, down, runs, route)
+    assert golden.error(total, stream + product) <= 3e-3
+    out = ops.linear(hidden, down, runs, route)
+    assert golden.error(out, product) <= 5e-3
+
+
+def test_what_the_own_product_does_not_take() -> None:
+    x, weight = randn(8, 64), randn(32, 64)
+    assert linear_routes.why_not(x, weight, "store", None) is None
+    assert "bfloat16" in str(linear_routes.why_not(x.float(), weight.float(), "store", None))
+    assert "16" in str(linear_routes.why_not(x, randn(20, 64), "store", None))
+    assert "multiples of 8" in str(linear_routes.why_not(randn(8, 60), randn(32, 60), "add", None))

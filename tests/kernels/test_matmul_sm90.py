@@ -1,0 +1,81 @@
+"""The Hopper product compiled without a Hopper: every tile that a route uses, with every epilogue.
+
+What it computes is tested on a GPU, in tests/gpu/test_matmul.py.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+pytest.importorskip("cuda.bindings")
+triton = pytest.importorskip("triton")
+
+from magihuman.kernels import linear_routes, nvrtc  # noqa: E402
+from magihuman.kernels.matmul_sm90 import (  # noqa: E402
+    CONSUMERS,
+    DEPTH,
+    EPILOGUES,
+    SHARED_BYTES,
+    Epilogue,
+    Tile,
+    out_bytes,
+    ring,
+    source,
+)
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@pytest.mark.parametrize("route", linear_routes.TILES)
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_every_kernel_compiles_without_spills(
+    route: str, epilogue: Epilogue, tmp_path: Path
+) -> None:
+    code = nvrtc.compile_cubin(source(linear_routes.TILES[route], epilogue), "sm_90a", tmp_path)
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(code)
+
+    def dump(option: str) -> str:
+        done = subprocess.run(
+            [CUOBJDUMP, option, binary], capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    usage = dump("--dump-resource-usage")
+    assert re.findall(r"(?:LOCAL|STACK):(\d+)", usage) == ["0", "0"]
+    # 168 a thread at launch, which the warp groups then share out as 40, 232 and 232.
+    assert re.search(r"REG:168\b", usage)
+
+
+def test_kept_code_is_used_again(tmp_path: Path) -> None:
+    text = 'extern "C" __global__ void nothing() {}'
+    code = nvrtc.compile_cubin(text, "sm_90a", tmp_path)
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(b"kept")
+    assert nvrtc.compile_cubin(text, "sm_90a", tmp_path) == b"kept"
+    assert nvrtc.compile_cubin(text, "sm_90", tmp_path) not in (b"kept", code)
+
+
+def test_a_mistake_comes_with_the_compilers_words(tmp_path: Path) -> None:
+    with pytest.raises(nvrtc.CudaError, match=r"(?s)does not compile for sm_90a.*undefined_thing"):
+        nvrtc.compile_cubin(
+            'extern "C" __global__ void f() { undefined_thing(); }', "sm_90a", tmp_path
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tile", linear_routes.TILES.values(), ids=linear_routes.TILES)
+def test_rings_fit_the_shared_memory(tile: Tile) -> None:
+    for epilogue in get_args(Epilogue):
+        stages, buffers = ring(tile, epilogue)
+        stage = 2 * DEPTH * (tile.rows + tile.columns)
+        boxes = CONSUMERS * buffers * 64 * out_bytes(tile, epilogue)
+        assert stages >= 4
+        assert stages * stage + boxes <= SHARED_BYTES
+        # One box more for each warp group, or one stage more, would not fit or is not wanted.
+        assert (stages + 1) * stage + boxes > SHARED_BYTES
