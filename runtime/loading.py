@@ -72,6 +72,7 @@ def load(
     audio_vae: PathLike | None = None,
     image_vae: PathLike | None = None,
     on_load: OnLoad | None = None,
+    debug: bool = False,
 ) -> Engine:
     """Load a model and return an engine ready to generate.
 
@@ -90,6 +91,7 @@ def load(
             in `model`; for the last three also hub ids. Without an image encoder, requests with an
             image are refused.
         on_load: called with (component, bytes done, bytes in all) while weights are read.
+        debug: before every replay of a captured graph, check that no weight has moved in memory.
 
     Raises:
         InvalidRequestError: an argument is not one of those above.
@@ -140,13 +142,15 @@ def load(
             " to different models"
         )
     if compile:
-        parts.forward = compiled(parts.dit, linear, target)
+        parts.forward = compiled(parts.dit, linear, target, debug)
         if parts.sr_dit is not None:
-            parts.sr_forward = compiled(parts.sr_dit, linear, target)
+            parts.sr_forward = compiled(parts.sr_dit, linear, target, debug)
     return Engine(parts, chosen, sr, precision, target)
 
 
-def compiled(model: DiT, linear: torch.dtype, device: torch.device) -> Forward | None:
+def compiled(
+    model: DiT, linear: torch.dtype, device: torch.device, debug: bool = False
+) -> Forward | None:
     """The compiled forward of a transformer, or None, with one log line, where there is none."""
     from magihuman.graphs.support import why_not
 
@@ -156,7 +160,7 @@ def compiled(model: DiT, linear: torch.dtype, device: torch.device) -> Forward |
         return None
     from magihuman.graphs.replay import CompiledForward
 
-    return CompiledForward(model, model.config, linear, device)
+    return CompiledForward(model, model.config, linear, device, debug=debug)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

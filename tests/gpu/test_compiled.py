@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +18,34 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from magihuman import runtime
+from magihuman.graphs.addresses import MovedError
 from magihuman.graphs.replay import CompiledForward
+from magihuman.kernels import attention_backends
 
 DEVICE = torch.device("cuda")
 LOOP = 1e-2
+GEMM = re.compile("nvjet|gemm|gemv|cutlass|splitK", re.IGNORECASE)
+REDUCTION = re.compile("splitKreduce", re.IGNORECASE)  # second half of a product split along K
 
 
-def compiled_of(local: bool = False) -> tuple[torch.nn.Module, CompiledForward]:
-    model = golden.dit(local=local).to(DEVICE)
-    return model, CompiledForward(model, model.config, torch.bfloat16, DEVICE)
+def compiled_of(**options: Any) -> tuple[torch.nn.Module, CompiledForward]:
+    model = golden.dit(local=False).to(DEVICE)
+    return model, CompiledForward(model, model.config, torch.bfloat16, DEVICE, **options)
+
+
+def velocity_of(
+    model: torch.nn.Module, forward: CompiledForward, layout: tokens.Layout
+) -> denoise.Velocity:
+    generator = torch.Generator(DEVICE).manual_seed(layout.tokens)
+    text = torch.randn(layout.text, model.config.text_channels, generator=generator, device=DEVICE)
+    return denoise.velocity_of(model, layout, text, "v2", forward)
+
+
+def streams_of(layout: tokens.Layout) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(layout.tokens)
+    shape = (1, 48, layout.frames, layout.rows, layout.columns)
+    video = torch.randn(shape, generator=generator, device=DEVICE)
+    return video, torch.randn(1, layout.audio, 64, generator=generator, device=DEVICE)
 
 
 @pytest.mark.parametrize("name", ["loop_distill_t2v", "loop_distill_ti2v", "loop_base_cfg2"])
@@ -119,3 +141,105 @@ def test_engine_runs_compiled_and_steadily(tmp_path: Path) -> None:
         again = engine.generate("a" * 30, seed=3, **options)
     assert (again.frames == first.frames).all()
     assert (again.audio == first.audio).all()
+
+
+@pytest.mark.parametrize("backend", ["gluon", "triton"])
+def test_nothing_but_the_expected_kernels_runs(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    reason = attention_backends.why_not(backend, 32, DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr(attention_backends, "fastest", lambda *shape: backend)
+    model, forward = compiled_of(debug=True)
+    found = forward.recorded(72, 9, 64)
+
+    layers = model.config.num_layers
+    gelu, modality = len(model.config.gelu7_layers), len(model.config.modality_layers)
+    expected = {
+        "_sandwich_norm": 2 * layers,
+        "_qk_norm_rope": layers,
+        "_attention": layers,
+        "_gelu7": gelu,
+        "_swiglu7": layers - gelu,
+    }
+    assert {name: found.kernels[name] for name in expected} == expected
+
+    others = Counter({k: n for k, n in found.kernels.items() if k not in expected})
+    gemms = Counter({k: n for k, n in others.items() if GEMM.search(k)})
+    reductions = Counter({k: n for k, n in gemms.items() if REDUCTION.search(k)})
+    products = 4 * (layers - modality) + 4 * 3 * modality + 3 + 2  # and embedders, heads
+    assert (gemms - reductions).total() == products, gemms
+    assert reductions.total() <= products
+
+    # Outside the blocks: the last addition, and for each head square, mean, + eps, rsqrt, two
+    # products and + 1; one concatenation. The embedders' biases may be copied before the product.
+    others -= gemms
+    elementwise = sum(n for k, n in others.items() if "elementwise_kernel" in k)
+    assert 13 <= elementwise <= 13 + 3, others
+    assert sum(n for k, n in others.items() if "reduce_kernel" in k) == 2, others
+    assert sum(n for k, n in others.items() if "CatArrayBatchedCopy" in k) == 1, others
+    assert others.total() == elementwise + 2 + 1, others
+
+    assert found.nodes["kernel"] == found.kernels.total()
+    assert found.nodes["memset"] <= products  # some products clear what they count in
+    assert set(found.nodes) <= {"kernel", "memset"}
+
+
+def test_sizes_beyond_the_budget_are_captured_again() -> None:
+    """With no budget at all, a larger size is kept alone, and a smaller one beside one other."""
+    model, forward = compiled_of(budget_bytes=0)
+    layouts = [tokens.Layout(3, 4, 6, 9, text) for text in (8, 70, 130)]
+    sizes = [(18, 9, 64), (18, 9, 128), (18, 9, 192)]
+    with torch.inference_mode():
+        first = []
+        for layout, size in zip(layouts, sizes, strict=True):
+            first.append(velocity_of(model, forward, layout)(*streams_of(layout)))
+            assert list(forward.reports()) == [size]
+        reserved = None
+        for _ in range(4):
+            for layout, expected in zip(layouts, first, strict=True):
+                again = velocity_of(model, forward, layout)(*streams_of(layout))
+                assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+                assert len(forward.reports()) == 2
+            torch.cuda.empty_cache()
+            reserved = reserved or torch.cuda.memory_reserved()
+    assert torch.cuda.memory_reserved() <= reserved + 2 * 2**20  # a block of small tensors
+
+
+def test_out_of_memory_leaves_the_forward_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_backends, "fastest", lambda *shape: "triton")
+    model, forward = compiled_of()
+    layout = tokens.Layout(3, 4, 6, 9, 8)
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    with torch.inference_mode():
+        velocity = velocity_of(model, forward, layout)
+        streams = streams_of(layout)
+        expected = velocity(*streams)
+        torch.cuda.empty_cache()
+        # Inputs alone are 18 MiB, and activations three times as much.
+        limit = torch.cuda.memory_reserved() + 32 * 2**20
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+        try:
+            with pytest.raises(torch.OutOfMemoryError, match="no room to capture 20073 tokens"):
+                forward.prepare(20000, 9, 64)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert forward.reports() == {}
+        assert all(torch.equal(a, b) for a, b in zip(velocity(*streams), expected, strict=True))
+
+
+def test_a_moved_weight_is_named_in_debug() -> None:
+    model, forward = compiled_of(debug=True)
+    layout = tokens.Layout(3, 4, 6, 9, 8)
+    streams = streams_of(layout)
+    velocity = velocity_of(model, forward, layout)
+    expected = velocity(*streams)
+    weight = model.block.layers[1].mlp.down_proj.weight
+    before = weight.data
+    weight.data = before.clone()
+    with pytest.raises(MovedError, match=r"weight block\.layers\.1\.mlp\.down_proj\.weight"):
+        velocity(*streams)
+    weight.data = before
+    assert all(torch.equal(a, b) for a, b in zip(velocity(*streams), expected, strict=True))
