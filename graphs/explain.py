@@ -81,12 +81,7 @@ def explain(
         dtype: of the linears inside the blocks.
     """
     kinds = layer_kinds(config)
-    small = dataclasses.replace(
-        config,
-        num_layers=len(kinds),
-        modality_layers=tuple(i for i, kind in enumerate(kinds) if kind.modality),
-        gelu7_layers=tuple(i for i, kind in enumerate(kinds) if kind.gelu),
-    )
+    small = one_of_each(config)
     with META:
         model = build(small)
     context = Context(small, counts, dtype, META)
@@ -125,6 +120,17 @@ def layer_kinds(config: Any) -> list[Kind]:
         key = (layer in config.modality_layers, layer in config.gelu7_layers, layer == 0)
         found[key] = found.get(key, 0) + 1
     return [Kind(modality, gelu, layers) for (modality, gelu, _), layers in found.items()]
+
+
+def one_of_each(config: Any) -> Any:
+    """The architecture with a single layer of each kind."""
+    kinds = layer_kinds(config)
+    return dataclasses.replace(
+        config,
+        num_layers=len(kinds),
+        modality_layers=tuple(i for i, kind in enumerate(kinds) if kind.modality),
+        gelu7_layers=tuple(i for i, kind in enumerate(kinds) if kind.gelu),
+    )
 
 
 class _Counter(fx.Interpreter):

@@ -213,41 +213,37 @@ def explain(
     height: Annotated[int, typer.Option(help="Pixels.")] = 272,
     text_tokens: Annotated[int, typer.Option(min=1, max=640, help="Of the prompt.")] = 300,
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="Also capture it on this GPU and list its kernels.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what compiling makes of one forward pass: operations, launches, bytes, per kind of layer.
 
-    Needs no GPU and no weights.
+    Needs no weights, and no GPU but for --recorded.
     """
     with _user_errors():
         import torch
 
         from magihuman.graphs import explain as explaining
-        from magihuman.runtime import config
-        from magihuman.runtime.errors import InvalidRequestError, OutputError
+        from magihuman.runtime.config import DiTConfig
+        from magihuman.runtime.errors import OutputError
         from magihuman.runtime.model.dit import DiT
-        from magihuman.runtime.tokens import Layout
+        from magihuman.runtime.report import compiled_counts, recorded_forward
 
-        chosen = config.VARIANTS.get(variant)
-        if chosen is None or chosen.local_attention:
-            raise InvalidRequestError(
-                f"variant must be distill, base or 540p_sr, which compile, got {variant!r}"
-            )
-        plan = runtime.Request("-", seconds=seconds, width=width, height=height).plan(
-            config.VARIANTS["distill"], None
-        )
-        layout = Layout(plan.frames, plan.rows, plan.columns, plan.audio, text_tokens)
-        found = explaining.explain(DiT, config.DiTConfig(), layout.counts, torch.bfloat16)
+        request = runtime.Request("-", seconds=seconds, width=width, height=height)
+        counts = compiled_counts(variant, request, text_tokens)
+        graph = recorded_forward(counts) if recorded else None
+        found = explaining.explain(DiT, DiTConfig(), counts, torch.bfloat16)
         if html is not None:
             try:
                 html.write_text(explaining.to_html(found), encoding="utf-8")
             except OSError as error:
                 raise OutputError(f"{html} cannot be written: {error.strerror}") from error
         if as_json:
-            sides = {
-                side: [vars(row) for row in getattr(found, side)] for side in ("before", "after")
-            }
-            print(json.dumps({"tokens": layout.counts, **sides, "totals": found.totals()}))
+            sides = {s: [vars(row) for row in getattr(found, s)] for s in ("before", "after")}
+            extra = {} if graph is None else {"recorded": vars(graph)}
+            print(json.dumps({"tokens": counts, **sides, "totals": found.totals(), **extra}))
             return
         for side in ("before", "after"):
             total = found.totals()[side]
@@ -258,6 +254,12 @@ def explain(
                 label, shown = ("" if row.layers == shown else row.layers), row.layers
                 figures = (str(row.calls), str(row.launches), f"{row.gigabytes:.2f}")
                 table.add_row(label, row.operation, *figures)
+            out.print(table)
+        if graph is not None:
+            nodes = ", ".join(f"{count} {kind}" for kind, count in graph.nodes.most_common())
+            table = Table("kernel", "nodes", title=f"recorded, one layer of each kind: {nodes}")
+            for name, count in graph.by_readable_name().most_common():
+                table.add_row(name, str(count))
             out.print(table)
 
 

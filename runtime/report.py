@@ -1,4 +1,4 @@
-"""What `inspect` and `doctor` say of a model directory and of this machine, as plain data."""
+"""What `inspect`, `doctor` and `explain` say of a model directory and this machine, as data."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from pathlib import Path
 
 import torch
 
+from magihuman.graphs.explain import one_of_each
+from magihuman.graphs.recorded import NoBindingsError, Recorded, bindings
 from magihuman.graphs.support import why_not
-from magihuman.runtime import checkpoint
+from magihuman.kernels.reference import Counts
+from magihuman.runtime import checkpoint, random_weights
 from magihuman.runtime.config import VARIANTS, DiTConfig
-from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.errors import CheckpointError, InvalidRequestError
 from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key, load_image_vae
 from magihuman.runtime.loading import (
     AUDIO_FOLDER,
@@ -25,6 +28,8 @@ from magihuman.runtime.loading import (
     dit_bytes,
 )
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.request import Request
+from magihuman.runtime.tokens import Layout
 
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "av", "scipy", "pillow",
@@ -128,6 +133,43 @@ def machine() -> dict[str, str]:
         facts["attention"] = "PyTorch's scaled_dot_product_attention in bf16"
     facts["image and video autoencoders"] = "bf16, as published"
     return facts
+
+
+def compiled_counts(variant: str, request: Request, text_tokens: int) -> Counts:
+    """Tokens of each modality in one forward pass of a variant that compiles."""
+    chosen = VARIANTS.get(variant)
+    if chosen is None or chosen.local_attention:
+        raise InvalidRequestError(
+            f"variant must be distill, base or 540p_sr, which compile, got {variant!r}"
+        )
+    plan = request.plan(VARIANTS["distill"], None)
+    return Layout(plan.frames, plan.rows, plan.columns, plan.audio, text_tokens).counts
+
+
+def recorded_forward(counts: Counts) -> Recorded:
+    """What this GPU records of the compiled forward, over random weights and one layer of each kind
+    so that it needs little memory.
+
+    Raises:
+        InvalidRequestError: this machine cannot compile, or cannot read what it has recorded.
+    """
+    config = one_of_each(DiTConfig())
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    reason = why_not(config, torch.bfloat16, device)
+    if reason is not None:
+        raise InvalidRequestError(
+            f"--recorded needs a GPU that runs the compiled forward, and here {reason}; leave it"
+            " out to explain without one"
+        )
+    try:
+        bindings()
+    except NoBindingsError as error:
+        raise InvalidRequestError(f"--recorded: {error}") from error
+    from magihuman.graphs.replay import CompiledForward
+
+    model = random_weights.dit(config, 0, device, torch.bfloat16, "explain")
+    forward = CompiledForward(model, config, torch.bfloat16, device, debug=True)
+    return forward.recorded(*counts)
 
 
 def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:

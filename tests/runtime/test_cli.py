@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sounds import write_silent_video, write_sine
@@ -392,6 +393,13 @@ def test_explain(tmp_path):
     assert {"magihuman.linear_add_", "magihuman.gated_attention", "magihuman.linear"} <= after
     assert found["totals"]["after"]["launches"] < found["totals"]["before"]["launches"] / 5
     assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can record")
+def test_explain_says_what_recording_needs():
+    result = run("explain", "--recorded")
+    assert result.exit_code == 2
+    assert "--recorded needs a GPU" in one_line(result.stderr)
 
 
 @pytest.mark.parametrize(
