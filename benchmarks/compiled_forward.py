@@ -10,39 +10,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
-import environment
 import torch
 from torch import Tensor
 
+import environment
 from magihuman.graphs.replay import CompiledForward
-from magihuman.runtime import config, denoise, random_weights, tokens
+from magihuman.runtime import config, denoise, random_weights
 from magihuman.runtime.model.dit import DiT
-
-LAYOUT = tokens.Layout(frames=32, rows=16, columns=30, audio=126, text=300)
-STEPS = 8
-REPEATS = 5
-
-
-def error(actual: Tensor, expected: Tensor) -> float:
-    """||a - b|| / ||b||."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
-def median_ms(run: Any, repeats: int = REPEATS) -> float:
-    """Device milliseconds of `run()`, median after two warm-ups."""
-    times = []
-    for _ in range(2 + repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times[2:])
+from measure import LAYOUT, STEPS, distilled_steps, error, example, median_ms
 
 
 def baseline_ms(model: Any, velocity: denoise.Velocity, steps: Any) -> dict[str, Any]:
@@ -100,18 +78,11 @@ def main() -> None:
     arch = dataclasses.replace(
         config.DiTConfig(), num_layers=arguments.layers, modality_layers=tuple(kept)
     )
-    text = torch.randn(LAYOUT.text, arch.text_channels, device=device)
-    video = torch.randn(1, 48, LAYOUT.frames, LAYOUT.rows, LAYOUT.columns, device=device)
-    sound = torch.randn(1, LAYOUT.audio, 64, device=device)
+    video, sound, text = example(LAYOUT, arch.text_channels, device)
     figures: dict[str, Any] = {"layers": arguments.layers, "tokens": LAYOUT.tokens, "steps": STEPS}
 
     def steps(velocity: denoise.Velocity) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(device).manual_seed(1)
-
-        def noise(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator, device=device)
-
-        return denoise.distilled(velocity, video, sound, steps=STEPS, noise=noise)
+        return distilled_steps(velocity, video, sound)
 
     with torch.inference_mode():
         model = random_weights.dit(arch, 0, device, torch.float32, "distill")

@@ -19,15 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import environment
 import torch
 from safetensors.torch import save_file
 
+import environment
 from magihuman import runtime
-from magihuman.runtime import config, denoise, random_weights, tokens
+from magihuman.runtime import config, denoise, random_weights
+from measure import LAYOUT, PROMPT, error, example, median_ms
 
-PROMPT = ("A woman with red hair looks into the camera, smiles and says: good morning! " * 4)[:300]
-LAYOUT = tokens.Layout(frames=32, rows=16, columns=30, audio=126, text=300)
 REPEATS = 3
 SHARDS = 7
 GIB = 2**30
@@ -71,21 +70,13 @@ def forward_times() -> dict[str, Any]:
     """One forward of all 40 layers, device events."""
     device = torch.device("cuda")
     model = random_weights.full_dit(config.VARIANTS["distill"], 0, device, torch.bfloat16)
-    text = torch.randn(LAYOUT.text, model.config.text_channels, device=device)
+    video, sound, text = example(LAYOUT, model.config.text_channels, device)
     velocity = denoise.velocity_of(model, LAYOUT, text, "v2")
-    video = torch.randn(1, 48, LAYOUT.frames, LAYOUT.rows, LAYOUT.columns, device=device)
-    sound = torch.randn(1, LAYOUT.audio, 64, device=device)
-    times = []
     with torch.inference_mode():
-        for _ in range(2 + 5):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            out = velocity(video, sound)
-            stop.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(stop))
+        forward_ms = median_ms(lambda: velocity(video, sound))
+        out = velocity(video, sound)
     assert all(stream.isfinite().all() for stream in out)
-    return {"forward_ms": statistics.median(times[2:]), "output_std": [float(o.std()) for o in out]}
+    return {"forward_ms": forward_ms, "output_std": [float(o.std()) for o in out]}
 
 
 def against_fp32() -> dict[str, Any]:
@@ -105,18 +96,13 @@ def against_fp32() -> dict[str, Any]:
     exact = random_weights.dit(small, 0, device, torch.float32, "check")
     rounded = random_weights.dit(small, 0, device, torch.bfloat16, "check")
     rounded.load_state_dict(exact.state_dict())  # the same weights, rounded
-    text = torch.randn(LAYOUT.text, small.text_channels, device=device)
-    video = torch.randn(1, 48, LAYOUT.frames, LAYOUT.rows, LAYOUT.columns, device=device)
-    sound = torch.randn(1, LAYOUT.audio, 64, device=device)
+    video, sound, text = example(LAYOUT, small.text_channels, device)
     with torch.inference_mode():
         outputs = [
             denoise.velocity_of(model, LAYOUT, text, "v2")(video, sound)
             for model in (exact, rounded)
         ]
-    errors = {
-        name: float((b.double() - a.double()).norm() / a.double().norm())
-        for name, a, b in zip(("video", "audio"), *outputs, strict=True)
-    }
+    errors = {name: error(b, a) for name, a, b in zip(("video", "audio"), *outputs, strict=True)}
     return {"layers": 2, "relative_error": errors}
 
 

@@ -1,0 +1,111 @@
+"""What the benchmarks share: sizes, inputs, device timing, and the ceilings of a GPU."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from magihuman.runtime import denoise, tokens
+
+LAYOUT = tokens.Layout(frames=32, rows=16, columns=30, audio=126, text=300)  # 480x256, 5 s
+PROMPT = ("A woman with red hair looks into the camera, smiles and says: good morning! " * 4)[:300]
+STEPS = 8
+REPEATS = 5
+COPY_BYTES = 2**30  # far beyond any cache
+GEMM_SIDE = 8192
+CALLS = 4  # of a graph that measures a ceiling
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def example(
+    layout: tokens.Layout, text_channels: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random latents [1, 48, T, H, W] and [1, A, 64], and text [L, C], all fp32."""
+    text = torch.randn(layout.text, text_channels, device=device)
+    video = torch.randn(1, 48, layout.frames, layout.rows, layout.columns, device=device)
+    return video, torch.randn(1, layout.audio, 64, device=device), text
+
+
+def distilled_steps(
+    velocity: denoise.Velocity, video: Tensor, audio: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The distilled model's loop, with the same noise every time."""
+    generator = torch.Generator(video.device).manual_seed(1)
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, device=like.device)
+
+    return denoise.distilled(velocity, video, audio, steps=STEPS, noise=noise)
+
+
+class Timed:
+    """A callable that waits for the device; `times_ms` has the device time of every call.
+
+    On the CPU, where a call has finished when it returns, `times_ms` stays empty.
+    """
+
+    def __init__(self, run: Callable[[], object], device: torch.device) -> None:
+        self.times_ms: list[float] = []
+        self._run, self._on_gpu = run, device.type == "cuda"
+
+    def __call__(self) -> None:
+        if not self._on_gpu:
+            self._run()
+            return
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._run()
+        stop.record()
+        torch.cuda.synchronize()
+        self.times_ms.append(start.elapsed_time(stop))
+
+
+def median_ms(run: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Device milliseconds of `run()`, median after two warm-ups."""
+    timed = Timed(run, torch.device("cuda"))
+    for _ in range(2 + repeats):
+        timed()
+    return statistics.median(timed.times_ms[2:])
+
+
+def replay_ms(calls: Sequence[Callable[[], object]]) -> float:
+    """Device milliseconds of one call, from replays of a CUDA graph of all calls.
+
+    Launching from the host does not count. Calls over different tensors, of more bytes together
+    than a cache holds, read from memory; all outputs are kept, so that each call writes to memory
+    of its own.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for call in calls:  # kernels compile and libraries choose before anything is recorded
+            call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = [call() for call in calls]
+        milliseconds = median_ms(graph.replay) / len(calls)
+    del outputs
+    return milliseconds
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / replay_ms([lambda: target.copy_(source)] * CALLS) * 1e3
+
+
+def gemm_rate() -> float:
+    """FLOP a second of PyTorch's bf16 product of two large square matrices."""
+    a, b = (
+        torch.randn(GEMM_SIDE, GEMM_SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
+    return 2 * GEMM_SIDE**3 / replay_ms([lambda: a @ b] * CALLS) * 1e3
