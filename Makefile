@@ -1,9 +1,10 @@
 # Needs make and Python 3.11 or later with venv; all else is installed into .venv.
 #   make demo    out/demo.mp4 from a tiny checkpoint with random weights
 #   make test    lint, types, imports, unit tests
+#   make bench   benchmarks; an entry in benchmarks/results/history
 #   make clean   remove what these made
 # PYTHON=python3.12 picks the interpreter, TORCH=torch==2.11.0 another PyTorch; an empty TORCH=
-# leaves the version to pyproject.toml.
+# leaves the version to pyproject.toml. BENCH=--benchmark-compare=FILE gives pytest more options.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find $(wildcard runtime graphs kernels) -name '*.py' -o -name py.typed \
     -o -type d ! -name __pycache__)
 
-.PHONY: demo test lint types imports unit clean
+.PHONY: bench demo test lint types imports unit clean
 
 test: lint types imports unit
 
@@ -39,6 +40,12 @@ demo: $(VENV)/.installed
 	    --prompt 'A woman looks into the camera, smiles and says: "Hello!"'
 	@$(BIN)/python -c "$$FACTS" out/demo.mp4
 	@echo "The tiny checkpoint's weights are random: its picture and sound are noise, on purpose."
+
+bench: $(VENV)/.installed
+	mkdir -p out
+	$(BIN)/pytest benchmarks --benchmark-only --benchmark-max-time=0.2 \
+	    --benchmark-json=out/bench.json $(BENCH)
+	$(BIN)/python benchmarks/history.py out/bench.json
 
 $(VENV)/.deps: pyproject.toml
 	@$(PYTHON) -c "$$CHECK_PYTHON"

@@ -1,0 +1,170 @@
+"""Every fused kernel, its reference, and the linears, at the shapes of the model.
+
+A kernel that is bound by memory reports its bytes, one bound by the tensor cores its FLOP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from magihuman.graphs import support
+from magihuman.graphs.passes.activation import padded_width
+from magihuman.kernels import attention_backends, ops
+from magihuman.kernels import reference as ref
+from sizes import Size
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def randn(size: Size, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(shape, device=size.device).to(dtype)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    """Of tensors that are read or written once, whole."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.fixture(params=["fused", "reference"])
+def is_fused(request: pytest.FixtureRequest, size: Size) -> bool:
+    """The kernel, or the plain-torch function that it replaces; on the CPU, only the latter."""
+    reason = support.why_not(size.arch, BF16, size.device)
+    if request.param == "fused" and reason is not None:
+        pytest.skip(reason)
+    return bool(request.param == "fused")
+
+
+@pytest.mark.benchmark(group="norms and activations")
+@pytest.mark.parametrize("has_delta", [True, False], ids=["add", "alone"])
+def test_sandwich_norm(size: Size, time_kernel: Callable, is_fused: bool, has_delta: bool) -> None:
+    rows, channels = size.layout.tokens, size.arch.hidden_size
+    weight = randn(size, channels, dtype=FP32)
+
+    def build() -> Callable:
+        x, delta = randn(size, rows, channels, dtype=FP32), randn(size, rows, channels)
+        if not has_delta:
+            if is_fused:
+                return partial(ops.norm, x, weight, [], BF16)
+            return partial(ref.add_norm, x, None, weight, None, BF16)
+        if is_fused:
+            return partial(ops.add_norm, x, delta, weight, [])
+        return partial(ref.add_norm, x, delta, weight, None, BF16)
+
+    stream, normed = 4 * rows * channels, 2 * rows * channels
+    moved = 2 * stream + 2 * normed if has_delta else stream + normed
+    time_kernel(build, moved + nbytes(weight), "bytes", rows=rows, channels=channels)
+
+
+@pytest.mark.benchmark(group="norms and activations")
+def test_qk_norm_rope(size: Size, time_kernel: Callable, is_fused: bool) -> None:
+    rows, arch = size.layout.tokens, size.arch
+    heads, kv_heads, dim = arch.heads, arch.kv_heads, arch.head_dim
+    weights = [randn(size, dim, dtype=FP32) for _ in range(2)]
+    angle = randn(size, rows, 3 * arch.rope_bands, dtype=FP32)
+    rope = torch.cat((angle.sin(), angle.cos()), dim=1)
+
+    def build() -> Callable:
+        qkv = randn(size, rows, arch.qkv_rows)
+        if is_fused:
+            return partial(ops.qk_norm_rope, qkv, *weights, rope, [], heads, kv_heads)
+        return partial(ref.split_qkv, qkv, *weights, rope, None, heads, kv_heads)
+
+    moved = 2 * 2 * rows * (heads + 2 * kv_heads) * dim + nbytes(rope, *weights)
+    shape = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+    time_kernel(build, moved, "bytes", **shape)
+
+
+@pytest.mark.benchmark(group="norms and activations")
+@pytest.mark.parametrize("kind", ["swiglu7", "gelu7"])
+def test_activation(size: Size, time_kernel: Callable, is_fused: bool, kind: str) -> None:
+    rows, arch = size.layout.tokens, size.arch
+    layers = range(arch.num_layers)
+    layer = next(i for i in layers if (i in arch.gelu7_layers) == (kind == "gelu7"))
+    width, out = arch.mlp_widths(layer)
+    padded = padded_width(out)
+
+    def build() -> Callable:
+        x = randn(size, rows, width)
+        if is_fused:
+            return partial(ops.activation, x, kind, padded)
+        return partial(getattr(ref, kind), x)
+
+    moved = 2 * rows * (width + (padded if is_fused else out))
+    time_kernel(build, moved, "bytes", rows=rows, columns_in=width, columns_out=out)
+
+
+@pytest.mark.benchmark(group="norms and activations")
+def test_head_gate(size: Size, time_kernel: Callable, is_fused: bool) -> None:
+    rows, heads, dim = size.layout.tokens, size.arch.heads, size.arch.head_dim
+
+    def build() -> Callable:
+        x, gate = randn(size, rows, heads, dim), gates(size)
+        if not is_fused:
+            return partial(ref.head_gate, x, gate)
+        from magihuman.kernels.head_gate import head_gate
+
+        return partial(head_gate, x, gate)
+
+    moved = 2 * rows * heads * (2 * dim + 1)
+    time_kernel(build, moved, "bytes", rows=rows, heads=heads, dim=dim)
+
+
+@pytest.mark.benchmark(group="attention")
+@pytest.mark.parametrize("backend", [*attention_backends.NAMES, "reference"])
+def test_attention(size: Size, time_kernel: Callable, backend: str) -> None:
+    rows, heads, dim = size.layout.tokens, size.arch.heads, size.arch.head_dim
+    kv_heads = size.arch.kv_heads
+    if backend != "reference":
+        reason = attention_backends.why_not(backend, dim, size.device)
+        if reason is not None:
+            pytest.skip(reason)
+    length = torch.tensor(rows, dtype=torch.int32, device=size.device)
+
+    def build() -> Callable:
+        q = randn(size, rows, heads, dim)
+        k, v = randn(size, rows, kv_heads, dim), randn(size, rows, kv_heads, dim)
+        if backend == "reference":
+            return partial(ref.gated_attention, q, k, v, gates(size))
+        return partial(ops.gated_attention, q, k, v, gates(size), length, backend)
+
+    shape = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+    time_kernel(build, 4 * rows * rows * heads * dim, "flops", **shape)
+
+
+def gates(size: Size) -> Tensor:
+    """The last columns of a projection, as in the model."""
+    return randn(size, size.layout.tokens, size.arch.qkv_rows)[:, -size.arch.heads :]
+
+
+@pytest.mark.benchmark(group="linears")
+@pytest.mark.parametrize(
+    "name", ["qkv", "proj", "gelu7_up", "gelu7_down", "swiglu7_up", "swiglu7_down"]
+)
+def test_linear(size: Size, time_kernel: Callable, name: str) -> None:
+    """Those of the GELU7 layers have weights for each modality, the others one set."""
+    rows, arch = size.layout.tokens, size.arch
+    layers = range(arch.num_layers)
+    layer = next(i for i in layers if (i in arch.gelu7_layers) == name.startswith("gelu7"))
+    up, down = arch.mlp_widths(layer)
+    if name in ("qkv", "proj"):
+        fan_in, fan_out = arch.hidden_size, arch.qkv_rows if name == "qkv" else arch.hidden_size
+    else:
+        is_up = name.endswith("up")
+        fan_in, fan_out = (arch.hidden_size, up) if is_up else (down, arch.hidden_size)
+    counts = list(size.layout.counts) if name.startswith("gelu7") else []
+    padded = padded_width(fan_in) if name.endswith("down") else fan_in
+
+    def build() -> Callable:
+        # As the compiled model holds them: rows of x and of the weight end in zeros.
+        x, weight = (
+            randn(size, n, padded) * fan_in**-0.5 for n in (rows, fan_out * (3 if counts else 1))
+        )
+        x[:, fan_in:] = weight[:, fan_in:] = 0
+        return partial(ops.linear, x, weight[:, :fan_in], counts)
+
+    time_kernel(build, 2 * rows * fan_in * fan_out, "flops", rows=rows, k=fan_in, out=fan_out)

@@ -1,0 +1,112 @@
+"""The suites run on a CPU, and their reports become entries of the history."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import history
+
+ROOT = Path(__file__).parents[1]
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict[str, Any]:
+    """Of the kernels' suite, with as few rounds as it takes."""
+    folder = tmp_path_factory.mktemp("report")
+    options = ("--benchmark-only", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1")
+    files = (f"--benchmark-json={folder / 'report.json'}", f"--benchmark-storage={folder}")
+    # -P: the repository's root stays off sys.path.
+    suite = (sys.executable, "-P", "-m", "pytest", "benchmarks/test_kernels.py")
+    done = subprocess.run(
+        [*suite, *options, *files],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "report.json").read_text())
+
+
+def entry(commit: str, day: int, milliseconds: float, gpu: str | None = GPU) -> dict[str, Any]:
+    """A report by hand: a kernel that moves 1e9 bytes, a product of 1e12 FLOP, a forward."""
+
+    def benchmark(name: str, group: str, **info: Any) -> dict[str, Any]:
+        info = {"size": "full", **info}
+        if gpu is not None:
+            info["device_ms"] = milliseconds
+        stats = {"median": 2e-3 * milliseconds, "data": [1.0, 2.0]}
+        return {"name": name, "group": group, "params": {}, "extra_info": info, "stats": stats}
+
+    moved = {"bytes": 10**9, "bytes_per_s": 2e12, "ceiling_per_s": 2.5e12, "of_ceiling": 0.8}
+    computed = {"flops": 10**12, "flops_per_s": 6e14, "ceiling_per_s": 7.5e14, "of_ceiling": 0.8}
+    return {
+        "machine_info": {"cpu": "Some CPU", "cores": 4, "gpu": gpu, "torch": "2.11.0"},
+        "commit_info": {
+            "id": commit * 10,
+            "time": f"2026-11-{day:02d}T12:00:00+01:00",
+            "dirty": False,
+            "project": "folder",
+        },
+        "datetime": f"2026-12-{day:02d}T09:00:00+00:00",
+        "benchmarks": [
+            benchmark("test_activation[full-fused-gelu7]", "norms", **moved),
+            benchmark("test_linear[full-qkv]", "linears", **computed),
+            benchmark("test_forward[full-compiled]", "model", **computed),
+        ],
+    }
+
+
+def test_the_kernels_are_measured_on_a_cpu(report):
+    found = {benchmark["name"]: benchmark["extra_info"] for benchmark in report["benchmarks"]}
+    assert "test_activation[tiny-reference-swiglu7]" in found
+    assert not any("full" in name or "fused" in name for name in found)
+    # 4 x 8/2 x 8/2 video tokens, 13 of audio, 32 of text; 4 heads of 32.
+    rows = 4 * 4 * 4 + 13 + 32
+    assert found["test_attention[tiny-reference]"]["flops"] == 4 * rows**2 * 4 * 32
+    assert found["test_linear[tiny-proj]"]["flops"] == 2 * rows * 128 * 128
+    norm = found["test_sandwich_norm[tiny-reference-add]"]
+    assert norm["bytes"] == rows * 128 * (4 + 2 + 4 + 2) + 128 * 4
+    assert norm["shape"] == {"rows": rows, "channels": 128}
+    assert norm["device"] == "cpu" and "device_ms" not in norm
+
+
+def test_a_report_says_what_it_was_measured_on(report):
+    machine = report["machine_info"]
+    assert machine["gpu"] is None and machine["torch"] and machine["cores"] > 0
+    assert "node" not in machine
+
+
+def test_an_entry_is_small_and_says_its_commit(report, tmp_path):
+    commit = {"id": "0123456789", "time": "2026-11-22T12:00:00+00:00", "dirty": True}
+    path = history.keep({**report, "commit_info": {**commit, "branch": "b"}}, tmp_path)
+    assert "-0123456-dirty-" in path.name
+    (kept,) = history.entries(tmp_path)
+    assert kept["commit_info"] == commit
+    for benchmark, whole in zip(kept["benchmarks"], report["benchmarks"], strict=True):
+        assert whole["stats"].keys() - benchmark["stats"].keys() == {"data"}
+        assert benchmark["stats"]["median"] == whole["stats"]["median"]
+        assert {"options", "params"} & benchmark.keys() == set()
+
+
+def test_entries_are_in_the_order_of_their_commits(tmp_path):
+    for commit, day in (("b", 3), ("a", 9), ("c", 1)):
+        history.keep(entry(commit, day, 1.0), tmp_path)
+    assert [e["commit_info"]["id"][0] for e in history.entries(tmp_path)] == ["c", "b", "a"]
+    assert (tmp_path / "2026-12-03-bbbbbbb-nvidia-h100-80gb-hbm3.json").is_file()
+
+
+def test_an_entry_without_a_commit_is_refused(tmp_path):
+    report = entry("a", 1, 1.0)
+    report["commit_info"] |= {"id": "unversioned", "time": None}
+    with pytest.raises(SystemExit, match="--commit"):
+        history.keep(report, tmp_path)
+    assert not any(tmp_path.iterdir())
