@@ -1,4 +1,5 @@
-"""Write the README's speed section from benchmarks/results/*.json.
+"""Write the README's speed section from benchmarks/results/*.json and the newest full-size run of
+the suites in benchmarks/results/history.
 
     python benchmarks/render_readme.py [--check]
 
@@ -12,6 +13,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import history
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- speed:start -->", "<!-- speed:end -->"
@@ -68,7 +71,45 @@ def section() -> str:
         f"layout takes {read['seconds']:.1f} s from the page cache and"
         f" {read['host_peak_growth_bytes'] / 2**30:.1f} GiB of host memory at its peak.",
     ]
+    newest = [entry for entry in history.entries() if is_full(entry)][-1:]
+    for entry in newest:
+        lines += ["", *kernel_table(entry)]
     return "\n".join(lines)
+
+
+def is_full(entry: history.Entry) -> bool:
+    """Whether a GPU ran the full size."""
+    return any(history.size(benchmark) == "full" for benchmark in entry["benchmarks"])
+
+
+def kernel_table(entry: history.Entry) -> list[str]:
+    """Device time of every kernel and how near it comes to the ceiling, a line a benchmark."""
+    rows, ceilings = [], {}
+    for benchmark in entry["benchmarks"]:
+        info = benchmark["extra_info"]
+        if benchmark["group"] == "model" or "of_ceiling" not in info:
+            continue
+        ceiling = info["ceiling_per_s"] / 1e12
+        if "bytes" in info:
+            rate = f"{info['bytes_per_s'] / 1e12:.2f} TB/s"
+            ceilings["bytes"] = f"a copy within its memory, {ceiling:.2f} TB/s"
+        else:
+            rate = f"{info['flops_per_s'] / 1e12:.0f} TFLOP/s"
+            ceilings["flops"] = f"a large bf16 product, {ceiling:.0f} TFLOP/s"
+        rows.append(
+            f"| {history.label(benchmark)} | {info['device_ms']:.3f} | {rate} |"
+            f" {100 * info['of_ceiling']:.0f} % |"
+        )
+    return [
+        f"Single kernels at commit {history.short_commit(entry)}, {entry['datetime'][:10]}, torch"
+        f" {entry['machine_info']['torch']}, on one",
+        f"{history.machine(entry)}. The ceiling is what the same run measured:",
+        f"{'; '.join(ceilings.values())}.",
+        "",
+        "| kernel | ms | rate | of the ceiling |",
+        "|---|---|---|---|",
+        *rows,
+    ]
 
 
 def main() -> None:

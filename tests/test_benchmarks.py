@@ -1,4 +1,4 @@
-"""The suites run on a CPU, and their reports become entries of the history."""
+"""The suites run on a CPU, and their reports become history, picture and table."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import history
+import render_latency
+import render_readme
 
 ROOT = Path(__file__).parents[1]
 GPU = "NVIDIA H100 80GB HBM3"
@@ -110,3 +114,35 @@ def test_an_entry_without_a_commit_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="--commit"):
         history.keep(report, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_panel_has_one_machine_and_device_time(tmp_path):
+    runs = [entry("a", 1, 4.0), entry("b", 2, 3.0), entry("a", 1, 4.0, gpu=None)]
+    panels = render_latency.panels(runs)
+    assert panels[GPU, "full", "linears"] == {"linear qkv": {"aaaaaaa": 4.0, "bbbbbbb": 3.0}}
+    # Without a GPU it is the caller's time.
+    line = {"aaaaaaa": pytest.approx(8.0)}
+    assert panels["Some CPU (4 cores)", "full", "linears"] == {"linear qkv": line}
+
+
+def test_the_picture_is_a_png_with_lines_in_it(tmp_path):
+    path = tmp_path / "new" / "latency.png"
+    render_latency.draw([entry("a", 1, 4.0), entry("b", 2, 0.03)], path)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    colourful = pixels.max(axis=2) - pixels.min(axis=2) > 60  # axes and text are grey
+    assert colourful.any(axis=1).sum() > 100
+    with pytest.raises(SystemExit, match="make bench"):
+        render_latency.draw([], path)
+
+
+def test_the_table_of_kernels():
+    lines = render_readme.kernel_table(entry("a", 1, 0.5))
+    assert lines[-2:] == [
+        "| activation fused gelu7 | 0.500 | 2.00 TB/s | 80 % |",
+        "| linear qkv | 0.500 | 600 TFLOP/s | 80 % |",
+    ]
+    text = "\n".join(lines)
+    assert "aaaaaaa" in text and GPU in text and "2.50 TB/s" in text and "750 TFLOP/s" in text
+    assert render_readme.is_full(entry("a", 1, 0.5))
