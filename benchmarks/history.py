@@ -65,7 +65,7 @@ def named_commit(revision: str) -> dict[str, Any]:
 
 
 def keep(report: Entry, folder: Path = FOLDER) -> Path:
-    """Write the entry of a report."""
+    """Write the entry of a report. A later run of the same day, commit and machine replaces it."""
     if report["commit_info"]["time"] is None:
         sys.exit(
             "an entry must say which commit was measured, and the report does not: the suites ran"
@@ -74,6 +74,14 @@ def keep(report: Entry, folder: Path = FOLDER) -> Path:
     entry = trimmed(report)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(entry)
+    new, old = len(entry["benchmarks"]), 0
+    if path.is_file():
+        old = len(json.loads(path.read_text())["benchmarks"])
+    if new < old:
+        sys.exit(
+            f"an entry is replaced by whole runs only: {path} has {old} benchmarks, the report"
+            f" {new}; remove the entry first, or run all of them"
+        )
     path.write_text(json.dumps(entry, indent=1) + "\n")
     return path
 

@@ -116,6 +116,17 @@ def test_an_entry_without_a_commit_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_part_of_the_suites_does_not_replace_an_entry(tmp_path):
+    whole, part = entry("a", 1, 1.0), entry("a", 1, 2.0)
+    part["benchmarks"].pop()
+    path = history.keep(whole, tmp_path)
+    with pytest.raises(SystemExit, match="3 benchmarks, the report 2"):
+        history.keep(part, tmp_path)
+    assert history.keep(entry("a", 1, 3.0), tmp_path) == path
+    (kept,) = history.entries(tmp_path)
+    assert [history.milliseconds(benchmark) for benchmark in kept["benchmarks"]] == [3.0] * 3
+
+
 def test_a_panel_has_one_machine_and_device_time(tmp_path):
     runs = [entry("a", 1, 4.0), entry("b", 2, 3.0), entry("a", 1, 4.0, gpu=None)]
     panels = render_latency.panels(runs)
