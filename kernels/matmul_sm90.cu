@@ -1,4 +1,5 @@
-// Matrix product for Hopper with an epilogue: activation, or addition to an fp32 stream.
+// Matrix product for Hopper with an epilogue: activation, or addition to an fp32 stream. Operands are
+// bf16, or e4m3 with a scale for each row of either; activations of those leave as e4m3 again.
 //
 // A persistent block owns one tile of the product at a time. One warp loads blocks of both operands
 // through tensor maps into a ring; two warp groups multiply, each its own rows by the columns that
@@ -6,8 +7,9 @@
 // CUTLASS's persistent cooperative kernel (CUTLASS documentation, "Efficient GEMM in CUDA"), the
 // instructions those of the PTX ISA (wgmma, mbarrier, cp.async.bulk.tensor).
 //
-// The launcher defines COLUMNS, BLOCKS, STAGES, CLUSTER_ROWS, CLUSTER_COLUMNS, EPILOGUE, OUT_BYTES,
-// BUFFERS and the texts WGMMA_SUMS, WGMMA_OPERANDS, WGMMA_X, WGMMA_WEIGHT, WGMMA_USE.
+// The launcher defines FP8, COLUMNS, BLOCKS, STAGES, CLUSTER_ROWS, CLUSTER_COLUMNS, EPILOGUE,
+// OUT_BYTES, BUFFERS and the texts WGMMA_KIND, WGMMA_SUMS, WGMMA_OPERANDS, WGMMA_X, WGMMA_WEIGHT,
+// WGMMA_USE, WGMMA_TAIL.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -20,19 +22,22 @@ typedef unsigned long long u64;
 constexpr u32 CONSUMERS = 2;
 constexpr u32 WARP_GROUP = 128;
 constexpr u32 DEPTH_BYTES = 128;  // of a row in a block of an operand: one swizzle
-constexpr u32 DEPTH = DEPTH_BYTES / 2;
+constexpr u32 DEPTH = FP8 ? DEPTH_BYTES : DEPTH_BYTES / 2;
 constexpr u32 ROWS = CONSUMERS * BLOCKS * 64;
 constexpr u32 CLUSTER = CLUSTER_ROWS * CLUSTER_COLUMNS;
 constexpr u32 X_BYTES = ROWS * DEPTH_BYTES;
 constexpr u32 WEIGHT_BYTES = COLUMNS * DEPTH_BYTES;
 constexpr u32 STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
-constexpr u32 OUT_ELEMENT = EPILOGUE == ADD ? 4 : 2;
+constexpr bool OUT_FP8 = FP8 && (EPILOGUE == GELU7 || EPILOGUE == SWIGLU7);
+constexpr u32 OUT_ELEMENT = EPILOGUE == ADD ? 4 : OUT_FP8 ? 1 : 2;
+// |SwiGLU7| is at most 56 and |GELU7| at most 7, which these make 448, the end of e4m3.
+constexpr float OUT_FACTOR = EPILOGUE == SWIGLU7 ? 8.0f : 64.0f;
 constexpr u32 OUT_COLUMNS = EPILOGUE == SWIGLU7 ? COLUMNS / 2 : COLUMNS;
 constexpr u32 BOX_COLUMNS = OUT_BYTES / OUT_ELEMENT;
 constexpr u32 BOXES = OUT_COLUMNS / BOX_COLUMNS;
 constexpr u32 BOX_BYTES = 64 * OUT_BYTES;
 constexpr u32 SUMS_PER_BOX = COLUMNS / 2 / BOXES;  // registers of a thread that end in a box
-constexpr u32 SWIZZLE = OUT_BYTES == 128 ? 0x70 : OUT_BYTES == 64 ? 0x30 : 0x10;
+constexpr u32 SWIZZLE = OUT_BYTES == 128 ? 0x70 : OUT_BYTES == 64 ? 0x30 : OUT_BYTES == 32 ? 0x10 : 0;
 static_assert(BOXES * BOX_COLUMNS == OUT_COLUMNS, "boxes must divide the tile");
 
 struct alignas(64) TensorMap {
@@ -44,6 +49,9 @@ struct Maps {
 };
 
 struct Shape {
+    const float *x_scale;       // of each row; null where all have one
+    const float *weight_scale;  // of each row of the weight
+    float x_scale_of_all;
     int blocks;          // of DEPTH along the sum
     int column_tiles;    // in clusters
     int row_tiles;       // in clusters
@@ -139,7 +147,7 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 __device__ __forceinline__ void multiply(float (&sums)[COLUMNS / 2], u64 x, u64 weight, int add) {
     asm volatile("{\n .reg .pred use;\n setp.ne.b32 use, " WGMMA_USE ", 0;\n"
                  " wgmma.mma_async.sync.aligned." WGMMA_KIND " {" WGMMA_SUMS "}, " WGMMA_X
-                 ", " WGMMA_WEIGHT ", use, 1, 1, 0, 0;\n}"
+                 ", " WGMMA_WEIGHT ", use, " WGMMA_TAIL ";\n}"
                  : WGMMA_OPERANDS : "l"(x), "l"(weight), "r"(add));
 }
 
@@ -151,6 +159,12 @@ __device__ __forceinline__ void multiply_wait() {
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ u32 pack_e4m3(float low, float high) {
+    unsigned short pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
     return pair;
 }
 
@@ -181,13 +195,30 @@ __device__ __forceinline__ Place place_of(int tile, const Shape &shape) {
             static_cast<int>((rest / height * CLUSTER_COLUMNS + rank / CLUSTER_ROWS) * COLUMNS)};
 }
 
+// Scales of two neighbouring rows of the weight; zeros past its end.
+__device__ __forceinline__ float2 weight_scales(const Shape &shape, int run, int column) {
+    if (column >= shape.weight_rows) return make_float2(0.0f, 0.0f);
+    return *reinterpret_cast<const float2 *>(shape.weight_scale + run * shape.weight_rows + column);
+}
+
+__device__ __forceinline__ float x_scale(const Shape &shape, int run, int row) {
+    if (shape.x_scale == nullptr) return shape.x_scale_of_all;
+    return row < shape.rows[run] ? shape.x_scale[shape.first_row[run] + row] : 0.0f;
+}
+
 // One consumer's 64 rows: registers to shared memory, and from there to memory, a box at a time.
 __device__ __forceinline__ void finish(
-    float (&sums)[COLUMNS / 2], const TensorMap *map, u32 buffers, u32 &used, int column, int row,
-    u32 consumer) {
+    float (&sums)[COLUMNS / 2], const TensorMap *map, u32 buffers, u32 &used, const Shape &shape,
+    const Place &place, int row, u32 consumer) {
     u32 thread = threadIdx.x % WARP_GROUP;
     u32 line = thread / 32 * 16 + thread % 32 / 4;  // and the line 8 below
     u32 lane = thread % 4;
+    int column = EPILOGUE == SWIGLU7 ? place.column / 2 : place.column;
+    float row_scales[2];
+    if (FP8) {
+        row_scales[0] = x_scale(shape, place.run, row + line);
+        row_scales[1] = x_scale(shape, place.run, row + line + 8);
+    }
 #pragma unroll
     for (u32 box = 0; box < BOXES; ++box) {
         u32 buffer = buffers + used % BUFFERS * BOX_BYTES;
@@ -199,29 +230,48 @@ __device__ __forceinline__ void finish(
             u32 at = box * SUMS_PER_BOX + 2 * i;  // sums come as (line, line, line + 8, line + 8)
             float low = sums[at], high = sums[at + 1];
             u32 y = line + (i % 2) * 8;
+            if (FP8) {
+                float2 scales = weight_scales(shape, place.run, place.column + at / 4 * 8 + lane * 2);
+                low *= scales.x * row_scales[i % 2];
+                high *= scales.y * row_scales[i % 2];
+            }
             if (EPILOGUE == ADD) {
-                u32 place = y * OUT_BYTES + (i / 2 * 8 + lane * 2) * 4;
-                place ^= place >> 3 & SWIZZLE;
+                u32 at_byte = y * OUT_BYTES + (i / 2 * 8 + lane * 2) * 4;
+                at_byte ^= at_byte >> 3 & SWIZZLE;
                 asm volatile("st.shared.v2.f32 [%0], {%1, %2};"
-                             ::"r"(buffer + place), "f"(low), "f"(high) : "memory");
+                             ::"r"(buffer + at_byte), "f"(low), "f"(high) : "memory");
             } else if (EPILOGUE == SWIGLU7) {
                 rounded(low, high);
                 high = fminf(fmaxf(high, -7.0f), 7.0f) + 1.0f;
-                u32 result = pack(gated(fminf(low, 7.0f)) * high, 0.0f);
-                u32 place = y * OUT_BYTES + (i / 2 * 4 + lane) * 2;
-                place ^= place >> 3 & SWIZZLE;
-                asm volatile("st.shared.b16 [%0], %1;"
-                             ::"r"(buffer + place), "h"(static_cast<unsigned short>(result)) : "memory");
+                float result = gated(fminf(low, 7.0f)) * high;
+                u32 at_byte = y * OUT_BYTES + (i / 2 * 4 + lane) * OUT_ELEMENT;
+                at_byte ^= at_byte >> 3 & SWIZZLE;
+                if (OUT_FP8) {
+                    asm volatile("st.shared.b8 [%0], %1;"
+                                 ::"r"(buffer + at_byte), "r"(pack_e4m3(result * OUT_FACTOR, 0.0f))
+                                 : "memory");
+                } else {
+                    asm volatile("st.shared.b16 [%0], %1;"
+                                 ::"r"(buffer + at_byte),
+                                   "h"(static_cast<unsigned short>(pack(result, 0.0f))) : "memory");
+                }
             } else {
                 if (EPILOGUE == GELU7) {
                     rounded(low, high);
                     low = gated(fminf(low, 7.0f));
                     high = gated(fminf(high, 7.0f));
                 }
-                u32 place = y * OUT_BYTES + (i / 2 * 8 + lane * 2) * 2;
-                place ^= place >> 3 & SWIZZLE;
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(buffer + place), "r"(pack(low, high))
-                             : "memory");
+                u32 at_byte = y * OUT_BYTES + (i / 2 * 8 + lane * 2) * OUT_ELEMENT;
+                at_byte ^= at_byte >> 3 & SWIZZLE;
+                if (OUT_FP8) {
+                    u32 pair = pack_e4m3(low * OUT_FACTOR, high * OUT_FACTOR);
+                    asm volatile("st.shared.b16 [%0], %1;"
+                                 ::"r"(buffer + at_byte), "h"(static_cast<unsigned short>(pair))
+                                 : "memory");
+                } else {
+                    asm volatile("st.shared.b32 [%0], %1;"
+                                 ::"r"(buffer + at_byte), "r"(pack(low, high)) : "memory");
+                }
             }
         }
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -324,10 +374,9 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
             multiply_wait<0>();
             if (thread < CLUSTER) barrier_arrive(empty + (count + STAGES - 1) % STAGES * 8, thread);
 
-            int column = EPILOGUE == SWIGLU7 ? place.column / 2 : place.column;
 #pragma unroll
             for (u32 i = 0; i < BLOCKS; ++i) {
-                finish(sums[i], &maps.out[place.run], buffers, used, column,
+                finish(sums[i], &maps.out[place.run], buffers, used, shape, place,
                        row + static_cast<int>(i * 64), consumer);
             }
         }

@@ -1,4 +1,8 @@
-"""The Hopper matrix product of `matmul_sm90.cu`: an activation or an addition in its epilogue."""
+"""The Hopper matrix product of `matmul_sm90.cu`: an activation or an addition in its epilogue.
+
+Operands are bf16, or e4m3 with a scale for each row: of x, which a token owns, and of the weight,
+which an output channel owns.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,9 @@ EPILOGUES = {"store": 0, "gelu7": 1, "swiglu7": 2, "add": 3}
 SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less alignment and barriers
 CONSUMERS = 2
 THREADS = 128 * (1 + CONSUMERS)
-DEPTH = 64  # elements of the sum in a block of an operand
+DEPTH_BYTES = 128  # of a row in a block of an operand
+FP8 = torch.float8_e4m3fn
+STATIC_SCALES = {"swiglu7": 1 / 8, "gelu7": 1 / 64}  # of e4m3 activations: 56 and 7 become 448
 SOURCE = Path(__file__).with_name("matmul_sm90.cu")
 
 
@@ -50,6 +56,9 @@ class Tile:
 
 class _Shape(ctypes.Structure):
     _fields_ = [
+        ("x_scale", ctypes.c_void_p),
+        ("weight_scale", ctypes.c_void_p),
+        ("x_scale_of_all", ctypes.c_float),
         ("blocks", ctypes.c_int),
         ("column_tiles", ctypes.c_int),
         ("row_tiles", ctypes.c_int),
@@ -69,34 +78,44 @@ class _Maps(ctypes.Structure):
     ]
 
 
-def out_bytes(tile: Tile, epilogue: Epilogue) -> int:
+def out_dtype(epilogue: Epilogue, fp8: bool) -> torch.dtype:
+    """Of the output: activations of e4m3 operands are e4m3 again."""
+    if epilogue == "add":
+        return torch.float32
+    return FP8 if fp8 and epilogue in STATIC_SCALES else torch.bfloat16
+
+
+def out_bytes(tile: Tile, epilogue: Epilogue, fp8: bool = False) -> int:
     """Width of the boxes that leave a tile: the widest swizzle that divides it."""
-    width = tile.columns * {"store": 2, "gelu7": 2, "swiglu7": 1, "add": 4}[epilogue]
-    return next(size for size in (128, 64, 32) if width % size == 0)
+    columns = tile.columns // 2 if epilogue == "swiglu7" else tile.columns
+    width = columns * out_dtype(epilogue, fp8).itemsize
+    return next(size for size in (128, 64, 32, 16) if width % size == 0)
 
 
-def ring(tile: Tile, epilogue: Epilogue) -> tuple[int, int]:
+def ring(tile: Tile, epilogue: Epilogue, fp8: bool = False) -> tuple[int, int]:
     """Blocks in the ring and boxes of output for each warp group, as many as fit."""
-    stage = 2 * DEPTH * (tile.rows + tile.columns)
-    box = 64 * out_bytes(tile, epilogue)
+    stage = DEPTH_BYTES * (tile.rows + tile.columns)
+    box = 64 * out_bytes(tile, epilogue, fp8)
     buffers = 2 if SHARED_BYTES - 4 * CONSUMERS * box >= 4 * stage else 1
     return (SHARED_BYTES - buffers * CONSUMERS * box) // stage, buffers
 
 
-def source(tile: Tile, epilogue: Epilogue) -> str:
-    """The kernel for one tile and epilogue."""
-    stages, buffers = ring(tile, epilogue)
+def source(tile: Tile, epilogue: Epilogue, fp8: bool = False) -> str:
+    """The kernel for one tile, epilogue and type of operands."""
+    stages, buffers = ring(tile, epilogue, fp8)
     sums = tile.columns // 2  # registers of a thread for 64 rows
     macros = {
+        "FP8": int(fp8),
         "COLUMNS": tile.columns,
         "BLOCKS": tile.blocks,
         "STAGES": stages,
         "CLUSTER_ROWS": tile.cluster_rows,
         "CLUSTER_COLUMNS": tile.cluster_columns,
         "EPILOGUE": EPILOGUES[epilogue],
-        "OUT_BYTES": out_bytes(tile, epilogue),
+        "OUT_BYTES": out_bytes(tile, epilogue, fp8),
         "BUFFERS": buffers,
-        "WGMMA_KIND": f'"m64n{tile.columns}k16.f32.bf16.bf16"',
+        "WGMMA_KIND": f'"m64n{tile.columns}{"k32.f32.e4m3.e4m3" if fp8 else "k16.f32.bf16.bf16"}"',
+        "WGMMA_TAIL": '"1, 1"' if fp8 else '"1, 1, 0, 0"',
         "WGMMA_SUMS": '"' + ", ".join(f"%{i}" for i in range(sums)) + '"',
         "WGMMA_OPERANDS": ", ".join(f'"+f"(sums[{i}])' for i in range(sums)),
         "WGMMA_X": f'"%{sums}"',
@@ -108,10 +127,9 @@ def source(tile: Tile, epilogue: Epilogue) -> str:
 
 
 @functools.cache
-def _kernel(tile: Tile, epilogue: Epilogue, device: torch.device) -> nvrtc.Kernel:
-    return nvrtc.Kernel(
-        nvrtc.compile_cubin(source(tile, epilogue), "sm_90a"), "matmul", SHARED_BYTES + 2048
-    )
+def _kernel(tile: Tile, epilogue: Epilogue, fp8: bool, device: torch.device) -> nvrtc.Kernel:
+    code = nvrtc.compile_cubin(source(tile, epilogue, fp8), "sm_90a")
+    return nvrtc.Kernel(code, "matmul", SHARED_BYTES + 2048)
 
 
 @functools.cache
@@ -126,28 +144,34 @@ def matmul(
     counts: Counts | None,
     epilogue: Epilogue,
     tile: Tile,
+    x_scale: Tensor | float | None = None,
+    weight_scale: Tensor | None = None,
 ) -> None:
     """`out = epilogue(x @ weight.T)`, or `out += x @ weight.T` for "add".
 
     Args:
-        x: [N, K or more] bf16, rows at multiples of 16 bytes; N at least 1.
+        x: [N, K or more] bf16 or e4m3, rows at multiples of 16 bytes; N at least 1.
         weight: [M, K] or, with `counts`, [3 M, K], likewise. For "swiglu7" the even rows of M are
             glu, the odd ones lin.
-        out: [N, M] bf16, or [N, M / 2] for "swiglu7", or [N, M] fp32 for "add"; rows likewise.
-            Columns beyond its shape are not touched.
+        out: [N, M], or [N, M / 2] for "swiglu7", of `out_dtype`; rows likewise. Columns beyond its
+            shape are not touched. An e4m3 activation is divided by its entry in `STATIC_SCALES`.
         counts: rows of each of three runs, each with its own third of the weight's rows.
         epilogue: what happens to the product. Activations take it rounded to bf16, as the plain
             model does; "add" takes it as summed, in fp32.
         tile: how the work is cut.
+        x_scale: of e4m3 operands, [N] fp32, or one number for all rows.
+        weight_scale: of e4m3 operands, [M] or [3 M] fp32, M even.
     """
+    fp8 = x.dtype == FP8
+    depth_block = DEPTH_BYTES // x.element_size()
     columns, depth = weight.shape[0] // (3 if counts else 1), weight.shape[1]
     runs = counts or (x.shape[0], 0, 0)
     maps, shape = _Maps(), _Shape()
-    maps.x = nvrtc.tensor_map(x, x.shape[0], depth, tile.rows // tile.cluster_columns, DEPTH)
+    maps.x = nvrtc.tensor_map(x, x.shape[0], depth, tile.rows // tile.cluster_columns, depth_block)
     maps.weight = nvrtc.tensor_map(
-        weight, weight.shape[0], depth, tile.columns // tile.cluster_rows, DEPTH
+        weight, weight.shape[0], depth, tile.columns // tile.cluster_rows, depth_block
     )
-    box_columns = out_bytes(tile, epilogue) // out.element_size()
+    box_columns = out_bytes(tile, epilogue, fp8) // out.element_size()
     row = tiles = 0
     for i, count in enumerate(runs):
         if count:
@@ -155,7 +179,12 @@ def matmul(
         tiles += -(-count // (tile.rows * tile.cluster_rows))
         shape.first_row[i], shape.rows[i], shape.last_tile[i] = row, count, tiles
         row += count
-    shape.blocks = -(-depth // DEPTH)
+    if isinstance(x_scale, Tensor):
+        shape.x_scale = x_scale.data_ptr()
+    else:
+        shape.x_scale_of_all = x_scale or 1.0
+    shape.weight_scale = None if weight_scale is None else weight_scale.data_ptr()
+    shape.blocks = -(-depth // depth_block)
     shape.column_tiles = -(-columns // (tile.columns * tile.cluster_columns))
     shape.row_tiles = tiles
     shape.group = -(-tiles // -(-tiles // tile.group))  # groups of like height
@@ -163,4 +192,4 @@ def matmul(
     cluster = tile.cluster_rows * tile.cluster_columns
     clusters = min(tiles * shape.column_tiles, _processors(x.device) // cluster)
     with torch.cuda.device(x.device):
-        _kernel(tile, epilogue, x.device).launch(clusters * cluster, THREADS, maps, shape)
+        _kernel(tile, epilogue, fp8, x.device).launch(clusters * cluster, THREADS, maps, shape)

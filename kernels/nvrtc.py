@@ -121,6 +121,7 @@ def tensor_map_types() -> dict[torch.dtype, Any]:
     return {
         torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         torch.float32: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        torch.float8_e4m3fn: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
     }
 
 
@@ -150,6 +151,7 @@ def tensor_map(
         128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
         64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
         32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
+        16: swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
     }[box_columns * size]
     made = check(
         driver.cuTensorMapEncodeTiled(

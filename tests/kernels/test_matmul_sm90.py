@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 from magihuman.kernels import linear_routes, nvrtc  # noqa: E402
 from magihuman.kernels.matmul_sm90 import (  # noqa: E402
     CONSUMERS,
-    DEPTH,
+    DEPTH_BYTES,
     EPILOGUES,
     SHARED_BYTES,
     Epilogue,
@@ -33,10 +33,12 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @pytest.mark.parametrize("route", linear_routes.TILES)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_every_kernel_compiles_without_spills(
-    route: str, epilogue: Epilogue, tmp_path: Path
+    route: str, epilogue: Epilogue, fp8: bool, tmp_path: Path
 ) -> None:
-    code = nvrtc.compile_cubin(source(linear_routes.TILES[route], epilogue), "sm_90a", tmp_path)
+    text = source(linear_routes.TILES[route], epilogue, fp8)
+    code = nvrtc.compile_cubin(text, "sm_90a", tmp_path)
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(code)
 
@@ -73,7 +75,7 @@ def test_a_mistake_comes_with_the_compilers_words(tmp_path: Path) -> None:
 def test_rings_fit_the_shared_memory(tile: Tile) -> None:
     for epilogue in get_args(Epilogue):
         stages, buffers = ring(tile, epilogue)
-        stage = 2 * DEPTH * (tile.rows + tile.columns)
+        stage = DEPTH_BYTES * (tile.rows + tile.columns)
         boxes = CONSUMERS * buffers * 64 * out_bytes(tile, epilogue)
         assert stages >= 4
         assert stages * stage + boxes <= SHARED_BYTES
