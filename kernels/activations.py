@@ -16,21 +16,21 @@ BLOCK = 1024
 
 
 @triton.jit
-def _load(x, start, width, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """COUNT columns from `start` on, zero beyond `width`, a multiple of LANES: whole vectors."""
-    group = start // LANES + tl.arange(0, COUNT // LANES)[:, None]
+def _load(x, start, vectors, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """COUNT columns from `start` on, zero beyond the row's `vectors` of LANES columns."""
+    vector = start // LANES + tl.arange(0, COUNT // LANES)[:, None]
     lane = tl.arange(0, LANES)[None, :]
-    exists = (group < width // LANES) & (lane >= 0)  # the mask in the shape of the tile
-    return tl.load(x + group * LANES + lane, mask=exists, other=0.0).to(tl.float32)
+    exists = (vector < vectors) & (lane >= 0)  # the mask in the shape of the tile
+    return tl.load(x + vector * LANES + lane, mask=exists, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _swiglu7(
-    x, out, width, x_stride, out_stride, limit, alpha, LANES: tl.constexpr, BLOCK: tl.constexpr
+    x, out, vectors, row_vectors, out_stride, limit, alpha, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
-    value = _load(x + row * x_stride, 2 * start, width, 2 * BLOCK, LANES)
+    value = _load(x + row * row_vectors * LANES, 2 * start, vectors, 2 * BLOCK, LANES)
     glu, lin = tl.split(tl.reshape(value, (BLOCK, 2)))
     glu = tl.minimum(glu, limit)
     lin = tl.minimum(tl.maximum(lin, -limit), limit)
@@ -41,12 +41,12 @@ def _swiglu7(
 
 @triton.jit
 def _gelu7(
-    x, out, width, x_stride, out_stride, limit, alpha, LANES: tl.constexpr, BLOCK: tl.constexpr
+    x, out, vectors, row_vectors, out_stride, limit, alpha, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
-    value = tl.reshape(_load(x + row * x_stride, start, width, BLOCK, LANES), (BLOCK,))
-    value = tl.minimum(value, limit)
+    value = _load(x + row * row_vectors * LANES, start, vectors, BLOCK, LANES)
+    value = tl.minimum(tl.reshape(value, (BLOCK,)), limit)
     result = (value * tl.sigmoid(alpha * value)).to(out.dtype.element_ty)
     column = start + tl.arange(0, BLOCK)
     tl.store(out + row * out_stride + column, result, mask=column < out_stride)
@@ -67,8 +67,12 @@ def _activate(kernel: Any, x: Tensor, width: int, padded: int | None) -> Tensor:
     padded = padded or width
     out = torch.empty((rows, padded), dtype=x.dtype, device=x.device)
     if rows:
+        # Sizes go in as counts of vectors: of an integer Triton sees at most that 16 divides it,
+        # and for the full size's 27304 columns, a multiple of 8, would load single elements.
+        # swiglu7 of that on H100, triton 3.6: 95 % of a copy's bandwidth, 84 % without.
+        lanes = math.gcd(8, columns, x.stride(0))
         kernel[(rows, triton.cdiv(padded, BLOCK))](
-            x, out, columns, x.stride(0), padded, ACTIVATION_LIMIT, ACTIVATION_ALPHA,
-            LANES=math.gcd(8, columns), BLOCK=BLOCK,
+            x, out, columns // lanes, x.stride(0) // lanes, padded,
+            ACTIVATION_LIMIT, ACTIVATION_ALPHA, LANES=lanes, BLOCK=BLOCK,
         )  # fmt: skip
     return out

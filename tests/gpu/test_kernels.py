@@ -85,9 +85,10 @@ def test_qk_norm_rope(rows: int, heads: int, kv_heads: int, dim: int) -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("width", [340, 13652])
-def test_activations(rows: int, width: int) -> None:
+@pytest.mark.parametrize("apart", [0, 3])  # strides that vectors divide, and odd ones
+def test_activations(rows: int, width: int, apart: int) -> None:
     padded = -(-width // 128) * 128
-    x = 4 * randn(rows, 2 * width)
+    x = (4 * randn(rows, 2 * width + apart))[:, : 2 * width]
     out = activations.swiglu7(x, padded)
     assert_close(out[:, :width], ref.swiglu7(x), ref.swiglu7(x.float()))
     assert (out[:, width:] == 0).all()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
@@ -22,25 +25,53 @@ from magihuman.kernels import (  # noqa: E402
     sandwich_norm,
 )
 
-BF16, FP32, I32, F = "*bf16", "*fp32", "i32", "fp32"
-FULL = {"HEADS": 40, "KV_HEADS": 8, "DIM": 128}
+BF16, FP32, I32 = torch.bfloat16, torch.float32, torch.int32
+POINTERS = {BF16: "*bf16", FP32: "*fp32", I32: "*i32"}
+COUNTS = (3860, 126, 300)
+ROWS = sum(COUNTS)
 
 
-def build(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> Any:
-    """A kernel for sm_90, pointers and strides aligned as they are at run time."""
-    names = list(kernel.arg_names)
-    signature = {name: types.get(name, "constexpr") for name in names}
-    aligned = [
-        n for n in names if signature[n].startswith("*") or n.endswith(("stride", "channels"))
-    ]
-    source = ASTSource(
-        kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"enable_fp_fusion": True, **options}  # the default, of which triton 3.9 wants a word
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.names: list[str] = kernel.arg_names
+        self.arguments: dict[str, Any] = {}
+        self.options: dict[str, Any] = {"enable_fp_fusion": True}  # triton 3.9 wants it said
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+        return self
+
+    def __call__(self, *positional: Any, **named: Any) -> None:
+        self.arguments.update(zip(self.names, positional, strict=False))
+        for name, value in named.items():
+            (self.arguments if name in self.names else self.options)[name] = value
+
+
+def build(patch: pytest.MonkeyPatch, module: Any, name: str, launch: Callable[[], object]) -> Any:
+    """The module's kernel for sm_90, specialised as Triton does to the arguments of this launch."""
+    kernel = getattr(module, name)
+    recorder = Recorder(kernel)
+    patch.setattr(module, name, recorder)
+    launch()
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for at, parameter in enumerate(kernel.params):
+        value = recorder.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(at,)] = "constexpr", value
+            continue
+        address = value
+        if isinstance(value, Tensor):  # the allocator's own addresses are multiples of 16
+            signature[parameter.name] = POINTERS[value.dtype]
+            address = value.storage_offset() * value.itemsize
+        else:
+            signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
+        if address % 16 == 0:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=recorder.options)
 
 
 def spills(compiled: Any, folder: Path) -> int:
@@ -54,59 +85,91 @@ def spills(compiled: Any, folder: Path) -> int:
     return sum(int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", done.stdout))
 
 
-CASES = {
+def widths(compiled: Any, operation: str) -> set[int]:
+    """Bytes that a thread moves at once, of all global loads (`ld`) or stores (`st`)."""
+    pattern = rf"\b{operation}\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
+    found = re.findall(pattern, compiled.asm["ptx"])
+    return {int(count or 1) * int(bits) // 8 for count, bits in found}
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def full_size_qkv() -> Tensor:
+    """[Q | K | V | gate]: rows of 7208 elements, of which 8 is a divisor and 16 is none."""
+    return empty(ROWS, (40 + 2 * 8) * 128 + 40)
+
+
+# Kernel, its launch at full size, and the bytes that a thread loads and stores at once: 16, but for
+# the end of a row in sandwich_norm, of 4 elements a thread, and single gates.
+CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
     "sandwich_norm": (
-        sandwich_norm._sandwich_norm,
-        {"x": FP32, "delta": BF16, "weight": FP32, "x_out": FP32, "out": BF16, "eps": F,
-         "audio_start": I32, "text_start": I32, "channels": I32},
-        {"HAS_DELTA": True, "HEAD": 4096, "TAIL": 1024},
-        8,
+        sandwich_norm,
+        "_sandwich_norm",
+        lambda: sandwich_norm.sandwich_norm(
+            empty(ROWS, 5120, dtype=FP32), empty(ROWS, 5120), empty(3 * 5120, dtype=FP32), COUNTS,
+            BF16,
+        ),
+        {16, 8},
+        {16, 8},
     ),
     "qk_norm_rope": (
-        qk_norm_rope._qk_norm_rope,
-        {"qkv": BF16, "q_weight": FP32, "k_weight": FP32, "rope": FP32, "q": BF16, "k": BF16,
-         "v": BF16, "qkv_stride": I32, "audio_start": I32, "text_start": I32, "eps": F},
-        {**FULL, "ANGLES": 48, "LANES": 8, "BLOCK": qk_norm_rope.BLOCK},
-        qk_norm_rope.WARPS,
+        qk_norm_rope,
+        "_qk_norm_rope",
+        lambda: qk_norm_rope.qk_norm_rope(
+            full_size_qkv(), *(empty(3 * 128, dtype=FP32) for _ in "qk"),
+            empty(ROWS, 96, dtype=FP32), COUNTS, 40, 8,
+        ),
+        {16, 2},
+        {16},
     ),
     "swiglu7": (
-        activations._swiglu7,
-        {"x": BF16, "out": BF16, "width": I32, "x_stride": I32, "out_stride": I32, "limit": F,
-         "alpha": F},
-        {"LANES": 8, "BLOCK": activations.BLOCK},
-        4,
+        activations,
+        "_swiglu7",
+        lambda: activations.swiglu7(empty(ROWS, 2 * 13652), 13696),
+        {16},
+        {16},
     ),
     "gelu7": (
-        activations._gelu7,
-        {"x": BF16, "out": BF16, "width": I32, "x_stride": I32, "out_stride": I32, "limit": F,
-         "alpha": F},
-        {"LANES": 8, "BLOCK": activations.BLOCK},
-        4,
+        activations,
+        "_gelu7",
+        lambda: activations.gelu7(empty(ROWS, 20480), 20480),
+        {16},
+        {16},
     ),
     "head_gate": (
-        head_gate._head_gate,
-        {"x": BF16, "gate": BF16, "out": BF16, "gate_stride": I32},
-        {"HEADS": 40, "DIM": 128},
-        2,
+        head_gate,
+        "_head_gate",
+        lambda: head_gate.head_gate(empty(ROWS, 40, 128), full_size_qkv()[:, -40:]),
+        {16, 2},
+        {16},
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_streaming_kernels_load_whole_vectors_and_spill_nothing(name: str, tmp_path: Path) -> None:
-    kernel, types, constants, warps = CASES[name]
-    compiled = build(kernel, types, constants, num_warps=warps)
+def test_streaming_kernels_move_whole_vectors_and_spill_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *case, loads, stores = CASES[name]
+    compiled = build(monkeypatch, *case)
     assert spills(compiled, tmp_path) == 0
-    assert re.search(r"ld\.global[.\w:]*\.v4", compiled.asm["ptx"])
-    assert re.search(r"st\.global[.\w:]*\.v4", compiled.asm["ptx"])
+    assert widths(compiled, "ld") == loads
+    assert widths(compiled, "st") == stores
 
 
-def test_triton_attention_uses_the_tensor_cores_and_tensor_maps(tmp_path: Path) -> None:
-    types = dict.fromkeys(("q", "k", "v", "gate", "out"), BF16)
-    types |= {"valid_length": "*i32", "rows": I32, "gate_stride": I32, "scale": F}
-    blocks = {"BLOCK_Q": attention_triton.BLOCK_Q, "BLOCK_K": attention_triton.BLOCK_K}
-    constants = {**FULL, "HAS_GATE": True, **blocks}
-    compiled = build(attention_triton._attention, types, constants, num_warps=8, num_stages=3)
+def test_triton_attention_uses_the_tensor_cores_and_tensor_maps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (empty(ROWS, heads, 128) for heads in (40, 8, 8))
+    gate, length = full_size_qkv()[:, -40:], torch.empty((), dtype=I32, device="meta")
+    compiled = build(
+        monkeypatch,
+        attention_triton,
+        "_attention",
+        lambda: attention_triton.attention(q, k, v, gate, length),
+    )
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
     assert spills(compiled, tmp_path) == 0
