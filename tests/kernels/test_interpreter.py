@@ -6,6 +6,7 @@ is imported, hence the process of its own, which runs this file.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -39,9 +40,10 @@ def weight_of(columns: int, counts: ref.Counts | None) -> Tensor:
     return 0.1 * torch.randn(columns * (3 if counts else 1))
 
 
-def in_wider_rows(columns: int) -> Tensor:
-    """Rows that do not follow each other closely, as those of a padded product."""
-    return torch.randn(ROWS, columns + 6)[:, :columns]
+def in_wider_rows(columns: int) -> list[Tensor]:
+    """Rows that do not follow each other closely: at an odd stride, and at a multiple of 8."""
+    strides = (columns // 2 * 2 + 3, columns // 8 * 8 + 8)
+    return [torch.randn(ROWS, stride)[:, :columns] for stride in strides]
 
 
 def check_sandwich_norm() -> None:
@@ -65,20 +67,21 @@ def check_qk_norm_rope() -> None:
         angle = torch.randn(ROWS, 3 * dim // 8)
         rope = torch.cat((angle.sin(), angle.cos()), dim=1)
         for counts in COUNTS:
-            qkv = in_wider_rows((heads + 2 * kv_heads) * dim + heads)
             weights = weight_of(dim, counts), weight_of(dim, counts)
-            arguments = (qkv, *weights, rope, counts, heads, kv_heads)
-            expected = ref.split_qkv(*arguments)[:3]
-            for mine, right in zip(qk_norm_rope(*arguments), expected, strict=True):
-                assert_close(mine, right)
+            for qkv in in_wider_rows((heads + 2 * kv_heads) * dim + heads):
+                arguments = (qkv, *weights, rope, counts, heads, kv_heads)
+                expected = ref.split_qkv(*arguments)[:3]
+                for mine, right in zip(qk_norm_rope(*arguments), expected, strict=True):
+                    assert_close(mine, right)
 
 
 def check_activations() -> None:
     from magihuman.kernels.activations import gelu7, swiglu7
 
-    for width in (1, 21, 340, 1100):
-        x = 4 * in_wider_rows(2 * width)
-        for ours, plain in ((swiglu7, ref.swiglu7), (gelu7, ref.gelu7)):
+    kernels = ((swiglu7, ref.swiglu7), (gelu7, ref.gelu7))
+    for width, (ours, plain) in itertools.product((1, 21, 340, 1100), kernels):
+        for x in in_wider_rows(2 * width):
+            x *= 4  # in place: a product would follow closely
             expected = plain(x)
             assert_close(ours(x), expected)
             columns = expected.shape[1]
