@@ -67,7 +67,10 @@ def test_sandwich_norm(rows: int, channels: int) -> None:
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (4, 2, 64), (4, 2, 32)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"),
+    [(40, 8, 128), (10, 2, 128), (4, 2, 64), (4, 2, 32), (3, 1, 32)],  # row strides of 7208 to 163
+)
 def test_qk_norm_rope(rows: int, heads: int, kv_heads: int, dim: int) -> None:
     angle = randn(rows, 3 * dim // 8, dtype=torch.float32)
     rope = torch.cat((angle.sin(), angle.cos()), dim=1)

@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
             full_size_qkv(), *(empty(3 * 128, dtype=FP32) for _ in "qk"),
             empty(ROWS, 96, dtype=FP32), COUNTS, 40, 8,
         ),
-        {16, 2},
+        {16},
         {16},
     ),
     "swiglu7": (
