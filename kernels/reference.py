@@ -24,6 +24,8 @@ NORM_EPS = 1e-6
 ACTIVATION_LIMIT = 7.0
 ACTIVATION_ALPHA = 1.702
 QUERY_BLOCK = 512  # queries at a time in the CPU's attention
+FP8_LIMIT = 448.0  # largest magnitude of e4m3: OCP 8-bit floating point specification, table 1
+FP8_ROW_BYTES = 16  # fused kernels start rows at multiples of it, as tensor maps and libraries want
 
 
 class LocalAttention(NamedTuple):
@@ -75,6 +77,39 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
     if weight.device.type == "cpu":
         return F.linear(x.float(), weight.float()).to(weight.dtype)
     return F.linear(x, weight)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in e4m3 with a scale each: `scale = max |x| / 448`, `values = round(x / scale)`.
+
+    x: [N, C] any float dtype, finite. Returns values [N, C] float8_e4m3fn, rounded to nearest even
+    and never NaN, and scale [N] fp32, positive and normal: a row below 448 * 2^-126 shares that of
+    zeros. e4m3: OCP 8-bit floating point specification, section 5.
+    """
+    x = x.float()
+    # Products with reciprocals: a GPU's division by a number is one too, a CPU's is not.
+    scale = (x.abs().amax(-1) * (1 / FP8_LIMIT)).clamp(min=torch.finfo(torch.float32).tiny)
+    # Beyond the limit by a rounding of the factor at most, of which some conversions make NaN.
+    scaled = (x * scale.reciprocal()[:, None]).clamp(-FP8_LIMIT, FP8_LIMIT)
+    return scaled.to(torch.float8_e4m3fn), scale
+
+
+def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:
+    """`values * scale` of each row. values: [N, C] float8_e4m3fn; scale: [N]. Returns fp32."""
+    return values.float() * scale[:, None]
+
+
+def scaled_linear(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Counts | None
+) -> Tensor:
+    """`values @ weight^T * scale * weight_scale`: `linear` of two operands from `quantize_rows`.
+
+    values: [N, K] and weight: [M, K], or [3 M, K] with `counts`, float8_e4m3fn; scale: [N] and
+    weight_scale: [M] or [3 M], fp32. Returns [N, M] bf16, from sums in fp32 rounded once.
+    """
+    product = per_modality(lambda x, own: x @ own.T, values.float(), weight.float(), counts)
+    product = product * scale[:, None]
+    return per_modality(lambda x, own: x * own, product, weight_scale, counts).bfloat16()
 
 
 def rope_table(coords: Tensor, bands: Tensor) -> Tensor:

@@ -46,6 +46,62 @@ def test_linear(counts: ref.Counts | None, dtype: torch.dtype) -> None:
     assert golden.error(out, expected) <= (FP32 if dtype == torch.float32 else BF16)
 
 
+def exponents_apart(rows: int) -> Tensor:
+    """A factor for each row, from 1e-30 to 1e30."""
+    return torch.logspace(-30, 30, rows)[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantised_rows_keep_three_bits(dtype: torch.dtype) -> None:
+    x = (randn(16, 4096) * exponents_apart(16)).to(dtype)
+    values, scale = ref.quantize_rows(x)
+    assert (values.dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    largest = x.double().abs().amax(-1)
+    torch.testing.assert_close(scale.double() * 448, largest, rtol=FP32, atol=0)
+    assert (values.float().abs().amax(-1) == 448).all()
+    back = ref.dequantize_rows(values, scale)
+    assert back.dtype == torch.float32
+    for row in range(16):
+        # Three bits of mantissa: uniform rounding errors of Gaussian numbers are 2.6e-2 of them.
+        assert 0.024 < golden.error(back[row], x[row]) < 0.029
+
+
+def test_quantised_rows_are_the_nearest_values() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    codes = codes[codes.isfinite()].unique()
+    assert codes.max() == ref.FP8_LIMIT
+    x = randn(4, 512)
+    values, scale = ref.quantize_rows(x)
+    scaled = x.double() / scale.double()[:, None]
+    nearest = (scaled[..., None] - codes).abs().amin(-1)
+    # But for the rounding of the product, at most 448 * 2^-23.
+    assert ((values.double() - scaled).abs() - nearest <= 1e-4).all()
+
+
+def test_rows_that_have_no_scale_of_their_own() -> None:
+    x = torch.stack((torch.zeros(4), torch.full((4,), 1e-38), torch.full((4,), 3e38)))
+    x[1, 0], x[2, 0] = 0.0, -3e38
+    values, scale = ref.quantize_rows(x)
+    assert (values[0].float() == 0).all()
+    assert (scale > 0).all() and (1 / scale).isfinite().all()
+    assert golden.error(ref.dequantize_rows(values, scale)[1], x[1]) <= 2**-4
+    assert (values[2].float() == torch.tensor([-448.0, 448, 448, 448])).all()
+
+
+@pytest.mark.parametrize("counts", [None, (5, 3, 2), (0, 9, 1)])
+def test_scaled_linear(counts: ref.Counts | None) -> None:
+    outputs = 7 if counts is None else 21
+    x, scale = ref.quantize_rows(randn(10, 64) * exponents_apart(10))
+    weight, weight_scale = ref.quantize_rows(randn(outputs, 64) * torch.rand(outputs, 1))
+    own = weight.double() * weight_scale.double()[:, None]
+    own = own.expand(10, 7, 64) if counts is None else rows_of(own, counts)
+    expected = torch.einsum("nk,nok->no", x.double() * scale.double()[:, None], own)
+    out = ref.scaled_linear(x, scale, weight, weight_scale, counts)
+    assert out.dtype == torch.bfloat16
+    for row in range(10):
+        assert golden.error(out[row], expected[row]) <= BF16
+
+
 def test_rotation_turns_pairs_and_keeps_the_rest() -> None:
     x, angle = randn(6, 2, 32), randn(6, 12)
     out = ref.rotate(x, torch.cat((angle.sin(), angle.cos()), dim=-1)).double()
