@@ -1,0 +1,186 @@
+"""Rows to e4m3 with a scale each, of bf16 rows as they are or of fp32 rows in RMS norm.
+
+A program owns a row: it is read once, kept in registers until its largest magnitude is known, and
+written once. Bytes per element: 4 read (norm) or 2 read, 1 written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from magihuman.kernels.reference import FP8_LIMIT, FP8_ROW_BYTES, NORM_EPS, Counts, run_starts
+
+MAX_CHANNELS = 16384  # a row is held in registers
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest with a finite reciprocal
+
+
+@triton.jit
+def _scale_of(largest, inverse_limit, smallest):
+    return tl.maximum(largest * inverse_limit, smallest)
+
+
+@triton.jit
+def _store_piece(values, inverse, limit, out, row, columns, out_stride):
+    # NaN stays NaN: it is to be seen in what follows.
+    scaled = tl.clamp(values * inverse, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+    target = out + row * out_stride + columns
+    tl.store(target, scaled.to(out.dtype.element_ty), mask=columns < out_stride)
+
+
+@triton.jit
+def _norm_piece(value, rms, gain):
+    return value * rms * (gain + 1.0)
+
+
+@triton.jit
+def _norm_rows(
+    x,
+    weight,
+    out,
+    scales,
+    audio_start,
+    text_start,
+    channels,
+    out_stride,
+    eps,
+    limit,
+    inverse_limit,
+    smallest,
+    HEAD: tl.constexpr,  # largest power of two not above out_stride
+    TAIL: tl.constexpr,  # power of two that covers the rest, or 0
+):
+    row = tl.program_id(0).to(tl.int64)
+    expert = (row >= audio_start).to(tl.int32) + (row >= text_start).to(tl.int32)
+    x += row * channels
+    weight += expert * channels
+    head = tl.arange(0, HEAD)
+    first = tl.load(x + head, mask=head < channels, other=0.0)
+    total = tl.sum(first * first)
+    if TAIL > 0:
+        tail = HEAD + tl.arange(0, TAIL)
+        second = tl.load(x + tail, mask=tail < channels, other=0.0)
+        total += tl.sum(second * second)
+    rms = tl.rsqrt(total / channels + eps)
+    first = _norm_piece(first, rms, tl.load(weight + head, mask=head < channels, other=0.0))
+    largest = tl.max(tl.abs(first))
+    if TAIL > 0:
+        second = _norm_piece(second, rms, tl.load(weight + tail, mask=tail < channels, other=0.0))
+        largest = tl.maximum(largest, tl.max(tl.abs(second)))
+    scale = _scale_of(largest, inverse_limit, smallest)
+    tl.store(scales + row, scale)
+    inverse = tl.div_rn(1.0, scale)
+    _store_piece(first, inverse, limit, out, row, head, out_stride)
+    if TAIL > 0:
+        _store_piece(second, inverse, limit, out, row, tail, out_stride)
+
+
+@triton.jit
+def _quantize_rows(
+    x,
+    out,
+    scales,
+    x_groups,  # x's row stride and its columns, in groups of LANES
+    groups,
+    out_stride,
+    limit,
+    inverse_limit,
+    smallest,
+    LANES: tl.constexpr,
+    HEAD: tl.constexpr,  # as above
+    TAIL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x += row * (x_groups * LANES)
+    head = tl.arange(0, HEAD)
+    first = tl.load(x + head, mask=head < groups * LANES, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(first))
+    if TAIL > 0:
+        tail = HEAD + tl.arange(0, TAIL)
+        second = tl.load(x + tail, mask=tail < groups * LANES, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(second)))
+    scale = _scale_of(largest, inverse_limit, smallest)
+    tl.store(scales + row, scale)
+    inverse = tl.div_rn(1.0, scale)
+    _store_piece(first, inverse, limit, out, row, head, out_stride)
+    if TAIL > 0:
+        _store_piece(second, inverse, limit, out, row, tail, out_stride)
+
+
+def norm_rows(x: Tensor, weight: Tensor, counts: Counts | None) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows` of `reference.rms_norm`, from its fp32 without a rounding between.
+
+    Args:
+        x: [N, C] fp32 contiguous, C at most 16384.
+        weight: [C], or [3 C] with `counts`, fp32, zero-centred.
+        counts: rows of video, audio and text.
+
+    Returns:
+        Values [N, C] float8_e4m3fn, each row followed by zeros up to a multiple of 16 bytes, and
+        scales [N] fp32.
+
+    For H100 at C = 5120.
+    """
+    channels = x.shape[1]
+    out, scales = _empty(x)
+    if x.shape[0]:
+        audio_start, text_start = run_starts(counts, x.shape[0])
+        head, tail = _pieces(out.stride(0))
+        _norm_rows[(x.shape[0],)](
+            x, weight, out, scales, audio_start, text_start, channels, out.stride(0), NORM_EPS,
+            FP8_LIMIT, 1 / FP8_LIMIT, SMALLEST_SCALE,
+            HEAD=head, TAIL=tail, num_warps=_warps(head),
+        )  # fmt: skip
+    return out, scales
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows`, bit for bit.
+
+    Args:
+        x: [N, C] bf16 or fp32, C at most 16384, contiguous but for its rows' stride. Loads are as
+            wide as the powers of two, up to 8, that divide both C and that stride.
+
+    Returns:
+        As `norm_rows`.
+
+    For H100 at C = 5120 and, in padded rows, 13652.
+    """
+    if x.stride(1) != 1:
+        raise ValueError(f"rows must be contiguous, got strides {x.stride()}; pass a copy")
+    out, scales = _empty(x)
+    if x.shape[0]:
+        lanes = math.gcd(8, x.shape[1], x.stride(0))
+        head, tail = _pieces(out.stride(0))
+        _quantize_rows[(x.shape[0],)](
+            x, out, scales, x.stride(0) // lanes, x.shape[1] // lanes, out.stride(0),
+            FP8_LIMIT, 1 / FP8_LIMIT, SMALLEST_SCALE,
+            LANES=lanes, HEAD=head, TAIL=tail, num_warps=_warps(head),
+        )  # fmt: skip
+    return out, scales
+
+
+def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and scales of x's rows, not yet written."""
+    rows, channels = x.shape
+    if channels > MAX_CHANNELS:
+        raise ValueError(f"channels must be at most {MAX_CHANNELS}, got {channels}")
+    stride = triton.cdiv(channels, FP8_ROW_BYTES) * FP8_ROW_BYTES
+    out = torch.empty((rows, stride), dtype=torch.float8_e4m3fn, device=x.device)
+    return out[:, :channels], torch.empty(rows, dtype=torch.float32, device=x.device)
+
+
+def _pieces(columns: int) -> tuple[int, int]:
+    """Two powers of two that cover the columns with little to spare; the second may be 0."""
+    head: int = 1 << (columns.bit_length() - 1)
+    rest = columns - head
+    return head, triton.next_power_of_2(rest) if rest else 0
+
+
+def _warps(head: int) -> int:
+    """Few: at 5120 columns a thread then loads 16 bytes at a time in the second piece too."""
+    return 8 if head >= 8192 else 4
