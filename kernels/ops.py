@@ -47,6 +47,44 @@ def _(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype) -> Tenso
     return torch.empty_like(x, dtype=dtype)
 
 
+def _fp8_rows(x: Tensor) -> Tensor:
+    """Zeros in e4m3 of x's shape, in the rows that `quantize` writes."""
+    rows, columns = x.shape
+    stride = -(-columns // ref.FP8_ROW_BYTES) * ref.FP8_ROW_BYTES
+    return x.new_zeros((rows, stride), dtype=torch.float8_e4m3fn)[:, :columns]
+
+
+@torch.library.custom_op("magihuman::quantize_fp8", mutates_args=())
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_rows`; rows of values start at multiples of 16 bytes, zeros between."""
+    if x.is_cuda:
+        from magihuman.kernels.quantize import quantize_rows
+
+        return quantize_rows(x)
+    values, scale = ref.quantize_rows(x)
+    return _fp8_rows(x).copy_(values), scale
+
+
+@quantize_fp8.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _fp8_rows(x), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("magihuman::norm_fp8", mutates_args=())
+def norm_fp8(x: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` of `reference.rms_norm` in fp32."""
+    if x.is_cuda:
+        from magihuman.kernels.quantize import norm_rows
+
+        return norm_rows(x, weight, _counts(counts))
+    return quantize_fp8(ref.rms_norm(x, weight, _counts(counts)))
+
+
+@norm_fp8.register_fake
+def _(x: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    return _fp8_rows(x), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
 @torch.library.custom_op("magihuman::qk_norm_rope", mutates_args=())
 def qk_norm_rope(
     qkv: Tensor,
