@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from magihuman.runtime import denoise, tokens
+from magihuman.runtime import config, denoise, tokens
 
 LAYOUT = tokens.Layout(frames=32, rows=16, columns=30, audio=126, text=300)  # 480x256, 5 s
 PROMPT = ("A woman with red hair looks into the camera, smiles and says: good morning! " * 4)[:300]
@@ -16,6 +16,7 @@ STEPS = 8
 REPEATS = 5
 COPY_BYTES = 2**30  # far beyond any cache
 GEMM_SIDE = 8192
+OUTSIDE = ("at::native", "ffma", "sgemm")  # kernels that no block has
 CALLS = 4  # of a graph that measures a ceiling
 
 
@@ -94,6 +95,51 @@ def replay_ms(calls: Sequence[Callable[[], object]]) -> float:
         milliseconds = median_ms(graph.replay) / len(calls)
     del outputs
     return milliseconds
+
+
+def kernels_ms(run: Callable[[], object]) -> list[tuple[str, float]]:
+    """Name and device milliseconds of every kernel of `run()`, in the order in which they ran."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    events.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us() / 1e3) for event in events]
+
+
+def by_kernel(kernels: Sequence[tuple[str, float]]) -> dict[str, tuple[int, float]]:
+    """Calls and milliseconds of each kernel, the largest first."""
+    sums: dict[str, tuple[int, float]] = {}
+    for name, milliseconds in kernels:
+        calls, total = sums.get(name[:90], (0, 0.0))
+        sums[name[:90]] = (calls + 1, total + milliseconds)
+    return dict(sorted(sums.items(), key=lambda item: -item[1][1])[:24])
+
+
+def by_layers(kernels: Sequence[tuple[str, float]], kinds: Sequence[str]) -> dict[str, float]:
+    """Milliseconds of each kind of layer of a compiled forward.
+
+    kinds: the kind of each layer. Two norms open the halves of a layer; PyTorch's own kernels and
+    fp32 products are the embedders and heads.
+    """
+    sums: dict[str, float] = {}
+    norms = 0
+    for name, milliseconds in kernels:
+        norms += "_sandwich_norm" in name or "_norm_rows" in name
+        is_outside = norms == 0 or any(part in name for part in OUTSIDE)
+        kind = "embedders and heads" if is_outside else kinds[(norms - 1) // 2]
+        sums[kind] = sums.get(kind, 0.0) + milliseconds
+    return sums
+
+
+def kinds_of(arch: config.DiTConfig) -> list[str]:
+    """Name of each layer's kind."""
+    names = []
+    for layer in range(arch.num_layers):
+        weights = "weights per modality" if layer in arch.modality_layers else "shared weights"
+        names.append(f"{weights}, {'GELU7' if layer in arch.gelu7_layers else 'SwiGLU7'}")
+    return names
 
 
 def copy_bandwidth() -> float:

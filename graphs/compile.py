@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from magihuman.graphs.passes import (
     attention,
     epilogue,
     linear,
+    precision,
     qk_norm_rope,
     sandwich_norm,
 )
@@ -26,9 +28,12 @@ from magihuman.graphs.passes.context import Context
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels.reference import Counts
 
+OPS = torch.ops.magihuman
 Pass = Callable[[fx.GraphModule, Context], int]
 
 TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do; these occur nowhere else in a graph
+FP8 = torch.float8_e4m3fn
+META = torch.device("meta")
 ANY_BACKEND = "any"  # of attention, where nothing depends on it
 
 
@@ -103,12 +108,13 @@ def compile_forward(
     report.seconds["choose attention"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    key = store.key_of(config, dtype, model)
+    quantized = quantized_linears(model)
+    key = store.key_of(config, dtype, model, quantized)
     module = store.load(key, model, cache)
     report.from_cache = module is not None
     report.seconds["cache"] = time.perf_counter() - start
     if module is None:
-        module = rewrite(model, Context(config, TRACE_COUNTS, dtype, device), report)
+        module = rewrite(model, Context(config, TRACE_COUNTS, dtype, device), report, quantized)
         store.save(module, key, cache)
     specialize(module, counts, report.attention)
     start = time.perf_counter()
@@ -118,10 +124,22 @@ def compile_forward(
     return module, report
 
 
-def rewrite(model: nn.Module, context: Context, report: Report) -> fx.GraphModule:
+def quantized_linears(model: nn.Module) -> list[str]:
+    """Names of the linears that have a `weight_scale`: their weights are e4m3."""
+    return [name for name, module in model.named_modules() if hasattr(module, "weight_scale")]
+
+
+def rewrite(
+    model: nn.Module, context: Context, report: Report, quantized: Sequence[str] = ()
+) -> fx.GraphModule:
     """Capture the whole forward and run every pass on it, at the context's token counts."""
     start = time.perf_counter()
-    module = capture(model, example_inputs(context), local=None)
+    source = model
+    if quantized:  # the forward knows nothing of e4m3 weights: capture it over others, of no size
+        context = dataclasses.replace(context, device=META)
+        with META:
+            source = type(model)(context.config, context.dtype)
+    module = capture(source, example_inputs(context), local=None)
     report.seconds["capture"] = time.perf_counter() - start
     report.nodes_before = len(module.graph.nodes)
     for name, run, expected in passes_for(context.config):
@@ -134,6 +152,17 @@ def rewrite(model: nn.Module, context: Context, report: Report) -> fx.GraphModul
                 f"the pass {name} must find {expected} places in {context.config.num_layers}"
                 f" layers, found {found}; the model and kernels/reference.py have drifted apart"
             )
+    if quantized:
+        start = time.perf_counter()
+        report.matches["precision"] = precision.run(module.graph, quantized)
+        report.seconds["precision"] = time.perf_counter() - start
+        if report.matches["precision"] != len(quantized):
+            raise CompileError(
+                f"{len(quantized)} linears have e4m3 weights, the graph has"
+                f" {report.matches['precision']} of them"
+            )
+        module = fx.GraphModule(model, module.graph)  # a copy of the model's attributes it names
+        module.graph.lint()
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
@@ -152,7 +181,7 @@ def specialize(module: fx.GraphModule, counts: Counts, attention_backend: str) -
             else argument
             for argument in node.args
         )  # fmt: skip
-        if node.target is torch.ops.magihuman.gated_attention.default:
+        if node.target is OPS.gated_attention.default:
             node.args = (*node.args[:-1], attention_backend)
     module.recompile()
 
@@ -162,31 +191,46 @@ def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[
 
     Returns the route of each kind, by what follows the product, its shape and its runs.
     """
-    kinds = {
-        torch.ops.magihuman.linear.default: lambda args: ("store", *args[1:3], 0),
-        torch.ops.magihuman.linear_add_.default: lambda args: ("add", *args[2:4], 0),
-        torch.ops.magihuman.linear_activation.default: lambda args: (args[3], *args[1:3], args[4]),
-    }
     chosen: dict[str, str] = {}
     for node in module.graph.nodes:
-        if node.target in kinds:
-            after, weight, counts, padded = kinds[node.target](node.args)
-            values: Any = functools.reduce(getattr, weight.target.split("."), module)
-            kind = f"{after} {tuple(values.shape)}" + (" by modality" if counts else "")
-            if kind not in chosen:
-                chosen[kind] = route or _fastest(after, values, counts, rows, padded)
-            node.args = (*node.args[:-1], chosen[kind])
+        if node.target not in ROUTED:
+            continue
+        after, weight, scale, counts, padded = ROUTED[node.target](node.args)
+        values, scales = _attribute(module, weight), _attribute(module, scale)
+        kind = f"{after} {tuple(values.shape)}{' fp8' if scale else ''}"
+        kind += " by modality" if counts else ""
+        if kind not in chosen:
+            chosen[kind] = route or _fastest(after, values, counts, rows, padded, scales)
+        node.args = (*node.args[:-1], chosen[kind])
     module.recompile()
     return chosen
 
 
-def _fastest(after: Any, weight: Tensor, counts: list[int], rows: int, padded: int) -> str:
+# From an operator's arguments: what follows the product, weight, its scale, runs, padded columns.
+ROUTED: dict[Any, Callable[[Any], tuple[Any, ...]]] = {
+    OPS.linear.default: lambda args: ("store", args[1], None, args[2], 0),
+    OPS.linear_add_.default: lambda args: ("add", args[2], None, args[3], 0),
+    OPS.linear_activation.default: lambda args: (args[3], args[1], None, args[2], args[4]),
+    OPS.linear_fp8.default: lambda args: ("store", *args[2:5], 0),
+    OPS.linear_add_fp8_.default: lambda args: ("add", *args[4:7], 0),
+    OPS.linear_activation_fp8.default: lambda args: (args[5], *args[2:5], args[6]),
+}
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node | None) -> Any:
+    """The tensor that a node stands for, if there is one."""
+    return node and functools.reduce(getattr, str(node.target).split("."), module)
+
+
+def _fastest(
+    after: Any, weight: Tensor, counts: list[int], rows: int, padded: int, scale: Tensor | None
+) -> str:
     if not weight.is_cuda:
         return epilogue.ANY_ROUTE
     from magihuman.kernels import linear_routes
 
     runs = (counts[0], counts[1], counts[2]) if counts else None
-    return linear_routes.fastest(after, weight, runs, rows, padded)
+    return linear_routes.fastest(after, weight, runs, rows, padded, scale)
 
 
 def example_inputs(context: Context) -> dict[str, Tensor]:
@@ -210,7 +254,11 @@ def pad_weights(model: nn.Module, config: Any) -> None:
     for name, parameter in model.named_parameters():
         width = parameter.shape[-1]
         padded = activation.padded_width(width)
-        if name.endswith("down_proj.weight") and parameter.stride(0) == width != padded:
+        if (
+            name.endswith("down_proj.weight")
+            and parameter.dtype != FP8
+            and parameter.stride(0) == width != padded
+        ):
             storage = parameter.new_zeros(parameter.shape[0], padded)
             storage[:, :width] = parameter.data
             parameter.data = storage[:, :width]

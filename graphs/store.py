@@ -8,7 +8,7 @@ import json
 import operator
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ CACHE = Path.home() / ".cache" / "magihuman" / "graphs"
 VERSION = 1
 
 
-def key_of(config: Any, dtype: torch.dtype, model: nn.Module) -> str:
-    """What a rewritten graph depends on: architecture, dtype, torch, and the code that makes it."""
+def key_of(config: Any, dtype: torch.dtype, model: nn.Module, quantized: Sequence[str] = ()) -> str:
+    """What a rewritten graph depends on: architecture, dtype, the linears with e4m3 weights, torch,
+    and the code that makes it.
+    """
     sources = [
         *sorted(Path(magihuman.graphs.__file__).parent.rglob("*.py")),
         Path(magihuman.kernels.reference.__file__),
@@ -32,7 +34,7 @@ def key_of(config: Any, dtype: torch.dtype, model: nn.Module) -> str:
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
-    facts = (VERSION, torch.__version__, str(dtype), dataclasses.asdict(config))
+    facts = (VERSION, torch.__version__, str(dtype), list(quantized), dataclasses.asdict(config))
     digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()[:32]
 

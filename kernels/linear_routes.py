@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels import nvrtc
-from magihuman.kernels.matmul_sm90 import Epilogue, Tile, matmul
+from magihuman.kernels.matmul_sm90 import FP8, Epilogue, Tile, matmul
 from magihuman.kernels.measured import Measurements
+from magihuman.kernels.quantize import quantize_rows
 from magihuman.kernels.reference import Counts
 
 LIBRARY = "library"
@@ -69,11 +70,11 @@ def linear_activation(
         return {"swiglu7": activations.swiglu7, "gelu7": activations.gelu7}[kind](product, padded)
     width = weight.shape[0] // (3 if counts else 1) // (2 if kind == "swiglu7" else 1)
     out = x.new_empty(x.shape[0], padded)
-    if counts is not None and padded != width:  # there the next run's weight would follow
-        out[:, width:].zero_()
-        matmul(x, weight, out[:, :width], counts, cast(Epilogue, kind), TILES[route])
+    if counts is None:
+        matmul(x, weight, out, None, cast(Epilogue, kind), TILES[route])
     else:
-        matmul(x, weight, out, counts, cast(Epilogue, kind), TILES[route])
+        matmul(x, weight, out[:, :width], counts, cast(Epilogue, kind), TILES[route])
+        out[:, width:].zero_()  # where the next run's weight has left something
     return out
 
 
@@ -91,6 +92,50 @@ def linear_add(
             torch.addmm(result, rows, own.t(), out_dtype=torch.float32, out=result)
 
 
+def linear_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, counts: Counts | None, route: str
+) -> Tensor:
+    """`reference.scaled_linear`, on a GPU, in bf16."""
+    rows, columns = x.shape[0], weight.shape[0] // (3 if counts else 1)
+    out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
+    matmul(x, weight, out, counts, "store", TILES[route], x_scale, scale)
+    return out
+
+
+def linear_activation_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Counts | None,
+    kind: str,
+    padded: int,
+    out_dtype: torch.dtype,
+    route: str,
+) -> Tensor:
+    """The activation of `linear_fp8`, [N, padded], in bf16, or in e4m3 over `STATIC_SCALES`."""
+    width = weight.shape[0] // (3 if counts else 1) // (2 if kind == "swiglu7" else 1)
+    out = torch.empty(x.shape[0], padded, dtype=out_dtype, device=x.device)
+    result = out[:, :width]
+    matmul(x, weight, result, counts, cast(Epilogue, kind), TILES[route], x_scale, scale)
+    if out_dtype != FP8:  # what reads e4m3 stops at the width
+        out[:, width:].zero_()
+    return out
+
+
+def linear_add_fp8(
+    stream: Tensor,
+    x: Tensor,
+    x_scale: Tensor | float,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Counts | None,
+    route: str,
+) -> None:
+    """`stream += linear_fp8(...)` with the product in fp32."""
+    matmul(x, weight, stream, counts, "add", TILES[route], x_scale, scale)
+
+
 def _runs(
     x: Tensor, weight: Tensor, counts: Counts | None, out: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -104,7 +149,12 @@ def _runs(
 
 
 def fastest(
-    epilogue: Epilogue, weight: Tensor, counts: Counts | None, rows: int, padded: int
+    epilogue: Epilogue,
+    weight: Tensor,
+    counts: Counts | None,
+    rows: int,
+    padded: int,
+    scale: Tensor | None = None,
 ) -> str:
     """The route that measured fastest for this shape on this GPU; measured once, then kept.
 
@@ -115,37 +165,57 @@ def fastest(
         counts: rows of each run, or None.
         rows: of the other operand.
         padded: columns of the output of an activation.
+        scale: of the weight's rows, where it is e4m3. The library has no such route.
     """
-    depth, device = weight.shape[1], weight.device
+    device = weight.device
+    names = list(TILES) if scale is not None else [LIBRARY, *TILES]
     if not weight.is_cuda or 2 * rows * weight.numel() < SMALL_FLOPS:
+        return names[0]
+    x = torch.randn(rows, weight.stride(0), device=device).to(torch.bfloat16)
+    x[:, weight.shape[1] :] = 0
+    if scale is None and why_not(x, weight, epilogue, counts) is not None:
         return LIBRARY
-    x = torch.randn(rows, weight.stride(0), device=device).to(weight.dtype)
-    x[:, depth:] = 0
-    if why_not(x, weight, epilogue, counts) is not None:
-        return LIBRARY
-    names = [LIBRARY, *TILES]
     kept = Measurements(device)
-    shape = f"{counts or rows} {tuple(weight.shape)}"
-    key = f"linear {epilogue} {shape} of {', '.join(names)}"
+    precision = "" if scale is None else " fp8"
+    key = f"linear{precision} {epilogue} {counts or rows} {tuple(weight.shape)} of {names}"
     times = kept.get(key)
     if times is None:
         stream = torch.zeros(rows, weight.shape[0] // (3 if counts else 1), device=device)
-
-        def run(route: str) -> None:
-            if epilogue == "store":
-                linear(x[:, :depth], weight, counts, route)
-            elif epilogue == "add":
-                linear_add(stream, x, weight, counts, route)
-            else:
-                linear_activation(x[:, :depth], weight, counts, epilogue, padded, route)
-
+        run = _runner(epilogue, x[:, : weight.shape[1]], weight, counts, padded, scale, stream)
         times = _milliseconds(run, names, device)
         kept.put(key, times)
     return min(times, key=times.__getitem__)
 
 
+def _runner(
+    epilogue: Epilogue,
+    x: Tensor,
+    weight: Tensor,
+    counts: Counts | None,
+    padded: int,
+    scale: Tensor | None,
+    stream: Tensor,
+) -> Callable[[str], object]:
+    """A call by a given route."""
+    if scale is None:
+        if epilogue == "store":
+            return lambda route: linear(x, weight, counts, route)
+        if epilogue == "add":
+            wide = x.as_strided((len(x), x.stride(0)), x.stride())
+            return lambda route: linear_add(stream, wide, weight, counts, route)
+        return lambda route: linear_activation(x, weight, counts, epilogue, padded, route)
+    q, x_scale = quantize_rows(x.as_strided((len(x), x.stride(0)), x.stride()))
+    if epilogue == "store":
+        return lambda route: linear_fp8(q, x_scale, weight, scale, counts, route)
+    if epilogue == "add":
+        return lambda route: linear_add_fp8(stream, q, x_scale, weight, scale, counts, route)
+    return lambda route: linear_activation_fp8(
+        q, x_scale, weight, scale, counts, epilogue, padded, FP8, route
+    )
+
+
 def _milliseconds(
-    run: Callable[[str], None], names: list[str], device: torch.device
+    run: Callable[[str], object], names: list[str], device: torch.device
 ) -> dict[str, float]:
     """Device time of one call by each route, in turns and each for long enough to heat the card."""
 

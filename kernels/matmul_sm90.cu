@@ -1,5 +1,5 @@
 // Matrix product for Hopper with an epilogue: activation, or addition to an fp32 stream. Operands are
-// bf16, or e4m3 with a scale for each row of either; activations of those leave as e4m3 again.
+// bf16, or e4m3 with a scale for each row of either; activations may leave as e4m3 again.
 //
 // A persistent block owns one tile of the product at a time. One warp loads blocks of both operands
 // through tensor maps into a ring; two warp groups multiply, each its own rows by the columns that
@@ -7,7 +7,7 @@
 // CUTLASS's persistent cooperative kernel (CUTLASS documentation, "Efficient GEMM in CUDA"), the
 // instructions those of the PTX ISA (wgmma, mbarrier, cp.async.bulk.tensor).
 //
-// The launcher defines FP8, COLUMNS, BLOCKS, STAGES, CLUSTER_ROWS, CLUSTER_COLUMNS, EPILOGUE,
+// The launcher defines FP8, OUT_FP8, COLUMNS, BLOCKS, STAGES, CLUSTER_ROWS, CLUSTER_COLUMNS, EPILOGUE,
 // OUT_BYTES, BUFFERS and the texts WGMMA_KIND, WGMMA_SUMS, WGMMA_OPERANDS, WGMMA_X, WGMMA_WEIGHT,
 // WGMMA_USE, WGMMA_TAIL.
 
@@ -28,7 +28,6 @@ constexpr u32 CLUSTER = CLUSTER_ROWS * CLUSTER_COLUMNS;
 constexpr u32 X_BYTES = ROWS * DEPTH_BYTES;
 constexpr u32 WEIGHT_BYTES = COLUMNS * DEPTH_BYTES;
 constexpr u32 STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
-constexpr bool OUT_FP8 = FP8 && (EPILOGUE == GELU7 || EPILOGUE == SWIGLU7);
 constexpr u32 OUT_ELEMENT = EPILOGUE == ADD ? 4 : OUT_FP8 ? 1 : 2;
 // |SwiGLU7| is at most 56 and |GELU7| at most 7, which these make 448, the end of e4m3.
 constexpr float OUT_FACTOR = EPILOGUE == SWIGLU7 ? 8.0f : 64.0f;

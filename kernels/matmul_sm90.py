@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels import nvrtc
-from magihuman.kernels.reference import Counts
+from magihuman.kernels.reference import STATIC_SCALES, Counts
 
 Epilogue = Literal["store", "gelu7", "swiglu7", "add"]
 
@@ -26,7 +26,6 @@ CONSUMERS = 2
 THREADS = 128 * (1 + CONSUMERS)
 DEPTH_BYTES = 128  # of a row in a block of an operand
 FP8 = torch.float8_e4m3fn
-STATIC_SCALES = {"swiglu7": 1 / 8, "gelu7": 1 / 64}  # of e4m3 activations: 56 and 7 become 448
 SOURCE = Path(__file__).with_name("matmul_sm90.cu")
 
 
@@ -78,41 +77,42 @@ class _Maps(ctypes.Structure):
     ]
 
 
-def out_dtype(epilogue: Epilogue, fp8: bool) -> torch.dtype:
-    """Of the output: activations of e4m3 operands are e4m3 again."""
+def out_dtypes(epilogue: Epilogue) -> list[torch.dtype]:
+    """What an output may be."""
     if epilogue == "add":
-        return torch.float32
-    return FP8 if fp8 and epilogue in STATIC_SCALES else torch.bfloat16
+        return [torch.float32]
+    return [torch.bfloat16, FP8] if epilogue in STATIC_SCALES else [torch.bfloat16]
 
 
-def out_bytes(tile: Tile, epilogue: Epilogue, fp8: bool = False) -> int:
+def out_bytes(tile: Tile, epilogue: Epilogue, out_dtype: torch.dtype) -> int:
     """Width of the boxes that leave a tile: the widest swizzle that divides it."""
     columns = tile.columns // 2 if epilogue == "swiglu7" else tile.columns
-    width = columns * out_dtype(epilogue, fp8).itemsize
+    width = columns * out_dtype.itemsize
     return next(size for size in (128, 64, 32, 16) if width % size == 0)
 
 
-def ring(tile: Tile, epilogue: Epilogue, fp8: bool = False) -> tuple[int, int]:
+def ring(tile: Tile, epilogue: Epilogue, out_dtype: torch.dtype) -> tuple[int, int]:
     """Blocks in the ring and boxes of output for each warp group, as many as fit."""
     stage = DEPTH_BYTES * (tile.rows + tile.columns)
-    box = 64 * out_bytes(tile, epilogue, fp8)
+    box = 64 * out_bytes(tile, epilogue, out_dtype)
     buffers = 2 if SHARED_BYTES - 4 * CONSUMERS * box >= 4 * stage else 1
     return (SHARED_BYTES - buffers * CONSUMERS * box) // stage, buffers
 
 
-def source(tile: Tile, epilogue: Epilogue, fp8: bool = False) -> str:
-    """The kernel for one tile, epilogue and type of operands."""
-    stages, buffers = ring(tile, epilogue, fp8)
+def source(tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype) -> str:
+    """The kernel for one tile, epilogue, type of operands and of output."""
+    stages, buffers = ring(tile, epilogue, out_dtype)
     sums = tile.columns // 2  # registers of a thread for 64 rows
     macros = {
         "FP8": int(fp8),
+        "OUT_FP8": int(out_dtype == FP8),
         "COLUMNS": tile.columns,
         "BLOCKS": tile.blocks,
         "STAGES": stages,
         "CLUSTER_ROWS": tile.cluster_rows,
         "CLUSTER_COLUMNS": tile.cluster_columns,
         "EPILOGUE": EPILOGUES[epilogue],
-        "OUT_BYTES": out_bytes(tile, epilogue, fp8),
+        "OUT_BYTES": out_bytes(tile, epilogue, out_dtype),
         "BUFFERS": buffers,
         "WGMMA_KIND": f'"m64n{tile.columns}{"k32.f32.e4m3.e4m3" if fp8 else "k16.f32.bf16.bf16"}"',
         "WGMMA_TAIL": '"1, 1"' if fp8 else '"1, 1, 0, 0"',
@@ -127,8 +127,10 @@ def source(tile: Tile, epilogue: Epilogue, fp8: bool = False) -> str:
 
 
 @functools.cache
-def _kernel(tile: Tile, epilogue: Epilogue, fp8: bool, device: torch.device) -> nvrtc.Kernel:
-    code = nvrtc.compile_cubin(source(tile, epilogue, fp8), "sm_90a")
+def _kernel(
+    tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype, device: torch.device
+) -> nvrtc.Kernel:
+    code = nvrtc.compile_cubin(source(tile, epilogue, fp8, out_dtype), "sm_90a")
     return nvrtc.Kernel(code, "matmul", SHARED_BYTES + 2048)
 
 
@@ -153,8 +155,9 @@ def matmul(
         x: [N, K or more] bf16 or e4m3, rows at multiples of 16 bytes; N at least 1.
         weight: [M, K] or, with `counts`, [3 M, K], likewise. For "swiglu7" the even rows of M are
             glu, the odd ones lin.
-        out: [N, M], or [N, M / 2] for "swiglu7", of `out_dtype`; rows likewise. Columns beyond its
-            shape are not touched. An e4m3 activation is divided by its entry in `STATIC_SCALES`.
+        out: [N, M], or [N, M / 2] for "swiglu7", of one of `out_dtypes`; rows likewise. Beyond its
+            shape columns are touched only up to the next multiple of 16 bytes. An e4m3 activation
+            is divided by its entry in `reference.STATIC_SCALES`.
         counts: rows of each of three runs, each with its own third of the weight's rows.
         epilogue: what happens to the product. Activations take it rounded to bf16, as the plain
             model does; "add" takes it as summed, in fp32.
@@ -171,7 +174,7 @@ def matmul(
     maps.weight = nvrtc.tensor_map(
         weight, weight.shape[0], depth, tile.columns // tile.cluster_rows, depth_block
     )
-    box_columns = out_bytes(tile, epilogue, fp8) // out.element_size()
+    box_columns = out_bytes(tile, epilogue, out.dtype) // out.element_size()
     row = tiles = 0
     for i, count in enumerate(runs):
         if count:
@@ -192,4 +195,5 @@ def matmul(
     cluster = tile.cluster_rows * tile.cluster_columns
     clusters = min(tiles * shape.column_tiles, _processors(x.device) // cluster)
     with torch.cuda.device(x.device):
-        _kernel(tile, epilogue, fp8, x.device).launch(clusters * cluster, THREADS, maps, shape)
+        kernel = _kernel(tile, epilogue, fp8, out.dtype, x.device)
+        kernel.launch(clusters * cluster, THREADS, maps, shape)

@@ -210,3 +210,109 @@ def linear_add_(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], ro
 @torch.library.register_fake("magihuman::linear_add_")
 def _(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
     return stream
+
+
+@torch.library.custom_op("magihuman::linear_fp8", mutates_args=())
+def linear_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: list[int], route: str
+) -> Tensor:
+    """`reference.scaled_linear` by this route."""
+    if x.is_cuda:
+        from magihuman.kernels import linear_routes
+
+        return linear_routes.linear_fp8(x, x_scale, weight, weight_scale, _counts(counts), route)
+    return ref.scaled_linear(x, x_scale, weight, weight_scale, _counts(counts))
+
+
+@linear_fp8.register_fake
+def _(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: list[int], route: str
+) -> Tensor:
+    columns = weight.shape[0] // (3 if counts else 1)
+    return x.new_empty(x.shape[0], columns, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("magihuman::linear_activation_fp8", mutates_args=())
+def linear_activation_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    counts: list[int],
+    kind: str,
+    padded: int,
+    out_dtype: torch.dtype,
+    route: str,
+) -> Tensor:
+    """`activation` of `linear_fp8`, in bf16, or in e4m3 divided by `reference.STATIC_SCALES`."""
+    if x.is_cuda:
+        from magihuman.kernels import linear_routes
+
+        return linear_routes.linear_activation_fp8(
+            x, x_scale, weight, weight_scale, _counts(counts), kind, padded, out_dtype, route
+        )
+    product = ref.scaled_linear(x, x_scale, weight, weight_scale, _counts(counts))
+    out = activation(product, kind, padded)
+    if out_dtype == torch.bfloat16:
+        return out
+    return (out.float() / ref.STATIC_SCALES[kind]).to(out_dtype)
+
+
+@linear_activation_fp8.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    counts: list[int],
+    kind: str,
+    padded: int,
+    out_dtype: torch.dtype,
+    route: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], padded, dtype=out_dtype)
+
+
+torch.library.define(
+    "magihuman::linear_add_fp8_",
+    "(Tensor(a!) stream, Tensor x, Tensor? x_scale, float scale_of_all, Tensor weight,"
+    " Tensor weight_scale, int[] counts, str route) -> Tensor(a!)",
+)
+
+
+@torch.library.impl("magihuman::linear_add_fp8_", ("CPU", "CUDA"))
+def linear_add_fp8_(
+    stream: Tensor,
+    x: Tensor,
+    x_scale: Tensor | None,
+    scale_of_all: float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    counts: list[int],
+    route: str,
+) -> Tensor:
+    """`linear_fp8` joins the fp32 stream in place; without x_scale all rows have one scale."""
+    if x.is_cuda:
+        from magihuman.kernels import linear_routes
+
+        scale = scale_of_all if x_scale is None else x_scale
+        linear_routes.linear_add_fp8(stream, x, scale, weight, weight_scale, _counts(counts), route)
+        return stream
+    if x_scale is None:
+        x_scale = torch.full((x.shape[0],), scale_of_all)
+    values = x[:, : weight.shape[1]]
+    return stream.add_(ref.scaled_linear(values, x_scale, weight, weight_scale, _counts(counts)))
+
+
+@torch.library.register_fake("magihuman::linear_add_fp8_")
+def _(
+    stream: Tensor,
+    x: Tensor,
+    x_scale: Tensor | None,
+    scale_of_all: float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    counts: list[int],
+    route: str,
+) -> Tensor:
+    return stream

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from magihuman.kernels.reference import FP8_LIMIT, FP8_ROW_BYTES, NORM_EPS, Counts, run_starts
 
-MAX_CHANNELS = 16384  # a row is held in registers
+MAX_CHANNELS = 32768  # a row is held in registers
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest with a finite reciprocal
 
 
@@ -115,7 +115,7 @@ def norm_rows(x: Tensor, weight: Tensor, counts: Counts | None) -> tuple[Tensor,
     """`reference.quantize_rows` of `reference.rms_norm`, from its fp32 without a rounding between.
 
     Args:
-        x: [N, C] fp32 contiguous, C at most 16384.
+        x: [N, C] fp32 contiguous, C at most 32768.
         weight: [C], or [3 C] with `counts`, fp32, zero-centred.
         counts: rows of video, audio and text.
 
@@ -142,7 +142,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantize_rows`, bit for bit.
 
     Args:
-        x: [N, C] bf16 or fp32, C at most 16384, contiguous but for its rows' stride. Loads are as
+        x: [N, C] bf16 or fp32, C at most 32768, contiguous but for its rows' stride. Loads are as
             wide as the powers of two, up to 8, that divide both C and that stride.
 
     Returns:
@@ -183,4 +183,4 @@ def _pieces(columns: int) -> tuple[int, int]:
 
 def _warps(head: int) -> int:
     """Few: at 5120 columns a thread then loads 16 bytes at a time in the second piece too."""
-    return 8 if head >= 8192 else 4
+    return {8192: 8, 16384: 16}.get(head, 4)

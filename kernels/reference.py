@@ -25,6 +25,7 @@ ACTIVATION_LIMIT = 7.0
 ACTIVATION_ALPHA = 1.702
 QUERY_BLOCK = 512  # queries at a time in the CPU's attention
 FP8_LIMIT = 448.0  # largest magnitude of e4m3: OCP 8-bit floating point specification, table 1
+STATIC_SCALES = {"swiglu7": 1 / 8, "gelu7": 1 / 64}  # their ends, 56 and 7, become the limit
 FP8_ROW_BYTES = 16  # fused kernels start rows at multiples of it, as tensor maps and libraries want
 
 

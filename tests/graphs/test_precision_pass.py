@@ -1,0 +1,76 @@
+"""e4m3 linears in the rewritten graph, on the CPU, where operators compute the reference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import golden
+from magihuman.graphs import compile as compiling
+from magihuman.graphs import precision
+from magihuman.runtime import tokens
+
+CPU = torch.device("cpu")
+LAYOUT = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7)
+ALL = {
+    "norm_fp8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 5, "linear_fp8": 5,
+    "linear_activation_fp8": 5, "linear_add_fp8_": 10,
+}  # fmt: skip
+# Up and down projections read and write each other's type, whichever of them is kept.
+NO_DOWN = {
+    "norm_fp8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 5, "linear_fp8": 5,
+    "linear_activation_fp8": 5, "linear_add_fp8_": 5, "linear_add_": 5,
+}  # fmt: skip
+NO_UP = {
+    "norm_fp8": 5, "norm": 5, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 10,
+    "linear_fp8": 5, "linear_activation": 5, "linear_add_fp8_": 10,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [("none", ALL), (["*.down_proj"], NO_DOWN), (["*.up_gate_proj"], NO_UP)],
+)
+def test_quantized_linears(keep: str | list[str], expected: dict[str, int], tmp_path: Path) -> None:
+    """As near to the bf16 model as operands rounded to e4m3 leave it, from either cache."""
+    plain, model = golden.dit(local=False), golden.dit(local=False)
+    names = precision.quantized_linears(model.config, keep)
+    precision.quantize_model(model, names)
+    compiling.pad_weights(model, model.config)
+    video, audio, text = LAYOUT.counts
+    inputs = {
+        "video": torch.randn(video, 192),
+        "audio": torch.randn(audio, 64),
+        "text": torch.randn(text, model.config.text_channels),
+        "rope": model.adapter.rope(tokens.coordinates(LAYOUT, "v2")),
+    }
+    length = torch.tensor(LAYOUT.tokens, dtype=torch.int32)
+    theirs = plain(**inputs, length=length)
+    outputs = []
+    for from_cache in (False, True):
+        module, report = compiling.compile_forward(
+            model, model.config, LAYOUT.counts, torch.bfloat16, CPU, cache=tmp_path
+        )
+        assert report.from_cache == from_cache
+        found = Counter(
+            str(node.target).removeprefix("magihuman.").removesuffix(".default")
+            for node in module.graph.nodes
+            if str(node.target).startswith("magihuman.")
+        )
+        assert found == expected
+        outputs.append(module(*inputs.values(), length))
+        for a, b in zip(outputs[-1], theirs, strict=True):
+            assert 1e-3 < golden.error(a, b) < 0.1
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_the_graphs_cache_tells_quantized_linears_apart() -> None:
+    model = golden.dit(local=False)
+    keys = {
+        compiling.store.key_of(model.config, torch.bfloat16, model, names)
+        for names in ([], ["block.layers.0.mlp.down_proj"], ["block.layers.1.mlp.down_proj"])
+    }
+    assert len(keys) == 3
