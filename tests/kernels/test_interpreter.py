@@ -90,6 +90,27 @@ def check_activations() -> None:
             assert (padded[:, columns:] == 0).all()
 
 
+def check_quantize() -> None:
+    """Scales, and that values are in place: the interpreter's rounding to e4m3 loses carries."""
+    from magihuman.kernels.quantize import norm_rows, quantize_rows
+
+    def check(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+        assert_close(ours[1], expected[1])
+        codes = [values.contiguous().view(torch.uint8).int() for values in (ours[0], expected[0])]
+        assert (codes[0] - codes[1]).abs().max() <= 8  # a carry into the exponent
+
+    for channels in (5, 100, 128, 200):
+        x = in_wider_rows(channels)
+        check(quantize_rows(x), ref.quantize_rows(x))
+        for counts in COUNTS:
+            rows, weight = x.contiguous(), weight_of(channels, counts)
+            expected = ref.quantize_rows(ref.rms_norm(rows, weight, counts))
+            values, scale = norm_rows(rows, weight, counts)
+            check((values, scale), expected)
+            stored = values.as_strided((ROWS, values.stride(0)), (values.stride(0), 1))
+            assert (stored[:, channels:].float() == 0).all()
+
+
 if __name__ == "__main__":
     # Fills what torch.empty returns with NaN: a kernel that leaves a place out is found.
     torch.use_deterministic_algorithms(True)
@@ -97,3 +118,4 @@ if __name__ == "__main__":
     check_sandwich_norm()
     check_qk_norm_rope()
     check_activations()
+    check_quantize()
