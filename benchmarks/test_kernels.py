@@ -99,6 +99,36 @@ def test_activation(size: Size, time_kernel: Callable, is_fused: bool, kind: str
 
 
 @pytest.mark.benchmark(group="norms and activations")
+def test_norm_fp8(size: Size, time_kernel: Callable, is_fused: bool) -> None:
+    rows, channels = size.layout.tokens, size.arch.hidden_size
+    weight = randn(size, channels, dtype=FP32)
+
+    def build() -> Callable:
+        x = randn(size, rows, channels, dtype=FP32)
+        if is_fused:
+            return partial(ops.norm_fp8, x, weight, [])
+        return lambda: ref.quantize_rows(ref.rms_norm(x, weight))
+
+    moved = rows * (5 * channels + 4)
+    time_kernel(build, moved + nbytes(weight), "bytes", rows=rows, channels=channels)
+
+
+@pytest.mark.benchmark(group="norms and activations")
+@pytest.mark.parametrize("source", ["attention", "activation"])
+def test_quantize_fp8(size: Size, time_kernel: Callable, is_fused: bool, source: str) -> None:
+    rows, arch = size.layout.tokens, size.arch
+    middle = arch.mlp_widths(arch.num_layers // 2)[1]
+    columns = arch.heads * arch.head_dim if source == "attention" else padded_width(middle)
+
+    def build() -> Callable:
+        return partial(
+            ops.quantize_fp8 if is_fused else ref.quantize_rows, randn(size, rows, columns)
+        )
+
+    time_kernel(build, rows * (3 * columns + 4), "bytes", rows=rows, columns=columns)
+
+
+@pytest.mark.benchmark(group="norms and activations")
 def test_head_gate(size: Size, time_kernel: Callable, is_fused: bool) -> None:
     rows, heads, dim = size.layout.tokens, size.arch.heads, size.arch.head_dim
 
