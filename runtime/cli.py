@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from magihuman import runtime
+from magihuman.runtime.terminal import (
+    BAD_INPUT,
+    Bar,
+    err,
+    out,
+    print_result,
+    size_text,
+    user_errors,
+)
 
 app = typer.Typer(
     help="Run daVinci-MagiHuman: a prompt in, a video of a person speaking out.",
@@ -25,11 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
-
-BAD_INPUT, FAILED = 2, 1
-BAD_INPUT_ERRORS = (runtime.InvalidRequestError, runtime.CheckpointError, runtime.OutputError)
 
 ModelOption = Annotated[
     str,
@@ -89,7 +88,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Make one clip and write it as an mp4 with sound."""
-    with _user_errors():
+    with user_errors():
         request = runtime.Request(
             prompt=prompt,
             image=image,
@@ -107,7 +106,7 @@ def generate(
             **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
         )
         _check_before_loading(request, variant, sr, output)
-        bar = _Bar(as_json)
+        bar = Bar(as_json)
         start = time.perf_counter()
         with bar:
             engine = runtime.load(
@@ -129,7 +128,7 @@ def generate(
             start = time.perf_counter()
             path = video.save(output)
         timings = {"load": load_s, **video.timings_s, "write": time.perf_counter() - start}
-        _print_result(path, video, timings, as_json)
+        print_result(path, video, timings, as_json)
 
 
 @app.command()
@@ -138,7 +137,7 @@ def tiny(
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
 ) -> None:
     """Write a tiny checkpoint of every component, with random weights: its clips are noise."""
-    with _user_errors():
+    with user_errors():
         for made in runtime.write_tiny(folder, seed):
             out.print(f"wrote {made}")
 
@@ -148,7 +147,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="A model directory.")], as_json: JsonOption = False
 ) -> None:
     """Say what is in a model directory, what is missing or damaged, and what fits this GPU."""
-    with _user_errors():
+    with user_errors():
         import torch
 
         from magihuman.runtime.report import fits, inspect_model
@@ -174,8 +173,8 @@ def inspect(
                     "damaged" if c in damaged else c.state,
                     str(c.tensors),
                     dtypes,
-                    _size(c.disk_bytes),
-                    _size(c.device_bytes),
+                    size_text(c.disk_bytes),
+                    size_text(c.device_bytes),
                 )
                 table.add_row(*row)
             out.print(table)
@@ -192,7 +191,7 @@ def inspect(
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say what this machine has, which paths will be used, and why."""
-    with _user_errors():
+    with user_errors():
         from magihuman.runtime.report import machine
 
         facts = machine()
@@ -222,7 +221,7 @@ def explain(
 
     Needs no weights, and no GPU but for --recorded.
     """
-    with _user_errors():
+    with user_errors():
         import torch
 
         from magihuman.graphs import explain as explaining
@@ -293,106 +292,6 @@ def _check_before_loading(
 
         open_driving_audio(request.audio, request.seconds)
     check_output(output, config.video_frames(plan.frames), *plan.size_px)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn the package's own errors into one line and an exit code."""
-    try:
-        yield
-    except BAD_INPUT_ERRORS as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(BAD_INPUT) from None
-    except runtime.MagiHumanError as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(FAILED) from None
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        raise typer.Exit(FAILED) from None
-
-
-class _Bar:
-    """A live bar on a terminal, plain lines elsewhere, nothing with --json."""
-
-    def __init__(self, silent: bool) -> None:
-        self._live = None
-        self._silent = silent
-        self._tasks: dict[str, object] = {}
-        if not silent and err.is_terminal:
-            columns = (
-                TextColumn("{task.description:>16}"),
-                BarColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._live = Progress(*columns, TimeElapsedColumn(), console=err, transient=True)
-
-    def __enter__(self) -> None:
-        if self._live is not None:
-            self._live.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def on_load(self, component: str, done: int, of: int) -> None:
-        """Weights are being read."""
-        finished = of > 0 and done == of
-        note = _size(done) if of > 1 else ""
-        self._show(f"load {component}", done, of, note, line=finished and of == 1)
-
-    def on_progress(self, progress: runtime.Progress) -> None:
-        """A step has finished."""
-        note = f"{progress.step}/{progress.of}"
-        self._show(progress.stage, progress.step, progress.of, note, line=progress.step > 0)
-
-    def _show(self, name: str, done: int, of: int, note: str, line: bool) -> None:
-        if self._live is not None:
-            task = self._tasks.get(name)
-            if task is None:
-                task = self._tasks[name] = self._live.add_task(name, total=None, note="")
-            self._live.update(task, completed=done, total=of or None, note=note)  # type: ignore[arg-type]
-        elif line and not self._silent:
-            err.print(f"{name} {note}".rstrip(), highlight=False)
-
-
-def _print_result(
-    path: Path, video: runtime.Video, timings: dict[str, float], as_json: bool
-) -> None:
-    frames, height, width = video.frames.shape[:3]
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "path": os.fspath(path),
-                    "frames": frames,
-                    "width": width,
-                    "height": height,
-                    "fps": video.fps,
-                    "duration_s": video.duration_s,
-                    "sample_rate_hz": video.sample_rate_hz,
-                    "seed": video.seed,
-                    "warnings": list(video.warnings),
-                    "timings_s": timings,
-                }
-            )
-        )
-        return
-    table = Table("stage", "seconds")
-    for name, seconds in timings.items():
-        table.add_row(name, f"{seconds:.3f}")
-    table.add_row("total", f"{sum(timings.values()):.3f}")
-    out.print(table)
-    out.print(
-        f"{path}: {frames} frames of {width}x{height}, {video.duration_s:.2f} s, seed {video.seed}"
-    )
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024  # type: ignore[assignment]
-    return f"{count:.1f} GiB"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""What the commands share: consoles, errors as exit codes, progress, and a clip's summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from magihuman import runtime
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+BAD_INPUT, FAILED = 2, 1
+BAD_INPUT_ERRORS = (runtime.InvalidRequestError, runtime.CheckpointError, runtime.OutputError)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn the package's own errors into one line and an exit code."""
+    try:
+        yield
+    except BAD_INPUT_ERRORS as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(BAD_INPUT) from None
+    except runtime.MagiHumanError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise typer.Exit(FAILED) from None
+
+
+class Bar:
+    """A live bar on a terminal, plain lines elsewhere, nothing with --json."""
+
+    def __init__(self, silent: bool) -> None:
+        self._live = None
+        self._silent = silent
+        self._tasks: dict[str, object] = {}
+        if not silent and err.is_terminal:
+            columns = (
+                TextColumn("{task.description:>16}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._live = Progress(*columns, TimeElapsedColumn(), console=err, transient=True)
+
+    def __enter__(self) -> None:
+        if self._live is not None:
+            self._live.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def on_load(self, component: str, done: int, of: int) -> None:
+        """Weights are being read."""
+        finished = of > 0 and done == of
+        note = size_text(done) if of > 1 else ""
+        self._show(f"load {component}", done, of, note, line=finished and of == 1)
+
+    def on_progress(self, progress: runtime.Progress) -> None:
+        """A step has finished."""
+        note = f"{progress.step}/{progress.of}"
+        self._show(progress.stage, progress.step, progress.of, note, line=progress.step > 0)
+
+    def _show(self, name: str, done: int, of: int, note: str, line: bool) -> None:
+        if self._live is not None:
+            task = self._tasks.get(name)
+            if task is None:
+                task = self._tasks[name] = self._live.add_task(name, total=None, note="")
+            self._live.update(task, completed=done, total=of or None, note=note)  # type: ignore[arg-type]
+        elif line and not self._silent:
+            err.print(f"{name} {note}".rstrip(), highlight=False)
+
+
+def print_result(
+    path: Path, video: runtime.Video, timings: dict[str, float], as_json: bool
+) -> None:
+    """Say what was written and how long each stage took."""
+    frames, height, width = video.frames.shape[:3]
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "path": os.fspath(path),
+                    "frames": frames,
+                    "width": width,
+                    "height": height,
+                    "fps": video.fps,
+                    "duration_s": video.duration_s,
+                    "sample_rate_hz": video.sample_rate_hz,
+                    "seed": video.seed,
+                    "warnings": list(video.warnings),
+                    "timings_s": timings,
+                }
+            )
+        )
+        return
+    table = Table("stage", "seconds")
+    for name, seconds in timings.items():
+        table.add_row(name, f"{seconds:.3f}")
+    table.add_row("total", f"{sum(timings.values()):.3f}")
+    out.print(table)
+    out.print(
+        f"{path}: {frames} frames of {width}x{height}, {video.duration_s:.2f} s, seed {video.seed}"
+    )
+
+
+def size_text(count: int) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} GiB"
