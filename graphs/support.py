@@ -7,12 +7,20 @@ from typing import Any
 
 import torch
 
+from magihuman.kernels import nvrtc
+
 MIN_CAPABILITY = (9, 0)  # the fused kernels are written and measured for Hopper
+FP8_CAPABILITY = (9, 0)  # the fp8 product is written in instructions that only Hopper has
 HEAD_DIMS = (32, 64, 128)
 
 
-def why_not(config: Any, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the fused kernels cannot serve this architecture here; None where they can."""
+def why_not(
+    config: Any, dtype: torch.dtype, device: torch.device, *, fp8: bool = False
+) -> str | None:
+    """Why the fused kernels cannot serve this architecture here; None where they can.
+
+    fp8: whether linears have fp8 weights; those left have weights in `dtype`.
+    """
     if device.type != "cuda":
         return "there is no GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -26,4 +34,8 @@ def why_not(config: Any, dtype: torch.dtype, device: torch.device) -> str | None
         return f"the kernels take heads of 32, 64 or 128, not {config.head_dim}"
     if config.local_attention_layers:
         return "frame-local attention has no fused kernel yet"
+    if fp8 and capability != FP8_CAPABILITY:
+        return f"the fp8 kernels need sm_90, this GPU is sm_{capability[0]}{capability[1]}"
+    if fp8 and not nvrtc.is_available():
+        return "the fp8 kernels need cuda-bindings: pip install 'magihuman[cuda]'"
     return None
