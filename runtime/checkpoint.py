@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from magihuman.graphs.precision import quantize_linear
 from magihuman.runtime.config import DiTConfig, TurboVAEConfig, Variant
 from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.model.dit import DiT
@@ -88,6 +89,16 @@ def scan(folder: Path) -> dict[str, TensorInfo]:
     else:
         raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}")
 
+    found = scan_files(files)
+    if weight_map is not None:
+        lost = [key for key, name in weight_map.items() if found.get(key) is None]
+        if lost:
+            raise CheckpointError(f"{index} names tensors that its files lack: {_names(lost)}")
+    return found
+
+
+def scan_files(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Every tensor of these files, from their headers."""
     found: dict[str, TensorInfo] = {}
     for file in files:
         with open_shard(file) as shard:
@@ -97,16 +108,18 @@ def scan(folder: Path) -> dict[str, TensorInfo]:
                 width = int(re.sub(r"\D", "", dtype.split("_")[0]) or 8) // 8
                 size = width * int(torch.Size(shape).numel())
                 found[key] = TensorInfo(file, shape, dtype, size)
-    if weight_map is not None:
-        lost = [key for key, name in weight_map.items() if found.get(key) is None]
-        if lost:
-            raise CheckpointError(f"{index} names tensors that its files lack: {_names(lost)}")
     return found
 
 
 def check_keys(found: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:
     """Raise unless names and shapes agree exactly with the model's."""
-    wanted = shapes(model.state_dict(), source)
+    check_shapes(found, shapes(model.state_dict(), source), source)
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Raise unless names and shapes are exactly those wanted."""
     problems = []
     missing = [key for key in wanted if key not in found]
     unexpected = [key for key in found if key not in wanted]
@@ -142,23 +155,32 @@ def load_dit(
     device: torch.device,
     linear_dtype: torch.dtype,
     on_read: OnRead = lambda done, total: None,
+    quantized: Collection[str] = (),
 ) -> DiT:
     """A DiT on the device. Shards are mapped one at a time and copied tensor by tensor.
 
-    Block linears are converted to `linear_dtype`; everything else is fp32, whatever is on disk.
+    Block linears are converted to `linear_dtype`, and those in `quantized` from there to fp8 before
+    the next tensor is read; everything else is fp32, whatever is on disk.
     """
     with torch.device("meta"):
         model = DiT(dit_config(folder, variant), linear_dtype)
     found = scan(folder)
     check_keys({key: info.shape for key, info in found.items()}, model, str(folder))
 
+    fp8 = {f"{name}.weight": model.get_submodule(name) for name in quantized}
+    for linear in fp8.values():
+        del linear.weight  # no room is made for what is never held
     model = model.to_empty(device=device)
     targets = model.state_dict()
     total, done = sum(info.size_bytes for info in found.values()), 0
     for file in sorted({info.file for info in found.values()}):
         with open_shard(file) as shard:
             for key in shard.keys():  # noqa: SIM118
-                targets[key].copy_(shard.get_tensor(key).to(device))
+                value = shard.get_tensor(key).to(device)
+                if key in fp8:
+                    quantize_linear(fp8[key], value.to(linear_dtype))
+                else:
+                    targets[key].copy_(value)
                 done += found[key].size_bytes
                 on_read(done, total)
     return frozen(model)

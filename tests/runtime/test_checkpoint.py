@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from magihuman.graphs.precision import linears, quantize_model, quantized_linears
 from magihuman.runtime import CheckpointError, checkpoint, config, random_weights
 from magihuman.runtime.config import VARIANTS, DiTConfig
 from magihuman.runtime.loading import AUDIO_FOLDER, TEXT_FOLDER, TURBO_FOLDER
@@ -89,6 +90,34 @@ def test_norms_are_fp32_even_where_a_file_holds_bf16(tiny_dir, tmp_path):
     folder = damaged(tiny_dir / "distill", tmp_path, edit_tensors("model.safetensors", to_bf16))
     model = checkpoint.load_dit(folder, VARIANTS["distill"], CPU, BF16)
     assert model.adapter.rope.bands.dtype == model.final_norm_video.weight.dtype == FP32
+
+
+def test_linears_are_quantised_while_they_are_read(tiny_dir, monkeypatch):
+    """With the result of quantising the bf16 model, of which no copy is made."""
+    made = []
+    to_empty = torch.nn.Module.to_empty
+
+    def watch(module: torch.nn.Module, **options: object) -> torch.nn.Module:
+        to_empty(module, **options)
+        made.append([key for key, value in module.state_dict().items() if value.dtype == BF16])
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", watch)
+    names = quantized_linears(DIT, "modality")
+    for variant in ("base", "distill"):  # bf16 and fp32 on disk
+        source = (tiny_dir / variant, VARIANTS[variant], CPU, BF16)
+        model = checkpoint.load_dit(*source, quantized=names)
+        left = [f"{name}.weight" for name in linears(DIT) if name not in names]
+        assert made.pop() == left
+        wanted = checkpoint.load_dit(*source)
+        made.clear()
+        quantize_model(wanted, names)
+        state = wanted.state_dict()
+        assert model.state_dict().keys() == state.keys()
+        for key, value in model.state_dict().items():
+            assert value.dtype == state[key].dtype and value.stride() == state[key].stride(), key
+            assert torch.equal(value.float(), state[key].float()), key
+        assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_reading_is_reported_in_bytes(tiny_dir):
