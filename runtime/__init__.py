@@ -24,6 +24,7 @@ from magihuman.runtime.errors import (
 from magihuman.runtime.request import Plan, Progress, Request, Video
 
 if TYPE_CHECKING:
+    from magihuman.runtime.converting import convert
     from magihuman.runtime.engine import Engine
     from magihuman.runtime.loading import load
     from magihuman.runtime.random_weights import Synthetic as synthetic
@@ -41,6 +42,7 @@ __all__ = [
     "Progress",
     "Request",
     "Video",
+    "convert",
     "load",
     "synthetic",
     "write_tiny",
@@ -48,6 +50,7 @@ __all__ = [
 
 _LAZY = {
     "Engine": ("engine", "Engine"),
+    "convert": ("converting", "convert"),
     "load": ("loading", "load"),
     "synthetic": ("random_weights", "Synthetic"),
     "write_tiny": ("tiny", "write_tiny"),

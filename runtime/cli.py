@@ -39,6 +39,16 @@ ModelOption = Annotated[
         help="Model directory, or Hugging Face hub id (owner/name).",
     ),
 ]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="bf16, fp32 or fp8; by default that of a converted transformer, else bf16."),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With fp8, what stays bf16: none, modality, or names and patterns, by commas."
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object instead of tables.")
 ]
@@ -72,9 +82,16 @@ def generate(
         float | None, typer.Option(help="Video guidance of the base model.")
     ] = None,
     sr_guidance: Annotated[float | None, typer.Option(help="Guidance of super-resolution.")] = None,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    precision: PrecisionOption = None,
+    keep_bf16: KeepOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
+    transformer: Annotated[
+        str | None, typer.Option(help="Folder of the transformer, published or converted.")
+    ] = None,
+    sr_transformer: Annotated[
+        str | None, typer.Option(help="Folder of the super-resolution transformer.")
+    ] = None,
     turbo_vae: Annotated[str | None, typer.Option(help="Path of the Turbo VAE.")] = None,
     text_encoder: Annotated[
         str | None, typer.Option(help="Path or hub id of the text encoder.")
@@ -114,8 +131,11 @@ def generate(
                 variant=variant,
                 sr=sr,
                 precision=precision,  # type: ignore[arg-type]
+                keep_bf16=_keep(keep_bf16),
                 device=device,
                 revision=revision,
+                transformer=transformer,
+                sr_transformer=sr_transformer,
                 turbo_vae=turbo_vae,
                 text_encoder=text_encoder,
                 audio_vae=audio_vae,
@@ -129,6 +149,38 @@ def generate(
             path = video.save(output)
         timings = {"load": load_s, **video.timings_s, "write": time.perf_counter() - start}
         print_result(path, video, timings, as_json)
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", envvar="MAGIHUMAN_MODEL", help="Model directory.")
+    ],
+    variant: Annotated[str, typer.Option(help="distill, base, 540p_sr or 1080p_sr.")] = "distill",
+    precision: Annotated[str, typer.Option(help="fp8 or bf16.")] = "fp8",
+    keep_bf16: KeepOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a transformer as it is held on the device, for generate --transformer OUT."""
+    with user_errors():
+        bar = Bar(as_json)
+        start = time.perf_counter()
+        with bar:
+            made = runtime.convert(
+                model,
+                folder,
+                variant=variant,
+                precision=precision,  # type: ignore[arg-type]
+                keep_bf16=_keep(keep_bf16) or "none",
+                on_progress=bar.on_convert,
+            )
+        elapsed_s = time.perf_counter() - start
+        disk_bytes = sum(file.stat().st_size for file in made.iterdir())
+        if as_json:
+            print(json.dumps({"path": str(made), "bytes": disk_bytes, "seconds": elapsed_s}))
+        else:
+            out.print(f"{made}: {variant} in {precision}, {size_text(disk_bytes)}")
 
 
 @app.command()
@@ -266,6 +318,11 @@ def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     app()
+
+
+def _keep(given: str | None) -> str | list[str] | None:
+    """The words that `load` knows as they are, anything else as a list of names."""
+    return given if given in (None, "none", "modality") else given.split(",")
 
 
 def _check_before_loading(

@@ -13,6 +13,7 @@ from typing import TypeVar, get_args
 
 import torch
 
+from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize_model
 from magihuman.runtime import checkpoint, config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.denoise import Forward
@@ -22,6 +23,7 @@ from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.text import load_text_encoder
+from magihuman.runtime.transformer import Held, Wanted, check_fit, folder_bytes, plan
 
 log = logging.getLogger("magihuman")
 Part = TypeVar("Part")
@@ -63,10 +65,13 @@ def load(
     *,
     variant: str | None = None,
     sr: str | None = None,
-    precision: config.Precision = "bf16",
+    precision: config.Precision | None = None,
+    keep_bf16: KeepBf16 | None = None,
     compile: bool = True,  # noqa: A002 - what everybody calls it
     device: str | torch.device | None = None,
     revision: str | None = None,
+    transformer: PathLike | None = None,
+    sr_transformer: PathLike | None = None,
     turbo_vae: PathLike | None = None,
     text_encoder: PathLike | None = None,
     audio_vae: PathLike | None = None,
@@ -82,11 +87,16 @@ def load(
             without files.
         variant: "distill" (default: 8 steps, no guidance) or "base" (32 steps with guidance).
         sr: None, "540p" or "1080p": super-resolve every clip.
-        precision: compute dtype of the linears in the transformer: "bf16" as published, or "fp32".
+        precision: of the linears in the transformers: "bf16" as published, "fp32", or "fp8", which
+            needs a Hopper GPU. By default that of a converted transformer, else "bf16".
+        keep_bf16: with "fp8", the linears that stay bf16: "none" (default), "modality" (the layers
+            with weights for each modality), or names and patterns such as "block.layers.7.*".
         compile: run the transformers as captured graphs of fused kernels where this machine can
             (`magihuman doctor` says); False runs the plain model.
         device: a torch device; by default the first GPU, else the CPU.
         revision: of the hub repository.
+        transformer, sr_transformer: folders of transformers that lie elsewhere than in `model`, in
+            the published layout or as `convert` makes them.
         turbo_vae, text_encoder, audio_vae, image_vae: paths of components that lie elsewhere than
             in `model`; for the last three also hub ids. Without an image encoder, requests with an
             image are refused.
@@ -103,7 +113,16 @@ def load(
     name = default if variant is None else variant
     _choice("variant", name, config.BASE_VARIANTS)
     _choice("sr", sr, (None, *config.SR_SIZES))
-    _choice("precision", precision, get_args(config.Precision))
+    if precision is not None:
+        _choice("precision", precision, get_args(config.Precision))
+    if precision != "fp8" and keep_bf16 not in (None, KEEP_NONE):
+        raise InvalidRequestError(
+            f"keep_bf16 must go with precision='fp8', got {keep_bf16!r} with {precision!r}"
+        )
+    if sr is None and sr_transformer is not None:
+        raise InvalidRequestError(
+            f"sr_transformer must go with sr, got {os.fspath(sr_transformer)!r} without"
+        )
     if is_synthetic and name != default:
         raise InvalidRequestError(
             f"variant must be {default!r}, as the synthetic model's, got {name!r}"
@@ -111,25 +130,33 @@ def load(
     target = pick_device(device)
     chosen = config.VARIANTS[name]
     upscaler = config.VARIANTS[f"{sr}_sr"] if sr else None
-    linear = torch.bfloat16 if precision == "bf16" else torch.float32
     # The published pipeline runs the image autoencoders in bf16; on the CPU fp32 is both exact and
     # faster.
-    vae_dtype = torch.bfloat16 if target.type == "cuda" and precision == "bf16" else torch.float32
+    in_bf16 = target.type == "cuda" and precision != "fp32"
+    vae_dtype = torch.bfloat16 if in_bf16 else torch.float32
+    wanted = Wanted(target, precision, keep_bf16, compile)
     report = _Reporter(on_load)
 
     try:
         if isinstance(model, random_weights.Synthetic):
-            parts = _build_synthetic(model, chosen, upscaler, target, linear, vae_dtype, report)
+            base = plan(chosen, None, wanted)
+            upscale = None if upscaler is None else plan(upscaler, None, wanted)
+            parts = _build_synthetic(model, base, upscale, target, vae_dtype, report)
         else:
             overrides = {
+                chosen.name: transformer,
                 TURBO_FOLDER: turbo_vae,
                 TEXT_FOLDER: text_encoder,
                 AUDIO_FOLDER: audio_vae,
                 IMAGE_FOLDER: image_vae,
             }
+            if upscaler is not None:
+                overrides[upscaler.name] = sr_transformer
             paths = find(model, chosen, upscaler, overrides, revision)
-            check_fit(paths, target, linear)
-            parts = _read(paths, chosen, upscaler, target, linear, vae_dtype, report)
+            base = plan(chosen, paths.dit, wanted)
+            upscale = None if upscaler is None else plan(upscaler, paths.sr, wanted)
+            check_fit(base, upscale, folder_bytes(paths.text_encoder) // 2, target)
+            parts = _read(paths, base, upscale, target, vae_dtype, report)
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceError(
@@ -142,10 +169,10 @@ def load(
             " to different models"
         )
     if compile:
-        parts.forward = compiled(parts.dit, linear, target, debug)
-        if parts.sr_dit is not None:
-            parts.sr_forward = compiled(parts.sr_dit, linear, target, debug)
-    return Engine(parts, chosen, sr, precision, target)
+        parts.forward = compiled(parts.dit, base.linear, target, debug)
+        if parts.sr_dit is not None and upscale is not None:
+            parts.sr_forward = compiled(parts.sr_dit, upscale.linear, target, debug)
+    return Engine(parts, chosen, sr, base.precision, target)
 
 
 def compiled(
@@ -240,40 +267,6 @@ def find(
     )
 
 
-def check_fit(paths: Paths, device: torch.device, linear: torch.dtype) -> None:
-    """Raise `DeviceError` where the weights alone exceed the GPU's free memory."""
-    if device.type != "cuda":
-        return
-    needed = {
-        "transformer": dit_bytes(paths.dit, linear),
-        "text encoder": folder_bytes(paths.text_encoder) // 2,
-    }
-    if paths.sr is not None:
-        needed["super-resolution transformer"] = dit_bytes(paths.sr, linear)
-    free = torch.cuda.mem_get_info(device)[0]
-    if sum(needed.values()) > free:
-        parts = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in needed.items())
-        raise DeviceError(
-            f"the weights need {sum(needed.values()) / 2**30:.1f} GiB ({parts}) and {device} has"
-            f" {free / 2**30:.1f} GiB free; use a larger GPU, free this one, or load without sr"
-        )
-
-
-def dit_bytes(folder: Path, linear: torch.dtype) -> int:
-    """Bytes of a DiT on the device: block linears in `linear`, the rest fp32."""
-    width = torch.empty((), dtype=linear).element_size()
-    total = 0
-    for key, info in checkpoint.scan(folder).items():
-        is_linear = key.startswith("block.") and len(info.shape) == 2
-        total += int(torch.Size(info.shape).numel()) * (width if is_linear else 4)
-    return total
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the weight files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def _third_party(name: str, place: Path) -> Path:
     """A third-party model from its own repository; the image encoder is optional there too."""
     try:
@@ -302,18 +295,15 @@ def _download(repo: str, patterns: list[str], revision: str | None) -> Path:
 
 def _read(
     paths: Paths,
-    variant: config.Variant,
-    sr: config.Variant | None,
+    base: Held,
+    sr: Held | None,
     device: torch.device,
-    linear: torch.dtype,
     vae_dtype: torch.dtype,
     report: _Reporter,
 ) -> Components:
-    def dit(folder: Path, kind: config.Variant) -> DiT:
-        return report.timed(
-            kind.name,
-            lambda: checkpoint.load_dit(folder, kind, device, linear, report.reader(kind.name)),
-        )
+    def dit(held: Held) -> DiT:
+        name = held.variant.name
+        return report.timed(name, lambda: held.read(device, report.reader(name)))
 
     # Cheap components first, so that a damaged one is known before tens of gigabytes are read.
     return Components(
@@ -331,8 +321,8 @@ def _read(
         text_encoder=report.timed(
             TEXT_FOLDER, lambda: load_text_encoder(paths.text_encoder, device, torch.bfloat16)
         ),
-        dit=dit(paths.dit, variant),
-        sr_dit=None if sr is None else dit(_present(paths.sr), sr),
+        dit=dit(base),
+        sr_dit=None if sr is None else dit(sr),
     )
 
 
@@ -343,17 +333,21 @@ def _present(path: Path | None) -> Path:
 
 def _build_synthetic(
     model: random_weights.Synthetic,
-    variant: config.Variant,
-    sr: config.Variant | None,
+    base: Held,
+    sr: Held | None,
     device: torch.device,
-    linear: torch.dtype,
     vae_dtype: torch.dtype,
     report: _Reporter,
 ) -> Components:
     seed = model.seed
 
-    def dit(kind: config.Variant) -> DiT:
-        return report.timed(kind.name, lambda: random_weights.full_dit(kind, seed, device, linear))
+    def build(held: Held) -> DiT:
+        made = random_weights.full_dit(held.variant, seed, device, held.linear)
+        quantize_model(made, held.quantized)
+        return made
+
+    def dit(held: Held) -> DiT:
+        return report.timed(held.variant.name, lambda: build(held))
 
     return Components(
         turbo_vae=report.timed(
@@ -369,7 +363,7 @@ def _build_synthetic(
         text_encoder=report.timed(
             TEXT_FOLDER, lambda: random_weights.text_encoder(seed, device, torch.bfloat16)
         ),
-        dit=dit(variant),
+        dit=dit(base),
         sr_dit=None if sr is None else dit(sr),
     )
 

@@ -25,11 +25,11 @@ from magihuman.runtime.loading import (
     IMAGE_FOLDER,
     TEXT_FOLDER,
     TURBO_FOLDER,
-    dit_bytes,
+    pick_device,
 )
-from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.request import Request
 from magihuman.runtime.tokens import Layout
+from magihuman.runtime.transformer import Wanted, plan
 
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "av", "scipy", "pillow",
@@ -99,6 +99,8 @@ def machine() -> dict[str, str]:
     facts = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
     for name in PACKAGES:
         facts[name] = metadata.version(name) if util.find_spec(_module(name)) else "not installed"
+    fp8 = why_not(DiTConfig(), torch.bfloat16, pick_device(None), fp8=True)
+    facts["fp8 linears"] = "usable" if fp8 is None else f"not usable: {fp8}"
     facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here"
     if not torch.cuda.is_available():
         built = (
@@ -191,15 +193,13 @@ def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:
 
 def _inspect_dit(folder: Path, name: str) -> Component:
     def read(place: Path) -> Tensors:
-        found = checkpoint.scan(place)
-        with torch.device("meta"):
-            model = DiT(checkpoint.dit_config(place, VARIANTS[name]))
-        checkpoint.check_keys({key: info.shape for key, info in found.items()}, model, str(place))
+        found = plan(VARIANTS[name], place, wanted).scan()
         return [(info.dtype, info.size_bytes) for info in found.values()]
 
+    wanted = Wanted(pick_device(None))
     component = _inspect(folder, read)
     if component.is_ok:
-        component.device_bytes = dit_bytes(folder, torch.bfloat16)
+        component.device_bytes = plan(VARIANTS[name], folder, wanted).device_bytes
     return component
 
 

@@ -67,6 +67,10 @@ class Bar:
         note = size_text(done) if of > 1 else ""
         self._show(f"load {component}", done, of, note, line=finished and of == 1)
 
+    def on_convert(self, stage: str, done: int, of: int) -> None:
+        """Weights are being hashed or converted."""
+        self._show(stage, done, of, size_text(done), line=done == of)
+
     def on_progress(self, progress: runtime.Progress) -> None:
         """A step has finished."""
         note = f"{progress.step}/{progress.of}"

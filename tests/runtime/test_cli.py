@@ -142,7 +142,10 @@ def test_the_model_may_come_from_the_environment(tiny_dir, tmp_path, monkeypatch
         (["--sr", "540p", "--width", "1024"], "super-resolution must not shrink the clip"),
         (["--sr", "720p"], "sr must be one of 540p, 1080p, got '720p'"),
         (["--variant", "turbo"], "variant must be one of base, distill, got 'turbo'"),
-        (["--precision", "fp8"], "precision must be one of 'bf16', 'fp32', got 'fp8'"),
+        (["--precision", "fp16"], "precision must be one of 'bf16', 'fp32', 'fp8', got 'fp16'"),
+        (["--precision", "fp8", "--device", "cpu"], "precision='fp8' needs the compiled transfo"),
+        (["--precision", "fp8", "--keep-bf16", "a,b"], "keep_bf16 must name linears of the blo"),
+        (["--keep-bf16", "modality"], "keep_bf16 must go with precision='fp8', got 'modality'"),
         (["--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--image", "{}/no.png"], "image must be a readable file, got {}/no.png, which does not"),
         (["--image", "{}/empty"], "image must not be empty, got {}/empty of 0 bytes"),
@@ -378,7 +381,7 @@ def test_doctor():
     facts = json.loads(run("doctor", "--json").stdout)
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     assert facts["av"] == av.__version__
-    assert {"device", "transformer", "attention", "free disk"} <= set(facts)
+    assert {"device", "transformer", "attention", "fp8 linears", "free disk"} <= set(facts)
     result = run("doctor")
     assert result.exit_code == 0 and "free disk" in result.stdout
 

@@ -1,0 +1,183 @@
+"""One transformer: where its weights come from, and the precision in which they are held here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from magihuman.graphs.precision import KEEP_NONE, KeepBf16, dequantize_model, quantized_linears
+from magihuman.graphs.support import why_not
+from magihuman.runtime import artifacts, checkpoint
+from magihuman.runtime.artifacts import Artifact
+from magihuman.runtime.config import DiTConfig, Precision, Variant
+from magihuman.runtime.errors import DeviceError, InvalidRequestError
+from magihuman.runtime.model.dit import DiT
+
+log = logging.getLogger("magihuman")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller asks of every transformer. None: what its files have, or bf16."""
+
+    device: torch.device
+    precision: Precision | None = None
+    keep_bf16: KeepBf16 | None = None
+    compile: bool = True
+
+
+@dataclass(frozen=True)
+class Held:
+    """How one transformer will be held.
+
+    Attributes:
+        folder: of its files, None for random weights.
+        artifact: what the folder holds where that is no published checkpoint.
+        precision: that it runs in.
+        quantized: linears in fp8.
+        why_bf16: why the fp8 weights of an artifact cannot be used as they are.
+    """
+
+    variant: Variant
+    config: DiTConfig
+    folder: Path | None
+    artifact: Artifact | None
+    precision: Precision
+    quantized: tuple[str, ...] = ()
+    why_bf16: str | None = None
+
+    @property
+    def linear(self) -> torch.dtype:
+        """Dtype of the linears that are not in fp8."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
+    def device_bytes(self) -> int:
+        """Of all weights."""
+        return dit_bytes(self.config, self.linear, self.quantized)
+
+    def scan(self) -> dict[str, checkpoint.TensorInfo]:
+        """Every tensor on disk, from file headers; raises where names or shapes do not fit."""
+        if self.artifact is not None:
+            return artifacts.scan(self.artifact)
+        assert self.folder is not None
+        found = checkpoint.scan(self.folder)
+        with torch.device("meta"):
+            model = DiT(self.config)
+        shapes = {key: info.shape for key, info in found.items()}
+        checkpoint.check_keys(shapes, model, str(self.folder))
+        return found
+
+    def read(
+        self, device: torch.device, on_read: checkpoint.OnRead = lambda done, total: None
+    ) -> DiT:
+        """The model on the device."""
+        if self.artifact is None:
+            assert self.folder is not None
+            return checkpoint.load_dit(
+                self.folder, self.variant, device, self.linear, on_read, self.quantized
+            )
+        model = artifacts.load(self.artifact, device, on_read)
+        if self.why_bf16 is not None:
+            log.warning(
+                "the fp8 weights of %s run as bf16, rounded as they are: %s",
+                self.variant.name,
+                self.why_bf16,
+            )
+            dequantize_model(model)
+        return model
+
+
+def plan(variant: Variant, folder: Path | None, wanted: Wanted) -> Held:
+    """How a transformer will be held, before any of its weights is read.
+
+    Raises:
+        InvalidRequestError: it cannot be held as asked, on this device or from these files.
+        CheckpointError: an artifact is stale, partial or another's.
+    """
+    artifact, config = None, variant.architecture(DiTConfig())
+    if folder is not None and artifacts.is_artifact(folder):
+        artifact = artifacts.read_manifest(folder, variant.name)
+        config = artifact.config
+    elif folder is not None:
+        config = checkpoint.dit_config(folder, variant)
+    own = "bf16" if artifact is None else artifact.precision
+    precision = wanted.precision or own
+    if artifact is not None and precision != own:
+        raise InvalidRequestError(
+            f"precision must be {own!r}, as the artifact's {artifact.folder}, got {precision!r};"
+            " leave it out, or convert the published files to another"
+        )
+    if precision != "fp8":
+        return Held(variant, config, folder, artifact, precision)
+
+    quantized = _quantized(config, wanted.keep_bf16, artifact)
+    reason: str | None = "compile=False asks for the plain one"
+    if wanted.compile:
+        reason = why_not(config, torch.bfloat16, wanted.device, fp8=True)
+    if reason is None:
+        return Held(variant, config, folder, artifact, precision, quantized)
+    if artifact is None:
+        raise InvalidRequestError(
+            f"precision='fp8' needs the compiled transformer, and for {variant.name} {reason}; use"
+            " precision='bf16'"
+        )
+    return Held(variant, config, folder, artifact, "bf16", why_bf16=reason)
+
+
+def _quantized(
+    config: DiTConfig, keep_bf16: KeepBf16 | None, artifact: Artifact | None
+) -> tuple[str, ...]:
+    if artifact is not None and keep_bf16 is None:
+        return artifact.quantized
+    try:
+        names = quantized_linears(config, KEEP_NONE if keep_bf16 is None else keep_bf16)
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from error
+    if artifact is not None and set(names) != set(artifact.quantized):
+        raise InvalidRequestError(
+            f"keep_bf16 must be that of the artifact {artifact.folder}, got {keep_bf16!r}; leave it"
+            " out, or convert the published files again"
+        )
+    return tuple(names)
+
+
+def dit_bytes(config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()) -> int:
+    """Bytes of a DiT: block linears in `linear` or, with their scales, in fp8, the rest fp32."""
+    with torch.device("meta"):
+        state = DiT(config, linear).state_dict()
+    held = {key: value.nbytes for key, value in state.items()}
+    stored = artifacts.layout(config, tuple(quantized))
+    for name in quantized:
+        held[f"{name}.weight"] = stored[f"{name}.weight"].size_bytes
+        held[name + artifacts.SCALE] = stored[name + artifacts.SCALE].size_bytes
+    return sum(held.values())
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def check_fit(base: Held, sr: Held | None, text_encoder_bytes: int, device: torch.device) -> None:
+    """Raise `DeviceError` where the weights alone exceed the GPU's free memory, `CheckpointError`
+    where files are damaged: before anything large is read.
+    """
+    for held in filter(None, (base, sr)):
+        held.scan()
+    if device.type != "cuda":
+        return
+    needed = {"transformer": base.device_bytes, "text encoder": text_encoder_bytes}
+    if sr is not None:
+        needed["super-resolution transformer"] = sr.device_bytes
+    free = torch.cuda.mem_get_info(device)[0]
+    if sum(needed.values()) > free:
+        parts = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in needed.items())
+        raise DeviceError(
+            f"the weights need {sum(needed.values()) / 2**30:.1f} GiB ({parts}) and {device} has"
+            f" {free / 2**30:.1f} GiB free; use a larger GPU, free this one, or load without sr"
+        )
