@@ -40,6 +40,8 @@ def section() -> str:
         ("8 steps, `torch.compile` of the plain model with FlashAttention-3", base / 1e3, 1.0),
         ("8 steps, plain model, eager", forward["plain_8_steps_ms"] / 1e3,
          base / forward["plain_8_steps_ms"]),
+        ("its products (PyTorch's) and attention alone: the bound of bf16",
+         forward["bare_8_steps_ms"] / 1e3, base / forward["bare_8_steps_ms"]),
     ]  # fmt: skip
     lines = [
         f"One {machine['gpu']}, driver {machine['driver']}, torch {machine['torch']},"
@@ -51,6 +53,10 @@ def section() -> str:
         "| denoising | seconds | against `torch.compile` |",
         "|---|---|---|",
         *(f"| {name} | {seconds:.3f} | {ratio:.2f}x |" for name, seconds, ratio in rows),
+        "",
+        *layer_table(forward),
+        "",
+        *fp8_table(result("fp8")),
         "",
         "| whole request, everything resident | compiled | plain |",
         "|---|---|---|",
@@ -75,6 +81,36 @@ def section() -> str:
     for entry in newest:
         lines += ["", *kernel_table(entry)]
     return "\n".join(lines)
+
+
+def layer_table(forward: dict[str, Any]) -> list[str]:
+    """Share of each kind of layer in one compiled forward."""
+    total = sum(forward["layers_ms"].values())
+    return [
+        f"| one compiled forward, {total:.0f} ms of kernels | ms | share |",
+        "|---|---|---|",
+        *(
+            f"| {kind} | {ms:.1f} | {100 * ms / total:.0f} % |"
+            for kind, ms in sorted(forward["layers_ms"].items(), key=lambda item: -item[1])
+        ),
+    ]
+
+
+def fp8_table(figures: dict[str, Any]) -> list[str]:
+    """Linears in fp8 against the same in bf16."""
+    base = figures["bf16"]["8_steps_ms"]
+    rows = [
+        f"| {name} | {own['8_steps_ms'] / 1e3:.3f} | {base / own['8_steps_ms']:.2f}x |"
+        f" {own['weights_gib']:.1f} GiB | {own['error after 8 steps'][0]:.3f} |"
+        for name, own in figures.items()
+        if isinstance(own, dict) and "8_steps_ms" in own
+    ]
+    return [
+        "| linears, in one run | seconds of 8 steps | against bf16 | weights |"
+        " error against bf16 |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def is_full(entry: history.Entry) -> bool:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from magihuman.graphs import precision as weights_precision
 from magihuman.graphs import support
 from magihuman.graphs.passes.activation import padded_width
-from magihuman.kernels import attention_backends, ops
+from magihuman.kernels import attention_backends, linear_routes, ops
 from magihuman.kernels import reference as ref
 from sizes import Size
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+
+OPS = torch.ops.magihuman
 
 
 def randn(size: Size, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -175,17 +179,25 @@ def gates(size: Size) -> Tensor:
 @pytest.mark.parametrize(
     "name", ["qkv", "proj", "gelu7_up", "gelu7_down", "swiglu7_up", "swiglu7_down"]
 )
-def test_linear(size: Size, time_kernel: Callable, name: str) -> None:
-    """Those of the GELU7 layers have weights for each modality, the others one set."""
-    rows, arch = size.layout.tokens, size.arch
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("route", [linear_routes.LIBRARY, *linear_routes.TILES])
+def test_linear(size: Size, time_kernel: Callable, name: str, precision: str, route: str) -> None:
+    """With what follows each; those of the GELU7 layers have weights for each modality."""
+    rows, arch, is_fp8 = size.layout.tokens, size.arch, precision == "fp8"
+    is_library = route == linear_routes.LIBRARY
+    if not is_library and size.device.type == "cpu":
+        pytest.skip("the own product needs a GPU")
+    if is_fp8 and is_library and size.device.type == "cuda":
+        pytest.skip("the library has no fp8 route")
     layers = range(arch.num_layers)
     layer = next(i for i in layers if (i in arch.gelu7_layers) == name.startswith("gelu7"))
     up, down = arch.mlp_widths(layer)
-    if name in ("qkv", "proj"):
-        fan_in, fan_out = arch.hidden_size, arch.qkv_rows if name == "qkv" else arch.hidden_size
-    else:
-        is_up = name.endswith("up")
-        fan_in, fan_out = (arch.hidden_size, up) if is_up else (down, arch.hidden_size)
+    fan_in, fan_out = {
+        "qkv": (arch.hidden_size, arch.qkv_rows),
+        "proj": (arch.hidden_size, arch.hidden_size),
+        "up": (arch.hidden_size, up),
+        "down": (down, arch.hidden_size),
+    }[name.split("_")[-1]]
     counts = list(size.layout.counts) if name.startswith("gelu7") else []
     padded = padded_width(fan_in) if name.endswith("down") else fan_in
 
@@ -195,6 +207,23 @@ def test_linear(size: Size, time_kernel: Callable, name: str) -> None:
             randn(size, n, padded) * fan_in**-0.5 for n in (rows, fan_out * (3 if counts else 1))
         )
         x[:, fan_in:] = weight[:, fan_in:] = 0
-        return partial(ops.linear, x, weight[:, :fan_in], counts)
+        weight = weight[:, :fan_in]
+        operands: list[Any] = [x, weight]
+        if is_fp8:
+            x, x_scale = ref.quantize_rows(x)
+            operands = [x, x_scale, *weights_precision.quantize(weight)]
+        if name == "qkv":
+            return partial(ops.linear_fp8 if is_fp8 else ops.linear, *operands, counts, route)
+        if name.endswith("up"):
+            width = padded_width(down)
+            after = [counts, name.removesuffix("_up"), width]
+            if is_fp8:
+                return partial(ops.linear_activation_fp8, *operands, *after, FP8, route)
+            return partial(ops.linear_activation, *operands, *after, route)
+        stream = randn(size, rows, fan_out, dtype=FP32)
+        if is_fp8:
+            x, x_scale, *weights = operands
+            return partial(OPS.linear_add_fp8_, stream, x, x_scale, 0.0, *weights, counts, route)
+        return partial(OPS.linear_add_, stream, *operands, counts, route)
 
     time_kernel(build, 2 * rows * fan_in * fan_out, "flops", rows=rows, k=fan_in, out=fan_out)

@@ -25,6 +25,7 @@ from magihuman.graphs.passes import (
     sandwich_norm,
 )
 from magihuman.graphs.passes.context import Context
+from magihuman.graphs.precision import is_quantized
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels.reference import Counts
 
@@ -108,7 +109,7 @@ def compile_forward(
     report.seconds["choose attention"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    quantized = quantized_linears(model)
+    quantized = [name for name, module in model.named_modules() if is_quantized(module)]
     key = store.key_of(config, dtype, model, quantized)
     module = store.load(key, model, cache)
     report.from_cache = module is not None
@@ -122,11 +123,6 @@ def compile_forward(
     report.seconds["choose linears"] = time.perf_counter() - start
     report.nodes_after = len(module.graph.nodes)
     return module, report
-
-
-def quantized_linears(model: nn.Module) -> list[str]:
-    """Names of the linears that have a `weight_scale`: their weights are e4m3."""
-    return [name for name, module in model.named_modules() if hasattr(module, "weight_scale")]
 
 
 def rewrite(
