@@ -95,9 +95,10 @@ def linear_add(
 def linear_fp8(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, counts: Counts | None, route: str
 ) -> Tensor:
-    """`reference.scaled_linear`, on a GPU, in bf16."""
+    """`reference.scaled_linear`, on a GPU, in bf16; rows start at multiples of 16 bytes."""
     rows, columns = x.shape[0], weight.shape[0] // (3 if counts else 1)
-    out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
+    out = torch.empty(rows, -(-columns // 8) * 8, dtype=torch.bfloat16, device=x.device)
+    out = out[:, :columns]
     matmul(x, weight, out, counts, "store", TILES[route], x_scale, scale)
     return out
 

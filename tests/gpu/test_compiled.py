@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from magihuman import runtime
+from magihuman.graphs import precision
 from magihuman.graphs.addresses import MovedError
 from magihuman.graphs.replay import CompiledForward
 from magihuman.kernels import attention_backends, linear_routes
@@ -142,6 +143,21 @@ def test_engine_runs_compiled_and_steadily(tmp_path: Path) -> None:
         again = engine.generate("a" * 30, seed=3, **options)
     assert (again.frames == first.frames).all()
     assert (again.audio == first.audio).all()
+
+
+def test_fp8_linears() -> None:
+    """As near to bf16 as rounding operands to e4m3 leaves it; padding is not seen."""
+    layout = tokens.Layout(3, 4, 6, 9, 33)
+    reference, _ = compiled_of()
+    model = golden.dit(local=False).to(DEVICE)
+    precision.quantize_model(model, precision.quantized_linears(model.config))
+    forward = CompiledForward(model, model.config, torch.bfloat16, DEVICE)
+    text = torch.randn(layout.text, model.config.text_channels, device=DEVICE)
+    with torch.inference_mode():
+        plain = denoise.velocity_of(reference, layout, text, "v2")(*streams_of(layout))
+        ours = denoise.velocity_of(model, layout, text, "v2", forward)(*streams_of(layout))
+    for a, b in zip(ours, plain, strict=True):
+        assert 1e-3 < golden.error(a, b) < 0.1
 
 
 @pytest.mark.parametrize(
