@@ -22,11 +22,12 @@ from magihuman.kernels import (  # noqa: E402
     attention_triton,
     head_gate,
     qk_norm_rope,
+    quantize,
     sandwich_norm,
 )
 
 BF16, FP32, I32 = torch.bfloat16, torch.float32, torch.int32
-POINTERS = {BF16: "*bf16", FP32: "*fp32", I32: "*i32"}
+POINTERS = {BF16: "*bf16", FP32: "*fp32", I32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
 COUNTS = (3860, 126, 300)
 ROWS = sum(COUNTS)
 
@@ -144,6 +145,29 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         lambda: head_gate.head_gate(empty(ROWS, 40, 128), full_size_qkv()[:, -40:]),
         {16, 2},
         {16},
+    ),
+    "norm_rows": (
+        quantize,
+        "_norm_rows",
+        lambda: quantize.norm_rows(
+            empty(ROWS, 5120, dtype=FP32), empty(3 * 5120, dtype=FP32), COUNTS
+        ),
+        {16},
+        {16, 8, 4},  # 4 of the scales
+    ),
+    "quantize_rows": (
+        quantize,
+        "_quantize_rows",
+        lambda: quantize.quantize_rows(empty(ROWS, 5120)),
+        {16},
+        {16, 8, 4},
+    ),
+    "quantize_rows padded": (
+        quantize,
+        "_quantize_rows",
+        lambda: quantize.quantize_rows(empty(ROWS, 13696)),
+        {16},
+        {16, 4},
     ),
 }  # fmt: skip
 
