@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels import nvrtc
-from magihuman.kernels.matmul_sm90 import FP8, Epilogue, Tile, matmul
+from magihuman.kernels.matmul_sm90 import FP8, Epilogue, Tile, compile_tiles, matmul, out_dtypes
 from magihuman.kernels.measured import Measurements
 from magihuman.kernels.quantize import quantize_rows
-from magihuman.kernels.reference import Counts
+from magihuman.kernels.reference import STATIC_SCALES, Counts
 
 LIBRARY = "library"
 TILES = {
@@ -181,6 +181,9 @@ def fastest(
     key = f"linear{precision} {epilogue} {counts or rows} {tuple(weight.shape)} of {names}"
     times = kept.get(key)
     if times is None:
+        is_activation = epilogue in STATIC_SCALES
+        out_dtype = FP8 if is_activation and scale is not None else out_dtypes(epilogue)[0]
+        compile_tiles(TILES.values(), epilogue, scale is not None, out_dtype)
         stream = torch.zeros(rows, weight.shape[0] // (3 if counts else 1), device=device)
         run = _runner(epilogue, x[:, : weight.shape[1]], weight, counts, padded, scale, stream)
         times = _milliseconds(run, names, device)

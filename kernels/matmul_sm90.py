@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +27,7 @@ SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less alignment and barriers
 CONSUMERS = 2
 THREADS = 128 * (1 + CONSUMERS)
 DEPTH_BYTES = 128  # of a row in a block of an operand
+ARCH = "sm_90a"
 FP8 = torch.float8_e4m3fn
 SOURCE = Path(__file__).with_name("matmul_sm90.cu")
 
@@ -126,11 +129,20 @@ def source(tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype) ->
     return "\n".join([*lines, SOURCE.read_text()])
 
 
+def compile_tiles(
+    tiles: Iterable[Tile], epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype
+) -> None:
+    """Compile side by side what `matmul` would one after another, and keep the code on disk."""
+    sources = [source(tile, epilogue, fp8, out_dtype) for tile in tiles]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda text: nvrtc.compile_cubin(text, ARCH), sources))
+
+
 @functools.cache
 def _kernel(
     tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype, device: torch.device
 ) -> nvrtc.Kernel:
-    code = nvrtc.compile_cubin(source(tile, epilogue, fp8, out_dtype), "sm_90a")
+    code = nvrtc.compile_cubin(source(tile, epilogue, fp8, out_dtype), ARCH)
     return nvrtc.Kernel(code, "matmul", SHARED_BYTES + 2048)
 
 
