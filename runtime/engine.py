@@ -146,15 +146,24 @@ class Engine:
             "guidance": guidance,
             "sr_guidance": sr_guidance,
         }
-        request = _request(prompt, options)
+        with self.hold(_request(prompt, options), on_progress, cancel) as run:
+            return run.video()
+
+    @contextmanager
+    def hold(
+        self,
+        request: Request,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Run]:
+        """A request with the engine to itself, nothing of it done yet."""
         with self._lock:
             if self._parts is None:
                 raise MagiHumanError("the engine is closed; load another")
-            run = _Run(
-                self._parts, self._variant, self.sr, self.device, request, on_progress, cancel
-            )
             try:
-                return run.video()
+                yield Run(
+                    self._parts, self._variant, self.sr, self.device, request, on_progress, cancel
+                )
             except torch.cuda.OutOfMemoryError as error:
                 torch.cuda.empty_cache()
                 raise DeviceError(
@@ -174,7 +183,7 @@ def _request(prompt: str | Request, options: dict[str, Any]) -> Request:
     return prompt
 
 
-class _Run:
+class Run:
     """State of one request on its way through the stages."""
 
     def __init__(

@@ -33,6 +33,9 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(fan_out * experts, fan_in, dtype=dtype))
 
+    def forward(self, x: Tensor, counts: ref.Counts | None) -> Tensor:  # x: [N, in]
+        return ref.linear(x, self.weight, counts)
+
 
 class Attention(nn.Module):
     """[Q | K | V | gate] projection, per-head norm and rotation, gated attention, projection."""
@@ -58,12 +61,12 @@ class Attention(nn.Module):
         local: ref.LocalAttention | None,
         length: Tensor | None,
     ) -> Tensor:
-        qkv = ref.linear(x, self.linear_qkv.weight, counts)  # [N, qkv_rows]
+        qkv = self.linear_qkv(x, counts)  # [N, qkv_rows]
         q, k, v, gate = ref.split_qkv(
             qkv, self.q_norm.weight, self.k_norm.weight, rope, counts, self.heads, self.kv_heads
         )
         out = ref.gated_attention(q, k, v, gate, local if self.is_local else None, length)
-        return ref.linear(out.flatten(1), self.linear_proj.weight, counts)
+        return self.linear_proj(out.flatten(1), counts)
 
 
 class MLP(nn.Module):
@@ -79,8 +82,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(down, config.hidden_size, experts, dtype)
 
     def forward(self, x: Tensor, counts: ref.Counts | None) -> Tensor:  # x: [N, C], normed
-        hidden = self.activation(ref.linear(x, self.up_gate_proj.weight, counts))
-        return ref.linear(hidden, self.down_proj.weight, counts)
+        hidden = self.activation(self.up_gate_proj(x, counts))
+        return self.down_proj(hidden, counts)
 
 
 class Layer(nn.Module):
