@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from magihuman.runtime.loading import load
     from magihuman.runtime.random_weights import Synthetic as synthetic
     from magihuman.runtime.tiny import write_tiny
+    from magihuman.runtime.verifying import verify
 
 __all__ = [
     "Cancelled",
@@ -45,6 +46,7 @@ __all__ = [
     "convert",
     "load",
     "synthetic",
+    "verify",
     "write_tiny",
 ]
 
@@ -53,6 +55,7 @@ _LAZY = {
     "convert": ("converting", "convert"),
     "load": ("loading", "load"),
     "synthetic": ("random_weights", "Synthetic"),
+    "verify": ("verifying", "verify"),
     "write_tiny": ("tiny", "write_tiny"),
 }
 

@@ -16,12 +16,18 @@ from magihuman import runtime
 from magihuman.runtime.terminal import (
     BAD_INPUT,
     Bar,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    PrecisionOption,
     err,
+    keep_list,
     out,
     print_result,
     size_text,
     user_errors,
 )
+from magihuman.runtime.verify_command import verify
 
 app = typer.Typer(
     help="Run daVinci-MagiHuman: a prompt in, a video of a person speaking out.",
@@ -29,29 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        envvar="MAGIHUMAN_MODEL",
-        help="Model directory, or Hugging Face hub id (owner/name).",
-    ),
-]
-PrecisionOption = Annotated[
-    str | None,
-    typer.Option(help="bf16, fp32 or fp8; by default that of a converted transformer, else bf16."),
-]
-KeepOption = Annotated[
-    str | None,
-    typer.Option(
-        help="With fp8, what stays bf16: none, modality, or names and patterns, by commas."
-    ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object instead of tables.")
-]
+app.command()(verify)
 
 
 @app.command()
@@ -131,7 +115,7 @@ def generate(
                 variant=variant,
                 sr=sr,
                 precision=precision,  # type: ignore[arg-type]
-                keep_bf16=_keep(keep_bf16),
+                keep_bf16=keep_list(keep_bf16),
                 device=device,
                 revision=revision,
                 transformer=transformer,
@@ -172,7 +156,7 @@ def convert(
                 folder,
                 variant=variant,
                 precision=precision,  # type: ignore[arg-type]
-                keep_bf16=_keep(keep_bf16) or "none",
+                keep_bf16=keep_list(keep_bf16) or "none",
                 on_progress=bar.on_convert,
             )
         elapsed_s = time.perf_counter() - start
@@ -318,11 +302,6 @@ def main() -> None:
     """Entry point."""
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     app()
-
-
-def _keep(given: str | None) -> str | list[str] | None:
-    """The words that `load` knows as they are, anything else as a list of names."""
-    return given if given in (None, "none", "modality") else given.split(",")
 
 
 def _check_before_loading(

@@ -1,4 +1,4 @@
-"""What the commands share: consoles, errors as exit codes, progress, and a clip's summary."""
+"""What the commands share: options, consoles, errors as exit codes, progress, a clip's summary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +21,30 @@ err = Console(stderr=True, soft_wrap=True)
 
 BAD_INPUT, FAILED = 2, 1
 BAD_INPUT_ERRORS = (runtime.InvalidRequestError, runtime.CheckpointError, runtime.OutputError)
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="MAGIHUMAN_MODEL",
+        help="Model directory, or Hugging Face hub id (owner/name).",
+    ),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="bf16, fp32 or fp8; by default that of a converted transformer, else bf16."),
+]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With fp8, what stays bf16: none, modality, or names and patterns, by commas."
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+]
 
 
 @contextmanager
@@ -126,3 +151,8 @@ def size_text(count: int) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024  # type: ignore[assignment]
     return f"{count:.1f} GiB"
+
+
+def keep_list(given: str | None) -> str | list[str] | None:
+    """The words that `load` knows as they are, anything else as a list of names."""
+    return given if given in (None, "none", "modality") else given.split(",")
