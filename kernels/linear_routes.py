@@ -36,7 +36,7 @@ def why_not(x: Tensor, weight: Tensor, epilogue: Epilogue, counts: Counts | None
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
         return "it is written for sm_90"
     if not nvrtc.is_available():
-        return "cuda-bindings is not installed"
+        return "cuda-bindings, or the compiler that it loads, is not installed"
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return f"it takes bfloat16, not {weight.dtype}"
     columns = weight.shape[0] // (3 if counts else 1)

@@ -20,11 +20,20 @@ class CudaError(RuntimeError):
     """The driver or the compiler refused."""
 
 
+@functools.cache
 def is_available() -> bool:
-    """Whether cuda-bindings is installed; PyTorch's CUDA builds bring it along."""
-    return importlib.util.find_spec("cuda") is not None and (
-        importlib.util.find_spec("cuda.bindings") is not None
-    )
+    """Whether cuda-bindings is installed and finds the compiler; PyTorch's CUDA 13 builds bring
+    both along.
+    """
+    if importlib.util.find_spec("cuda") is None or not importlib.util.find_spec("cuda.bindings"):
+        return False
+    from cuda.bindings import nvrtc
+
+    try:
+        check(nvrtc.nvrtcVersion())
+    except RuntimeError:  # no library, or one that does not answer
+        return False
+    return True
 
 
 def check(result: tuple[Any, ...]) -> Any:

@@ -61,6 +61,21 @@ def test_every_kernel_compiles_without_spills(
     assert re.search(r"REG:168\b", usage)
 
 
+def test_a_compiler_that_is_not_found_makes_it_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc as bindings
+
+    def fail() -> None:
+        raise RuntimeError("libnvrtc.so is not found")
+
+    nvrtc.is_available.cache_clear()
+    assert nvrtc.is_available()
+    monkeypatch.setattr(bindings, "nvrtcVersion", fail)
+    nvrtc.is_available.cache_clear()
+    assert not nvrtc.is_available()
+    monkeypatch.undo()
+    nvrtc.is_available.cache_clear()
+
+
 def test_kept_code_is_used_again(tmp_path: Path) -> None:
     text = 'extern "C" __global__ void nothing() {}'
     code = nvrtc.compile_cubin(text, "sm_90a", tmp_path)
