@@ -101,13 +101,10 @@ def fastest(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
         raise RuntimeError(f"no attention kernel can run here: {reasons}")
     if len(names) == 1:
         return names[0]
-    kept = Measurements(device)
-    key = f"attention rows={rows} heads={heads}/{kv_heads} dim={dim} of {','.join(names)}"
-    times = kept.get(key)
-    if times is None:
-        times = {name: _milliseconds(name, rows, heads, kv_heads, dim, device) for name in names}
-        kept.put(key, times)
-    return min(times, key=times.__getitem__)
+    return Measurements(device).fastest(
+        f"attention rows={rows} heads={heads}/{kv_heads} dim={dim} of {','.join(names)}",
+        lambda: {name: _milliseconds(name, rows, heads, kv_heads, dim, device) for name in names},
+    )
 
 
 def _milliseconds(

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels import nvrtc
-from magihuman.kernels.matmul_sm90 import FP8, Epilogue, Tile, compile_tiles, matmul, out_dtypes
+from magihuman.kernels.matmul_sm90 import (
+    FP8,
+    Epilogue,
+    Tile,
+    columns_of,
+    compile_tiles,
+    matmul,
+    out_dtypes,
+)
 from magihuman.kernels.measured import Measurements
 from magihuman.kernels.quantize import quantize_rows
 from magihuman.kernels.reference import STATIC_SCALES, Counts
@@ -39,7 +47,7 @@ def why_not(x: Tensor, weight: Tensor, epilogue: Epilogue, counts: Counts | None
         return "cuda-bindings, or the compiler that it loads, is not installed"
     if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
         return f"it takes bfloat16, not {weight.dtype}"
-    columns = weight.shape[0] // (3 if counts else 1)
+    columns = columns_of(weight, counts)
     width = columns * 4 if epilogue == "add" else columns * 2
     if epilogue != "swiglu7" and epilogue != "gelu7" and width % 16:
         return f"rows of {width} bytes do not start at multiples of 16"
@@ -50,7 +58,7 @@ def why_not(x: Tensor, weight: Tensor, epilogue: Epilogue, counts: Counts | None
 
 def linear(x: Tensor, weight: Tensor, counts: Counts | None, route: str) -> Tensor:
     """`reference.linear`, on a GPU. See `ops.linear`."""
-    out = x.new_empty(x.shape[0], weight.shape[0] // (3 if counts else 1))
+    out = x.new_empty(x.shape[0], columns_of(weight, counts))
     if route == LIBRARY:
         for rows, own, result in _runs(x, weight, counts, out):
             torch.mm(rows, own.t(), out=result)
@@ -68,7 +76,7 @@ def linear_activation(
     if route == LIBRARY:
         product = linear(x, weight, counts, LIBRARY)
         return {"swiglu7": activations.swiglu7, "gelu7": activations.gelu7}[kind](product, padded)
-    width = weight.shape[0] // (3 if counts else 1) // (2 if kind == "swiglu7" else 1)
+    width = columns_of(weight, counts) // (2 if kind == "swiglu7" else 1)
     out = x.new_empty(x.shape[0], padded)
     if counts is None:
         matmul(x, weight, out, None, cast(Epilogue, kind), TILES[route])
@@ -96,7 +104,7 @@ def linear_fp8(
     x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, counts: Counts | None, route: str
 ) -> Tensor:
     """`reference.scaled_linear`, on a GPU, in bf16; rows start at multiples of 16 bytes."""
-    rows, columns = x.shape[0], weight.shape[0] // (3 if counts else 1)
+    rows, columns = x.shape[0], columns_of(weight, counts)
     out = torch.empty(rows, -(-columns // 8) * 8, dtype=torch.bfloat16, device=x.device)
     out = out[:, :columns]
     matmul(x, weight, out, counts, "store", TILES[route], x_scale, scale)
@@ -115,7 +123,7 @@ def linear_activation_fp8(
     route: str,
 ) -> Tensor:
     """The activation of `linear_fp8`, [N, padded], in bf16, or in e4m3 over `STATIC_SCALES`."""
-    width = weight.shape[0] // (3 if counts else 1) // (2 if kind == "swiglu7" else 1)
+    width = columns_of(weight, counts) // (2 if kind == "swiglu7" else 1)
     out = torch.empty(x.shape[0], padded, dtype=out_dtype, device=x.device)
     result = out[:, :width]
     matmul(x, weight, result, counts, cast(Epilogue, kind), TILES[route], x_scale, scale)
@@ -176,19 +184,18 @@ def fastest(
     x[:, weight.shape[1] :] = 0
     if scale is None and why_not(x, weight, epilogue, counts) is not None:
         return LIBRARY
-    kept = Measurements(device)
-    precision = "" if scale is None else " fp8"
-    key = f"linear{precision} {epilogue} {counts or rows} {tuple(weight.shape)} of {names}"
-    times = kept.get(key)
-    if times is None:
+
+    def measure() -> dict[str, float]:
         is_activation = epilogue in STATIC_SCALES
         out_dtype = FP8 if is_activation and scale is not None else out_dtypes(epilogue)[0]
         compile_tiles(TILES.values(), epilogue, scale is not None, out_dtype)
-        stream = torch.zeros(rows, weight.shape[0] // (3 if counts else 1), device=device)
-        run = _runner(epilogue, x[:, : weight.shape[1]], weight, counts, padded, scale, stream)
-        times = _milliseconds(run, names, device)
-        kept.put(key, times)
-    return min(times, key=times.__getitem__)
+        stream = torch.zeros(rows, columns_of(weight, counts), device=device)
+        run = _runner(epilogue, x, weight, counts, padded, scale, stream)
+        return _milliseconds(run, names, device)
+
+    precision = "" if scale is None else " fp8"
+    key = f"linear{precision} {epilogue} {counts or rows} {tuple(weight.shape)} of {names}"
+    return Measurements(device).fastest(key, measure)
 
 
 def _runner(
@@ -200,15 +207,15 @@ def _runner(
     scale: Tensor | None,
     stream: Tensor,
 ) -> Callable[[str], object]:
-    """A call by a given route."""
+    """A call by a given route. x: as wide as the weight's rows are laid out."""
     if scale is None:
-        if epilogue == "store":
-            return lambda route: linear(x, weight, counts, route)
         if epilogue == "add":
-            wide = x.as_strided((len(x), x.stride(0)), x.stride())
-            return lambda route: linear_add(stream, wide, weight, counts, route)
-        return lambda route: linear_activation(x, weight, counts, epilogue, padded, route)
-    q, x_scale = quantize_rows(x.as_strided((len(x), x.stride(0)), x.stride()))
+            return lambda route: linear_add(stream, x, weight, counts, route)
+        narrow = x[:, : weight.shape[1]]
+        if epilogue == "store":
+            return lambda route: linear(narrow, weight, counts, route)
+        return lambda route: linear_activation(narrow, weight, counts, epilogue, padded, route)
+    q, x_scale = quantize_rows(x)
     if epilogue == "store":
         return lambda route: linear_fp8(q, x_scale, weight, scale, counts, route)
     if epilogue == "add":

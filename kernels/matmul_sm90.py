@@ -80,6 +80,11 @@ class _Maps(ctypes.Structure):
     ]
 
 
+def columns_of(weight: Tensor, counts: Counts | None) -> int:
+    """Of the product: rows of the weight, or of each run's third of it."""
+    return weight.shape[0] // (3 if counts else 1)
+
+
 def out_dtypes(epilogue: Epilogue) -> list[torch.dtype]:
     """What an output may be."""
     if epilogue == "add":
@@ -179,7 +184,7 @@ def matmul(
     """
     fp8 = x.dtype == FP8
     depth_block = DEPTH_BYTES // x.element_size()
-    columns, depth = weight.shape[0] // (3 if counts else 1), weight.shape[1]
+    columns, depth = columns_of(weight, counts), weight.shape[1]
     runs = counts or (x.shape[0], 0, 0)
     maps, shape = _Maps(), _Shape()
     maps.x = nvrtc.tensor_map(x, x.shape[0], depth, tile.rows // tile.cluster_columns, depth_block)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +28,14 @@ class Measurements:
         """Milliseconds by candidate, or None. A damaged file counts as an empty one."""
         entry = self._read().get(key)
         return dict(entry) if isinstance(entry, dict) else None
+
+    def fastest(self, key: str, measure: Callable[[], dict[str, float]]) -> str:
+        """The candidate of the least time: as kept, or as measured now and then kept."""
+        times = self.get(key)
+        if times is None:
+            times = measure()
+            self.put(key, times)
+        return min(times, key=times.__getitem__)
 
     def put(self, key: str, times: dict[str, float]) -> None:
         """Keep timings. Where the disk does not allow it, they are measured again next time."""

@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize, quantized_linears
+from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize
 from magihuman.runtime import artifacts, checkpoint
 from magihuman.runtime.artifacts import SCALE, Stored
 from magihuman.runtime.config import VARIANTS, Precision, Variant
 from magihuman.runtime.errors import CheckpointError, InvalidRequestError, OutputError
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.transformer import linears_in_fp8
 
 SHARD_BYTES = 4 * 2**30 - 2**20  # of tensors in a file, which also has a header
 
@@ -74,10 +75,7 @@ def convert(
     source = _Source(Path(model) / variant, VARIANTS[variant])
     quantized: tuple[str, ...] = ()
     if precision == "fp8":
-        try:
-            quantized = tuple(quantized_linears(source.config, keep_bf16))
-        except ValueError as error:
-            raise InvalidRequestError(str(error)) from error
+        quantized = linears_in_fp8(source.config, keep_bf16)
     wanted = artifacts.layout(source.config, quantized)
     report = on_progress or (lambda stage, done, of: None)
     target = Path(folder).absolute()

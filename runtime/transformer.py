@@ -134,16 +134,21 @@ def _quantized(
 ) -> tuple[str, ...]:
     if artifact is not None and keep_bf16 is None:
         return artifact.quantized
-    try:
-        names = quantized_linears(config, KEEP_NONE if keep_bf16 is None else keep_bf16)
-    except ValueError as error:
-        raise InvalidRequestError(str(error)) from error
+    names = linears_in_fp8(config, KEEP_NONE if keep_bf16 is None else keep_bf16)
     if artifact is not None and set(names) != set(artifact.quantized):
         raise InvalidRequestError(
             f"keep_bf16 must be that of the artifact {artifact.folder}, got {keep_bf16!r}; leave it"
             " out, or convert the published files again"
         )
-    return tuple(names)
+    return names
+
+
+def linears_in_fp8(config: DiTConfig, keep_bf16: KeepBf16) -> tuple[str, ...]:
+    """`quantized_linears`; what names no linear is the caller's mistake."""
+    try:
+        return tuple(quantized_linears(config, keep_bf16))
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from error
 
 
 def dit_bytes(config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantized_linears
+from magihuman.graphs.precision import KEEP_NONE, KeepBf16
 from magihuman.kernels.reference import LocalAttention
 from magihuman.runtime import config, loading, quality
 from magihuman.runtime.decode import decode_frames
@@ -22,7 +22,7 @@ from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.request import Progress, ProgressCallback, Request
 from magihuman.runtime.simulated_fp8 import Mode, SimulatedFp8, relative_error
-from magihuman.runtime.transformer import Wanted, plan
+from magihuman.runtime.transformer import Wanted, linears_in_fp8, plan
 from magihuman.runtime.verify_report import (
     AtSteps,
     Clip,
@@ -109,14 +109,7 @@ def _check_keep(
     chosen = config.VARIANTS[variant]
     paths = loading.find(model, chosen, None, {variant: folder})
     wanted = Wanted(loading.pick_device(device), "bf16", None, compile=False)
-    _chosen(plan(chosen, paths.dit, wanted).config, keep_bf16)
-
-
-def _chosen(architecture: config.DiTConfig, keep_bf16: KeepBf16) -> list[str]:
-    try:
-        return quantized_linears(architecture, keep_bf16)
-    except ValueError as error:
-        raise InvalidRequestError(str(error)) from error
+    linears_in_fp8(plan(chosen, paths.dit, wanted).config, keep_bf16)
 
 
 @torch.inference_mode()
@@ -134,7 +127,7 @@ def _verify(
     clips, measured = [], []
     with engine.hold(requests[0]) as run:
         dit = run.parts.dit
-    names = _chosen(dit.config, keep_bf16)
+    names = linears_in_fp8(dit.config, keep_bf16)
     with SimulatedFp8(dit, names) as simulation:
         for i, request in enumerate(requests, 1):
             with engine.hold(request) as run:

@@ -51,12 +51,11 @@ def _activation(graph: fx.Graph, node: fx.Node) -> bool:
 
 
 def _add_norm(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> bool:
-    stream, delta, weight, counts = node.args
-    operands = _linear(delta)
-    if operands is None or not _is_last_reader(stream, node):
+    total = _added(graph, node)
+    if total is None:
         return False
+    weight, counts = node.args[2:]
     with graph.inserting_before(node):
-        total = graph.call_function(OPS.linear_add_.default, (stream, *operands, ANY_ROUTE))
         normed = graph.call_function(OPS.norm.default, (total, weight, counts, dtype))
     for part in list(node.users):  # getitem
         part.replace_all_uses_with(normed if part.args[1] else total)
@@ -66,14 +65,21 @@ def _add_norm(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _add(graph: fx.Graph, node: fx.Node) -> bool:
+    total = _added(graph, node)
+    if total is None:
+        return False
+    _replace(graph, node, total)
+    return True
+
+
+def _added(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """The stream, a node's first argument, after the linear that is its second was added to it."""
     stream, delta = node.args[:2]
     operands = _linear(delta)
     if operands is None or not _is_last_reader(stream, node):
-        return False
+        return None
     with graph.inserting_before(node):
-        total = graph.call_function(OPS.linear_add_.default, (stream, *operands, ANY_ROUTE))
-    _replace(graph, node, total)
-    return True
+        return graph.call_function(OPS.linear_add_.default, (stream, *operands, ANY_ROUTE))
 
 
 def _is_last_reader(stream: Any, node: fx.Node) -> bool:
