@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from magihuman.runtime import tokens
 from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.model.dit import DiT
 
@@ -46,3 +48,14 @@ def dit(*, local: bool) -> DiT:
     model = DiT(config)
     model.load_state_dict(load("dit_weights"), strict=True)
     return model.eval().requires_grad_(False)
+
+
+def inputs_of(model: DiT, layout: tokens.Layout) -> dict[str, Tensor]:
+    """Random tokens of a forward in the base model's coordinates."""
+    video, audio, text = layout.counts
+    return {
+        "video": torch.randn(video, 192),
+        "audio": torch.randn(audio, 64),
+        "text": torch.randn(text, model.config.text_channels),
+        "rope": model.adapter.rope(tokens.coordinates(layout, "v2")),
+    }

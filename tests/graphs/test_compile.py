@@ -41,16 +41,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("graphs")
 
 
-def inputs_of(model: DiT, layout: tokens.Layout) -> dict[str, Tensor]:
-    video, audio, text = layout.counts
-    return {
-        "video": torch.randn(video, 192),
-        "audio": torch.randn(audio, 64),
-        "text": torch.randn(text, model.config.text_channels),
-        "rope": model.adapter.rope(tokens.coordinates(layout, "v2")),
-    }
-
-
 def assert_same(
     model: DiT, inputs: dict[str, Tensor], outputs: tuple[Tensor, ...], length: Tensor | None
 ) -> None:
@@ -82,7 +72,7 @@ def test_every_block_is_found_and_the_numbers_stay(model: DiT, cache: Path) -> N
                 "linear": 20,
                 "epilogue": 15,
             }
-        inputs = inputs_of(model, layout)
+        inputs = golden.inputs_of(model, layout)
         for padding in (0, 3):
             length = torch.tensor(layout.tokens - padding, dtype=torch.int32)
             assert_same(model, inputs, module(*inputs.values(), length), length)
@@ -116,7 +106,7 @@ def test_nothing_of_the_blocks_is_left_in_the_graph(model: DiT, cache: Path) -> 
 def test_a_prompt_gives_the_same_in_any_bucket(model: DiT, cache: Path) -> None:
     """Padding after the text must not reach a valid token."""
     exact, padded = LAYOUTS[0], dataclasses.replace(LAYOUTS[0], text=40)
-    inputs = inputs_of(model, exact)
+    inputs = golden.inputs_of(model, exact)
     rows = (*padded.counts, padded.tokens)
     wide = {}
     for (name, value), count in zip(inputs.items(), rows, strict=True):

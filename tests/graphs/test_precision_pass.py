@@ -41,13 +41,7 @@ def test_quantized_linears(keep: str | list[str], expected: dict[str, int], tmp_
     precision.quantize_model(model, names)
     compiling.pad_weights(model, model.config)
     torch.manual_seed(0)
-    video, audio, text = LAYOUT.counts
-    inputs = {
-        "video": torch.randn(video, 192),
-        "audio": torch.randn(audio, 64),
-        "text": torch.randn(text, model.config.text_channels),
-        "rope": model.adapter.rope(tokens.coordinates(LAYOUT, "v2")),
-    }
+    inputs = golden.inputs_of(model, LAYOUT)
     length = torch.tensor(LAYOUT.tokens, dtype=torch.int32)
     theirs = plain(**inputs, length=length)
     outputs = []

@@ -83,13 +83,7 @@ def test_the_simulation_is_the_rewritten_graph(keep, tmp_path):
     precision.quantize_model(quantized, names)
     compiling.pad_weights(quantized, quantized.config)
     torch.manual_seed(0)
-    video, audio, text = layout.counts
-    inputs = {
-        "video": torch.randn(video, 192),
-        "audio": torch.randn(audio, 64),
-        "text": torch.randn(text, model.config.text_channels),
-        "rope": model.adapter.rope(tokens.coordinates(layout, "v2")),
-    }
+    inputs = golden.inputs_of(model, layout)
     length = torch.tensor(layout.tokens, dtype=torch.int32)
     module, _ = compiling.compile_forward(
         quantized, quantized.config, layout.counts, torch.bfloat16, CPU, cache=tmp_path
