@@ -58,7 +58,7 @@ def section() -> str:
         "",
         *fp8_table(result("fp8")),
         "",
-        "| whole request, everything resident | compiled | plain |",
+        f"| whole request, everything resident, {full['environment']['date']} | compiled | plain |",
         "|---|---|---|",
     ]
     stages = ("text", "denoise", "decode_video", "decode_audio")
