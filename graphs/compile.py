@@ -18,6 +18,7 @@ from magihuman.graphs.capture import capture
 from magihuman.graphs.passes import (
     activation,
     attention,
+    attention_fp8,
     epilogue,
     linear,
     precision,
@@ -77,6 +78,7 @@ def compile_forward(
     attention_backend: str | None = None,
     linear_route: str | None = None,
     cache: Path | None = None,
+    fp8_attention: bool = False,
 ) -> tuple[fx.GraphModule, Report]:
     """The forward of `model` for sequences of `counts` tokens, in fused kernels.
 
@@ -90,6 +92,7 @@ def compile_forward(
         linear_route: one of `linear_routes.TILES` or "library"; by default what measures fastest
             here for each shape.
         cache: folder of rewritten graphs; by default the user's.
+        fp8_attention: in the layers whose projection to q, k and v has e4m3 weights.
 
     Returns:
         A module that takes video, audio, text, rope and length, and the report.
@@ -100,23 +103,24 @@ def compile_forward(
     """
     report = Report()
     start = time.perf_counter()
-    if device.type == "cuda" and attention_backend is None:
-        shape = (sum(counts), config.heads, config.kv_heads, config.head_dim)
-        from magihuman.kernels import attention_backends
-
-        attention_backend = attention_backends.fastest(*shape, device)
-    report.attention = attention_backend or ANY_BACKEND
-    report.seconds["choose attention"] = time.perf_counter() - start
-
-    start = time.perf_counter()
     quantized = [name for name, module in model.named_modules() if is_quantized(module)]
-    key = store.key_of(config, dtype, model, quantized)
+    key = store.key_of(config, dtype, model, quantized, fp8_attention)
     module = store.load(key, model, cache)
     report.from_cache = module is not None
     report.seconds["cache"] = time.perf_counter() - start
     if module is None:
-        module = rewrite(model, Context(config, TRACE_COUNTS, dtype, device), report, quantized)
+        context = Context(config, TRACE_COUNTS, dtype, device)
+        module = rewrite(model, context, report, quantized, fp8_attention)
         store.save(module, key, cache)
+    start = time.perf_counter()
+    has_choice = any(node.target is OPS.gated_attention.default for node in module.graph.nodes)
+    if has_choice and device.type == "cuda" and attention_backend is None:
+        shape = (sum(counts), config.heads, config.kv_heads, config.head_dim)
+        from magihuman.kernels import attention_backends
+
+        attention_backend = attention_backends.fastest(*shape, device)
+    report.attention = (attention_backend or ANY_BACKEND) if has_choice else "fp8"
+    report.seconds["choose attention"] = time.perf_counter() - start
     specialize(module, counts, report.attention)
     start = time.perf_counter()
     report.linears = route_linears(module, sum(counts), linear_route)
@@ -126,7 +130,11 @@ def compile_forward(
 
 
 def rewrite(
-    model: nn.Module, context: Context, report: Report, quantized: Sequence[str] = ()
+    model: nn.Module,
+    context: Context,
+    report: Report,
+    quantized: Sequence[str] = (),
+    fp8_attention: bool = False,
 ) -> fx.GraphModule:
     """Capture the whole forward and run every pass on it, at the context's token counts."""
     start = time.perf_counter()
@@ -157,6 +165,8 @@ def rewrite(
                 f"{len(quantized)} linears have e4m3 weights, the graph has"
                 f" {report.matches['precision']} of them"
             )
+        if fp8_attention:
+            report.matches["attention_fp8"] = attention_fp8.run(module.graph)
         module = fx.GraphModule(model, module.graph)  # a copy of the model's attributes it names
         module.graph.lint()
     module.graph.eliminate_dead_code()

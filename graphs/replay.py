@@ -57,11 +57,13 @@ class CompiledForward:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        fp8_attention: bool = False,
         budget_bytes: int | None = None,
         debug: bool = False,
     ) -> None:
         """Model: a DiT without frame-local layers, whose weights are laid out anew in place.
 
+        fp8_attention: in the layers whose projection to q, k and v is quantised.
         budget_bytes: of all captured graphs; by default a quarter of the memory free now. One graph
         is kept even where it passes the budget alone. debug: check before every replay that no
         tensor has moved, and keep what was captured for `recorded`.
@@ -69,7 +71,7 @@ class CompiledForward:
         pad_weights(model, config)
         self._model, self._config = model, config
         self._dtype, self._device = dtype, device
-        self._debug = debug
+        self._fp8_attention, self._debug = fp8_attention, debug
         self._captured: dict[Counts, _Captured] = {}
         if budget_bytes is None:
             budget_bytes = int(FREE_SHARE * _free_bytes(device))
@@ -155,7 +157,12 @@ class CompiledForward:
 
     def _capture(self, counts: Counts) -> _Captured:
         module, report = compile_forward(
-            self._model, self._config, counts, self._dtype, self._device
+            self._model,
+            self._config,
+            counts,
+            self._dtype,
+            self._device,
+            fp8_attention=self._fp8_attention,
         )
         start = time.perf_counter()
         context = Context(self._config, counts, self._dtype, self._device)

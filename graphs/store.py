@@ -22,9 +22,15 @@ CACHE = Path.home() / ".cache" / "magihuman" / "graphs"
 VERSION = 1
 
 
-def key_of(config: Any, dtype: torch.dtype, model: nn.Module, quantized: Sequence[str] = ()) -> str:
-    """What a rewritten graph depends on: architecture, dtype, the linears with e4m3 weights, torch,
-    and the code that makes it.
+def key_of(
+    config: Any,
+    dtype: torch.dtype,
+    model: nn.Module,
+    quantized: Sequence[str] = (),
+    fp8_attention: bool = False,
+) -> str:
+    """What a rewritten graph depends on: architecture, dtype, the linears with e4m3 weights, the
+    attention beside them, torch, and the code that makes it.
     """
     sources = [
         *sorted(Path(magihuman.graphs.__file__).parent.rglob("*.py")),
@@ -34,8 +40,8 @@ def key_of(config: Any, dtype: torch.dtype, model: nn.Module, quantized: Sequenc
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
-    facts = (VERSION, torch.__version__, str(dtype), list(quantized), dataclasses.asdict(config))
-    digest.update(json.dumps(facts, sort_keys=True).encode())
+    facts = (VERSION, torch.__version__, str(dtype), list(quantized), fp8_attention)
+    digest.update(json.dumps([*facts, dataclasses.asdict(config)], sort_keys=True).encode())
     return digest.hexdigest()[:32]
 
 

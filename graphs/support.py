@@ -15,11 +15,17 @@ HEAD_DIMS = (32, 64, 128)
 
 
 def why_not(
-    config: Any, dtype: torch.dtype, device: torch.device, *, fp8: bool = False
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    fp8: bool = False,
+    fp8_attention: bool = False,
 ) -> str | None:
     """Why the fused kernels cannot serve this architecture here; None where they can.
 
-    fp8: whether linears have fp8 weights; those left have weights in `dtype`.
+    fp8: whether linears have fp8 weights; those left have weights in `dtype`. fp8_attention:
+    whether attention is over fp8 q, k and v.
     """
     if device.type != "cuda":
         return "there is no GPU"
@@ -38,4 +44,9 @@ def why_not(
         return f"the fp8 kernels need sm_90, this GPU is sm_{capability[0]}{capability[1]}"
     if fp8 and not nvrtc.is_available():
         return "the fp8 kernels need cuda-bindings: pip install 'magihuman[cuda]'"
+    if fp8_attention:
+        from magihuman.kernels import attention_backends
+
+        reason = attention_backends.why_not("gluon", config.head_dim, device)
+        return None if reason is None else f"fp8 attention has one kernel, and {reason}"
     return None

@@ -120,6 +120,77 @@ def _(
     return q, k, v
 
 
+@torch.library.custom_op("magihuman::qkv_fp8", mutates_args=())
+def qkv_fp8(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    length: Tensor,
+    counts: list[int],
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`reference.qkv_fp8`."""
+    arguments = (qkv, q_weight, k_weight, rope, length, _counts(counts), heads, kv_heads)
+    if qkv.is_cuda:
+        from magihuman.kernels import qkv_fp8 as kernel
+
+        return kernel.qkv_fp8(*arguments)
+    return ref.qkv_fp8(*arguments)
+
+
+@qkv_fp8.register_fake
+def _(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    length: Tensor,
+    counts: list[int],
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = qkv.shape[0]
+    dim = (qkv.shape[1] - heads) // (heads + 2 * kv_heads)
+    blocks = -(-rows // ref.FP8_KEYS)
+    shapes = (rows, heads, dim), (rows, kv_heads, dim), (kv_heads, dim, blocks * ref.FP8_KEYS)
+    q, k, v = (qkv.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in shapes)
+    scale = qkv.new_empty(1, dtype=torch.float32)
+    return q, k, v, scale, qkv.new_empty((kv_heads, blocks), dtype=torch.float32)
+
+
+@torch.library.custom_op("magihuman::gated_attention_fp8", mutates_args=())
+def gated_attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_scale: Tensor,
+    v_scale: Tensor,
+    gate: Tensor,
+    length: Tensor,
+) -> Tensor:
+    """`reference.attention_fp8`."""
+    if q.is_cuda:
+        from magihuman.kernels import attention_fp8
+
+        return attention_fp8.attention(q, k, v, qk_scale, v_scale, gate, length)
+    return ref.attention_fp8(q, k, v, qk_scale, v_scale, gate, length)
+
+
+@gated_attention_fp8.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_scale: Tensor,
+    v_scale: Tensor,
+    gate: Tensor,
+    length: Tensor,
+) -> Tensor:
+    return torch.empty_like(q, dtype=gate.dtype)
+
+
 @torch.library.custom_op("magihuman::gated_attention", mutates_args=())
 def gated_attention(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, backend: str

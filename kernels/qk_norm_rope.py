@@ -36,12 +36,12 @@ def _store(a, b, target, head, first, second, COUNT: tl.constexpr, DIM: tl.const
 
 @triton.jit
 def _norm_and_turn(
-    source, weight, target, heads, first, second, sin, cos, eps,
+    source, weight, factor, target, heads, first, second, sin, cos, eps,
     COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All COUNT heads of one row, `heads` and the next BLOCK of them at a time."""
-    first_gain = tl.load(weight + first) + 1.0
-    second_gain = tl.load(weight + second) + 1.0
+    """All COUNT heads of one row, `heads` and the next BLOCK of them at a time, times `factor`."""
+    first_gain = (tl.load(weight + first) + 1.0) * factor
+    second_gain = (tl.load(weight + second) + 1.0) * factor
     a, b = _load(source, heads, first, second, COUNT, DIM)
     for start in tl.static_range(0, COUNT, BLOCK):
         head = start + heads
@@ -55,6 +55,30 @@ def _norm_and_turn(
         _store(x * cos - y * sin, y * cos + x * sin, target, head, first, second, COUNT, DIM)
         a = next_a
         b = next_b
+
+
+@triton.jit
+def _pairs(
+    rope, row, DIM: tl.constexpr, ANGLES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Heads of a step, the dims that turn together, and their angles: [pieces, heads, lanes].
+
+    In this order warps divide the heads, and sums stay in one.
+    """
+    pieces: tl.constexpr = DIM // (2 * LANES)
+    pairs: tl.constexpr = ANGLES // LANES  # pieces that turn
+    piece = tl.arange(0, pieces)[:, None, None]
+    heads = tl.arange(0, BLOCK)[None, :, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    whole = tl.zeros((pieces, BLOCK, LANES), tl.int32)  # one shape, hence one layout, for all loads
+    turns = piece + whole < pairs
+    # Of the dims that pass through, the first half is paired with the second.
+    first = (piece + tl.where(turns, 0, pairs)) * LANES + lane
+    second = (piece + tl.where(turns, pairs, pieces)) * LANES + lane
+    table = rope + row * 2 * ANGLES + piece * LANES + lane + whole
+    sin = tl.load(table, mask=turns, other=0.0)
+    cos = tl.load(table + ANGLES, mask=turns, other=1.0)
+    return heads, first, second, sin, cos
 
 
 @triton.jit
@@ -88,31 +112,18 @@ def _qk_norm_rope(
     BLOCK: tl.constexpr,  # heads of a step
 ):
     row = tl.program_id(0).to(tl.int64)
-    pieces: tl.constexpr = DIM // (2 * LANES)
-    pairs: tl.constexpr = ANGLES // LANES  # pieces that turn
-    # Tiles are [pieces, heads, lanes]: in this order warps divide the heads, and sums stay in one.
-    piece = tl.arange(0, pieces)[:, None, None]
-    heads = tl.arange(0, BLOCK)[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    whole = tl.zeros((pieces, BLOCK, LANES), tl.int32)  # one shape, hence one layout, for all loads
-    turns = piece + whole < pairs
-    # Of the dims that pass through, the first half is paired with the second.
-    first = (piece + tl.where(turns, 0, pairs)) * LANES + lane
-    second = (piece + tl.where(turns, pairs, pieces)) * LANES + lane
-    table = rope + row * 2 * ANGLES + piece * LANES + lane + whole
-    sin = tl.load(table, mask=turns, other=0.0)
-    cos = tl.load(table + ANGLES, mask=turns, other=1.0)
+    heads, first, second, sin, cos = _pairs(rope, row, DIM, ANGLES, LANES, BLOCK)
     expert = (row >= audio_start).to(tl.int32) + (row >= text_start).to(tl.int32)
 
     q_source = qkv + row * row_vectors * LANES
     k_source = q_source + HEADS * DIM
     v_source = k_source + KV_HEADS * DIM
     _norm_and_turn(
-        q_source, q_weight + expert * DIM, q + row * HEADS * DIM, heads, first, second,
+        q_source, q_weight + expert * DIM, 1.0, q + row * HEADS * DIM, heads, first, second,
         sin, cos, eps, HEADS, DIM, BLOCK,
     )  # fmt: skip
     _norm_and_turn(
-        k_source, k_weight + expert * DIM, k + row * KV_HEADS * DIM, heads, first, second,
+        k_source, k_weight + expert * DIM, 1.0, k + row * KV_HEADS * DIM, heads, first, second,
         sin, cos, eps, KV_HEADS, DIM, BLOCK,
     )  # fmt: skip
     _copy(v_source, v + row * KV_HEADS * DIM, heads, first, second, KV_HEADS, DIM, BLOCK)

@@ -27,6 +27,10 @@ QUERY_BLOCK = 512  # queries at a time in the CPU's attention
 FP8_LIMIT = 448.0  # largest magnitude of e4m3: OCP 8-bit floating point specification, table 1
 STATIC_SCALES = {"swiglu7": 1 / 8, "gelu7": 1 / 64}  # their ends, 56 and 7, become the limit
 FP8_ROW_BYTES = 16  # fused kernels start rows at multiples of it, as tensor maps and libraries want
+FP8_KEYS = 128  # keys whose values share a scale in e4m3 attention
+SMALLEST_VALUE = 2.0**-40  # what all values of such a block count as at least
+# Of each 16 keys: a thread has these scores, two and two, where it has to have weights in a row.
+VALUE_ORDER = [8 * pair + 2 * lane + i for lane in range(4) for pair in range(2) for i in range(2)]
 
 
 class LocalAttention(NamedTuple):
@@ -183,6 +187,67 @@ def qk_norm_rotary(
 ) -> Tensor:
     """Per-head norm, then rotation, both in fp32. x: [N, heads, D]; weight: [D] or [3 D]."""
     return rotate(rms_norm(x, weight, counts), rope).to(dtype)
+
+
+def qkv_fp8(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    length: Tensor,
+    counts: Counts | None,
+    heads: int,
+    kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k and v of `split_qkv` in e4m3, as tensor cores take them.
+
+    Scales of q and k are static, from what bounds them: a normed head's dims are at most
+    sqrt(D) max |weight + 1|, rotated or not. Values have a scale for each head and block of
+    `FP8_KEYS` keys, `max |v| / 448`; those from `length` on are zeros.
+
+    Returns:
+        q [N, heads, D]; k [N, kv_heads, D]; v [kv_heads, D, keys], keys whole blocks, each 16 of
+        them in the order of `VALUE_ORDER`; scale [1] of q times k; scales [kv_heads, blocks] of v.
+    """
+    q, k, v, _ = split_qkv(qkv.float(), q_weight, k_weight, rope, counts, heads, kv_heads)
+    root = q.shape[-1] ** 0.5
+    scales = [
+        ((weight + 1).abs().max() * root / FP8_LIMIT).clamp(min=SMALLEST_VALUE)
+        for weight in (q_weight, k_weight)
+    ]
+    q, k = (_to_e4m3(x * scale.reciprocal()) for x, scale in zip((q, k), scales, strict=True))
+    rows = len(v)
+    v = torch.where(torch.arange(rows, device=v.device)[:, None, None] < length, v, 0)
+    v = F.pad(v, (0, 0, 0, 0, 0, -rows % FP8_KEYS)).permute(1, 2, 0)
+    blocks = v.unflatten(2, (-1, FP8_KEYS))  # [kv_heads, D, blocks, keys]
+    v_scale = blocks.abs().amax((1, 3)).clamp(min=SMALLEST_VALUE) / FP8_LIMIT
+    v = _to_e4m3(blocks * v_scale.reciprocal()[:, None, :, None]).flatten(2)
+    order = torch.tensor(VALUE_ORDER, device=v.device)
+    v = v.view(torch.uint8).unflatten(2, (-1, 16))[..., order].flatten(2).view(v.dtype)
+    return q, k, v, (scales[0] * scales[1]).view(1), v_scale
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn)
+
+
+def attention_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_scale: Tensor,
+    v_scale: Tensor,
+    gate: Tensor,
+    length: Tensor,
+) -> Tensor:
+    """`gated_attention` of what `qkv_fp8` returns. Returns [N, heads, D] in gate's dtype."""
+    rows = len(k)
+    order = torch.tensor(VALUE_ORDER, device=v.device).argsort()
+    values = v.view(torch.uint8).unflatten(2, (-1, 16))[..., order].flatten(2).view(v.dtype)
+    values = values.float().unflatten(2, (-1, FP8_KEYS)) * v_scale[:, None, :, None]
+    values = values.flatten(2)[..., :rows].permute(2, 0, 1)  # [N, kv_heads, D]
+    out = attention(q.float() * qk_scale, k.float(), values, None, length)
+    return head_gate(out, gate).to(gate.dtype)
 
 
 def gated_attention(

@@ -23,7 +23,14 @@ from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.text import load_text_encoder
-from magihuman.runtime.transformer import Held, Wanted, check_fit, folder_bytes, plan
+from magihuman.runtime.transformer import (
+    FP8_ATTENTION,
+    Held,
+    Wanted,
+    check_fit,
+    folder_bytes,
+    plan,
+)
 
 log = logging.getLogger("magihuman")
 Part = TypeVar("Part")
@@ -88,9 +95,11 @@ def load(
         variant: "distill" (default: 8 steps, no guidance) or "base" (32 steps with guidance).
         sr: None, "540p" or "1080p": super-resolve every clip.
         precision: of the linears in the transformers: "bf16" as published, "fp32", or "fp8", which
-            needs a Hopper GPU. By default that of a converted transformer, else "bf16".
-        keep_bf16: with "fp8", the linears that stay bf16: "none" (default), "modality" (the layers
-            with weights for each modality), or names and patterns such as "block.layers.7.*".
+            needs a Hopper GPU; "fp8-attn" is "fp8" with attention over fp8 queries, keys and values
+            too. By default that of a converted transformer, else "bf16".
+        keep_bf16: with fp8, the linears that stay bf16: "none" (default), "modality" (the layers
+            with weights for each modality), or names and patterns such as "block.layers.7.*". A
+            layer whose `linear_qkv` is kept has attention in bf16.
         compile: run the transformers as captured graphs of fused kernels where this machine can
             (`magihuman doctor` says); False runs the plain model.
         device: a torch device; by default the first GPU, else the CPU.
@@ -115,9 +124,10 @@ def load(
     _choice("sr", sr, (None, *config.SR_SIZES))
     if precision is not None:
         _choice("precision", precision, get_args(config.Precision))
-    if precision != "fp8" and keep_bf16 not in (None, KEEP_NONE):
+    if precision not in ("fp8", FP8_ATTENTION) and keep_bf16 not in (None, KEEP_NONE):
         raise InvalidRequestError(
-            f"keep_bf16 must go with precision='fp8', got {keep_bf16!r} with {precision!r}"
+            f"keep_bf16 must go with precision='fp8' or {FP8_ATTENTION!r}, got {keep_bf16!r} with"
+            f" {precision!r}"
         )
     if sr is None and sr_transformer is not None:
         raise InvalidRequestError(
@@ -169,25 +179,30 @@ def load(
             " to different models"
         )
     if compile:
-        parts.forward = compiled(parts.dit, base.linear, target, debug)
+        parts.forward = compiled(parts.dit, base, target, debug)
         if parts.sr_dit is not None and upscale is not None:
-            parts.sr_forward = compiled(parts.sr_dit, upscale.linear, target, debug)
+            parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug)
     return Engine(parts, chosen, sr, base.precision, target)
 
 
-def compiled(
-    model: DiT, linear: torch.dtype, device: torch.device, debug: bool = False
-) -> Forward | None:
+def compiled(model: DiT, held: Held, device: torch.device, debug: bool = False) -> Forward | None:
     """The compiled forward of a transformer, or None, with one log line, where there is none."""
     from magihuman.graphs.support import why_not
 
-    reason = why_not(model.config, linear, device)
+    reason = why_not(model.config, held.linear, device)
     if reason is not None:
         log.info("running the plain transformer: %s", reason)
         return None
     from magihuman.graphs.replay import CompiledForward
 
-    return CompiledForward(model, model.config, linear, device, debug=debug)
+    return CompiledForward(
+        model,
+        model.config,
+        held.linear,
+        device,
+        fp8_attention=held.precision == FP8_ATTENTION,
+        debug=debug,
+    )
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

@@ -34,7 +34,9 @@ ModelOption = Annotated[
 ]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option(help="bf16, fp32 or fp8; by default that of a converted transformer, else bf16."),
+    typer.Option(
+        help="bf16, fp32, fp8 or fp8-attn; by default that of a converted transformer, else bf16."
+    ),
 ]
 KeepOption = Annotated[
     str | None,

@@ -19,6 +19,8 @@ from magihuman.runtime.model.dit import DiT
 
 log = logging.getLogger("magihuman")
 
+FP8_ATTENTION = "fp8-attn"
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -107,24 +109,27 @@ def plan(variant: Variant, folder: Path | None, wanted: Wanted) -> Held:
         config = checkpoint.dit_config(folder, variant)
     own = "bf16" if artifact is None else artifact.precision
     precision = wanted.precision or own
-    if artifact is not None and precision != own:
+    if artifact is not None and own != ("fp8" if precision == FP8_ATTENTION else precision):
         raise InvalidRequestError(
             f"precision must be {own!r}, as the artifact's {artifact.folder}, got {precision!r};"
             " leave it out, or convert the published files to another"
         )
-    if precision != "fp8":
+    if precision not in ("fp8", FP8_ATTENTION):
         return Held(variant, config, folder, artifact, precision)
 
     quantized = _quantized(config, wanted.keep_bf16, artifact)
     reason: str | None = "compile=False asks for the plain one"
     if wanted.compile:
-        reason = why_not(config, torch.bfloat16, wanted.device, fp8=True)
+        is_attention = precision == FP8_ATTENTION
+        reason = why_not(
+            config, torch.bfloat16, wanted.device, fp8=True, fp8_attention=is_attention
+        )
     if reason is None:
         return Held(variant, config, folder, artifact, precision, quantized)
     if artifact is None:
         raise InvalidRequestError(
-            f"precision='fp8' needs the compiled transformer, and for {variant.name} {reason}; use"
-            " precision='bf16'"
+            f"precision={precision!r} needs the compiled transformer, and for {variant.name}"
+            f" {reason}; use precision='bf16'"
         )
     return Held(variant, config, folder, artifact, "bf16", why_bf16=reason)
 

@@ -111,6 +111,26 @@ def check_quantize() -> None:
             assert (stored[:, channels:].float() == 0).all()
 
 
+def check_qkv_fp8() -> None:
+    """As `check_quantize`; whole blocks of keys, and those beyond the valid ones zeros."""
+    from magihuman.kernels.qkv_fp8 import qkv_fp8
+
+    for rows, heads, kv_heads, dim in ((ROWS, 10, 2, 128), (130, 4, 2, 64), (3, 3, 1, 32)):
+        angle = torch.randn(rows, 3 * dim // 8)
+        rope = torch.cat((angle.sin(), angle.cos()), dim=1)
+        length = torch.tensor(rows - 1, dtype=torch.int32)
+        for counts in (None, (rows - 2, 1, 1)):
+            qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim + heads)
+            weights = weight_of(dim, counts), weight_of(dim, counts)
+            arguments = (qkv, *weights, rope, length, counts, heads, kv_heads)
+            for mine, right in zip(qkv_fp8(*arguments), ref.qkv_fp8(*arguments), strict=True):
+                if mine.dtype == torch.float32:
+                    assert_close(mine, right)
+                    continue
+                codes = [values.view(torch.uint8).int() for values in (mine, right)]
+                assert (codes[0] - codes[1]).abs().max() <= 8
+
+
 if __name__ == "__main__":
     # Fills what torch.empty returns with NaN: a kernel that leaves a place out is found.
     torch.use_deterministic_algorithms(True)
@@ -119,3 +139,4 @@ if __name__ == "__main__":
     check_qk_norm_rope()
     check_activations()
     check_quantize()
+    check_qkv_fp8()

@@ -90,8 +90,11 @@ def test_fp8_is_refused_where_it_cannot_run(tiny_dir, model, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep_bf16": "modality"}, "must go with precision='fp8', got 'modality' with None$"),
-        ({"keep_bf16": ["a"], "precision": "bf16"}, r"with precision='fp8', got \['a'\] with 'bf"),
+        (
+            {"keep_bf16": "modality"},
+            "must go with precision='fp8' or 'fp8-attn', got 'modality' with None$",
+        ),
+        ({"keep_bf16": ["a"], "precision": "bf16"}, r"or 'fp8-attn', got \['a'\] with 'bf"),
         ({"keep_bf16": "all", "precision": "fp8"}, "must be 'none', 'modality' or a list of names"),
         ({"keep_bf16": ["a"], "precision": "fp8"}, "must name linears of the blocks .*, got 'a'"),
         ({"sr_transformer": "x"}, "sr_transformer must go with sr, got 'x' without"),
