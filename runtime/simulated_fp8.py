@@ -124,7 +124,24 @@ class SimulatedFp8:
         else:
             values = (x.float() / fixed).to(torch.float8_e4m3fn)
             scale = x.new_full((len(x),), fixed, dtype=torch.float32)
-        return ref.scaled_linear(values, scale, *self._weights[name], counts)
+        return scaled_linear(values, scale, *self._weights[name], counts)
+
+
+def scaled_linear(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: ref.Counts | None
+) -> Tensor:
+    """`reference.scaled_linear`; on a GPU from bf16, which has every e4m3 number, an order faster.
+
+    Products of two such numbers are exact in fp32 either way, and sums are fp32.
+    """
+    if not values.is_cuda:
+        return ref.scaled_linear(values, scale, weight, weight_scale, counts)
+
+    def product(x: Tensor, own: Tensor) -> Tensor:
+        return torch.mm(x.bfloat16(), own.bfloat16().t(), out_dtype=torch.float32)
+
+    sums = ref.per_modality(product, values, weight, counts) * scale[:, None]
+    return ref.per_modality(lambda x, own: x * own, sums, weight_scale, counts).bfloat16()
 
 
 def relative_error(actual: Any, expected: Any) -> float:
