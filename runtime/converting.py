@@ -9,10 +9,11 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from torch import Tensor
 from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize
 from magihuman.runtime import artifacts, checkpoint
 from magihuman.runtime.artifacts import SCALE, Stored
-from magihuman.runtime.config import VARIANTS, Precision, Variant
+from magihuman.runtime.config import VARIANTS, DiTConfig, Precision, Variant
 from magihuman.runtime.errors import CheckpointError, InvalidRequestError, OutputError
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.transformer import linears_in_fp8
@@ -83,28 +84,60 @@ def convert(
     try:
         with atomic_folder(target) as temporary:
             sources = _hashed(source.files, report)
-            files = _write_shards(temporary, source, wanted, report)
-            manifest = {
-                "format": artifacts.FORMAT,
-                "format_version": artifacts.FORMAT_VERSION,
-                "variant": variant,
-                "architecture": dataclasses.asdict(source.config),
-                "precision": precision,
-                "keep_bf16": keep_bf16 if isinstance(keep_bf16, str) else list(keep_bf16),
-                "files": files,
-                "sources": sources,
-                "magihuman": _version(),
-                "torch": torch.__version__,
-                "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            }
-            place = temporary / artifacts.MANIFEST_NAME
-            place.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            _sync(place)
+            write_artifact(temporary, source, variant, precision, keep_bf16, sources, report)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{target} could not be written: {error}; nothing is left of it"
         ) from error
     return target
+
+
+class Source(Protocol):
+    """Where an artifact's weights come from, under their published names."""
+
+    config: DiTConfig
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """All names."""
+
+    def read(self, keys: list[str]) -> Iterable[tuple[str, Tensor]]:
+        """Tensors by name, on any device, one after another."""
+
+
+def write_artifact(
+    folder: Path,
+    source: Source,
+    variant: str,
+    precision: Precision,
+    keep_bf16: KeepBf16,
+    sources: dict[str, dict[str, object]],
+    report: OnConvert = lambda stage, done, of: None,
+) -> None:
+    """Weights and, last, the manifest into an empty folder. Arguments are those of `convert`.
+
+    sources: size and hash of every file that the weights came from.
+    """
+    quantized: tuple[str, ...] = ()
+    if precision == "fp8":
+        quantized = linears_in_fp8(source.config, keep_bf16)
+    files = _write_shards(folder, source, artifacts.layout(source.config, quantized), report)
+    manifest = {
+        "format": artifacts.FORMAT,
+        "format_version": artifacts.FORMAT_VERSION,
+        "variant": variant,
+        "architecture": dataclasses.asdict(source.config),
+        "precision": precision,
+        "keep_bf16": keep_bf16 if isinstance(keep_bf16, str) else list(keep_bf16),
+        "files": files,
+        "sources": sources,
+        "magihuman": _version(),
+        "torch": torch.__version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    place = folder / artifacts.MANIFEST_NAME
+    place.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _sync(place)
 
 
 class _Source:
@@ -184,7 +217,7 @@ def _hashed(files: list[Path], report: OnConvert) -> dict[str, dict[str, object]
 
 
 def _write_shards(
-    folder: Path, source: _Source, wanted: dict[str, Stored], report: OnConvert
+    folder: Path, source: Source, wanted: dict[str, Stored], report: OnConvert
 ) -> dict[str, int]:
     """The weights in files of at most `SHARD_BYTES`. Returns their names and sizes."""
     shards = _grouped(source, wanted)
@@ -203,7 +236,7 @@ def _write_shards(
     return files
 
 
-def _grouped(source: _Source, wanted: dict[str, Stored]) -> list[list[str]]:
+def _grouped(source: Source, wanted: dict[str, Stored]) -> list[list[str]]:
     """Published names by file, in the order of the model; a scale goes with its weight."""
     shards: list[list[str]] = [[]]
     filled = 0
@@ -225,7 +258,7 @@ def _stored(key: str, value: Tensor, wanted: dict[str, Stored]) -> dict[str, Ten
         values, scale = quantize(value.to(torch.bfloat16))
         rows = values.as_strided(stored.shape, values.stride())  # the padding too
         return {key: rows, scale_key: scale}
-    laid_out = torch.zeros(stored.shape, dtype=stored.dtype)
+    laid_out = value.new_zeros(stored.shape, dtype=stored.dtype)
     laid_out[..., : value.shape[-1]] = value
     return {key: laid_out}
 
