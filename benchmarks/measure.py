@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -44,6 +45,13 @@ def distilled_steps(
         return torch.randn(like.shape, generator=generator, device=like.device)
 
     return denoise.distilled(velocity, video, audio, steps=STEPS, noise=noise)
+
+
+def release() -> None:
+    """What is no longer used is free for what comes next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Timed:

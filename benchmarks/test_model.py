@@ -5,7 +5,6 @@ The transformer and the engine do not fit one GPU together: each fixture lives a
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,13 +24,6 @@ from sizes import Size
 pytestmark = pytest.mark.benchmark(group="model")
 
 
-def release() -> None:
-    """What earlier fixtures held is free for the next one."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def forward_flops(arch: config.DiTConfig, layout: Layout) -> int:
     """Of the linears in the layers and of attention: all but a few thousandths of a forward."""
     total = 0
@@ -44,7 +36,7 @@ def forward_flops(arch: config.DiTConfig, layout: Layout) -> int:
 
 @pytest.fixture(scope="class")
 def model(size: Size) -> DiT:
-    release()
+    measure.release()
     return random_weights.dit(size.arch, 0, size.device, torch.bfloat16, "distill")
 
 
@@ -92,7 +84,7 @@ class TestTransformer:
 
 def test_decode_video(size: Size, time_stage: Callable) -> None:
     """To uint8 frames in host memory."""
-    release()
+    measure.release()
     dtype = torch.bfloat16 if size.device.type == "cuda" else torch.float32  # as `load` has it
     vae = random_weights.turbo_vae(size.turbo_vae, 0, size.device, dtype)
     video, _, _ = measure.example(size.layout, size.arch.text_channels, size.device)
@@ -101,7 +93,7 @@ def test_decode_video(size: Size, time_stage: Callable) -> None:
 
 def test_decode_audio(size: Size, time_stage: Callable) -> None:
     """To resampled samples in host memory."""
-    release()
+    measure.release()
     vae = AudioVAE(random_weights.audio_vae(size.audio_vae, 0, size.device))
     _, audio, _ = measure.example(size.layout, size.arch.text_channels, size.device)
     time_stage(lambda: vae.decode(audio), 5)
@@ -110,7 +102,7 @@ def test_decode_audio(size: Size, time_stage: Callable) -> None:
 @pytest.fixture(scope="module")
 def engine(size: Size, tmp_path_factory: pytest.TempPathFactory) -> Iterator[runtime.Engine]:
     """As a service gets it: compiled where the machine can."""
-    release()
+    measure.release()
     source: Path | runtime.synthetic = runtime.synthetic("distill")
     if size.name == "tiny":
         source = tmp_path_factory.mktemp("tiny")
