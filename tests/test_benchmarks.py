@@ -16,6 +16,7 @@ from PIL import Image
 
 import fp8_errors
 import history
+import load_artifact
 import render_latency
 import render_readme
 import weight_kinds
@@ -234,3 +235,28 @@ def test_outliers_are_heavy_tailed():
     assert torch.equal(
         model.state_dict()["final_linear_video.weight"], before["final_linear_video.weight"]
     )
+
+
+# -- loading an artifact ----------------------------------------------------------------------
+
+
+def test_an_artifact_is_loaded_and_compared(tmp_path, monkeypatch):
+    command = ["load_artifact.py", str(tmp_path), "--tiny", "--folder", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", command)
+    load_artifact.main()
+    figures = json.loads((tmp_path / "results" / "load_artifact.json").read_text())
+    assert figures["written"]["files"] == 1 and figures["written"]["bytes"] > 10**6
+    for name in ("first read", "from the page cache"):
+        assert figures[name]["tensors"] > 40
+        assert 0 < figures[name]["plan_s"] < figures[name]["seconds"]
+        assert set(figures[name]["host_growth_bytes"]) == {"RssAnon", "RssFile", "RssShmem"}
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_another_value_is_found():
+    loaded, source = (load_artifact.made(fp8_errors.sizes.TINY) for _ in range(2))
+    load_artifact.precision.quantize_model(loaded, load_artifact.precision.linears(tiny.DIT))
+    scale = loaded.state_dict()["block.layers.3.mlp.down_proj.weight_scale"]
+    scale[5] *= 1 + 1e-6
+    with pytest.raises(ValueError, match=r"down_proj\.weight_scale must be what was written"):
+        load_artifact.check(loaded, source, rounded=False)
