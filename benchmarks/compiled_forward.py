@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from magihuman.runtime.model.dit import DiT
 from measure import (
     LAYOUT,
     STEPS,
+    bare_8_steps_ms,
     by_kernel,
     by_layers,
     distilled_steps,
@@ -72,11 +73,10 @@ def baseline_ms(model: Any, velocity: denoise.Velocity, steps: Any) -> dict[str,
     return {"torch_compile_fa3_8_steps_ms": velocity_ms, "with_compile_s": seconds}
 
 
-def bare_8_steps_ms(model: DiT, heat: Callable[[], object]) -> float:
-    """PyTorch's products and the fastest attention alone, eight times all layers: the bound.
+def bare(model: DiT) -> list[Callable[[], object]]:
+    """PyTorch's products and the fastest attention alone, of all layers.
 
-    Random operands, all rows by the first of a modality layer's weights. `heat` runs before each
-    timing, so that the card is as warm as it is for the whole model.
+    Random operands, all rows by the first of a modality layer's weights.
     """
     config, device = model.config, torch.device("cuda")
     rows = sum(LAYOUT.counts[:2]) + 320
@@ -89,32 +89,18 @@ def bare_8_steps_ms(model: DiT, heat: Callable[[], object]) -> float:
     q, k, gate = randn(*shape[:2], shape[3]), randn(rows, *shape[2:]), randn(rows, shape[1])
     length = torch.tensor(LAYOUT.tokens, device=device, dtype=torch.int32)
     inputs: dict[int, Tensor] = {}
-    graph = torch.cuda.CUDAGraph()
-
-    def run() -> None:
-        for layer in model.block.layers:
-            experts = 3 if layer.has_modality_weights else 1
-            own, mlp = layer.attention, layer.mlp
-            for linear in (own.linear_qkv, own.linear_proj, mlp.up_gate_proj, mlp.down_proj):
-                weight = linear.weight[: len(linear.weight) // experts]
-                whole = weight.as_strided((len(weight), weight.stride(0)), weight.stride())
-                if whole.shape[1] not in inputs:
-                    inputs[whole.shape[1]] = randn(rows, whole.shape[1])
-                F.linear(inputs[whole.shape[1]], whole)
-            attention_backends.run(backend, q, k, k, gate, length)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-    times = []
-    for _ in range(3):
-        heat()
-        times.append(median_ms(lambda: [graph.replay() for _ in range(STEPS)], 1))
-    return statistics.median(times)
+    calls: list[Callable[[], object]] = []
+    for layer in model.block.layers:
+        experts = 3 if layer.has_modality_weights else 1
+        own, mlp = layer.attention, layer.mlp
+        for linear in (own.linear_qkv, own.linear_proj, mlp.up_gate_proj, mlp.down_proj):
+            weight = linear.weight[: len(linear.weight) // experts]
+            whole = weight.as_strided((len(weight), weight.stride(0)), weight.stride())
+            if whole.shape[1] not in inputs:
+                inputs[whole.shape[1]] = randn(rows, whole.shape[1])
+            calls.append(partial(F.linear, inputs[whole.shape[1]], whole))
+        calls.append(partial(attention_backends.run, backend, q, k, k, gate, length))
+    return calls
 
 
 def round_linears(model: DiT) -> None:
@@ -173,7 +159,7 @@ def main() -> None:
         if arguments.baseline:
             figures["baseline"] = baseline_ms(model, plain, steps)
         figures["ratio"] = figures["plain_8_steps_ms"] / figures["compiled_8_steps_ms"]
-        figures["bare_8_steps_ms"] = bare_8_steps_ms(model, lambda: steps(compiled))
+        figures["bare_8_steps_ms"] = bare_8_steps_ms(bare(model), lambda: steps(compiled))
         kernels = kernels_ms(lambda: compiled(video, sound))
         figures["kernels_ms"] = by_kernel(kernels)
         figures["layers_ms"] = by_layers(kernels, kinds_of(arch))

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from torch import Tensor
 import environment
 from magihuman.graphs import precision
 from magihuman.graphs.replay import CompiledForward
+from magihuman.kernels import attention_backends, ops
 from magihuman.runtime import config, denoise, random_weights
+from magihuman.runtime.model.dit import DiT
 from measure import (
     LAYOUT,
     STEPS,
     Timed,
+    bare_8_steps_ms,
     by_kernel,
     by_layers,
     distilled_steps,
@@ -35,8 +39,49 @@ from measure import (
     kinds_of,
 )
 
-KEPT = {"bf16": None, "fp8": "none", "fp8, modality layers bf16": "modality"}
+MODALITY = "fp8, modality layers bf16"
+ATTENTION = "fp8, attention too"
+KEPT = {"bf16": None, "fp8": "none", ATTENTION: "none", MODALITY: "modality"}
 ROUNDS = 5
+
+
+def bare(model: DiT, fp8_attention: bool) -> list[Callable[[], object]]:
+    """PyTorch's row-wise fp8 products and attention alone, of all layers. Random operands.
+
+    Products of whole multiples of 16 columns, all rows by the first of a modality layer's weights.
+    """
+    config, device = model.config, torch.device("cuda")
+    heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+    rows = sum(LAYOUT.counts[:2]) + 320
+    length = torch.tensor(LAYOUT.tokens, device=device, dtype=torch.int32)
+    qkv = torch.randn(rows, config.qkv_rows, device=device).bfloat16()
+    gate, row_scale = qkv[:, -heads:], torch.ones(rows, 1, device=device)
+    if fp8_attention:
+        norms = (torch.zeros(dim, device=device) for _ in "qk")
+        rope = torch.zeros(rows, 6 * config.rope_bands, device=device)
+        parts = ops.qkv_fp8(qkv, *norms, rope, length, [], heads, kv_heads)
+        attend = partial(ops.gated_attention_fp8, *parts, gate, length)
+    else:
+        q, k, v, _ = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim, heads], dim=1)
+        q, k, v = (x.unflatten(1, (-1, dim)).contiguous() for x in (q, k, v))
+        backend = attention_backends.fastest(rows, heads, kv_heads, dim, device)
+        attend = partial(attention_backends.run, backend, q, k, v, gate, length)
+    inputs: dict[int, Tensor] = {}
+    calls: list[Callable[[], object]] = []
+    for layer in model.block.layers:
+        experts = 3 if layer.has_modality_weights else 1
+        own, mlp = layer.attention, layer.mlp
+        for linear in (own.linear_qkv, own.linear_proj, mlp.up_gate_proj, mlp.down_proj):
+            weight = linear.weight[: len(linear.weight) // experts // 16 * 16]
+            whole = weight.as_strided((len(weight), weight.stride(0)), weight.stride())
+            width = whole.shape[1]
+            if width not in inputs:
+                inputs[width] = ops.quantize_fp8(torch.randn(rows, width, device=device))[0]
+            scale = linear.weight_scale[: len(weight)].view(1, -1)
+            product = partial(torch._scaled_mm, out_dtype=torch.bfloat16)
+            calls.append(partial(product, inputs[width], whole.t(), row_scale, scale))
+        calls.append(attend)
+    return calls
 
 
 def main() -> None:
@@ -51,13 +96,18 @@ def main() -> None:
     finals: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.inference_mode():
         for name, keep in KEPT.items():
-            before = torch.cuda.memory_allocated()
-            model = random_weights.dit(arch, 0, device, torch.bfloat16, "distill")
-            if keep is not None:
-                precision.quantize_model(model, precision.quantized_linears(arch, keep))
-            torch.cuda.empty_cache()
-            weights_gib = (torch.cuda.memory_allocated() - before) / 2**30
-            forward = CompiledForward(model, arch, torch.bfloat16, device)
+            if name != ATTENTION:  # which is the last model's
+                before = torch.cuda.memory_allocated()
+                model = random_weights.dit(arch, 0, device, torch.bfloat16, "distill")
+                if keep is not None:
+                    precision.quantize_model(model, precision.quantized_linears(arch, keep))
+                torch.cuda.empty_cache()
+                weights_gib = (torch.cuda.memory_allocated() - before) / 2**30
+            if keep == "none":
+                narrow = model
+            forward = CompiledForward(
+                model, arch, torch.bfloat16, device, fp8_attention=name == ATTENTION
+            )
             velocities[name] = denoise.velocity_of(model, LAYOUT, text, "v2", forward)
             one = velocities[name](video, sound)
             finals[name] = distilled_steps(velocities[name], video, sound)
@@ -88,6 +138,10 @@ def main() -> None:
             figures[name]["kernels_ms"] = by_kernel(kernels)
             figures[name]["layers_ms"] = by_layers(kernels, kinds_of(arch))
             print(name, figures[name]["8_steps_ms"], run.times_ms, flush=True)
+        for name, is_narrow in (("fp8", False), (ATTENTION, True)):
+            bound = bare_8_steps_ms(bare(narrow, is_narrow), steps(name))
+            figures[name]["bare_8_steps_ms"] = bound
+            print(name, "bare", bound, flush=True)
     print(json.dumps({n: [figures[n]["kernels_ms"], figures[n]["layers_ms"]] for n in KEPT}))
     print(environment.write("fp8", figures, arguments.folder))
 

@@ -84,6 +84,28 @@ def median_ms(run: Callable[[], object], repeats: int = REPEATS) -> float:
     return statistics.median(timed.times_ms[2:])
 
 
+def bare_8_steps_ms(calls: Sequence[Callable[[], object]], heat: Callable[[], object]) -> float:
+    """Device milliseconds of eight times all calls, from replays of a graph: a bound of 8 steps.
+
+    `heat` runs before each timing, so that the card is as warm as it is for the whole model.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    times = []
+    for _ in range(3):
+        heat()
+        times.append(median_ms(lambda: [graph.replay() for _ in range(STEPS)], 1))
+    return statistics.median(times)
+
+
 def replay_ms(calls: Sequence[Callable[[], object]]) -> float:
     """Device milliseconds of one call, from replays of a CUDA graph of all calls.
 

@@ -110,6 +110,12 @@ def fp8_table(figures: dict[str, Any]) -> list[str]:
         " error against bf16 |",
         "|---|---|---|---|---|",
         *rows,
+        *(
+            f"| {name}: the library's products and attention alone |"
+            f" {own['bare_8_steps_ms'] / 1e3:.3f} | {base / own['bare_8_steps_ms']:.2f}x | | |"
+            for name, own in figures.items()
+            if isinstance(own, dict) and "bare_8_steps_ms" in own
+        ),
     ]
 
 

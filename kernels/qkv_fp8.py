@@ -26,18 +26,18 @@ PIECE = 32  # dims of values that are in registers together
 
 
 @triton.jit
-def _scale_of(weight, root, limit, EXPERTS: tl.constexpr, DIM: tl.constexpr):
-    """Of normed heads: no dim exceeds the root of DIM times the largest gain."""
+def _scale_of(weight, of_gain, EXPERTS: tl.constexpr, DIM: tl.constexpr):
+    """Of normed heads, whose dims the largest gain bounds."""
     dims = tl.arange(0, DIM)
     largest = tl.max(tl.abs(tl.load(weight + dims) + 1.0))
     for expert in tl.static_range(1, EXPERTS):
         largest = tl.maximum(largest, tl.max(tl.abs(tl.load(weight + expert * DIM + dims) + 1.0)))
-    return tl.div_rn(largest * root, limit)
+    return largest * of_gain
 
 
 @triton.jit
 def _quantize_values(
-    source, target, scale_of, block, length, stride, end, limit, smallest,
+    source, target, scale_of, block, length, stride, end, limit, inverse_limit, smallest,
     KEYS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """A block of one head's values [KEYS, DIM] to [DIM, KEYS]. Read twice, then from a cache."""
@@ -50,7 +50,7 @@ def _quantize_values(
     for start in tl.static_range(0, DIM, PIECE):
         x = tl.load(rows + start, mask=exists, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x)))
-    scale = tl.div_rn(largest, limit)
+    scale = largest * inverse_limit
     tl.store(scale_of, scale)
     inverse = tl.div_rn(1.0, scale)
     columns = target + dims[:, None].to(tl.int64) * end + block * KEYS + place[None, :]
@@ -77,8 +77,9 @@ def _qkv_fp8(
     audio_start,
     text_start,
     eps,
-    root,
+    of_gain,  # scale of a normed head whose gain is 1
     limit,
+    inverse_limit,
     smallest,
     EXPERTS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -98,14 +99,14 @@ def _qkv_fp8(
         _quantize_values(
             qkv + (HEADS + KV_HEADS + head) * DIM, v + head.to(tl.int64) * DIM * blocks * KEYS,
             v_scale + head * blocks + block, block, tl.load(valid_length), stride, blocks * KEYS,
-            limit, smallest, KEYS, DIM, PIECE,
+            limit, inverse_limit, smallest, KEYS, DIM, PIECE,
         )  # fmt: skip
     else:
         row = (program - blocks * KV_HEADS).to(tl.int64)
         heads, first, second, sin, cos = _pairs(rope, row, DIM, ANGLES, LANES, BLOCK)
         expert = (row >= audio_start).to(tl.int32) + (row >= text_start).to(tl.int32)
-        q_scale = tl.maximum(_scale_of(q_weight, root, limit, EXPERTS, DIM), smallest)
-        k_scale = tl.maximum(_scale_of(k_weight, root, limit, EXPERTS, DIM), smallest)
+        q_scale = tl.maximum(_scale_of(q_weight, of_gain, EXPERTS, DIM), smallest)
+        k_scale = tl.maximum(_scale_of(k_weight, of_gain, EXPERTS, DIM), smallest)
         if row == 0:
             tl.store(qk_scale, q_scale * k_scale)
         source = qkv + row * stride
@@ -162,8 +163,8 @@ def qkv_fp8(
     lanes = math.gcd(8, angles, qkv.stride(0))
     _qkv_fp8[(rows + blocks * kv_heads,)](
         qkv, q_weight, k_weight, rope, length, q, k, v, qk_scale, v_scale,
-        qkv.stride(0) // lanes, blocks, audio_start, text_start, NORM_EPS, dim**0.5, FP8_LIMIT,
-        SMALLEST_VALUE,
+        qkv.stride(0) // lanes, blocks, audio_start, text_start, NORM_EPS,
+        dim**0.5 / FP8_LIMIT, FP8_LIMIT, 1 / FP8_LIMIT, SMALLEST_VALUE,
         EXPERTS=1 if counts is None else 3, HEADS=heads, KV_HEADS=kv_heads, DIM=dim, ANGLES=angles,
         LANES=lanes, BLOCK=BLOCK, KEYS=FP8_KEYS, PIECE=PIECE, num_warps=WARPS,
     )  # fmt: skip

@@ -212,7 +212,7 @@ def qkv_fp8(
     q, k, v, _ = split_qkv(qkv.float(), q_weight, k_weight, rope, counts, heads, kv_heads)
     root = q.shape[-1] ** 0.5
     scales = [
-        ((weight + 1).abs().max() * root / FP8_LIMIT).clamp(min=SMALLEST_VALUE)
+        ((weight + 1).abs().max() * (root / FP8_LIMIT)).clamp(min=SMALLEST_VALUE)
         for weight in (q_weight, k_weight)
     ]
     q, k = (_to_e4m3(x * scale.reciprocal()) for x, scale in zip((q, k), scales, strict=True))
@@ -220,7 +220,7 @@ def qkv_fp8(
     v = torch.where(torch.arange(rows, device=v.device)[:, None, None] < length, v, 0)
     v = F.pad(v, (0, 0, 0, 0, 0, -rows % FP8_KEYS)).permute(1, 2, 0)
     blocks = v.unflatten(2, (-1, FP8_KEYS))  # [kv_heads, D, blocks, keys]
-    v_scale = blocks.abs().amax((1, 3)).clamp(min=SMALLEST_VALUE) / FP8_LIMIT
+    v_scale = blocks.abs().amax((1, 3)).clamp(min=SMALLEST_VALUE) * (1 / FP8_LIMIT)
     v = _to_e4m3(blocks * v_scale.reciprocal()[:, None, :, None]).flatten(2)
     order = torch.tensor(VALUE_ORDER, device=v.device)
     v = v.view(torch.uint8).unflatten(2, (-1, 16))[..., order].flatten(2).view(v.dtype)
@@ -240,14 +240,25 @@ def attention_fp8(
     gate: Tensor,
     length: Tensor,
 ) -> Tensor:
-    """`gated_attention` of what `qkv_fp8` returns. Returns [N, heads, D] in gate's dtype."""
+    """`gated_attention` of what `qkv_fp8` returns, weights of the softmax in e4m3 too.
+
+    Of each row's weights the largest is 2^8 when they are rounded; their sum is that before.
+    Returns [N, heads, D] in gate's dtype.
+    """
     rows = len(k)
     order = torch.tensor(VALUE_ORDER, device=v.device).argsort()
     values = v.view(torch.uint8).unflatten(2, (-1, 16))[..., order].flatten(2).view(v.dtype)
     values = values.float().unflatten(2, (-1, FP8_KEYS)) * v_scale[:, None, :, None]
     values = values.flatten(2)[..., :rows].permute(2, 0, 1)  # [N, kv_heads, D]
-    out = attention(q.float() * qk_scale, k.float(), values, None, length)
+    q, k, v = (x.transpose(0, 1) for x in (q.float() * qk_scale, k.float(), values))
+    valid = torch.arange(rows, device=k.device) < length
+    out = _blockwise_attention(q, k, v, valid, _weights_in_e4m3).transpose(0, 1)
     return head_gate(out, gate).to(gate.dtype)
+
+
+def _weights_in_e4m3(scores: Tensor) -> Tensor:
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return _to_e4m3(weights * 256).float() / (256 * weights.sum(-1, keepdim=True))
 
 
 def gated_attention(
@@ -318,7 +329,17 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> T
     return out[0].to(dtype)
 
 
-def _blockwise_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(-1)
+
+
+def _blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    weights_of: Callable[[Tensor], Tensor] = _softmax,
+) -> Tensor:
     """The definition in fp32, a block of queries at a time so that memory stays linear in N."""
     group = q.shape[0] // k.shape[0]
     keys, values = (x.float().repeat_interleave(group, dim=0) for x in (k, v))
@@ -328,7 +349,7 @@ def _blockwise_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) 
         scores = q[:, rows : rows + QUERY_BLOCK].float() @ keys.transpose(1, 2) * scale
         if valid is not None:
             scores = scores.masked_fill(~valid, float("-inf"))
-        out[:, rows : rows + QUERY_BLOCK] = scores.softmax(-1) @ values
+        out[:, rows : rows + QUERY_BLOCK] = weights_of(scores) @ values
     return out
 
 

@@ -2,9 +2,12 @@
 
 The linears chosen get the operands that the rewritten graph would give them
 (`graphs/passes/precision.py`): weights and input rows in e4m3 with a scale each, the down
-projection's input with the activation's fixed one. Sums are fp32 and rounded to bf16 once. One
-difference is left on a GPU: its kernels add the output and down projections to the residual stream
-in fp32, without that rounding, of 2^-9 at most.
+projection's input with the activation's fixed one. Sums are fp32 and rounded to bf16 once. With
+`attention`, layers whose projection to q, k and v is chosen attend over those in e4m3.
+
+Two differences are left on a GPU: its kernels add the output and down projections to the residual
+stream in fp32, without that rounding, of 2^-9 at most; and they round the softmax's weights below
+the largest so far, not of all.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from magihuman.graphs.precision import quantize
 from magihuman.kernels import reference as ref
 from magihuman.runtime.model.dit import DiT, Layer
 
-UP, DOWN = "mlp.up_gate_proj", "mlp.down_proj"
+QKV, UP, DOWN = "attention.linear_qkv", "mlp.up_gate_proj", "mlp.down_proj"
 
 
 class Mode(Enum):
@@ -42,13 +45,15 @@ class SimulatedFp8:
         mode: of the next forward pass, BF16 at first.
         linear_errors: of the last pass in MEASURE, `||fp8 - bf16|| / ||bf16||` of each chosen
             linear's product, both from the input that it has in the bf16 model.
+        attention_errors: as that, of attention with its gates in each such layer, by number.
         layer_errors: of the same pass, that of the residual stream after each layer, in fp8 from
             the first layer on.
     """
 
-    def __init__(self, model: DiT, names: Sequence[str]) -> None:
+    def __init__(self, model: DiT, names: Sequence[str], attention: bool = False) -> None:
         self.mode = Mode.BF16
         self.linear_errors: dict[str, float] = {}
+        self.attention_errors: dict[int, float] = {}
         self.layer_errors: list[float] = []
         self._model = model
         self._weights = {
@@ -60,6 +65,11 @@ class SimulatedFp8:
             for i, layer in enumerate(self._layers)
             if f"block.layers.{i}.{UP}" in self._weights
         }
+        self._attentions = {
+            i: layer.attention
+            for i, layer in enumerate(self._layers)
+            if attention and f"block.layers.{i}.{QKV}" in self._weights
+        }
         self._hooks: list[RemovableHandle] = []
         self._shadow: tuple[Any, ...] | None = None  # stream and delta that fp8 has so far
 
@@ -67,6 +77,8 @@ class SimulatedFp8:
         for name in self._weights:
             hook = partial(self._after_linear, name)
             self._hooks.append(self._model.get_submodule(name).register_forward_hook(hook))
+        for i, attention in self._attentions.items():
+            attention.attend = partial(self._attend, i)  # type: ignore[method-assign]
         for layer in self._layers:
             self._hooks.append(layer.register_forward_hook(self._after_layer))
             # The norm's fp32 reaches the hooks, as it does the quantising norm. Linears round it.
@@ -81,6 +93,8 @@ class SimulatedFp8:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+        for attention in self._attentions.values():
+            del attention.attend  # the class has its own
         for layer in self._layers:
             layer.dtype = torch.bfloat16
 
@@ -89,7 +103,8 @@ class SimulatedFp8:
         """`mode` for a while; entering MEASURE forgets the errors kept."""
         before, self.mode = self.mode, mode
         if mode is Mode.MEASURE:
-            self.linear_errors, self.layer_errors, self._shadow = {}, [], None
+            self.linear_errors, self.attention_errors = {}, {}
+            self.layer_errors, self._shadow = [], None
         try:
             yield
         finally:
@@ -105,6 +120,32 @@ class SimulatedFp8:
             return narrow
         self.linear_errors[name] = relative_error(narrow, product)
         return None
+
+    def _attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        rope: Tensor,
+        counts: ref.Counts | None,
+        local: ref.LocalAttention | None,
+        length: Tensor | None,
+    ) -> Tensor:
+        """In place of `Attention.attend`."""
+        own = self._attentions[layer]
+        plain = None
+        if self.mode is not Mode.FP8:
+            plain = type(own).attend(own, qkv, rope, counts, local, length)
+        if plain is not None and self.mode is Mode.BF16:
+            return plain
+        seen = torch.tensor(len(qkv), device=qkv.device) if length is None else length
+        parts = ref.qkv_fp8(
+            qkv, own.q_norm.weight, own.k_norm.weight, rope, seen, counts, own.heads, own.kv_heads
+        )
+        narrow = ref.attention_fp8(*parts, qkv[:, -own.heads :], seen)
+        if plain is None:
+            return narrow
+        self.attention_errors[layer] = relative_error(narrow, plain)
+        return plain
 
     def _after_layer(
         self, layer: Layer, args: tuple[Any, ...], result: tuple[Tensor, Tensor]

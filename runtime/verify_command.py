@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.table import Table
@@ -23,6 +23,7 @@ from magihuman.runtime.terminal import (
 )
 
 if TYPE_CHECKING:
+    from magihuman.runtime.config import Precision
     from magihuman.runtime.verify_report import Report
 
 SHOWN_LINEARS = 8
@@ -34,6 +35,7 @@ def verify(
         list[str] | None, typer.Option("--prompt", "-p", help="One clip each; may be repeated.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None,
+    precision: Annotated[str, typer.Option(help="fp8, or fp8-attn: attention too.")] = "fp8",
     keep_bf16: KeepOption = None,
     variant: Annotated[str, typer.Option(help="distill or base.")] = "distill",
     transformer: Annotated[
@@ -45,6 +47,7 @@ def verify(
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int, typer.Option(help="Of both clips of a prompt.")] = 42,
     max_linear_error: Annotated[float, typer.Option(help="Of any linear's product.")] = 0.08,
+    max_attention_error: Annotated[float, typer.Option(help="Of any layer's attention.")] = 0.12,
     max_latents_error: Annotated[float, typer.Option(help="Of video and audio.")] = 0.15,
     min_psnr_db: Annotated[float | None, typer.Option(help="Of the frames.")] = None,
     min_ssim: Annotated[float | None, typer.Option(help="Of the frames.")] = None,
@@ -72,6 +75,7 @@ def verify(
             report = runtime.verify(
                 model,
                 wanted,
+                precision=cast("Precision", precision),
                 keep_bf16=keep_list(keep_bf16) or "none",
                 seconds=seconds,
                 width=width,
@@ -80,6 +84,7 @@ def verify(
                 seed=seed,
                 thresholds=Thresholds(
                     max_linear_error=max_linear_error,
+                    max_attention_error=max_attention_error,
                     max_video_error=max_latents_error,
                     max_audio_error=max_latents_error,
                     min_psnr_db=min_psnr_db,
@@ -119,6 +124,9 @@ def _print(report: Report) -> None:
     for name, error in ranked[:SHOWN_LINEARS]:
         table.add_row(name, f"{error.first:.4f}", f"{error.last:.4f}")
     out.print(table)
+    if report.per_attention:
+        worst = max(report.per_attention.items(), key=lambda item: item[1].worst)
+        out.print(f"attention: {worst[1].worst:.4f} at most, after {worst[0]}", markup=False)
     table = Table("prompt", "video latents", "audio latents", "PSNR", "SSIM", "SNR")
     for clip in report.clips:
         errors = (f"{clip.video_error[-1]:.4f}", f"{clip.audio_error[-1]:.4f}")

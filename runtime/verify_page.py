@@ -48,6 +48,7 @@ def to_html(report: Report) -> str:
         "<p>Errors are relative, ||fp8 - bf16|| / ||bf16||, from the same seed and noise.",
         "<h2>Linears, each by itself, at the worse of the first and the last step</h2>",
         _linears(report),
+        _attentions(report),
         "<h2>Residual stream after each layer, all before it in fp8</h2>",
         _lines({s: [getattr(e, s) for e in report.per_layer] for s in ("first", "last")}, 0),
         "<h2>Latents after each step</h2>",
@@ -84,6 +85,13 @@ def _linears(report: Report) -> str:
         " stroke-dasharray='4'/>"
     )
     return _svg(shapes, PARTS)
+
+
+def _attentions(report: Report) -> str:
+    if not report.per_attention:
+        return ""
+    lines = [f"{name}: {error.worst:.3g}" for name, error in report.per_attention.items()]
+    return _list("Attention over fp8 q, k and v, by the projection before it", lines)
 
 
 def _latents(clips: Sequence[Clip]) -> dict[str, list[float]]:

@@ -19,6 +19,7 @@ class Thresholds:
     Attributes:
         max_linear_error: of any linear's product. Rounding two normally distributed operands to
             e4m3 costs 0.037; twice that says that the scales do not fit the values.
+        max_attention_error: of any layer's, with its gates. Of random weights it is 0.058.
         max_video_error, max_audio_error: of the latents after the last step. Random weights at
             full size are 0.037 apart after 8 steps; four times that is not rounding alone.
         min_psnr_db, min_ssim: of the frames. min_snr_db: of the sound. None by default: clips that
@@ -26,6 +27,7 @@ class Thresholds:
     """
 
     max_linear_error: float = 0.08
+    max_attention_error: float = 0.12
     max_video_error: float = 0.15
     max_audio_error: float = 0.15
     min_psnr_db: float | None = None
@@ -72,16 +74,20 @@ class Report:
     Attributes:
         settings: of the run: variant, device, clip, steps, seed, what stayed bf16.
         per_linear: error of each linear's product, by name, from the input that it has in bf16.
+        per_attention: error of each layer's attention over fp8 q, k and v, by the name of the
+            projection to them; empty where attention is bf16.
         per_layer: error of the residual stream after each layer, all layers before it in fp8, from
             the latents of bf16.
         broken: the thresholds not met, a sentence each; empty for a pass.
         suggested_keep_bf16: where it fails, what to give `keep_bf16` next: what stayed bf16 here
-            and every linear over its threshold or, with none over, the worst tenth.
+            and every linear over its threshold, or whose attention is, or, with none over, the
+            worst tenth.
     """
 
     settings: dict[str, Any]
     thresholds: Thresholds
     per_linear: dict[str, AtSteps]
+    per_attention: dict[str, AtSteps]
     per_layer: list[AtSteps]
     clips: list[Clip]
     broken: list[str]
@@ -95,19 +101,32 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON; those that are not finite as "inf", "-inf" or "nan"."""
         clips = [{k: v for k, v in vars(clip).items() if k != "shown"} for clip in self.clips]
-        per_linear = {name: vars(error) for name, error in self.per_linear.items()}
+        per_linear, per_attention = (
+            {name: vars(error) for name, error in errors.items()}
+            for errors in (self.per_linear, self.per_attention)
+        )
         per_layer = [vars(error) for error in self.per_layer]
         found = {"verdict": self.verdict, **vars(self), "thresholds": vars(self.thresholds)}
         found |= {"clips": clips, "per_linear": per_linear, "per_layer": per_layer}
+        found["per_attention"] = per_attention
         return _finite(found)
 
 
-def broken(thresholds: Thresholds, per_linear: dict[str, AtSteps], clips: list[Clip]) -> list[str]:
+def broken(
+    thresholds: Thresholds,
+    per_linear: dict[str, AtSteps],
+    per_attention: dict[str, AtSteps],
+    clips: list[Clip],
+) -> list[str]:
     """A sentence for each threshold that is not met; NaN meets none."""
     found = [
-        f"{name}: error {error.worst:.3g}, at most {thresholds.max_linear_error:g} allowed"
-        for name, error in per_linear.items()
-        if not error.worst <= thresholds.max_linear_error
+        f"{name}{what}: error {error.worst:.3g}, at most {limit:g} allowed"
+        for what, errors, limit in (
+            ("", per_linear, thresholds.max_linear_error),
+            (", attention after it", per_attention, thresholds.max_attention_error),
+        )
+        for name, error in errors.items()
+        if not error.worst <= limit
     ]
     for clip in clips:
         most = {
@@ -138,12 +157,15 @@ def suggested(
     keep_bf16: KeepBf16,
     thresholds: Thresholds,
     per_linear: dict[str, AtSteps],
+    per_attention: dict[str, AtSteps],
 ) -> list[str]:
     """What to give `keep_bf16` next, as `Report` says."""
     kept = [] if isinstance(keep_bf16, str) else list(keep_bf16)
     if keep_bf16 == KEEP_MODALITY:
         kept = [f"block.layers.{layer}.*" for layer in architecture.modality_layers]
-    worst = [n for n, e in per_linear.items() if not e.worst <= thresholds.max_linear_error]
+    most = thresholds.max_linear_error, thresholds.max_attention_error
+    worst = [n for n, e in per_linear.items() if not e.worst <= most[0]]
+    worst += [n for n, e in per_attention.items() if not e.worst <= most[1] and n not in worst]
     if not worst:
         ranked = sorted(per_linear, key=lambda name: per_linear[name].worst, reverse=True)
         worst = ranked[: math.ceil(len(ranked) / 10)]

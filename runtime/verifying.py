@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from magihuman.runtime.engine import Engine, Run
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.request import Progress, ProgressCallback, Request
-from magihuman.runtime.simulated_fp8 import Mode, SimulatedFp8, relative_error
-from magihuman.runtime.transformer import Wanted, linears_in_fp8, plan
+from magihuman.runtime.simulated_fp8 import QKV, Mode, SimulatedFp8, relative_error
+from magihuman.runtime.transformer import FP8_ATTENTION, Wanted, linears_in_fp8, plan
 from magihuman.runtime.verify_report import (
     AtSteps,
     Clip,
@@ -41,6 +42,7 @@ def verify(
     model: Engine | loading.PathLike,
     prompts: Sequence[str],
     *,
+    precision: config.Precision = "fp8",
     keep_bf16: KeepBf16 = KEEP_NONE,
     seconds: float = 5.0,
     width: int = 480,
@@ -62,6 +64,7 @@ def verify(
     Args:
         model: a loaded engine in bf16, or what `load` takes.
         prompts: one clip is made for each, twice.
+        precision: to judge: "fp8", or "fp8-attn" with attention too.
         keep_bf16: as for `load`.
         seconds, width, height, steps, seed: as for `Request`.
         thresholds: for the verdict.
@@ -78,9 +81,14 @@ def verify(
         Request(p, seconds=seconds, width=width, height=height, steps=steps, seed=seed)
         for p in prompts
     ]
+    if precision not in ("fp8", FP8_ATTENTION):
+        raise InvalidRequestError(
+            f"precision must be 'fp8' or {FP8_ATTENTION!r} to be compared with bf16, got"
+            f" {precision!r}"
+        )
     limits = thresholds or Thresholds()
     if isinstance(model, Engine):
-        return _verify(model, requests, keep_bf16, limits, on_progress)
+        return _verify(model, requests, precision, keep_bf16, limits, on_progress)
     _check_keep(model, variant, transformer, device, keep_bf16)
     with loading.load(
         model,
@@ -91,7 +99,7 @@ def verify(
         transformer=transformer,
         on_load=on_load,
     ) as engine:
-        return _verify(engine, requests, keep_bf16, limits, on_progress)
+        return _verify(engine, requests, precision, keep_bf16, limits, on_progress)
 
 
 def _check_keep(
@@ -116,6 +124,7 @@ def _check_keep(
 def _verify(
     engine: Engine,
     requests: list[Request],
+    precision: config.Precision,
     keep_bf16: KeepBf16,
     thresholds: Thresholds,
     on_progress: ProgressCallback | None,
@@ -128,21 +137,23 @@ def _verify(
     with engine.hold(requests[0]) as run:
         dit = run.parts.dit
     names = linears_in_fp8(dit.config, keep_bf16)
-    with SimulatedFp8(dit, names) as simulation:
+    with SimulatedFp8(dit, names, precision == FP8_ATTENTION) as simulation:
         for i, request in enumerate(requests, 1):
             with engine.hold(request) as run:
                 probe = _Probe(dit, simulation)
                 clips.append(_clip(run, probe, f"{i} of {len(requests)}", on_progress))
                 measured.append(probe.measured)
-    per_linear = {
-        name: AtSteps(*(worst_of(at[step][0][name] for at in measured) for step in (0, -1)))
-        for name in names
+
+    def at_steps(part: str, key: str | int) -> AtSteps:
+        errors = ([getattr(at[step], part)[key] for at in measured] for step in (0, -1))
+        return AtSteps(*map(worst_of, errors))
+
+    per_linear = {name: at_steps("linears", name) for name in names}
+    per_attention = {
+        f"block.layers.{i}.{QKV}": at_steps("attentions", i) for i in measured[0][0].attentions
     }
-    per_layer = [
-        AtSteps(*(worst_of(at[step][1][i] for at in measured) for step in (0, -1)))
-        for i in range(dit.config.num_layers)
-    ]
-    failures = broken(thresholds, per_linear, clips)
+    per_layer = [at_steps("layers", i) for i in range(dit.config.num_layers)]
+    failures = broken(thresholds, per_linear, per_attention, clips)
     request = requests[0]
     settings = {
         "variant": engine.variant,
@@ -152,10 +163,21 @@ def _verify(
         "height": request.height,
         "steps": len(clips[0].video_error),
         "seed": request.seed,
+        "precision": precision,
         "keep_bf16": keep_bf16 if isinstance(keep_bf16, str) else list(keep_bf16),
     }
-    keep = suggested(dit.config, keep_bf16, thresholds, per_linear) if failures else []
-    return Report(settings, thresholds, per_linear, per_layer, clips, failures, keep)
+    keep: list[str] = []
+    if failures:
+        keep = suggested(dit.config, keep_bf16, thresholds, per_linear, per_attention)
+    return Report(settings, thresholds, per_linear, per_attention, per_layer, clips, failures, keep)
+
+
+class _Measured(NamedTuple):
+    """Errors of one step."""
+
+    linears: dict[str, float]
+    attentions: dict[int, float]
+    layers: list[float]
 
 
 class _Probe:
@@ -163,12 +185,12 @@ class _Probe:
 
     Attributes:
         latents: that entered each step after the first, [Nv, 192] and [Na, 64], on the host.
-        measured: errors of linears and of layers at the first and the last step.
+        measured: errors at the first and the last step.
     """
 
     def __init__(self, model: DiT, simulation: SimulatedFp8) -> None:
         self.latents: list[Latents] = []
-        self.measured: list[tuple[dict[str, float], list[float]]] = []
+        self.measured: list[_Measured] = []
         self._model, self._simulation = model, simulation
         self._mode, self._at = Mode.BF16, (0, 1)
         self._is_new = False
@@ -195,7 +217,9 @@ class _Probe:
             result = self._model(video, audio, text, rope, local)
         if mode is Mode.MEASURE:
             found = self._simulation
-            self.measured.append((found.linear_errors, found.layer_errors))
+            self.measured.append(
+                _Measured(found.linear_errors, found.attention_errors, found.layer_errors)
+            )
         return result
 
 

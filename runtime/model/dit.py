@@ -61,12 +61,23 @@ class Attention(nn.Module):
         local: ref.LocalAttention | None,
         length: Tensor | None,
     ) -> Tensor:
-        qkv = self.linear_qkv(x, counts)  # [N, qkv_rows]
+        qkv = self.linear_qkv(x, counts)
+        out = self.attend(qkv, rope, counts, local, length)
+        return self.linear_proj(out.flatten(1), counts)
+
+    def attend(
+        self,
+        qkv: Tensor,  # [N, qkv_rows]
+        rope: Tensor,
+        counts: ref.Counts | None,
+        local: ref.LocalAttention | None,
+        length: Tensor | None,
+    ) -> Tensor:
+        """What lies between the two projections: [N, heads, head_dim]."""
         q, k, v, gate = ref.split_qkv(
             qkv, self.q_norm.weight, self.k_norm.weight, rope, counts, self.heads, self.kv_heads
         )
-        out = ref.gated_attention(q, k, v, gate, local if self.is_local else None, length)
-        return self.linear_proj(out.flatten(1), counts)
+        return ref.gated_attention(q, k, v, gate, local if self.is_local else None, length)
 
 
 class MLP(nn.Module):

@@ -145,13 +145,14 @@ def test_engine_runs_compiled_and_steadily(tmp_path: Path) -> None:
     assert (again.audio == first.audio).all()
 
 
-def test_fp8_linears() -> None:
+@pytest.mark.parametrize("attention", [False, True])
+def test_fp8_linears(attention: bool) -> None:
     """As near to bf16 as rounding operands to e4m3 leaves it; padding is not seen."""
     layout = tokens.Layout(3, 4, 6, 9, 33)
     reference, _ = compiled_of()
     model = golden.dit(local=False).to(DEVICE)
     precision.quantize_model(model, precision.quantized_linears(model.config))
-    forward = CompiledForward(model, model.config, torch.bfloat16, DEVICE)
+    forward = CompiledForward(model, model.config, torch.bfloat16, DEVICE, fp8_attention=attention)
     text = torch.randn(layout.text, model.config.text_channels, device=DEVICE)
     with torch.inference_mode():
         plain = denoise.velocity_of(reference, layout, text, "v2")(*streams_of(layout))

@@ -19,9 +19,11 @@ if not torch.cuda.is_available():
 from magihuman.kernels import (
     activations,
     attention_backends,
+    attention_fp8,
     head_gate,
     ops,
     qk_norm_rope,
+    qkv_fp8,
     sandwich_norm,
 )
 
@@ -129,6 +131,51 @@ def test_attention(name: str, rows: int, heads: int, kv_heads: int, dim: int) ->
         plain = ref.gated_attention(q, keys, values, gate)
         assert_close(ours, plain, exact)
         k[length:], v[length:] = 0.0, 0.0
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (4, 2, 64), (3, 1, 32)])
+def test_fp8_attention(rows: int, heads: int, kv_heads: int, dim: int) -> None:
+    """From the projection to the gated heads: what is quantised, and what that costs."""
+    reason = attention_backends.why_not("gluon", dim, DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    angle = randn(rows, 3 * dim // 8, dtype=torch.float32)
+    rope = torch.cat((angle.sin(), angle.cos()), dim=1)
+    for counts, length in zip(groupings(rows), (1, -(-rows // 2), rows, rows), strict=True):
+        qkv = randn(rows, (heads + 2 * kv_heads) * dim + heads)
+        qkv[length:] = 1e30  # must not be seen
+        weights = [0.3 * randn(dim * (3 if counts else 1), dtype=torch.float32) for _ in range(2)]
+        valid = torch.tensor(length, device=DEVICE, dtype=torch.int32)
+        arguments = (*weights, rope, valid, counts, heads, kv_heads)
+        ours, expected = qkv_fp8.qkv_fp8(qkv, *arguments), ref.qkv_fp8(qkv, *arguments)
+        for mine, right in zip(ours[3:], expected[3:], strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-6, atol=0)
+        for mine, right in zip(ours[:3], expected[:3], strict=True):
+            steps = (codes_of(mine) - codes_of(right)).abs()  # from sums in another order
+            assert steps.max() <= 1 and (steps != 0).sum() <= max(1, 1e-3 * steps.numel())
+        gate = qkv[:, -heads:]
+        out = attention_fp8.attention(*ours, gate, valid)[:length]
+        careful = ref.attention_fp8(*expected, gate, valid)[:length]
+        parts = ref.split_qkv(qkv[:length].float(), *weights, rope[:length], cut(counts, length),
+                              heads, kv_heads)  # fmt: skip
+        exact = exact_attention(*parts)
+        # The kernel rounds weights below the largest so far, the reference below that of all.
+        assert golden.error(out, exact) <= 1.05 * golden.error(careful, exact) + 1e-3
+
+
+def codes_of(values: Tensor) -> Tensor:
+    """Numbers of e4m3 values in their order; both zeros are 0."""
+    codes = values.view(torch.uint8).int()
+    return torch.where(codes < 128, codes, 128 - codes)
+
+
+def cut(counts: ref.Counts | None, length: int) -> ref.Counts | None:
+    """The runs of the first `length` rows."""
+    if counts is None:
+        return None
+    video, audio = min(counts[0], length), min(counts[0] + counts[1], length)
+    return video, audio - video, length - audio
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:

@@ -68,8 +68,17 @@ def broken(broken_dir) -> Report:
 # -- the simulation ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", ["none", ["*.down_proj"], ["*.up_gate_proj"]])
-def test_the_simulation_is_the_rewritten_graph(keep, tmp_path):
+@pytest.mark.parametrize(
+    ("keep", "attention"),
+    [
+        ("none", False),
+        (["*.down_proj"], False),
+        (["*.up_gate_proj"], False),
+        ("none", True),
+        (["block.layers.2.attention.*"], True),
+    ],
+)
+def test_the_simulation_is_the_rewritten_graph(keep, attention, tmp_path):
     """Both compute the reference on the CPU, with the norm's fp32 rounded once."""
     layout = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7)
     model, quantized = golden.dit(local=False), golden.dit(local=False)
@@ -80,17 +89,20 @@ def test_the_simulation_is_the_rewritten_graph(keep, tmp_path):
     inputs = golden.inputs_of(model, layout)
     length = torch.tensor(layout.tokens, dtype=torch.int32)
     module, _ = compiling.compile_forward(
-        quantized, quantized.config, layout.counts, torch.bfloat16, CPU, cache=tmp_path
-    )
+        quantized, quantized.config, layout.counts, torch.bfloat16, CPU, cache=tmp_path,
+        fp8_attention=attention,
+    )  # fmt: skip
     graph = module(*inputs.values(), length)
     bf16 = model(**inputs)
-    with SimulatedFp8(model, names) as simulation:
+    with SimulatedFp8(model, names, attention) as simulation:
         for mode in (Mode.BF16, Mode.MEASURE):
             with simulation.running(mode):
                 assert all(map(torch.equal, model(**inputs), bf16))
         with simulation.running(Mode.FP8):
             simulated = model(**inputs)
     assert list(simulation.linear_errors) == names
+    layers = [i for i in range(5) if f"block.layers.{i}.attention.linear_qkv" in names]
+    assert list(simulation.attention_errors) == (layers if attention else [])
     assert len(simulation.layer_errors) == model.config.num_layers
     for ours, theirs, plain in zip(simulated, graph, bf16, strict=True):
         assert golden.error(ours, theirs) < 1e-5 < 1e-2 < golden.error(theirs, plain)
@@ -114,6 +126,27 @@ def test_healthy_weights_pass(healthy, engine):
         assert len(clip.video_error) == len(clip.audio_error) == 2
         assert 0 < clip.video_error[0] < clip.video_error[1] < 0.1
         assert 20 < clip.psnr_db < 60 and 0.9 < clip.ssim < 1 and 10 < clip.snr_db < 60
+
+
+def test_fp8_attention_is_judged_too(engine):
+    report = runtime.verify(engine, ["hi"], precision="fp8-attn", **CLIP)
+    assert report.verdict == "pass"
+    assert report.settings["precision"] == "fp8-attn"
+    assert list(report.per_attention) == [
+        f"block.layers.{i}.attention.linear_qkv" for i in range(5)
+    ]
+    assert all(0.02 < error.worst < 0.08 for error in report.per_attention.values())
+    assert "Attention over fp8 q, k and v" in verify_page.to_html(report)
+    assert len(report.to_dict()["per_attention"]) == 5
+    strict = Thresholds(max_attention_error=report.per_attention[QKV].worst * 0.999)
+    again = runtime.verify(engine, ["hi"], precision="fp8-attn", thresholds=strict, **CLIP)
+    assert again.verdict == "fail"
+    assert QKV in again.suggested_keep_bf16
+    assert any(line.startswith(f"{QKV}, attention after it: error") for line in again.broken)
+    with pytest.raises(
+        runtime.InvalidRequestError, match=r"must be 'fp8' or 'fp8-attn' .*got 'fp32'"
+    ):
+        runtime.verify(engine, ["hi"], precision="fp32", **CLIP)
 
 
 def test_the_bf16_side_is_what_generate_makes(healthy, engine):
@@ -183,8 +216,8 @@ def test_a_pass_on_the_command_line(tiny_dir, tmp_path, healthy):
     found = json.loads(result.stdout)
     assert found == json.loads(json.dumps(healthy.to_dict()))
     assert list(found) == [
-        "verdict", "settings", "thresholds", "per_linear", "per_layer", "clips", "broken",
-        "suggested_keep_bf16",
+        "verdict", "settings", "thresholds", "per_linear", "per_attention", "per_layer", "clips",
+        "broken", "suggested_keep_bf16",
     ]  # fmt: skip
     assert found["settings"]["steps"] == 2 and found["thresholds"]["max_linear_error"] == 0.08
     assert set(found["per_linear"][QKV]) == {"first", "last"}
