@@ -58,6 +58,8 @@ def section() -> str:
         "",
         *fp8_table(result("fp8")),
         "",
+        *error_table(result("fp8_errors")),
+        "",
         f"| whole request, everything resident, {full['environment']['date']} | compiled | plain |",
         "|---|---|---|",
     ]
@@ -77,6 +79,7 @@ def section() -> str:
         f"layout takes {read['seconds']:.1f} s from the page cache and"
         f" {read['host_peak_growth_bytes'] / 2**30:.1f} GiB of host memory at its peak.",
     ]
+    lines += ["", *load_lines(result("load_artifact"))]
     newest = [entry for entry in history.entries() if is_full(entry)][-1:]
     for entry in newest:
         lines += ["", *kernel_table(entry)]
@@ -116,6 +119,78 @@ def fp8_table(figures: dict[str, Any]) -> list[str]:
             for name, own in figures.items()
             if isinstance(own, dict) and "bare_8_steps_ms" in own
         ),
+    ]
+
+
+def error_table(figures: dict[str, Any]) -> list[str]:
+    """fp8 against bf16 on three kinds of weights, and where single linears break."""
+    kinds = {
+        "normal": "normally distributed",
+        "outliers": "heavy tails, massive activations",
+        "broken": "three linears made to break",
+    }
+    summaries = [figures[kind]["summary"] for kind in kinds]
+    linears = ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj")
+    after = [figures[kind]["after 8 steps"] for kind in kinds]
+    said = [figures[kind]["verify"] for kind in kinds]
+    rows = [
+        (f"`{name}`", [spread(summary[name]["fp8"]) for summary in summaries]) for name in linears
+    ]
+    ratios = [max(s[name]["ratio"]["max"] for name in linears) for s in summaries]
+    rows += [
+        ("largest ratio to the careful reference", [f"{ratio:.3f}" for ratio in ratios]),
+        ("what a layer adds to the stream", [spread(s["layer"]) for s in summaries]),
+        ("video latents after 8 steps", [f"{a['kernels against bf16'][0]:.3f}" for a in after]),
+        ("the same, simulated", [f"{a['simulated against bf16'][0]:.3f}" for a in after]),
+        ("largest of the stream over its median", [f"{s['peak']['max']:.2g}" for s in summaries]),
+        ("`magihuman verify`", [verdict(own) for own in said]),
+    ]
+    huge, quiet = (
+        next((k for k, errors in sweep.items() if errors["fp8"] > 2 * sweep["0"]["fp8"]), None)
+        for sweep in figures["sweeps"].values()
+    )
+    return [
+        "Relative error of fp8, median and largest of all layers; a linear's against the product"
+        " of its",
+        "bf16 operands. The careful reference rounds operands to e4m3 with the same scales and does"
+        " all else",
+        "in fp32.",
+        "",
+        f"| weights | {' | '.join(kinds.values())} |",
+        "|---|---|---|---|",
+        *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
+        "",
+        f"A linear's error doubles once one input channel is 2^{huge} times the others, or once"
+        " activations",
+        f"on their way to a down projection are 2^{quiet} times smaller than those of random"
+        " weights.",
+    ]
+
+
+def spread(figures: dict[str, float]) -> str:
+    """Median and, in parentheses, the largest."""
+    return f"{figures['median']:.3f} ({figures['max']:.3f})"
+
+
+def verdict(said: dict[str, Any]) -> str:
+    """Of `verify`, and of the linears that it names."""
+    if said["verdict"] == "pass":
+        return "pass"
+    again = said["with what is suggested"]["verdict"]
+    named = len(said["over the threshold of a linear"])
+    reason = f"naming {named}" if named else "by the latents alone"
+    return f"fail, {reason}; {again} with what it suggests"
+
+
+def load_lines(figures: dict[str, Any]) -> list[str]:
+    """A sentence on reading a converted transformer."""
+    read = figures["from the page cache"]
+    grown = read["host_growth_bytes"]
+    return [
+        f"Loading a transformer converted to fp8, {figures['written']['bytes'] / 2**30:.1f} GiB,"
+        f" takes {read['seconds']:.1f} s in a new process, from the page",
+        f"cache; of its host memory {grown['RssAnon'] / 2**30:.1f} GiB are its own at their peak,"
+        f" {grown['RssFile'] / 2**30:.1f} GiB pages of the mapped file.",
     ]
 
 

@@ -208,6 +208,18 @@ def test_only_weights_made_to_break_break(fp8_figures):
         assert broken["layers"][part][int(layer)]["fp8"] > 0.5
 
 
+def test_the_table_of_errors(fp8_figures):
+    lines = render_readme.error_table(fp8_figures)
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines if " | " in line}
+    found = fp8_figures["outliers"]["summary"]["down_proj"]["fp8"]
+    assert rows["| `down_proj`"][1] == f"{found['median']:.3f} ({found['max']:.3f})"
+    said = ["pass", "pass", "fail, naming 3; pass with what it suggests |"]
+    assert rows["| `magihuman verify`"] == said
+    assert all(len(cells) == 3 for cells in rows.values())
+    # Between the last error below twice the first and the next.
+    assert "2^16 times" in lines[-2] and "2^10 times" in lines[-1]
+
+
 def test_loops_of_the_graph_are_those_simulated(fp8_figures):
     for kind in fp8_errors.KINDS:
         after = fp8_figures[kind]["after 8 steps"]
@@ -251,6 +263,8 @@ def test_an_artifact_is_loaded_and_compared(tmp_path, monkeypatch):
         assert 0 < figures[name]["plan_s"] < figures[name]["seconds"]
         assert set(figures[name]["host_growth_bytes"]) == {"RssAnon", "RssFile", "RssShmem"}
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+    said = " ".join(render_readme.load_lines(figures))
+    assert f"takes {figures['from the page cache']['seconds']:.1f} s" in said
 
 
 def test_another_value_is_found():
