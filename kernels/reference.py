@@ -403,6 +403,30 @@ def interleave_time(x: Tensor) -> Tensor:
     return x.unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
 
 
+def upsample_frames(x: Tensor) -> Tensor:
+    """Twice the rows and columns by repetition, frames apart: [B, C, T, H, W] -> [B T, C, 2 H, 2 W].
+
+    In fp32 on the way, as PyTorch once had no such operator for bf16; no value changes.
+    """
+    frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
+    doubled = F.interpolate(frames.float(), scale_factor=(2.0, 2.0), mode="nearest-exact")
+    return doubled.to(x.dtype)
+
+
+def to_video(frames: Tensor, batch: int) -> Tensor:
+    """[B T, C, H, W] -> [B, C, T, H, W]."""
+    return frames.unflatten(0, (batch, -1)).movedim(1, 2)
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """[B, 3, T, H, W] in about [-1, 1] to uint8 [B, T, H, W, 3].
+
+    `x / 2 + 1/2`, clamped to [0, 1], times 255, truncated.
+    """
+    scaled = (frames.float() * 0.5 + 0.5).clamp(0, 1) * 255
+    return scaled.to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
+
+
 def unpatchify(x: Tensor, patch: int) -> Tensor:
     """[B, C patch^2, T, H, W] -> [B, C, T, patch H, patch W]; channels are (C, column, row)."""
     x = x.unflatten(1, (-1, patch, patch))  # [B, C, column, row, T, H, W]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from magihuman.kernels import reference as ref
 from magihuman.runtime.config import video_frames
 from magihuman.runtime.model.turbo_vae import TurboVAE
 
@@ -26,16 +27,7 @@ def decode_frames(
     done = 0
     on_frames(done, total)
     for window in vae.windows(latent):
-        parts.append(to_uint8(window).cpu().numpy())
+        parts.append(ref.to_uint8(window)[0].cpu().numpy())
         done += len(parts[-1])
         on_frames(done, total)
     return np.concatenate(parts)
-
-
-def to_uint8(frames: Tensor) -> Tensor:
-    """[1, 3, T, H, W] in about [-1, 1] to uint8 [T, H, W, 3].
-
-    `x / 2 + 1/2`, clamped to [0, 1], times 255, truncated.
-    """
-    scaled = (frames[0].float() * 0.5 + 0.5).clamp(0, 1) * 255
-    return scaled.to(torch.uint8).permute(1, 2, 3, 0).contiguous()

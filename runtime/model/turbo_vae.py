@@ -6,7 +6,8 @@ channel norms.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from magihuman.runtime.config import LATENT_MEAN, LATENT_STD, TurboVAEConfig
 
 NORM_EPS = 1e-8
 SHORTCUT_NORM_EPS = 1e-6
+Decode = Callable[[Tensor, bool], Tensor]  # a window, and whether it is a clip's first
 
 
 class Conv3d(nn.Module):
@@ -58,19 +60,15 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
         self.time_conv = Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
-        resize = nn.Upsample(scale_factor=(2.0, 2.0), mode="nearest-exact")
-        self.resample = nn.Sequential(resize, nn.Conv2d(channels, channels, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor, first_window: bool) -> Tensor:
         if self.time_conv is not None:
             x = ref.interleave_time(self.time_conv(x))
             if first_window:
                 x = x[:, :, 1:]
-        batch = x.shape[0]
-        frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
-        resize, conv = self.resample
-        frames = conv(resize(frames.float()).to(x.dtype))
-        return frames.unflatten(0, (batch, -1)).movedim(1, 2)
+        frames = self.resample(ref.upsample_frames(x))
+        return ref.to_video(frames, x.shape[0])
 
 
 class MidBlock(nn.Module):
@@ -134,6 +132,16 @@ class Decoder(nn.Module):
         return ref.unpatchify(x, self.patch)
 
 
+class Window(NamedTuple):
+    """Latents begin .. end decoded together, context included, and the frames kept of them."""
+
+    begin: int
+    end: int
+    is_first: bool
+    skip: int  # frames before those kept
+    frames: int
+
+
 class TurboVAE(nn.Module):
     """Windowed decoder of normalised latents."""
 
@@ -147,34 +155,45 @@ class TurboVAE(nn.Module):
         self.mean: Tensor
         self.std: Tensor
 
-    def windows(self, z: Tensor) -> Iterator[Tensor]:
-        """Decode window by window, in order.
-
-        z: [1, 48, T, H, W] normalised latents, any float dtype. Yields [1, 3, frames, 16 H, 16 W]
-            in the weights'
-        dtype, about [-1, 1]; the yields concatenate to 4 (T - 1) + 1 frames.
+    def denormalize(self, z: Tensor) -> Tensor:
+        """[1, 48, T, H, W] normalised latents, any float dtype, to the decoder's input for all
+        windows: in the weights' dtype, the last latent repeated to fill the last window.
         """
         dtype = self.decoder.conv_in.conv.weight.dtype
         z = (z.float() * self.std.float() + self.mean.float()).to(dtype)
+        padding = self.plan(z.shape[2])[-1].end - z.shape[2]
+        return torch.cat((z, z[:, :, -1:].expand(-1, -1, padding, -1, -1)), dim=2)
+
+    def plan(self, latents: int) -> list[Window]:
+        """The windows of a clip, in order."""
         first, step, ratio = (
             self.config.first_chunk_size,
             self.config.step_size,
             self.config.temporal_compression_ratio,
         )
-        latents = z.shape[2]
-        padding = first - latents if latents < first else -(latents - first) % step
-        z = torch.cat((z, z[:, :, -1:].expand(-1, -1, padding, -1, -1)), dim=2)
-        total = latents + padding
+        end = max(first, latents + -(latents - first) % step)
         remaining = ratio * (latents - 1) + 1  # frames still to yield, padding cut
-        for start in (0, *range(first, total, step)):
+        windows = []
+        for start in (0, *range(first, end, step)):
             stop = start + (first if start == 0 else step)
-            left, right = int(start > 0), int(stop < total)  # latents of context on each side
-            frames = self.decoder(z[:, :, start - left : stop + right], start == 0)
-            frames = frames[:, :, ratio * left : frames.shape[2] - ratio * right]
-            yield frames[:, :, :remaining]
-            remaining -= frames.shape[2]
-            if remaining <= 0:
-                return
+            left, right = int(start > 0), int(stop < end)  # latents of context on each side
+            frames = min(ratio * (stop - start) - (ratio - 1) * (start == 0), remaining)
+            windows.append(Window(start - left, stop + right, start == 0, ratio * left, frames))
+            remaining -= frames
+        return windows
+
+    def windows(self, z: Tensor, decode: Decode | None = None) -> Iterator[Tensor]:
+        """Decode window by window, in order.
+
+        z: [1, 48, T, H, W] normalised latents, any float dtype. `decode` stands in for the decoder.
+        Yields [1, 3, frames, 16 H, 16 W] in the weights' dtype, about [-1, 1]; the yields
+        concatenate to 4 (T - 1) + 1 frames.
+        """
+        decode = decode or self.decoder
+        x = self.denormalize(z)
+        for window in self.plan(z.shape[2]):
+            frames = decode(x[:, :, window.begin : window.end], window.is_first)
+            yield frames[:, :, window.skip : window.skip + window.frames]
 
     def forward(self, z: Tensor) -> Tensor:
         """All windows of z, concatenated: [1, 3, 4 (T - 1) + 1, 16 H, 16 W]."""
