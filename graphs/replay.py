@@ -74,7 +74,7 @@ class CompiledForward:
         self._fp8_attention, self._debug = fp8_attention, debug
         self._captured: dict[Counts, _Captured] = {}
         if budget_bytes is None:
-            budget_bytes = int(FREE_SHARE * _free_bytes(device))
+            budget_bytes = int(FREE_SHARE * free_bytes(device))
         self._budget = Budget[Counts](budget_bytes)
         self._pool: Any = None
         self._stream = torch.cuda.Stream(device)
@@ -145,7 +145,7 @@ class CompiledForward:
             if captured is None:  # outside the handler, whose error holds what was allocated
                 self._give_up(self._budget.clear())
         self._captured[counts] = captured
-        self._budget.keep(counts, context.tokens, own_bytes, _pool_bytes(self._pool))
+        self._budget.keep(counts, context.tokens, own_bytes, pool_bytes(self._pool))
 
     def _give_up(self, sizes: Iterable[Counts]) -> None:
         for counts in sizes:
@@ -197,13 +197,13 @@ class CompiledForward:
         }
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """What can still be allocated: the device's free memory and PyTorch's unused blocks."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def _pool_bytes(pool: Any) -> int:
+def pool_bytes(pool: Any) -> int:
     """What a memory pool holds of the device, free blocks included."""
     segments = torch.cuda.memory_snapshot()
     return sum(part["total_size"] for part in segments if part["segment_pool_id"] == pool)

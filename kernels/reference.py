@@ -387,6 +387,8 @@ def channel_norm(x: Tensor, eps: float) -> Tensor:
 
     x: [B, C, T, H, W]; returns shape and dtype of x.
     """
+    if x.dtype == torch.float32:  # without casts that do nothing, which a capture would keep
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + eps)
     scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + eps)
     return (x * scale).to(x.dtype)
 
@@ -409,6 +411,8 @@ def upsample_frames(x: Tensor) -> Tensor:
     In fp32 on the way, as PyTorch once had no such operator for bf16; no value changes.
     """
     frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
+    if x.dtype == torch.float32:
+        return F.interpolate(frames, scale_factor=(2.0, 2.0), mode="nearest-exact")
     doubled = F.interpolate(frames.float(), scale_factor=(2.0, 2.0), mode="nearest-exact")
     return doubled.to(x.dtype)
 
@@ -431,3 +435,61 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     """[B, C patch^2, T, H, W] -> [B, C, T, patch H, patch W]; channels are (C, column, row)."""
     x = x.unflatten(1, (-1, patch, patch))  # [B, C, column, row, T, H, W]
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(3, 4).flatten(4, 5)
+
+
+def join(x: Tensor, delta: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`x + delta + bias` of videos [B, C, T, H, W] and [C], in fp32."""
+    x = x.float()
+    if delta is not None:
+        x = x + delta.float()
+    return x if bias is None else x + bias.float()[:, None, None, None]
+
+
+def join_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    activation: str,
+    before: int,
+    after: int,
+    shortcut_eps: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the decoder does between two convolutions, in fp32, rounded to x's dtype once.
+
+    Returns `activation(channel_norm(join(x, delta, bias), eps))` with the first and the last frame
+    repeated `before` and `after` times, `channel_norm(join, shortcut_eps)`, and the join.
+    """
+    total = join(x, delta, bias)
+    y = total if eps is None else channel_norm(total, eps)
+    y = ACTIVATIONS[activation](y)
+    y = torch.cat((y[:, :, :before], y, y[:, :, y.shape[2] - after :]), dim=2)
+    shortcut = None if shortcut_eps is None else channel_norm(total, shortcut_eps).to(x.dtype)
+    return y.to(x.dtype), shortcut, total.to(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "none": lambda x: x,
+}
+
+
+def join_upsample(
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
+) -> Tensor:
+    """The join, its channels to frames where `in_time`, less `drop` frames at the start, with twice
+    the rows and columns. [B, C, T, H, W] -> [B, C, T', 2 H, 2 W].
+    """
+    y = join(x, delta, bias).to(x.dtype)
+    if in_time:
+        y = interleave_time(y)
+    return to_video(upsample_frames(y[:, :, drop:]), x.shape[0])
+
+
+def join_pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> Tensor:
+    """Finished pixels [B, T, patch H, patch W, colors]: bytes as by `to_uint8`, or floats."""
+    y = unpatchify(join(x, None, bias)[:, : colors * patch**2], patch)
+    if dtype == torch.uint8:
+        return to_uint8(y)
+    return y.to(dtype).permute(0, 2, 3, 4, 1).contiguous()

@@ -1,0 +1,166 @@
+"""CUDA graphs of the compiled window decoder, one for each kind and size of window, replayed.
+
+Only one graph runs at a time, so all share one memory pool. Before a new size would pass the budget
+(`budget.py`), the least recently used graphs go.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from magihuman.graphs.budget import Budget
+from magihuman.graphs.compile import Report
+from magihuman.graphs.compile_decoder import compile_decoder
+from magihuman.graphs.replay import DRIVER_BYTES, FREE_SHARE, free_bytes, pool_bytes
+
+log = logging.getLogger("magihuman")
+
+
+class Size(NamedTuple):
+    """A kind of window: latents of a batch of clips, and whether each is a clip's first."""
+
+    batch: int
+    frames: int
+    rows: int
+    columns: int
+    is_first: bool
+
+    @property
+    def latents(self) -> int:
+        """In all."""
+        return self.batch * self.frames * self.rows * self.columns
+
+
+@dataclass
+class _Captured:
+    """A graph with its fixed input and output."""
+
+    graph: torch.cuda.CUDAGraph
+    latents: Tensor
+    pixels: Tensor
+
+
+class CompiledDecoder:
+    """Windows of latents to uint8 pixels on a GPU: compiles once, captures each size when first
+    seen.
+
+    Not safe to call from several threads at once.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        config: Any,
+        *,
+        dtype: torch.dtype = torch.uint8,
+        search: bool = True,
+        budget_bytes: int | None = None,
+    ) -> None:
+        """Decoder: in bf16 on the GPU; its weights are copied in another layout.
+
+        Args:
+            decoder: see `compile_decoder`.
+            config: its architecture.
+            dtype: of the pixels; a float dtype gives the decoder's own values.
+            search: whether cuDNN tries its algorithms for each new shape.
+            budget_bytes: of all captured graphs; by default a quarter of the memory free now. One
+                graph is kept even where it passes the budget alone.
+        """
+        self._device = next(decoder.parameters()).device
+        self._modules: dict[bool, fx.GraphModule] = {}
+        self.reports: dict[bool, Report] = {}
+        for is_first in (True, False):
+            module, report = compile_decoder(decoder, config, is_first, dtype, search=search)
+            self._modules[is_first], self.reports[is_first] = module, report
+        _share_buffers(self._modules[True], self._modules[False])
+        self._captured: dict[Size, _Captured] = {}
+        if budget_bytes is None:
+            budget_bytes = int(FREE_SHARE * free_bytes(self._device))
+        self._budget = Budget[Size](budget_bytes)
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream(self._device)
+
+    def __call__(self, latents: Tensor, is_first: bool) -> Tensor:
+        """Decode a batch of windows of one kind.
+
+        latents: [B, 48, T, H, W], of any strides. Returns [B, frames, 16 H, 16 W, 3], overwritten
+        by the next call of the same size.
+
+        Raises:
+            torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
+        """
+        batch, _, *size = latents.shape
+        captured = self.prepare(Size(batch, *size, is_first))
+        captured.latents.copy_(latents)
+        captured.graph.replay()
+        return captured.pixels
+
+    def prepare(self, size: Size) -> _Captured:
+        """The graph of this size, made now if need be."""
+        if size not in self._captured:
+            self._add(size)
+        self._budget.use(size)
+        return self._captured[size]
+
+    def _add(self, size: Size) -> None:
+        """Capture a size, giving up others where it has no room beside them."""
+        self._give_up(self._budget.make_room(size.latents, DRIVER_BYTES))
+        captured = None
+        while captured is None:
+            try:
+                captured = self._capture(size)
+            except torch.OutOfMemoryError as error:
+                if not self._captured:
+                    raise torch.OutOfMemoryError(
+                        f"{self._device} has no room to decode windows of {size.frames} latents of"
+                        f" {size.columns}x{size.rows}, with no other size captured; ask for a"
+                        f" smaller clip, or free memory: {error}"
+                    ) from error
+            if captured is None:  # outside the handler, whose error holds what was allocated
+                self._give_up(self._budget.clear())
+        self._captured[size] = captured
+        self._budget.keep(size, size.latents, DRIVER_BYTES, pool_bytes(self._pool))
+
+    def _give_up(self, sizes: Iterable[Size]) -> None:
+        for size in sizes:
+            log.info("gave up the decoder's graph of %s to save memory", size)
+            del self._captured[size]
+        if not self._captured:
+            self._pool = None  # PyTorch refuses a pool whose last graph is gone
+            torch.cuda.empty_cache()
+
+    def _capture(self, size: Size) -> _Captured:
+        module = self._modules[size.is_first]
+        start = time.perf_counter()
+        weight: Tensor = module.get_buffer("conv_in.conv.weight")
+        latents = torch.zeros(
+            (size.batch, weight.shape[1], size.frames, size.rows, size.columns),
+            dtype=weight.dtype,
+            device=self._device,
+        ).contiguous(memory_format=torch.channels_last_3d)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            module(latents)  # kernels compile and cuDNN chooses before anything is recorded
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()  # what cuDNN tried stays out of the way of the pool
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                (pixels,) = module(latents)
+        self._pool = graph.pool()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        log.info("captured the decoder of %s in %.1f s", size, time.perf_counter() - start)
+        return _Captured(graph, latents, pixels)
+
+
+def _share_buffers(owner: nn.Module, other: nn.Module) -> None:
+    """Let `other` hold the buffers of `owner`, which are the same by name."""
+    for name, value in owner.named_buffers():
+        *path, last = name.split(".")
+        setattr(other.get_submodule(".".join(path)), last, value)
