@@ -61,6 +61,7 @@ class CompiledDecoder:
         *,
         dtype: torch.dtype = torch.uint8,
         search: bool = True,
+        batch: int = 1,
         budget_bytes: int | None = None,
     ) -> None:
         """Decoder: in bf16 on the GPU; its weights are copied in another layout.
@@ -70,9 +71,11 @@ class CompiledDecoder:
             config: its architecture.
             dtype: of the pixels; a float dtype gives the decoder's own values.
             search: whether cuDNN tries its algorithms for each new shape.
+            batch: windows of one size that a caller should decode at once, at most.
             budget_bytes: of all captured graphs; by default a quarter of the memory free now. One
                 graph is kept even where it passes the budget alone.
         """
+        self.batch = batch
         self._device = next(decoder.parameters()).device
         self._modules: dict[bool, fx.GraphModule] = {}
         self.reports: dict[bool, Report] = {}
@@ -151,7 +154,9 @@ class CompiledDecoder:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()  # what cuDNN tried stays out of the way of the pool
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):  # another thread may decode the sound meanwhile
                 (pixels,) = module(latents)
         self._pool = graph.pool()
         torch.cuda.current_stream(self._device).wait_stream(self._stream)

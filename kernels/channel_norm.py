@@ -75,12 +75,10 @@ def _channel_norm(
     first = clip.to(tl.int64) * (frames + BEFORE + AFTER)
     at = out + (first + frame + BEFORE) * frame_elements + place
     tl.store(at, result, mask=mask)
-    if BEFORE:
-        if frame == 0:
-            tl.store(out + first * frame_elements + place, result, mask=mask)
-    if AFTER:
-        if frame == frames - 1:
-            tl.store(at + frame_elements, result, mask=mask)
+    if frame < BEFORE:
+        tl.store(out + first * frame_elements + place, result, mask=mask)
+    if frame >= frames - AFTER:
+        tl.store(at + frame_elements, result, mask=mask)
 
 
 def channel_norm(
@@ -123,7 +121,7 @@ def channel_norm(
     rows = max(1, TILE // columns)
     pixels = height * width
     _channel_norm[(triton.cdiv(pixels, rows), batch * frames)](
-        _frames_together(x), None if delta is None else _frames_together(delta), bias,
+        frames_together(x), None if delta is None else frames_together(delta), bias,
         out, shortcut, total, frames, pixels, x.stride(0), 0 if delta is None else delta.stride(0),
         eps or 0.0, shortcut_eps or 0.0,
         C=channels,
@@ -142,8 +140,8 @@ def channel_norm(
     return out, shortcut, total
 
 
-def _frames_together(x: Tensor) -> Tensor:
-    """x itself, once its strides are known to be those of whole frames in a row."""
+def frames_together(x: Tensor) -> Tensor:
+    """The video itself, once its strides are known to be those of whole frames in a row."""
     _, channels, frames, height, width = x.shape
     wanted = (1, height * width * channels, width * channels, channels)
     found = x.stride()[1:]

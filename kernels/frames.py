@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magihuman.kernels.channel_norm import CHANNELS_LAST, TILE, _frames_together
+from magihuman.kernels.channel_norm import CHANNELS_LAST, TILE, frames_together
 
 BLOCK = 512  # bytes or values of a program of `pixels`
 
@@ -78,7 +78,7 @@ def upsample(
     columns = triton.next_power_of_2(channels)
     rows = max(1, TILE // columns)
     _upsample[(triton.cdiv(height * width, rows), batch * frames)](
-        _frames_together(x), None if delta is None else _frames_together(delta), bias, out,
+        frames_together(x), None if delta is None else frames_together(delta), bias, out,
         frames, height * width, width, x.stride(0), 0 if delta is None else delta.stride(0),
         C=channels,
         COLUMNS=columns,
@@ -142,7 +142,7 @@ def pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
     grid = (triton.cdiv(patch * width * colors, BLOCK), batch * frames * height * patch)
     _pixels[grid](
-        _frames_together(x), bias, out, frames, height, width, x.stride(0),
+        frames_together(x), bias, out, frames, height, width, x.stride(0),
         CHANNELS=channels,
         COLORS=colors,
         PATCH=patch,

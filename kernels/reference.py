@@ -406,9 +406,9 @@ def interleave_time(x: Tensor) -> Tensor:
 
 
 def upsample_frames(x: Tensor) -> Tensor:
-    """Twice the rows and columns by repetition, frames apart: [B, C, T, H, W] -> [B T, C, 2 H, 2 W].
+    """Each pixel twice along rows and columns: [B, C, T, H, W] -> frames [B T, C, 2 H, 2 W].
 
-    In fp32 on the way, as PyTorch once had no such operator for bf16; no value changes.
+    In fp32 on the way, as published; no value changes.
     """
     frames = x.movedim(2, 1).flatten(0, 1)  # [B T, C, H, W]
     if x.dtype == torch.float32:

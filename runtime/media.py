@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -154,52 +157,135 @@ def write_mp4(video: Video, path: Path) -> Path:
 
     Sound is cut to the picture's length.
     """
-    import av
-
-    path = path.absolute()
-    height, width = video.frames.shape[1:3]
-    check_output(path, len(video.frames), width, height)
-    try:
-        with atomic_path(path) as temporary:
-            with av.open(
-                str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
-            ) as container:
-                _mux(container, video)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-    except (OSError, av.FFmpegError) as error:
-        raise OutputError(f"{path} could not be written: {error}; nothing is left of it") from error
-    return path
+    frames, height, width = video.frames.shape[:3]
+    with Mp4Writer(path, frames, width, height, video.fps, video.sample_rate_hz) as writer:
+        writer.add(video.frames)
+        return writer.finish(video.audio)
 
 
-def _mux(container: Any, video: Video) -> None:
-    import av
-    from av.video.reformatter import ColorRange, Colorspace
+class Mp4Writer:
+    """Writes an mp4 as `write_mp4` does, in a thread of its own, while frames are still being made.
 
-    height, width = video.frames.shape[1:3]
-    picture = container.add_stream("libx264", rate=Fraction(video.fps), options=ENCODER)
-    picture.width, picture.height, picture.pix_fmt = width, height, "yuv420p"
-    context = picture.codec_context
-    context.colorspace = context.color_primaries = context.color_trc = BT709
-    context.color_range = LIMITED_RANGE
-    sound = container.add_stream("aac", rate=video.sample_rate_hz, layout="stereo")
-    sound.bit_rate = AUDIO_BIT_RATE
+    A context that ends without `finish` leaves nothing of the file, and raises nothing of its own.
+    """
 
-    for pixels in video.frames:
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        frame = frame.reformat(
-            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-        )
-        container.mux(picture.encode(frame))
-    container.mux(picture.encode(None))
+    def __init__(
+        self,
+        path: Path,
+        frames: int,
+        width_px: int,
+        height_px: int,
+        fps: int,
+        sample_rate_hz: int,
+    ) -> None:
+        """Raises `OutputError` where such a clip could not be written. Nothing is written yet."""
+        self.path = path.absolute()
+        check_output(self.path, frames, width_px, height_px)
+        self._frames, self._fps, self._rate = frames, fps, sample_rate_hz
+        self._size = width_px, height_px
+        # None: the caller has given up.
+        self._parts: queue.SimpleQueue[npt.NDArray[Any] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._is_finished = False
+        self._thread = threading.Thread(target=self._run, name="mp4", daemon=True)
+        self._thread.start()
 
-    length = min(len(video.audio), round(video.duration_s * video.sample_rate_hz))
-    wave = np.ascontiguousarray(video.audio[:length].T, dtype=np.float32).clip(-1, 1)
-    for start in range(0, length, AUDIO_BLOCK):
-        block = np.ascontiguousarray(wave[:, start : start + AUDIO_BLOCK])
-        samples = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
-        samples.sample_rate = video.sample_rate_hz
-        samples.pts = start
-        samples.time_base = Fraction(1, video.sample_rate_hz)
-        container.mux(sound.encode(samples))
-    container.mux(sound.encode(None))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._is_finished:
+            self._parts.put(None)
+            self._thread.join()
+
+    def add(self, frames: npt.NDArray[np.uint8]) -> None:
+        """The next frames, [n, H, W, 3]; they are read later and must stay as they are."""
+        self._parts.put(frames)
+
+    def finish(self, audio: npt.NDArray[np.float32]) -> Path:
+        """Add the sound [samples, 2] behind the last frame and wait for the file.
+
+        Raises:
+            OutputError: it could not be written; nothing is left of it.
+        """
+        self._parts.put(audio)
+        self._thread.join()
+        self._is_finished = True
+        if self._error is not None:
+            raise self._error
+        return self.path
+
+    def _run(self) -> None:
+        import av
+
+        try:
+            with atomic_path(self.path) as temporary:
+                with av.open(
+                    str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
+                ) as container:
+                    self._mux(container)
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+        except _GivenUpError:
+            pass
+        except (OSError, av.FFmpegError) as error:
+            self._error = OutputError(
+                f"{self.path} could not be written: {error}; nothing is left of it"
+            )
+            self._error.__cause__ = error
+        except BaseException as error:  # raised in the caller's thread
+            self._error = error
+
+    def _mux(self, container: Any) -> None:
+        import av
+        from av.video.reformatter import ColorRange, Colorspace
+
+        picture = container.add_stream("libx264", rate=Fraction(self._fps), options=ENCODER)
+        picture.width, picture.height = self._size
+        picture.pix_fmt = "yuv420p"
+        context = picture.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
+        sound = container.add_stream("aac", rate=self._rate, layout="stereo")
+        sound.bit_rate = AUDIO_BIT_RATE
+
+        done = 0
+        while done < self._frames:
+            part = self._next()
+            done += len(part)
+            for pixels in part:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame = frame.reformat(
+                    format="yuv420p",
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                )
+                container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+
+        audio = self._next()
+        length = min(len(audio), round(self._frames / self._fps * self._rate))
+        wave = np.ascontiguousarray(audio[:length].T, dtype=np.float32).clip(-1, 1)
+        for start in range(0, length, AUDIO_BLOCK):
+            block = np.ascontiguousarray(wave[:, start : start + AUDIO_BLOCK])
+            samples = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
+            samples.sample_rate = self._rate
+            samples.pts = start
+            samples.time_base = Fraction(1, self._rate)
+            container.mux(sound.encode(samples))
+        container.mux(sound.encode(None))
+
+    def _next(self) -> npt.NDArray[Any]:
+        part = self._parts.get()
+        if part is None:
+            raise _GivenUpError
+        return part
+
+
+class _GivenUpError(Exception):
+    """The caller left before the end."""

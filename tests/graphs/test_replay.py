@@ -36,7 +36,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(
-        replay, "_pool_bytes", lambda pool: 1000 * max(sum(counts) for counts in made.captured)
+        replay, "pool_bytes", lambda pool: 1000 * max(sum(counts) for counts in made.captured)
     )
     monkeypatch.setattr(CompiledForward, "_capture", lambda self, counts: made.capture(counts))
     return made

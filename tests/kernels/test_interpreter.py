@@ -131,6 +131,46 @@ def check_qkv_fp8() -> None:
                 assert (codes[0] - codes[1]).abs().max() <= 8
 
 
+def video(*shape: int) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last_3d)
+
+
+def check_channel_norm() -> None:
+    from magihuman.kernels.channel_norm import channel_norm
+
+    for channels, activation, pads, bias in itertools.product(
+        (8, 24), ("silu", "relu", "none"), ((1, 1), (0, 0), (0, 1)), (None, torch.randn(24))
+    ):
+        whole = video(2, channels, 4, 3, 5)
+        x, delta = whole[:, :, 1:], video(2, channels, 3, 3, 5)  # frames of a longer video, too
+        own = None if bias is None else bias[:channels]
+        for change, eps, shortcut in ((delta, 1e-8, 1e-6), (None, 1e-8, None), (delta, None, None)):
+            arguments = (x, change, own, eps, activation, *pads, shortcut)
+            expected = ref.join_norm(*arguments)
+            for mine, right in zip(channel_norm(*arguments, True), expected, strict=True):
+                assert (mine is None) == (right is None)
+                if mine is not None and right is not None:
+                    assert_close(mine, right)
+
+
+def check_frames() -> None:
+    from magihuman.kernels.frames import pixels, upsample
+
+    for channels, drop in itertools.product((8, 24), (0, 1)):
+        for in_time, delta, bias in itertools.product((True, False), (True, False), (True, False)):
+            shape = (2, channels * (2 if in_time else 1), 3, 3, 5)
+            x, change = video(*shape), video(*shape) if delta else None
+            own = torch.randn(shape[1]) if bias else None
+            expected = ref.join_upsample(x, change, own, in_time, drop)
+            assert_close(upsample(x, change, own, in_time, drop), expected)
+    x, bias = video(2, 16, 3, 3, 100), torch.randn(16)
+    for dtype in (torch.float32, torch.uint8):
+        mine, right = pixels(x, bias, 3, 2, dtype), ref.join_pixels(x, bias, 3, 2, dtype)
+        # A value next to a whole number may be truncated to either side of it.
+        assert (mine.float() - right.float()).abs().max() <= (1 if dtype == torch.uint8 else 1e-5)
+        assert (mine != right).float().mean() <= 1e-3 or dtype == torch.float32
+
+
 if __name__ == "__main__":
     # Fills what torch.empty returns with NaN: a kernel that leaves a place out is found.
     torch.use_deterministic_algorithms(True)
@@ -140,3 +180,5 @@ if __name__ == "__main__":
     check_activations()
     check_quantize()
     check_qkv_fp8()
+    check_channel_norm()
+    check_frames()

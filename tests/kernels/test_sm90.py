@@ -20,6 +20,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from magihuman.kernels import (  # noqa: E402
     activations,
     attention_triton,
+    channel_norm,
+    frames,
     head_gate,
     qk_norm_rope,
     quantize,
@@ -102,6 +104,12 @@ def full_size_qkv() -> Tensor:
     return empty(ROWS, (40 + 2 * 8) * 128 + 40)
 
 
+def video(channels: int, frames: int, height: int, width: int) -> Tensor:
+    """Of a window of 9 latents at 480x256."""
+    shape = (1, channels, frames, height, width)
+    return empty(*shape).contiguous(memory_format=torch.channels_last_3d)
+
+
 # Kernel, its launch at full size, and the bytes that a thread loads and stores at once: 16, but for
 # the end of a row in sandwich_norm, of 4 elements a thread, and single gates.
 CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
@@ -161,6 +169,32 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         lambda: quantize.quantize_rows(empty(ROWS, 5120)),
         {16},
         {16, 8, 4},
+    ),
+    "channel_norm": (
+        channel_norm,
+        "_channel_norm",
+        lambda: channel_norm.channel_norm(
+            video(128, 36, 128, 240), video(128, 36, 128, 240), empty(128, dtype=FP32),
+            1e-8, "silu", 1, 1, 1e-6, True,
+        ),
+        {16, 4},  # 4 of the bias
+        {16},
+    ),
+    "channel_norm of wide rows": (
+        channel_norm,
+        "_channel_norm",
+        lambda: channel_norm.channel_norm(
+            video(512, 9, 16, 30), None, empty(512, dtype=FP32), 1e-8, "silu", 1, 1, None, False
+        ),
+        {16},
+        {16},
+    ),
+    "upsample": (
+        frames,
+        "_upsample",
+        lambda: frames.upsample(video(512, 18, 32, 60), None, empty(512, dtype=FP32), True, 1),
+        {16, 8},  # 8 of the bias
+        {16},
     ),
     "quantize_rows padded": (
         quantize,
