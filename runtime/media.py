@@ -243,7 +243,7 @@ class Mp4Writer:
 
     def _mux(self, container: Any) -> None:
         import av
-        from av.video.reformatter import ColorRange, Colorspace
+        from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
         picture = container.add_stream("libx264", rate=Fraction(self._fps), options=ENCODER)
         picture.width, picture.height = self._size
@@ -254,13 +254,15 @@ class Mp4Writer:
         sound = container.add_stream("aac", rate=self._rate, layout="stereo")
         sound.bit_rate = AUDIO_BIT_RATE
 
+        converter = VideoReformatter()  # one for all frames: it keeps its tables
         done = 0
         while done < self._frames:
             part = self._next()
             done += len(part)
             for pixels in part:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame = frame.reformat(
+                frame = converter.reformat(
+                    frame,
                     format="yuv420p",
                     dst_colorspace=Colorspace.ITU709,
                     dst_color_range=ColorRange.MPEG,

@@ -1,0 +1,343 @@
+"""The video decoder: plain, through torch.compile, and compiled to fused operators; error and time.
+
+    python benchmarks/vae_decode.py [--folder RESULTS] [--baseline] [--sizes 256p 540p 1080p]
+
+Random weights at full size, clips of 5 s: 32 latent frames, 125 frames, windows of 8, 9, 9, 9 and 8
+latents. A part that fails is reported as its error, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import environment
+from magihuman.graphs.replay_decoder import CompiledDecoder
+from magihuman.kernels import reference as ref
+from magihuman.runtime import config, random_weights
+from magihuman.runtime.audio import AudioVAE
+from magihuman.runtime.decode import _groups, decode_frames
+from magihuman.runtime.media import Mp4Writer
+from magihuman.runtime.model.oobleck import OobleckConfig
+from magihuman.runtime.model.turbo_vae import TurboVAE
+from measure import by_kernel, error, kernels_ms, median_ms
+
+SIZES = {"256p": (480, 256), "540p": (896, 512), "1080p": (1920, 1088)}  # width, height in pixels
+LATENTS = 32
+DEVICE = torch.device("cuda")
+GIB = 2**30
+CONV_RATE = 650e12  # FLOP a second, predicted of cuDNN's convolutions
+BANDWIDTH = 2.7e12  # bytes a second, predicted of the kernels between them
+
+# Variants of the compiled decoder by name: options of `CompiledDecoder`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cudnn, searched": {},
+    "cudnn, heuristics": {"search": False},
+    "cudnn, batch 3": {"batch": 3},
+}
+DEFAULT = "cudnn, searched"
+
+
+def latents_of(size: str, seed: int = 0) -> Tensor:
+    """Normalised latents of a clip, fp32."""
+    width, height = SIZES[size]
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    shape = (1, config.LATENT_CHANNELS, LATENTS, height // 16, width // 16)
+    return torch.randn(shape, generator=generator, device=DEVICE)
+
+
+def vae_of(dtype: torch.dtype) -> TurboVAE:
+    """bf16 weights are those of fp32, rounded."""
+    return random_weights.turbo_vae(config.TurboVAEConfig(), 0, DEVICE, dtype)
+
+
+def work_of(vae: TurboVAE, size: str) -> dict[str, float]:
+    """FLOP of all convolutions of a clip, and bytes that must move between them, from shapes alone.
+
+    Bytes: a convolution's result is read once and what follows it is written once; sums of residual
+    blocks are written and read besides.
+    """
+    width, height = SIZES[size]
+    flop, moved = 0, 0
+
+    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        nonlocal flop, moved
+        weight = module.weight
+        flop += 2 * out.numel() * weight[0].numel()
+        moved += 2 * (inputs[0].numel() + out.numel())
+
+    with torch.device("meta"):
+        decoder = type(vae.decoder)(vae.config)
+    for module in decoder.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            module.register_forward_hook(count)
+    for window in vae.plan(LATENTS):
+        frames = window.end - window.begin
+        shape = (1, config.LATENT_CHANNELS, frames, height // 16, width // 16)
+        decoder(torch.empty(shape, device="meta"), window.is_first)
+    return {"flop": flop, "bytes": moved}
+
+
+def predicted_ms(work: dict[str, float]) -> float:
+    """What the compiled decoder should take."""
+    return 1e3 * (work["flop"] / CONV_RATE + work["bytes"] / BANDWIDTH)
+
+
+def device_ms(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder) -> float:
+    """Device time of all windows, without the way to the host."""
+    x = vae.denormalize(z)
+    groups = list(_groups(vae.plan(z.shape[2]), decoder.batch))
+
+    def run() -> None:
+        for group in groups:
+            decoder(torch.cat([x[:, :, w.begin : w.end] for w in group]), group[0].is_first)
+
+    return median_ms(run)
+
+
+def plain_ms(vae: TurboVAE, z: Tensor, decode: Callable[[Tensor, bool], Tensor]) -> float:
+    """Device time of all windows and of their conversion to bytes."""
+
+    def run() -> None:
+        for window in vae.windows(z, decode):
+            ref.to_uint8(window)
+
+    return median_ms(run, 3)
+
+
+def frames_s(
+    vae: TurboVAE, z: Tensor, decoder: CompiledDecoder | None, repeats: int = 5
+) -> dict[str, float]:
+    """Seconds until the frames are on the host: median, and of the first call."""
+    times = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        decode_frames(vae, z, decoder=decoder)
+        times.append(time.perf_counter() - start)
+    return {"median": statistics.median(times[1:]), "first": times[0]}
+
+
+def values_of(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder | None) -> Tensor:
+    """The decoder's own values of a clip, fp32 [1, 3, T, H, W]."""
+    with torch.inference_mode():
+        if decoder is None:
+            return vae(z).float()
+        found = decoder
+
+        def decode(x: Tensor, is_first: bool) -> Tensor:
+            return found(x, is_first).permute(0, 4, 1, 2, 3).clone()
+
+        return torch.cat(list(vae.windows(z, decode)), dim=2)
+
+
+def errors(z: Tensor, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Relative L2 against the plain decoder in fp32, over the first 15 latents: all three kinds of
+    windows.
+    """
+    z = z[:, :, :15]
+    exact = values_of(vae_of(torch.float32), z, None)
+    vae = vae_of(torch.bfloat16)
+    found: dict[str, Any] = {"plain bf16": error(values_of(vae, z, None), exact)}
+    for name, options in variants.items():
+        with guarded(found, name):
+            decoder = CompiledDecoder(vae.decoder, vae.config, dtype=torch.float32, **options)
+            found[name] = error(values_of(vae, z, decoder), exact)
+        torch.cuda.empty_cache()
+    return found
+
+
+def torch_compile_ms(vae: TurboVAE, z: Tensor) -> dict[str, float]:
+    """The plain decoder through torch.compile, as published, without and with search."""
+    found = {}
+    start = time.perf_counter()
+    compiled = torch.compile(vae.decoder, dynamic=False)
+    for window in vae.windows(z, compiled):
+        del window
+    torch.cuda.synchronize()
+    found["compile_s"] = time.perf_counter() - start
+    found["ms"] = plain_ms(vae, z, compiled)
+    torch._dynamo.reset()
+    return found
+
+
+def mp4_after_last_frame(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder) -> dict[str, Any]:
+    """Seconds from latents to frames, to sound, and to the file; three ways to run the sound."""
+    audio_vae = AudioVAE(random_weights.audio_vae(OobleckConfig(), 0, DEVICE))
+    sound = torch.randn(1, 126, 64, device=DEVICE)
+    audio_vae.decode(sound)
+    found: dict[str, Any] = {}
+    for order in ("sound beside", "sound after", "sound first"):
+        runs = []
+        for _ in range(4):
+            with tempfile.TemporaryDirectory() as folder:
+                runs.append(_request(vae, z, decoder, audio_vae, sound, order, Path(folder)))
+        found[order] = {key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}
+    frames = decode_frames(vae, z, decoder=decoder)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        count, height, width = frames.shape[:3]
+        with Mp4Writer(Path(folder) / "a.mp4", count, width, height, 25, 44100) as writer:
+            writer.add(frames)
+            writer.finish(np.zeros((220500, 2), np.float32))
+        found["mp4 alone"] = time.perf_counter() - start
+    return found
+
+
+def _request(
+    vae: TurboVAE, z: Tensor, decoder: CompiledDecoder, audio_vae: AudioVAE, sound: Tensor,
+    order: str, folder: Path,
+) -> dict[str, float]:  # fmt: skip
+    torch.cuda.synchronize()
+    waves: list[Any] = []
+    start = time.perf_counter()
+    found = {}
+
+    def decode_sound() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            waves.append(audio_vae.decode(sound))
+        found["sound"] = time.perf_counter() - start
+
+    if order == "sound first":
+        decode_sound()
+    thread = threading.Thread(target=decode_sound)
+    if order == "sound beside":
+        thread.start()
+    width, height = z.shape[4] * 16, z.shape[3] * 16
+    with Mp4Writer(folder / "a.mp4", 125, width, height, 25, 44100) as writer:
+        decode_frames(vae, z, decoder=decoder, on_window=writer.add)
+        found["frames"] = time.perf_counter() - start
+        if order == "sound after":
+            decode_sound()
+        elif order == "sound beside":
+            thread.join()
+        writer.finish(waves[0])
+    found["mp4"] = time.perf_counter() - start
+    found["mp4 after the last frame"] = found["mp4"] - found["frames"]
+    return found
+
+
+@contextmanager
+def guarded(figures: dict[str, Any], name: str) -> Iterator[None]:
+    """A part whose failure is a figure like others."""
+    try:
+        yield
+    except Exception as failure:
+        traceback.print_exc()
+        figures[name] = {"failed": f"{type(failure).__name__}: {failure}"[:500]}
+    torch.cuda.empty_cache()
+
+
+def measure_size(size: str, baseline: bool, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Everything of one size."""
+    found: dict[str, Any] = {}
+    z = latents_of(size)
+    vae = vae_of(torch.bfloat16)
+    found["work"] = work_of(vae, size)
+    found["predicted_ms"] = predicted_ms(found["work"])
+    show(f"{size} work", found["work"] | {"predicted_ms": found["predicted_ms"]})
+    with guarded(found, "plain"):
+        torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated()
+        milliseconds = plain_ms(vae, z, vae.decoder)
+        peak = (torch.cuda.max_memory_allocated() - resident) / GIB
+        found["plain"] = {"ms": milliseconds, "peak_gib": peak}
+        show(f"{size} plain", found["plain"])
+    for name, options in variants.items():
+        with guarded(found, name):
+            found[name] = measure_variant(vae, z, options)
+        show(f"{size} {name}", found[name])
+    if size == "256p":
+        with guarded(found, "profile"):
+            found["profile"] = profile(vae, z, variants)
+        with guarded(found, "mp4"):
+            decoder = CompiledDecoder(vae.decoder, vae.config, **variants[DEFAULT])
+            found["mp4"] = mp4_after_last_frame(vae, z, decoder)
+            show(f"{size} mp4", found["mp4"])
+    if baseline:
+        with guarded(found, "torch.compile"):
+            found["torch.compile"] = torch_compile_ms(vae, z)
+        show(f"{size} torch.compile", found["torch.compile"])
+    return found
+
+
+def measure_variant(vae: TurboVAE, z: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """Seconds to compile and capture, device time, frames on the host, and memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    free = torch.cuda.mem_get_info()[0]
+    start = time.perf_counter()
+    decoder = CompiledDecoder(vae.decoder, vae.config, **options)
+    found: dict[str, Any] = {"compile_s": time.perf_counter() - start}
+    host = frames_s(vae, z, decoder)
+    found |= {"frames_s": host["median"], "first_s": host["first"]}
+    found["device_ms"] = device_ms(vae, z, decoder)
+    torch.cuda.synchronize()
+    found["device_gib"] = (free - torch.cuda.mem_get_info()[0]) / GIB
+    return found
+
+
+def profile(vae: TurboVAE, z: Tensor, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Device milliseconds of each kernel of one clip, compactly."""
+    found = {}
+    for name, options in variants.items():
+        if options.get("batch", 1) > 1:
+            continue
+        decoder = CompiledDecoder(vae.decoder, vae.config, **options)
+        decode_frames(vae, z, decoder=decoder)
+        kernels = kernels_ms(lambda d=decoder: decode_frames(vae, z, decoder=d))  # type: ignore[misc]
+        found[name] = by_kernel(kernels)
+        print(f"-- kernels of {name}: {sum(ms for _, ms in kernels):.1f} ms")
+        for kernel, (calls, milliseconds) in found[name].items():
+            print(f"{calls:5d} {milliseconds:8.3f} ms  {kernel}")
+        middle = decoder(vae.denormalize(z)[:, :, 6:15], False)
+        del middle
+        one = kernels_ms(lambda d=decoder: d(vae.denormalize(z)[:, :, 6:15], False))  # type: ignore[misc]
+        found[f"{name}, middle window in order"] = [(k[:60], round(ms, 4)) for k, ms in one]
+        del decoder
+        torch.cuda.empty_cache()
+    return found
+
+
+def show(name: str, figures: Any) -> None:
+    """One line at once, in case the run is cut off."""
+    print(name, json.dumps(figures), flush=True)
+
+
+def main() -> None:
+    """Measure and write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--baseline", action="store_true", help="torch.compile too, a minute more")
+    arguments = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # the fp32 decoder is the exact one
+    variants = {name: VARIANTS[name] for name in arguments.variants}
+    figures: dict[str, Any] = {"latents": LATENTS, "cudnn": torch.backends.cudnn.version()}
+    with torch.inference_mode():
+        with guarded(figures, "error"):
+            figures["error"] = errors(latents_of("256p"), variants)
+            show("error", figures["error"])
+        for size in arguments.sizes:
+            chosen = variants if size != "1080p" else {k: variants[k] for k in list(variants)[:1]}
+            figures[size] = measure_size(size, arguments.baseline and size != "1080p", chosen)
+            environment.write("vae_decode", figures, arguments.folder)
+    print(environment.write("vae_decode", figures, arguments.folder))
+
+
+if __name__ == "__main__":
+    main()
