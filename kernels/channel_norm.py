@@ -1,8 +1,9 @@
 """The steps between two convolutions of the video decoder in one pass: bias, residual addition,
-channel norm, activation, frames repeated in time.
+channel norm, activation, frames repeated in time, zeros around them.
 
-Videos are [B, C, T, H, W] in `channels_last_3d`, so a pixel's channels are one row of memory. Each
-input is read once and each output written once.
+Videos are [B, C, T, H, W] with a pixel's channels as one row of memory and pixels of a line one
+after another, as in `channels_last_3d` or in a part of such a video. Each input is read once and
+each output written once.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ def _channel_norm(
     shortcut,
     total,
     frames,
-    pixels,  # of a frame
-    x_batch,  # elements from one clip of the batch to the next
-    delta_batch,
+    height,
+    width,
+    x_clip,  # elements from one clip, frame or line to the next
+    x_frame,
+    x_line,
+    delta_clip,
+    delta_frame,
+    delta_line,
     eps,
     shortcut_eps,
     C: tl.constexpr,
@@ -39,46 +45,52 @@ def _channel_norm(
     ACTIVATION: tl.constexpr,
     BEFORE: tl.constexpr,  # whether the first frame is written twice
     AFTER: tl.constexpr,  # whether the last one is
+    BORDER: tl.constexpr,  # pixels of zeros around a frame of the result
     SHORTCUT: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    clip = tl.program_id(1) // frames
-    frame = tl.program_id(1) % frames
+    clip = (tl.program_id(1) // frames).to(tl.int64)
+    frame = (tl.program_id(1) % frames).to(tl.int64)
+    out_width = width + 2 * BORDER
+    out_pixels = out_width * (height + 2 * BORDER)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    mask = (row < pixels) & (column < C)
-    place = row * C + column  # within a frame
-    frame_elements = pixels.to(tl.int64) * C
-    source = frame * frame_elements + place
-    value = tl.load(x + clip.to(tl.int64) * x_batch + source, mask=mask, other=0.0).to(tl.float32)
+    exists = (row < out_pixels) & (column < C)
+    y = row // out_width - BORDER
+    z = row % out_width - BORDER
+    inside = exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+    at = x + clip * x_clip + frame * x_frame + y * x_line + z * C + column
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        at = delta + clip.to(tl.int64) * delta_batch + source
-        value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        at = delta + clip * delta_clip + frame * delta_frame + y * delta_line + z * C + column
+        value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + column, mask=column < C, other=0.0)
+    dense = tl.program_id(1).to(tl.int64) * height * width * C + (y * width + z) * C + column
     if KEEP:
-        at = total + tl.program_id(1) * frame_elements + place
-        tl.store(at, value.to(total.dtype.element_ty), mask=mask)
+        tl.store(total + dense, value.to(total.dtype.element_ty), mask=inside)
     result = value
     if NORM:
         mean = tl.sum(value * value, axis=1)[:, None] / C
         result = value * tl.rsqrt(mean + eps)
         if SHORTCUT:
             other = value * tl.rsqrt(mean + shortcut_eps)
-            at = shortcut + tl.program_id(1) * frame_elements + place
-            tl.store(at, other.to(shortcut.dtype.element_ty), mask=mask)
+            tl.store(shortcut + dense, other.to(shortcut.dtype.element_ty), mask=inside)
     if ACTIVATION == "silu":
         result = result * tl.sigmoid(result)
     elif ACTIVATION == "relu":
         result = tl.maximum(result, 0.0)
+    if BORDER > 0:
+        result = tl.where(inside, result, 0.0)
     result = result.to(out.dtype.element_ty)
-    first = clip.to(tl.int64) * (frames + BEFORE + AFTER)
-    at = out + (first + frame + BEFORE) * frame_elements + place
-    tl.store(at, result, mask=mask)
+    frame_elements = out_pixels.to(tl.int64) * C
+    first = out + clip * (frames + BEFORE + AFTER) * frame_elements + row * C + column
+    at = first + (frame + BEFORE) * frame_elements
+    tl.store(at, result, mask=exists)
     if frame < BEFORE:
-        tl.store(out + first * frame_elements + place, result, mask=mask)
+        tl.store(first, result, mask=exists)
     if frame >= frames - AFTER:
-        tl.store(at + frame_elements, result, mask=mask)
+        tl.store(at + frame_elements, result, mask=exists)
 
 
 def channel_norm(
@@ -89,40 +101,42 @@ def channel_norm(
     activation: str,
     before: int,
     after: int,
+    border: int,
     shortcut_eps: float | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`reference.join_norm`.
 
     Args:
-        x: [B, C, T, H, W] in `channels_last_3d` or frames of such a video.
+        x: [B, C, T, H, W], pixels of a line one after another.
         delta: like x, or None.
         bias: [C] fp32, or None.
         eps: of the norm, or None for no norm.
         activation: "silu", "relu" or "none".
         before, after: 1 to repeat the first or the last frame of the result.
-        shortcut_eps: of a second norm of the sum, without activation or repetition; or None.
+        border: pixels of zeros around each frame of the result.
+        shortcut_eps: of a second norm of the sum, without activation or padding; or None.
         keep: whether the sum itself is wanted.
 
     Returns:
-        The result [B, C, T + before + after, H, W], the second norm and the sum, in x's dtype and
-        `channels_last_3d`; sums and norms are fp32, rounded once.
+        The result [B, C, T + before + after, H + 2 border, W + 2 border], the second norm and the
+        sum, in x's dtype and `channels_last_3d`; sums and norms are fp32, rounded once.
     """
     batch, channels, frames, height, width = x.shape
 
-    def empty(length: int) -> Tensor:
-        shape = (batch, channels, length, height, width)
+    def empty(frames: int, border: int) -> Tensor:
+        shape = (batch, channels, frames, height + 2 * border, width + 2 * border)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
 
-    out = empty(frames + before + after)
-    shortcut = empty(frames) if shortcut_eps is not None else None
-    total = empty(frames) if keep else None
+    out = empty(frames + before + after, border)
+    shortcut = empty(frames, 0) if shortcut_eps is not None else None
+    total = empty(frames, 0) if keep else None
     columns = triton.next_power_of_2(channels)
     rows = max(1, TILE // columns)
-    pixels = height * width
-    _channel_norm[(triton.cdiv(pixels, rows), batch * frames)](
-        frames_together(x), None if delta is None else frames_together(delta), bias,
-        out, shortcut, total, frames, pixels, x.stride(0), 0 if delta is None else delta.stride(0),
+    grid = (triton.cdiv(out.shape[3] * out.shape[4], rows), batch * frames)
+    _channel_norm[grid](
+        x, delta, bias, out, shortcut, total, frames, height, width,
+        *strides(x), *((0, 0, 0) if delta is None else strides(delta)),
         eps or 0.0, shortcut_eps or 0.0,
         C=channels,
         COLUMNS=columns,
@@ -133,6 +147,7 @@ def channel_norm(
         ACTIVATION=activation,
         BEFORE=before,
         AFTER=after,
+        BORDER=border,
         SHORTCUT=shortcut is not None,
         KEEP=keep,
         num_warps=4,
@@ -140,12 +155,13 @@ def channel_norm(
     return out, shortcut, total
 
 
-def frames_together(x: Tensor) -> Tensor:
-    """The video itself, once its strides are known to be those of whole frames in a row."""
-    _, channels, frames, height, width = x.shape
-    wanted = (1, height * width * channels, width * channels, channels)
-    found = x.stride()[1:]
-    sizes = (channels, frames, height, width)
-    if any(size > 1 and a != b for size, a, b in zip(sizes, found, wanted, strict=True)):
-        raise ValueError(f"a video must be in channels_last_3d, got strides {x.stride()}")
-    return x
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of clips, frames and lines, once pixels are known to be rows one after another."""
+    clip, channel, frame, line, pixel = x.stride()
+    _, channels, _, _, width = x.shape
+    if (channels > 1 and channel != 1) or (width > 1 and pixel != channels):
+        raise ValueError(
+            f"a pixel's channels must be one row, and pixels follow each other, got strides"
+            f" {x.stride()} of {tuple(x.shape)}; use channels_last_3d"
+        )
+    return clip, frame, line

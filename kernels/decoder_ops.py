@@ -27,6 +27,7 @@ def join_norm(
     activation: str,
     before: int,
     after: int,
+    border: int,
     shortcut_eps: float | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,11 +36,11 @@ def join_norm(
         from magihuman.kernels.channel_norm import channel_norm
 
         out, shortcut, total = channel_norm(
-            x, delta, bias, eps, activation, before, after, shortcut_eps, keep
+            x, delta, bias, eps, activation, before, after, border, shortcut_eps, keep
         )
     else:
         out, shortcut, total = ref.join_norm(
-            x, delta, bias, eps, activation, before, after, shortcut_eps
+            x, delta, bias, eps, activation, before, after, border, shortcut_eps
         )
         out, total = (part.contiguous(memory_format=CHANNELS_LAST) for part in (out, total))
     none = x.new_empty(0)
@@ -59,13 +60,15 @@ def _(
     activation: str,
     before: int,
     after: int,
+    border: int,
     shortcut_eps: float | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, frames, *size = x.shape
-    shape = (batch, channels, frames, *size)
+    batch, channels, frames, height, width = x.shape
+    shape = (batch, channels, frames, height, width)
+    padded = (frames + before + after, height + 2 * border, width + 2 * border)
     return (
-        _empty(x, batch, channels, frames + before + after, *size),
+        _empty(x, batch, channels, *padded),
         x.new_empty(0) if shortcut_eps is None else _empty(x, *shape),
         _empty(x, *shape) if keep else x.new_empty(0),
     )
@@ -73,22 +76,25 @@ def _(
 
 @torch.library.custom_op("magihuman::join_upsample", mutates_args=())
 def join_upsample(
-    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int, border: int
 ) -> Tensor:
     """`reference.join_upsample`."""
     if x.is_cuda:
         from magihuman.kernels.frames import upsample
 
-        return upsample(x, delta, bias, in_time, drop)
-    out = ref.join_upsample(x, delta, bias, in_time, drop)
+        return upsample(x, delta, bias, in_time, drop, border)
+    out = ref.join_upsample(x, delta, bias, in_time, drop, border)
     return out.contiguous(memory_format=CHANNELS_LAST)
 
 
 @join_upsample.register_fake
-def _(x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int) -> Tensor:
+def _(
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int, border: int
+) -> Tensor:
     batch, channels, frames, height, width = x.shape
     parts = 2 if in_time else 1
-    return _empty(x, batch, channels // parts, parts * frames - drop, 2 * height, 2 * width)
+    size = (parts * frames - drop, 2 * (height + border), 2 * (width + border))
+    return _empty(x, batch, channels // parts, *size)
 
 
 @torch.library.custom_op("magihuman::join_pixels", mutates_args=())

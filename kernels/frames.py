@@ -1,6 +1,6 @@
 """The video decoder's movements of frames: repeated pixels before a convolution, pixels out.
 
-Videos are [B, C, T, H, W] in `channels_last_3d`.
+Videos are [B, C, T, H, W] with a pixel's channels as one row of memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magihuman.kernels.channel_norm import CHANNELS_LAST, TILE, frames_together
+from magihuman.kernels.channel_norm import CHANNELS_LAST, TILE, strides
 
 BLOCK = 512  # bytes or values of a program of `pixels`
 
@@ -22,69 +22,79 @@ def _upsample(
     bias,
     out,
     frames,  # that leave
-    pixels,
+    height,  # of x
     width,
-    x_batch,
-    delta_batch,
+    x_clip,  # elements from one clip, frame or line to the next
+    x_frame,
+    x_line,
+    delta_clip,
+    delta_frame,
+    delta_line,
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,  # frames side by side in the channels of one
     DROP: tl.constexpr,
+    BORDER: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    clip = tl.program_id(1) // frames
-    frame = tl.program_id(1) % frames + DROP
-    part = frame % PARTS
+    clip = (tl.program_id(1) // frames).to(tl.int64)
+    frame = (tl.program_id(1) % frames + DROP).to(tl.int64)
+    part = (frame % PARTS).to(tl.int32)
+    out_width = 2 * width + 2 * BORDER
+    out_pixels = out_width * (2 * height + 2 * BORDER)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    mask = (row < pixels) & (column < C)
-    source = ((frame // PARTS).to(tl.int64) * pixels + row) * (PARTS * C) + part * C + column
-    value = tl.load(x + clip.to(tl.int64) * x_batch + source, mask=mask, other=0.0)
+    exists = (row < out_pixels) & (column < C)
+    y = row // out_width - BORDER
+    z = row % out_width - BORDER
+    inside = exists & (y >= 0) & (y < 2 * height) & (z >= 0) & (z < 2 * width)
+    place = z // 2 * (PARTS * C) + part * C + column
+    at = x + clip * x_clip + frame // PARTS * x_frame + y // 2 * x_line + place
+    value = tl.load(at, mask=inside, other=0.0)
     if HAS_DELTA or HAS_BIAS:
         wide = value.to(tl.float32)
         if HAS_DELTA:
-            at = delta + clip.to(tl.int64) * delta_batch + source
-            wide += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            at = delta + clip * delta_clip + frame // PARTS * delta_frame + y // 2 * delta_line
+            wide += tl.load(at + place, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             wide += tl.load(bias + part * C + column, mask=column < C, other=0.0)
-        value = wide.to(x.dtype.element_ty)
-    corner = (row // width) * (4 * width) + row % width * 2
-    at = out + (tl.program_id(1).to(tl.int64) * (4 * pixels) + corner) * C + column
-    tl.store(at, value, mask=mask)
-    tl.store(at + C, value, mask=mask)
-    tl.store(at + 2 * width * C, value, mask=mask)
-    tl.store(at + (2 * width + 1) * C, value, mask=mask)
+        value = tl.where(inside, wide, 0.0).to(x.dtype.element_ty)
+    at = out + tl.program_id(1).to(tl.int64) * out_pixels * C + row * C + column
+    tl.store(at, value, mask=exists)
 
 
 def upsample(
-    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int, border: int
 ) -> Tensor:
-    """`reference.join_upsample`: [B, C, T, H, W] -> [B, C, T', 2 H, 2 W].
+    """`reference.join_upsample`: [B, C, T, H, W] -> [B, C, T', 2 H + 2 border, 2 W + 2 border].
 
     Args:
-        x: in `channels_last_3d`; of 2 C channels where `in_time`, which become two frames.
+        x: pixels of a line one after another; of 2 C channels where `in_time`, which become two
+            frames.
         delta: like x, added first; or None.
         bias: [C] or [2 C] fp32, added too; or None.
         in_time: whether channels become frames.
         drop: frames left out at the start.
+        border: pixels of zeros around each frame of the result.
     """
     batch, channels, frames, height, width = x.shape
     parts = 2 if in_time else 1
     channels, frames = channels // parts, parts * frames - drop
-    shape = (batch, channels, frames, 2 * height, 2 * width)
+    shape = (batch, channels, frames, 2 * (height + border), 2 * (width + border))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
     columns = triton.next_power_of_2(channels)
     rows = max(1, TILE // columns)
-    _upsample[(triton.cdiv(height * width, rows), batch * frames)](
-        frames_together(x), None if delta is None else frames_together(delta), bias, out,
-        frames, height * width, width, x.stride(0), 0 if delta is None else delta.stride(0),
+    _upsample[(triton.cdiv(shape[3] * shape[4], rows), batch * frames)](
+        x, delta, bias, out, frames, height, width,
+        *strides(x), *((0, 0, 0) if delta is None else strides(delta)),
         C=channels,
         COLUMNS=columns,
         ROWS=rows,
         PARTS=parts,
         DROP=drop,
+        BORDER=border,
         HAS_DELTA=delta is not None,
         HAS_BIAS=bias is not None,
         num_warps=4,
@@ -100,7 +110,9 @@ def _pixels(
     frames,
     height,  # of x
     width,
-    x_batch,
+    x_clip,
+    x_frame,
+    x_line,
     CHANNELS: tl.constexpr,  # of x, those beyond the picture's included
     COLORS: tl.constexpr,
     PATCH: tl.constexpr,
@@ -108,14 +120,14 @@ def _pixels(
     BLOCK: tl.constexpr,
 ):
     line = tl.program_id(1)
-    frame, y = line // (height * PATCH), line % (height * PATCH)
+    frame, y = (line // (height * PATCH)).to(tl.int64), line % (height * PATCH)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width * PATCH * COLORS
     color = at % COLORS
     column = at // COLORS
     channel = (color * PATCH + column % PATCH) * PATCH + y % PATCH
-    pixel = (frame % frames * height + y // PATCH).to(tl.int64) * width + column // PATCH
-    source = (frame // frames).to(tl.int64) * x_batch + pixel * CHANNELS + channel
+    source = frame // frames * x_clip + frame % frames * x_frame + y // PATCH * x_line
+    source = source + column // PATCH * CHANNELS + channel
     value = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(bias + channel, mask=mask, other=0.0)
     if TO_BYTES:
@@ -128,7 +140,8 @@ def pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype)
     """`reference.join_pixels`.
 
     Args:
-        x: [B, colors patch^2 or more, T, H, W] in `channels_last_3d`; channels beyond are ignored.
+        x: [B, colors patch^2 or more, T, H, W], pixels of a line one after another; channels
+            beyond are ignored.
         bias: of as many channels as x, fp32.
         colors: of a pixel.
         patch: pixels of a side of what a pixel of x becomes.
@@ -142,7 +155,7 @@ def pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
     grid = (triton.cdiv(patch * width * colors, BLOCK), batch * frames * height * patch)
     _pixels[grid](
-        frames_together(x), bias, out, frames, height, width, x.stride(0),
+        x, bias, out, frames, height, width, *strides(x),
         CHANNELS=channels,
         COLORS=colors,
         PATCH=patch,

@@ -453,17 +453,20 @@ def join_norm(
     activation: str,
     before: int,
     after: int,
+    border: int,
     shortcut_eps: float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """What the decoder does between two convolutions, in fp32, rounded to x's dtype once.
 
     Returns `activation(channel_norm(join(x, delta, bias), eps))` with the first and the last frame
-    repeated `before` and `after` times, `channel_norm(join, shortcut_eps)`, and the join.
+    repeated `before` and `after` times and `border` zeros around each; `channel_norm(join,
+    shortcut_eps)`; and the join.
     """
     total = join(x, delta, bias)
     y = total if eps is None else channel_norm(total, eps)
     y = ACTIVATIONS[activation](y)
     y = torch.cat((y[:, :, :before], y, y[:, :, y.shape[2] - after :]), dim=2)
+    y = F.pad(y, (border,) * 4)
     shortcut = None if shortcut_eps is None else channel_norm(total, shortcut_eps).to(x.dtype)
     return y.to(x.dtype), shortcut, total.to(x.dtype)
 
@@ -476,15 +479,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def join_upsample(
-    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int, border: int
 ) -> Tensor:
     """The join, its channels to frames where `in_time`, less `drop` frames at the start, with twice
-    the rows and columns. [B, C, T, H, W] -> [B, C, T', 2 H, 2 W].
+    the rows and columns and `border` zeros around. [B, C, T, H, W] -> [B, C, T', 2 H, 2 W].
     """
     y = join(x, delta, bias).to(x.dtype)
     if in_time:
         y = interleave_time(y)
-    return to_video(upsample_frames(y[:, :, drop:]), x.shape[0])
+    return F.pad(to_video(upsample_frames(y[:, :, drop:]), x.shape[0]), (border,) * 4)
 
 
 def join_pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> Tensor:

@@ -147,7 +147,18 @@ def _pad(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> int
 
 def _join_norm(eps: float | None, activation: str, pad: int) -> Build:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, None, None, eps, activation, pad, pad, None, False)
+        arguments: tuple[Any, ...] = (
+            *inputs,
+            None,
+            None,
+            eps,
+            activation,
+            pad,
+            pad,
+            0,
+            None,
+            False,
+        )
         call = graph.call_function(OPS.join_norm.default, arguments)
         return [graph.call_function(operator.getitem, (call, 0))]
 
@@ -194,7 +205,7 @@ def _movement(in_time: bool, drop: int) -> Callable[[Tensor], Tensor]:
 
 def _join_upsample(in_time: bool, drop: int) -> Build:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, None, None, in_time, drop)
+        arguments: tuple[Any, ...] = (*inputs, None, None, in_time, drop, 0)
         return [graph.call_function(OPS.join_upsample.default, arguments)]
 
     return build

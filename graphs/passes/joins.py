@@ -81,7 +81,7 @@ class _Joins:
         with self.graph.inserting_before(node):
             made = self.graph.call_function(
                 OPS.join_norm.default,
-                (*self.operands(node, x), *main.args[3:7], shortcut_eps, is_kept),
+                (*self.operands(node, x), *main.args[3:8], shortcut_eps, is_kept),
             )
             outputs = [self.graph.call_function(operator.getitem, (made, i)) for i in range(3)]
         for old, new in zip((main, *shortcuts), outputs, strict=False):

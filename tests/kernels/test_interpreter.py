@@ -139,10 +139,13 @@ def check_channel_norm() -> None:
     from magihuman.kernels.channel_norm import channel_norm
 
     for channels, activation, pads, bias in itertools.product(
-        (8, 24), ("silu", "relu", "none"), ((1, 1), (0, 0), (0, 1)), (None, torch.randn(24))
+        (8, 24),
+        ("silu", "relu", "none"),
+        ((1, 1, 0), (0, 0, 1), (0, 1, 1)),
+        (None, torch.randn(24)),
     ):
-        whole = video(2, channels, 4, 3, 5)
-        x, delta = whole[:, :, 1:], video(2, channels, 3, 3, 5)  # frames of a longer video, too
+        whole = video(2, channels, 4, 4, 6)  # and a part of it
+        x, delta = whole[:, :, 1:, :3, :5], video(2, channels, 3, 3, 5)
         own = None if bias is None else bias[:channels]
         for change, eps, shortcut in ((delta, 1e-8, 1e-6), (None, 1e-8, None), (delta, None, None)):
             arguments = (x, change, own, eps, activation, *pads, shortcut)
@@ -161,8 +164,10 @@ def check_frames() -> None:
             shape = (2, channels * (2 if in_time else 1), 3, 3, 5)
             x, change = video(*shape), video(*shape) if delta else None
             own = torch.randn(shape[1]) if bias else None
-            expected = ref.join_upsample(x, change, own, in_time, drop)
-            assert_close(upsample(x, change, own, in_time, drop), expected)
+            arguments = (x, change, own, in_time, drop)
+            for border in (0, 1):
+                expected = ref.join_upsample(*arguments, border)
+                assert_close(upsample(*arguments, border), expected)
     x, bias = video(2, 16, 3, 3, 100), torch.randn(16)
     for dtype in (torch.float32, torch.uint8):
         mine, right = pixels(x, bias, 3, 2, dtype), ref.join_pixels(x, bias, 3, 2, dtype)

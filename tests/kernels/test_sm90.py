@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         "_channel_norm",
         lambda: channel_norm.channel_norm(
             video(128, 36, 128, 240), video(128, 36, 128, 240), empty(128, dtype=FP32),
-            1e-8, "silu", 1, 1, 1e-6, True,
+            1e-8, "silu", 1, 1, 1, 1e-6, True,
         ),
         {16, 4},  # 4 of the bias
         {16},
@@ -184,7 +184,7 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         channel_norm,
         "_channel_norm",
         lambda: channel_norm.channel_norm(
-            video(512, 9, 16, 30), None, empty(512, dtype=FP32), 1e-8, "silu", 1, 1, None, False
+            video(512, 9, 16, 30), None, empty(512, dtype=FP32), 1e-8, "silu", 1, 1, 0, None, False
         ),
         {16},
         {16},
@@ -192,7 +192,7 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
     "upsample": (
         frames,
         "_upsample",
-        lambda: frames.upsample(video(512, 18, 32, 60), None, empty(512, dtype=FP32), True, 1),
+        lambda: frames.upsample(video(512, 18, 32, 60), None, empty(512, dtype=FP32), True, 1, 1),
         {16, 8},  # 8 of the bias
         {16},
     ),
