@@ -9,6 +9,7 @@ latents. A part that fails is reported as its error, and the others go on.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -22,18 +23,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 import environment
+from magihuman.graphs.compile_decoder import compile_decoder
 from magihuman.graphs.replay_decoder import CompiledDecoder
+from magihuman.kernels import conv_rows
 from magihuman.kernels import reference as ref
+from magihuman.kernels.decoder_ops import CUDNN, SEARCH
 from magihuman.runtime import config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import _groups, decode_frames
 from magihuman.runtime.media import Mp4Writer
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
-from measure import by_kernel, error, kernels_ms, median_ms
+from measure import by_kernel, error, kernels_ms, median_ms, replay_ms
 
 SIZES = {"256p": (480, 256), "540p": (896, 512), "1080p": (1920, 1088)}  # width, height in pixels
 LATENTS = 32
@@ -43,12 +48,29 @@ CONV_RATE = 650e12  # FLOP a second, predicted of cuDNN's convolutions
 BANDWIDTH = 2.7e12  # bytes a second, predicted of the kernels between them
 
 # Variants of the compiled decoder by name: options of `CompiledDecoder`.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "cudnn, searched": {},
-    "cudnn, heuristics": {"search": False},
-    "cudnn, batch 3": {"batch": 3},
+OWN_TILES = {  # by channels out, for the variant that has no cuDNN where it can
+    16: "256x16 rows",
+    64: "256x64 rows in pairs",
+    128: "256x128 rows in pairs",
+    256: "128x256 rows in pairs",
+    512: "128x256 rows in pairs",
+    1024: "128x256 rows in pairs",
 }
-DEFAULT = "cudnn, searched"
+
+
+def own(weight: torch.Size) -> str:
+    """The own product wherever it can."""
+    return SEARCH if weight[1] % conv_rows.DEPTH else OWN_TILES[weight[0]]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cudnn, searched": {"route_of": lambda weight: SEARCH},
+    "cudnn, heuristics": {"route_of": lambda weight: CUDNN},
+    "own products": {"route_of": own},
+    "fastest of each": {},  # its routes are those of the table of convolutions
+    "fastest of each, batch 3": {"batch": 3},
+}
+DEFAULT = "fastest of each"
 
 
 def latents_of(size: str, seed: int = 0) -> Tensor:
@@ -312,6 +334,88 @@ def profile(vae: TurboVAE, z: Tensor, variants: dict[str, dict[str, Any]]) -> di
     return found
 
 
+def convolutions(vae: TurboVAE, z: Tensor) -> list[dict[str, Any]]:
+    """Every kind of convolution of a middle window: FLOP, calls, and milliseconds by each route."""
+    module, _ = compile_decoder(vae.decoder, vae.config, False)
+    kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    class Recorder(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is torch.ops.magihuman.conv.default:
+                x, weight, padding, _ = args
+                key = (tuple(x.shape), tuple(weight.shape), tuple(padding))
+                found = kinds.setdefault(key, {"calls": 0})
+                found["calls"] += 1
+            return super().call_function(target, args, kwargs)
+
+    x = vae.denormalize(z)[:, :, 6:15].contiguous(memory_format=torch.channels_last_3d)
+    Recorder(module).run(x)
+    needed = {
+        (name, kernel[0] * kernel[1] * kernel[2])
+        for _, (out, channels, *kernel), _ in kinds
+        if channels % conv_rows.DEPTH == 0
+        for name in conv_rows.tiles_for(out)
+    }
+    conv_rows.compile_tiles(needed)
+    table = []
+    for (shape, weight_shape, padding), row in kinds.items():
+        row |= {"x": shape, "weight": weight_shape}
+        with guarded(row, "failed"):
+            row |= _one_convolution(shape, weight_shape, padding)
+        show("convolution", row)
+        table.append(row)
+    return table
+
+
+def _one_convolution(
+    shape: tuple[int, ...], weight_shape: tuple[int, ...], padding: tuple[int, ...]
+) -> dict[str, Any]:
+    def randn(*size: int) -> Tensor:
+        made = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
+        return made.contiguous(memory_format=torch.channels_last_3d)
+
+    x, weight = randn(*shape), randn(*weight_shape) * 0.02
+    border = F.pad(x, (padding[2],) * 2 + (padding[1],) * 2)
+    border = border.contiguous(memory_format=torch.channels_last_3d)
+    exact = torch.ops.magihuman.conv(x, weight, list(padding), CUDNN)
+    found: dict[str, Any] = {"flop": 2 * exact.numel() * weight[0].numel(), "ms": {}}
+    none, pads = [0, 0, 0], list(padding)
+    calls: dict[str, tuple[Tensor, list[int], str]] = {
+        CUDNN: (x, pads, CUDNN),
+        SEARCH: (x, pads, SEARCH),
+    }
+    if any(padding):
+        calls["search, padded before"] = (border, none, SEARCH)
+    if weight_shape[1] % conv_rows.DEPTH == 0:
+        calls |= {tile: (border, none, tile) for tile in conv_rows.tiles_for(weight_shape[0])}
+    for name, (source, zeros, route) in calls.items():
+        with guarded(found["ms"], name):
+            actual = torch.ops.magihuman.conv(source, weight, zeros, route)
+            if error(actual, exact) > 1e-2:
+                raise ValueError(f"wrong result: error {error(actual, exact)}")
+            run = functools.partial(torch.ops.magihuman.conv, source, weight, zeros, route)
+            found["ms"][name] = replay_ms([run] * 4)
+    times = {name: ms for name, ms in found["ms"].items() if isinstance(ms, float)}
+    found["fastest"] = min(times, key=times.__getitem__)
+    found["tflops"] = found["flop"] / times[found["fastest"]] / 1e9
+    return found
+
+
+def fastest_routes(table: list[dict[str, Any]]) -> Callable[[torch.Size], str]:
+    """By the shape of the weight; where sizes differ, by the sum of their times."""
+    sums: dict[tuple[int, ...], dict[str, float]] = {}
+    for row in table:
+        if "ms" not in row:
+            continue
+        total = sums.setdefault(tuple(row["weight"]), {})
+        for name, milliseconds in row["ms"].items():
+            if isinstance(milliseconds, float) and name != "search, padded before":
+                total[name] = total.get(name, 0.0) + milliseconds * row["calls"]
+    best = {weight: min(total, key=total.__getitem__) for weight, total in sums.items()}
+    show("routes", {str(weight): name for weight, name in best.items()})
+    return lambda weight: best.get(tuple(weight), SEARCH)
+
+
 def show(name: str, figures: Any) -> None:
     """One line at once, in case the run is cut off."""
     print(name, json.dumps(figures), flush=True)
@@ -326,14 +430,22 @@ def main() -> None:
     parser.add_argument("--baseline", action="store_true", help="torch.compile too, a minute more")
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # the fp32 decoder is the exact one
-    variants = {name: VARIANTS[name] for name in arguments.variants}
+    variants = {name: dict(VARIANTS[name]) for name in arguments.variants}
     figures: dict[str, Any] = {"latents": LATENTS, "cudnn": torch.backends.cudnn.version()}
     with torch.inference_mode():
+        with guarded(figures, "convolutions"):
+            table = convolutions(vae_of(torch.bfloat16), latents_of("256p"))
+            figures["convolutions"] = table
+            routes = fastest_routes(table)
+            for options in variants.values():
+                options.setdefault("route_of", routes)
+            sums = [row["calls"] * row["ms"][row["fastest"]] for row in table if "fastest" in row]
+            show("convolutions of a middle window, ms", sum(sums))
         with guarded(figures, "error"):
             figures["error"] = errors(latents_of("256p"), variants)
             show("error", figures["error"])
         for size in arguments.sizes:
-            chosen = variants if size != "1080p" else {k: variants[k] for k in list(variants)[:1]}
+            chosen = variants if size != "1080p" else {DEFAULT: variants[DEFAULT]}
             figures[size] = measure_size(size, arguments.baseline and size != "1080p", chosen)
             environment.write("vae_decode", figures, arguments.folder)
     print(environment.write("vae_decode", figures, arguments.folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch import fx, nn
 from magihuman.graphs.capture import capture
 from magihuman.graphs.compile import CompileError, Report
 from magihuman.graphs.passes import joins
-from magihuman.graphs.passes.decoder import DecoderContext, passes_for
+from magihuman.graphs.passes.decoder import DecoderContext, passes_for, route
+from magihuman.kernels.decoder_ops import SEARCH
 
 TRACE_SIZE = (3, 4, 6)  # any will do: nothing of it is left in the graph
-OPS = torch.ops.magihuman
 
 
 def compile_decoder(
@@ -23,7 +24,7 @@ def compile_decoder(
     first_window: bool,
     dtype: torch.dtype = torch.uint8,
     *,
-    search: bool = True,
+    route_of: Callable[[torch.Size], str] = lambda weight: SEARCH,
 ) -> tuple[fx.GraphModule, Report]:
     """The decoder of one kind of window, for latents of any size, in fused operators.
 
@@ -33,7 +34,7 @@ def compile_decoder(
         config: its architecture.
         first_window: whether the graph is for a clip's first window.
         dtype: of the pixels: uint8, or a float dtype for values as the decoder's own.
-        search: whether cuDNN tries its algorithms, or goes by its heuristics.
+        route_of: the route of a convolution, by the shape of its weight; see `decoder_ops.conv`.
 
     Returns:
         A module that takes latents [B, 48, T, H, W] in `channels_last_3d` and gives pixels [B,
@@ -60,8 +61,7 @@ def compile_decoder(
                 " the model and kernels/reference.py have drifted apart"
             )
     report.matches["joins"] = joins.run(module)
-    for node in module.graph.find_nodes(op="call_function", target=OPS.conv.default):
-        node.args = (*node.args[:3], search)
+    route(module, route_of)
     module.graph.eliminate_dead_code()
     module.recompile()
     module.delete_all_unused_submodules()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from magihuman.graphs.budget import Budget
 from magihuman.graphs.compile import Report
 from magihuman.graphs.compile_decoder import compile_decoder
 from magihuman.graphs.replay import DRIVER_BYTES, FREE_SHARE, free_bytes, pool_bytes
+from magihuman.kernels.decoder_ops import SEARCH
 
 log = logging.getLogger("magihuman")
 
@@ -60,7 +61,7 @@ class CompiledDecoder:
         config: Any,
         *,
         dtype: torch.dtype = torch.uint8,
-        search: bool = True,
+        route_of: Callable[[torch.Size], str] = lambda weight: SEARCH,
         batch: int = 1,
         budget_bytes: int | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class CompiledDecoder:
             decoder: see `compile_decoder`.
             config: its architecture.
             dtype: of the pixels; a float dtype gives the decoder's own values.
-            search: whether cuDNN tries its algorithms for each new shape.
+            route_of: the route of a convolution, by the shape of its weight.
             batch: windows of one size that a caller should decode at once, at most.
             budget_bytes: of all captured graphs; by default a quarter of the memory free now. One
                 graph is kept even where it passes the budget alone.
@@ -80,7 +81,7 @@ class CompiledDecoder:
         self._modules: dict[bool, fx.GraphModule] = {}
         self.reports: dict[bool, Report] = {}
         for is_first in (True, False):
-            module, report = compile_decoder(decoder, config, is_first, dtype, search=search)
+            module, report = compile_decoder(decoder, config, is_first, dtype, route_of=route_of)
             self._modules[is_first], self.reports[is_first] = module, report
         _share_buffers(self._modules[True], self._modules[False])
         self._captured: dict[Size, _Captured] = {}
