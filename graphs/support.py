@@ -50,3 +50,19 @@ def why_not(
         reason = attention_backends.why_not("gluon", config.head_dim, device)
         return None if reason is None else f"fp8 attention has one kernel, and {reason}"
     return None
+
+
+def why_not_decode(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the fused kernels cannot decode video here; None where they can."""
+    if device.type != "cuda":
+        return "there is no GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"the kernels need sm_90 or newer, this GPU is sm_{capability[0]}{capability[1]}"
+    if util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype != torch.bfloat16:
+        return f"it is made for bf16, not {str(dtype).removeprefix('torch.')}"
+    if not torch.backends.cudnn.is_available():
+        return "this PyTorch is built without cuDNN"
+    return None

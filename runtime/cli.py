@@ -68,6 +68,9 @@ def generate(
     sr_guidance: Annotated[float | None, typer.Option(help="Guidance of super-resolution.")] = None,
     precision: PrecisionOption = None,
     keep_bf16: KeepOption = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Decoder of frames: fast (needs a Hopper GPU) or plain.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
     transformer: Annotated[
@@ -116,6 +119,7 @@ def generate(
                 sr=sr,
                 precision=precision,  # type: ignore[arg-type]
                 keep_bf16=keep_list(keep_bf16),
+                vae=vae,  # type: ignore[arg-type]
                 device=device,
                 revision=revision,
                 transformer=transformer,
@@ -128,11 +132,8 @@ def generate(
             )
             load_s = time.perf_counter() - start
             with engine:
-                video = engine.generate(request, on_progress=bar.on_progress)
-            start = time.perf_counter()
-            path = video.save(output)
-        timings = {"load": load_s, **video.timings_s, "write": time.perf_counter() - start}
-        print_result(path, video, timings, as_json)
+                video = engine.generate(request, save=output, on_progress=bar.on_progress)
+        print_result(output.absolute(), video, {"load": load_s, **video.timings_s}, as_json)
 
 
 @app.command()

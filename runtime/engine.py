@@ -8,8 +8,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,9 +20,10 @@ from torch import Tensor
 
 from magihuman.runtime import config, denoise
 from magihuman.runtime.audio import AudioVAE, Waveform, open_driving_audio
-from magihuman.runtime.decode import decode_frames
+from magihuman.runtime.decode import Decoder, Frames, decode_frames
 from magihuman.runtime.errors import Cancelled, DeviceError, InvalidRequestError, MagiHumanError
 from magihuman.runtime.image import ImageVAE, open_image
+from magihuman.runtime.media import Mp4Writer, check_output
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.request import (
@@ -52,6 +55,7 @@ class Components:
     sr_dit: DiT | None = None
     forward: denoise.Forward | None = None  # compiled, in place of the transformer's own
     sr_forward: denoise.Forward | None = None
+    decoder: Decoder | None = None  # compiled, in place of the Turbo VAE's own
 
 
 class Engine:
@@ -63,6 +67,7 @@ class Engine:
         precision: of the transformer's linears.
         device: where everything runs.
         is_compiled: whether the base transformer runs as captured graphs of fused kernels.
+        vae: how frames are decoded, "fast" or "plain".
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Engine:
         self.precision = precision
         self.device = device
         self.is_compiled = components.forward is not None
+        self.vae = "plain" if components.decoder is None else "fast"
         self._parts: Components | None = components
         self._variant = variant
         self._lock = threading.Lock()
@@ -117,17 +123,21 @@ class Engine:
         sr_steps: int | None = None,
         guidance: float | None = None,
         sr_guidance: float | None = None,
+        save: str | os.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
     ) -> Video:
         """Make one clip. Arguments are those of `Request`, or a `Request` stands for all.
 
         Args:
+            save: also write the clip to this mp4, as `Video.save` does, while it is being decoded.
+                The file appears whole or not at all.
             on_progress: called after every step with a `Progress`, from the calling thread.
             cancel: an event checked between steps; once set, `Cancelled` is raised.
 
         Raises:
             InvalidRequestError: the request cannot be served; nothing has run.
+            OutputError: `save` cannot be written.
             Cancelled: `cancel` was set. The engine stays usable.
             DeviceError: the device ran out of memory. The engine stays usable.
         """
@@ -147,7 +157,7 @@ class Engine:
             "sr_guidance": sr_guidance,
         }
         with self.hold(_request(prompt, options), on_progress, cancel) as run:
-            return run.video()
+            return run.video(None if save is None else Path(save))
 
     @contextmanager
     def hold(
@@ -204,10 +214,12 @@ class Run:
         self.generator.manual_seed(request.seed)
 
     @torch.inference_mode()
-    def video(self) -> Video:
-        """All stages in order."""
+    def video(self, save: Path | None = None) -> Video:
+        """All stages in order; the clip goes to the file `save`, too."""
         request, parts = self.request, self.parts
         plan, image, samples, ids = self.prepare()
+        if save is not None:
+            check_output(save, config.video_frames(plan.frames), *plan.size_px)
 
         with self.stage("text"):
             text = parts.text_encoder.encode(ids)
@@ -235,12 +247,20 @@ class Run:
             with self.stage("super_resolve"):
                 video = self.run_sr(plan, text, null_text, video, audio, latent)
 
-        with self.stage("decode_video"):
-            frames = decode_frames(parts.turbo_vae, video, self.reporter("decode_video"))
-        with self.stage("decode_audio"):
-            wave = parts.audio_vae.decode(audio)
+        writer: AbstractContextManager[Mp4Writer | None] = nullcontext()
+        if save is not None:
+            _, _, frames, rows, columns = video.shape
+            size = columns * config.VIDEO_STRIDE[2], rows * config.VIDEO_STRIDE[1]
+            writer = Mp4Writer(
+                save, config.video_frames(frames), *size, config.FPS, config.SAMPLE_RATE_HZ
+            )
+        with writer as file:
+            pictures, wave = self.decode(video, audio, file)
+            if file is not None:
+                with self.stage("write"):
+                    file.finish(wave)
         return Video(
-            frames=frames,
+            frames=pictures,
             audio=wave,
             fps=config.FPS,
             sample_rate_hz=config.SAMPLE_RATE_HZ,
@@ -248,6 +268,40 @@ class Run:
             seed=request.seed,
             warnings=plan.warnings,
         )
+
+    def decode(
+        self, video: Tensor, audio: Tensor, file: Mp4Writer | None
+    ) -> tuple[Frames, Waveform]:
+        """Frames and sound; on a GPU the sound on a stream and a thread of its own meanwhile."""
+        parts = self.parts
+
+        def frames() -> Frames:
+            with self.stage("decode_video"):
+                return decode_frames(
+                    parts.turbo_vae,
+                    video,
+                    self.reporter("decode_video"),
+                    parts.decoder,
+                    (lambda part: None) if file is None else file.add,
+                )
+
+        if self.device.type != "cuda":
+            pictures = frames()
+            with self.stage("decode_audio"):
+                return pictures, parts.audio_vae.decode(audio)
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+
+        def sound() -> Waveform:
+            with torch.cuda.device(self.device), torch.cuda.stream(stream):
+                return parts.audio_vae.decode(audio)
+
+        # Leaving the pool waits for the sound, also where decoding frames raises.
+        with ThreadPoolExecutor(1, "sound") as pool:
+            decoding = pool.submit(sound)
+            pictures = frames()
+            with self.stage("decode_audio"):
+                return pictures, decoding.result()
 
     def prepare(self) -> tuple[Plan, Image | None, Waveform | None, Tensor]:
         """Everything that can be wrong with a request, found before any work on the device."""
@@ -376,7 +430,7 @@ class Run:
             self.check_cancel()
             if self.on_progress is not None:
                 if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
+                    torch.cuda.current_stream(self.device).synchronize()
                 elapsed_s = time.perf_counter() - self.start_s
                 self.on_progress(Progress(stage, step, of, elapsed_s))
 
@@ -394,5 +448,5 @@ class Run:
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self.timings_s[name] = time.perf_counter() - start

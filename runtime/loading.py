@@ -14,6 +14,7 @@ from typing import TypeVar, get_args
 import torch
 
 from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize_model
+from magihuman.graphs.support import why_not_decode
 from magihuman.runtime import checkpoint, config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.denoise import Forward
@@ -75,6 +76,7 @@ def load(
     precision: config.Precision | None = None,
     keep_bf16: KeepBf16 | None = None,
     compile: bool = True,  # noqa: A002 - what everybody calls it
+    vae: config.Vae | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
     transformer: PathLike | None = None,
@@ -102,6 +104,8 @@ def load(
             layer whose `linear_qkv` is kept has attention in bf16.
         compile: run the transformers as captured graphs of fused kernels where this machine can
             (`magihuman doctor` says); False runs the plain model.
+        vae: how frames are decoded: "fast", by fused kernels and captured graphs, which needs a
+            Hopper GPU, or "plain". By default "fast" where this machine can.
         device: a torch device; by default the first GPU, else the CPU.
         revision: of the hub repository.
         transformer, sr_transformer: folders of transformers that lie elsewhere than in `model`, in
@@ -124,6 +128,8 @@ def load(
     _choice("sr", sr, (None, *config.SR_SIZES))
     if precision is not None:
         _choice("precision", precision, get_args(config.Precision))
+    if vae is not None:
+        _choice("vae", vae, get_args(config.Vae))
     if precision not in ("fp8", FP8_ATTENTION) and keep_bf16 not in (None, KEEP_NONE):
         raise InvalidRequestError(
             f"keep_bf16 must go with precision='fp8' or {FP8_ATTENTION!r}, got {keep_bf16!r} with"
@@ -144,6 +150,12 @@ def load(
     # faster.
     in_bf16 = target.type == "cuda" and precision != "fp32"
     vae_dtype = torch.bfloat16 if in_bf16 else torch.float32
+    reason = why_not_decode(vae_dtype, target)
+    if vae == "fast" and reason is not None:
+        raise InvalidRequestError(
+            f"vae='fast' needs a Hopper GPU and bf16, and here {reason}; use vae='plain', or leave"
+            " it out"
+        )
     wanted = Wanted(target, precision, keep_bf16, compile)
     report = _Reporter(on_load)
 
@@ -182,6 +194,10 @@ def load(
         parts.forward = compiled(parts.dit, base, target, debug)
         if parts.sr_dit is not None and upscale is not None:
             parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug)
+    if vae != "plain" and reason is None:
+        from magihuman.graphs.replay_decoder import CompiledDecoder
+
+        parts.decoder = CompiledDecoder(parts.turbo_vae.decoder, parts.turbo_vae.config)
     return Engine(parts, chosen, sr, base.precision, target)
 
 

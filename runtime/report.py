@@ -14,7 +14,7 @@ import torch
 
 from magihuman.graphs.explain import one_of_each
 from magihuman.graphs.recorded import NoBindingsError, Recorded, bindings
-from magihuman.graphs.support import why_not
+from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.kernels.reference import Counts
 from magihuman.runtime import checkpoint, random_weights
 from magihuman.runtime.config import VARIANTS, DiTConfig
@@ -110,6 +110,7 @@ def machine() -> dict[str, str]:
         facts["transformer"] = "plain PyTorch; sums in fp32 over bf16 operands"
         facts["attention"] = "plain PyTorch in fp32"
         facts["image and video autoencoders"] = "fp32, exact and faster than bf16 on a CPU"
+        facts["video decoder"] = "plain PyTorch"
         return facts
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -134,6 +135,10 @@ def machine() -> dict[str, str]:
         facts["transformer"] = f"plain PyTorch, bf16 linears on the tensor cores: {reason}"
         facts["attention"] = "PyTorch's scaled_dot_product_attention in bf16"
     facts["image and video autoencoders"] = "bf16, as published"
+    reason = why_not_decode(torch.bfloat16, torch.device("cuda:0"))
+    facts["video decoder"] = (
+        "fast: fused kernels in captured graphs" if reason is None else f"plain PyTorch: {reason}"
+    )
     return facts
 
 

@@ -231,8 +231,8 @@ def _pixels(module: fx.GraphModule, context: DecoderContext, dtype: torch.dtype)
 def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> int:
     """Convolutions give up their bias to an addition behind them.
 
-    Weights are laid out for `channels_last_3d`, once, and their output channels filled up with
-    zeros to a multiple of `ALIGNMENT`, which the operators behind ignore.
+    Weights are laid out for `channels_last_3d`, once. Pixels come out of channels filled up with
+    zeros to a multiple of `ALIGNMENT`.
     """
     graph = module.graph
     aten = torch.ops.aten
@@ -243,7 +243,8 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
         found += 1
         x, weight, bias = node.args[:3]
         padding = list(node.args[4]) if len(node.args) > 4 else [0, 0, 0]
-        lay_out(module, str(weight.target), str(bias.target))
+        is_last = any(user.target is OPS.join_pixels.default for user in node.users)
+        lay_out(module, str(weight.target), str(bias.target), ALIGNMENT if is_last else 1)
         with graph.inserting_before(node):
             call = graph.call_function(
                 OPS.conv.default, (x, weight, [0] * (3 - len(padding)) + padding, SEARCH)
@@ -255,12 +256,14 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
     return found
 
 
-def lay_out(module: fx.GraphModule, weight: str, bias: str) -> None:
-    """The module's own copy of a convolution's tensors, in the layout that its operators take."""
+def lay_out(module: fx.GraphModule, weight: str, bias: str, alignment: int) -> None:
+    """The module's own copy of a convolution's tensors, in the layout that its operators take,
+    channels out filled up with zeros to a multiple of `alignment`.
+    """
     own = module.get_parameter(weight).detach()
     if own.ndim == 4:
         own = own[:, :, None]
-    missing = -own.shape[0] % ALIGNMENT
+    missing = -own.shape[0] % alignment
     own = F.pad(own, (0,) * 9 + (missing,)).contiguous(memory_format=torch.channels_last_3d)
     wide = F.pad(module.get_parameter(bias).detach().float(), (0, missing))
     for name, value in ((weight, own), (bias, wide)):

@@ -1,0 +1,145 @@
+"""The video decoder rewritten to fused operators, on the CPU: what is found, and the numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import golden
+from magihuman.graphs.compile import CompileError, Report
+from magihuman.graphs.compile_decoder import compile_decoder
+from magihuman.graphs.replay_decoder import _share_buffers
+from magihuman.kernels import reference as ref
+from magihuman.runtime.config import TurboVAEConfig
+from magihuman.runtime.model.turbo_vae import TurboVAE
+
+# The same sums in fp32 over other layouts, with biases added to sums rather than to terms: through
+# some 40 convolutions, of which norms keep the size, a few hundred units of 6e-8 at the very most.
+FP32 = 1e-5
+VAE = 1e-4  # of the golden data, as for the plain decoder
+WINDOWS = {True: (7, 8), False: (8, 9)}  # latents of the windows that clips are cut into
+OWN = "256x64 rows"  # a route whose convolutions find their zeros written
+Graphs = dict[tuple[bool, str], tuple[fx.GraphModule, Report]]
+
+
+@pytest.fixture(scope="module")
+def vae() -> TurboVAE:
+    """The golden decoder."""
+    values = golden.META["turbo_vae"]["config"]
+    values = {**values, "spatial_compression_ratio": 16, "temporal_compression_ratio": 4}
+    vae = TurboVAE(TurboVAEConfig.from_dict(values, "golden"))
+    data = golden.load("turbo_vae")
+    weights = {key.removeprefix("w."): value for key, value in data.items() if key[:2] == "w."}
+    vae.load_state_dict(weights, strict=True)
+    return vae.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def graphs(vae: TurboVAE) -> Graphs:
+    """By kind of window and route; values as the decoder's own."""
+    return {
+        (first, route): compile_decoder(
+            vae.decoder, vae.config, first, torch.float32, route_of=lambda weight, r=route: r
+        )
+        for first in (True, False)
+        for route in ("search", OWN)
+    }
+
+
+def run(module: fx.GraphModule, x: Tensor) -> Tensor:
+    """[B, 3, T, H, W], like the plain decoder's."""
+    pixels: Tensor = module(x.contiguous(memory_format=torch.channels_last_3d))[0]
+    return pixels.permute(0, 4, 1, 2, 3)
+
+
+@pytest.mark.parametrize("route", ["search", OWN])
+@pytest.mark.parametrize("first", [True, False])
+def test_rewritten_windows_are_the_plain_ones(
+    vae: TurboVAE, graphs: Graphs, first: bool, route: str
+) -> None:
+    """One graph for any size, also for one frame and for several windows at once."""
+    module, _ = graphs[first, route]
+    for frames in (1, *WINDOWS[first]):
+        for batch, rows, columns in ((1, 2, 3), (2, 1, 2)):
+            x = torch.randn(batch, 48, frames, rows, columns)
+            expected = vae.decoder(x, first)
+            assert golden.error(run(module, x), expected) <= FP32
+
+
+def test_every_block_is_found(graphs: Graphs) -> None:
+    for module, report in graphs.values():
+        assert report.matches == {
+            "norm, SiLU, pad": 24,
+            "norm, ReLU, pad": 7,
+            "norm of shortcuts": 3,
+            "pad": 3,
+            "upsample": 3,
+            "pixels": 1,
+            "convolution": 40,
+            "joins": 40 + 15,  # biases, and the additions of residual blocks
+        }
+        calls = Counter(str(n.target) for n in module.graph.nodes if n.op == "call_function")
+        calls.pop("<built-in function getitem>")
+        # A norm of a shortcut rides along with another.
+        assert calls == {
+            "magihuman.conv.default": 40,
+            "magihuman.join_norm.default": 24 + 7 + 3,
+            "magihuman.join_upsample.default": 3,
+            "magihuman.join_pixels.default": 1,
+        }
+
+
+def test_sums_are_stored_only_where_they_are_read_again(graphs: Graphs) -> None:
+    module, _ = graphs[False, "search"]
+    norms = [n for n in module.graph.nodes if str(n.target) == "magihuman.join_norm.default"]
+    residual = [norm for norm in norms if norm.args[1] is not None]
+    # Of 15 residual blocks one ends in an upsample without a convolution before it. Their sums are
+    # read again by another block, but for those before a shortcut, an upsample or the end.
+    assert len(residual) == 14
+    assert sum(bool(norm.args[9]) for norm in norms) == 2 + 2 + 1 + 1 + 2
+
+
+@pytest.mark.parametrize("latents", [5, 7, 14, 15])
+def test_golden_windows_hold(vae: TurboVAE, graphs: Graphs, latents: int) -> None:
+    data = golden.load("turbo_vae")
+    windows = vae.windows(data[f"z{latents}"], lambda x, first: run(graphs[first, OWN][0], x))
+    assert golden.error(torch.cat(list(windows), dim=2), data[f"y{latents}"]) <= VAE
+
+
+def test_bytes_are_those_of_the_plain_frames(vae: TurboVAE) -> None:
+    module, _ = compile_decoder(vae.decoder, vae.config, True)
+    x = torch.randn(1, 48, 2, 2, 2)
+    ours = module(x.contiguous(memory_format=torch.channels_last_3d))[0]
+    expected = ref.to_uint8(vae.decoder(x, True))
+    # A value next to a whole number may be truncated to either side of it.
+    assert (ours.int() - expected.int()).abs().max() <= 1
+    assert (ours != expected).float().mean() <= 1e-3
+
+
+def test_weights_are_laid_out_once_and_shared(vae: TurboVAE) -> None:
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    first, _ = compile_decoder(vae.decoder, vae.config, True)
+    later, _ = compile_decoder(vae.decoder, vae.config, False)
+    _share_buffers(first, later)
+    shared = dict(later.named_buffers())
+    for name, value in first.named_buffers():
+        assert shared[name] is value
+        if value.ndim == 5:
+            assert value.is_contiguous(memory_format=torch.channels_last_3d)
+    assert len(shared["conv_out.conv.weight"]) == 16  # 12, filled up
+    for name, value in vae.state_dict().items():  # the plain decoder is left as it was
+        assert torch.equal(value, before[name]) and value.is_contiguous()
+
+
+def test_a_model_that_drifts_from_the_reference_is_refused(
+    vae: TurboVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ref.pad_time
+    monkeypatch.setattr(
+        vae.decoder.conv_out, "forward", lambda x: vae.decoder.conv_out.conv(plain(x * 1.0, 1))
+    )
+    with pytest.raises(CompileError, match=r"norm, SiLU, pad must find 24 places .* found 23"):
+        compile_decoder(vae.decoder, vae.config, False)
