@@ -100,8 +100,8 @@ class CompiledDecoder:
         Raises:
             torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
         """
-        batch, _, *size = latents.shape
-        captured = self.prepare(Size(batch, *size, is_first))
+        batch, _, frames, rows, columns = latents.shape
+        captured = self.prepare(Size(batch, frames, rows, columns, is_first))
         captured.latents.copy_(latents)
         captured.graph.replay()
         return captured.pixels

@@ -97,7 +97,7 @@ class _Joins:
         found = self.sum_of(x)
         if len(found.videos) > 2:
             raise JoinError(f"{x} must be a sum of two videos at most, got {found.videos}")
-        video, delta = (*found.videos, None)[:2]
+        video, delta = found.videos[0], found.videos[1] if len(found.videos) > 1 else None
         with self.graph.inserting_before(node):
             bias = self.graph.get_attr(self.bias(found.biases)) if found.biases else None
         return video, delta, bias

@@ -11,7 +11,14 @@ from PIL import Image
 from sounds import write_sine
 
 from magihuman import runtime
-from magihuman.runtime import Cancelled, InvalidRequestError, MagiHumanError, Progress, Request
+from magihuman.runtime import (
+    Cancelled,
+    InvalidRequestError,
+    MagiHumanError,
+    OutputError,
+    Progress,
+    Request,
+)
 from magihuman.runtime.loading import TEXT_FOLDER
 from magihuman.runtime.text import TextEncoder, load_text_encoder
 
@@ -199,6 +206,47 @@ def test_cancelled_on_the_way(base_540p, large, stage, step):
         base_540p.generate("hi", **SMALL, **SR, on_progress=stop, cancel=cancel)
     assert reports[-1] == (stage, step)  # not a step further
     assert same(base_540p.generate("hi", **SMALL, **SR), large)
+
+
+def test_the_file_is_written_meanwhile(engine, tmp_path):
+    video = engine.generate("hi", **SMALL, save=tmp_path / "clip.mp4")
+    assert list(video.timings_s)[-3:] == ["decode_video", "decode_audio", "write"]
+    again = video.save(tmp_path / "again.mp4")
+    assert (tmp_path / "clip.mp4").read_bytes() == again.read_bytes()
+
+
+def test_cancelled_between_windows_leaves_no_file(engine, tmp_path):
+    cancel = threading.Event()
+
+    def stop(progress: Progress) -> None:
+        if (progress.stage, progress.step) == ("decode_video", 25):
+            cancel.set()
+
+    options = {"seconds": 2, "width": 32, "height": 32, "steps": 1}
+    with pytest.raises(Cancelled):
+        engine.generate(
+            "hi", **options, save=tmp_path / "clip.mp4", on_progress=stop, cancel=cancel
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_sound_leaves_no_file(engine, tmp_path, monkeypatch):
+    def fail(latents):
+        raise ValueError("no sound")
+
+    monkeypatch.setattr(engine._parts.audio_vae, "decode", fail)
+    with pytest.raises(ValueError, match="no sound"):
+        engine.generate("hi", **SMALL, save=tmp_path / "clip.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(engine, tmp_path):
+    reports: list[Progress] = []
+    with pytest.raises(OutputError, match="folder must exist"):
+        engine.generate(
+            "hi", **SMALL, save=tmp_path / "no" / "clip.mp4", on_progress=reports.append
+        )
+    assert reports == []
 
 
 def test_an_error_of_the_callback_leaves_the_engine_usable(engine):

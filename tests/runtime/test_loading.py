@@ -298,3 +298,12 @@ def test_of_the_hub_models_only_the_image_encoder_may_be_absent(monkeypatch, tmp
     assert "requests with an image will be refused" in caplog.text
     with pytest.raises(CheckpointError, match="stable-audio-open"):
         loading._third_party(loading.AUDIO_FOLDER, absent)
+
+
+def test_the_fast_decoder_is_refused_where_it_cannot_run(tiny_dir):
+    with pytest.raises(InvalidRequestError, match=r"vae='fast' needs .* there is no GPU; use"):
+        runtime.load(tiny_dir, device="cpu", vae="fast")
+    with pytest.raises(InvalidRequestError, match="vae must be one of 'fast', 'plain'"):
+        runtime.load(tiny_dir, device="cpu", vae="quick")
+    with runtime.load(tiny_dir, device="cpu") as engine:
+        assert engine.vae == "plain"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from sounds import loudest_hz, sine
 
 from magihuman.runtime import OutputError, Video
-from magihuman.runtime.media import atomic_path, check_output
+from magihuman.runtime.media import Mp4Writer, atomic_path, check_output
 
 FPS, RATE = 25, 44100
 
@@ -271,3 +272,56 @@ def test_the_disk_must_have_room(tmp_path):
 def test_save_checks_the_output(tmp_path):
     with pytest.raises(OutputError, match=r"must end in .mp4"):
         clip().save(tmp_path / "clip.avi")
+
+
+# -- writing while frames are made ------------------------------------------------------------
+
+
+def writer_of(video: Video, path: Path) -> Mp4Writer:
+    count, height, width = video.frames.shape[:3]
+    return Mp4Writer(path, count, width, height, FPS, RATE)
+
+
+def test_parts_make_the_file_that_the_whole_makes(tmp_path):
+    video = clip()
+    with writer_of(video, tmp_path / "parts.mp4") as writer:
+        for part in np.array_split(video.frames, 4):
+            writer.add(part)
+        assert writer.finish(video.audio) == tmp_path / "parts.mp4"
+    whole = video.save(tmp_path / "whole.mp4")
+    assert (tmp_path / "parts.mp4").read_bytes() == whole.read_bytes()
+
+
+def test_frames_are_encoded_before_the_last_comes(tmp_path):
+    """The sound is not there yet, and the encoder has already taken all but the last frames."""
+    video = noisy_clip()
+    with writer_of(video, tmp_path / "clip.mp4") as writer:
+        writer.add(video.frames[:-1])
+        deadline = time.monotonic() + 60
+        while not sum(file.stat().st_size for file in tmp_path.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not (tmp_path / "clip.mp4").exists()
+        writer.add(video.frames[-1:])
+        writer.finish(video.audio)
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("frames", [0, 3, 25])
+def test_a_caller_that_gives_up_leaves_what_was_there(tmp_path, frames):
+    video = clip()
+    (tmp_path / "clip.mp4").write_text("old")
+    with writer_of(video, tmp_path / "clip.mp4") as writer:
+        writer.add(video.frames[:frames])
+    assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+    assert (tmp_path / "clip.mp4").read_text() == "old"
+    assert not writer._thread.is_alive()
+
+
+def test_an_error_of_the_thread_reaches_the_caller(tmp_path):
+    video = noisy_clip()
+    with largest_file(2000), writer_of(video, tmp_path / "clip.mp4") as writer:
+        writer.add(video.frames)
+        with pytest.raises(OutputError, match="could not be written"):
+            writer.finish(video.audio)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,181 @@
+"""The video decoder's kernels and its captured windows on a GPU.
+
+Errors are relative to the reference in fp32 over the same inputs, and may be at most a tenth larger
+than those of the plain bf16 version.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import golden
+from magihuman.kernels import reference as ref
+from magihuman.runtime import random_weights
+from magihuman.runtime.config import TurboVAEConfig
+from magihuman.runtime.decode import decode_frames
+from magihuman.runtime.model.turbo_vae import TurboVAE
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from magihuman.graphs.replay_decoder import CompiledDecoder
+from magihuman.kernels import channel_norm, conv_rows, frames
+
+DEVICE = torch.device("cuda")
+SLACK = 1.1
+OPS = torch.ops.magihuman
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> None:
+    """What the allocator hands out next is full of NaN."""
+    torch.full((1 << 28,), float("nan"), device=DEVICE)
+
+
+def video(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    made = torch.randn(shape, device=DEVICE).to(dtype)
+    return made.contiguous(memory_format=torch.channels_last_3d)
+
+
+def assert_close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    assert golden.error(ours, exact) <= SLACK * golden.error(plain, exact) + 1e-7
+
+
+@pytest.mark.parametrize("channels", [8, 48, 64, 256, 512])
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 7), (9, 16, 30)])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_channel_norm(channels: int, size: tuple[int, int, int], activation: str) -> None:
+    deep, high, wide = size
+    bias = torch.randn(channels, device=DEVICE)
+    whole = video(2, channels, deep, high + 2, wide + 2)
+    for x, border in itertools.product(
+        (video(2, channels, *size), whole[..., :high, :wide]), (0, 1)
+    ):
+        for delta in (None, video(2, channels, *size)):
+            arguments = (bias, 1e-8, activation, 1, 1, border, 1e-6)
+            ours = channel_norm.channel_norm(x, delta, *arguments, True)
+            wide_delta = None if delta is None else delta.float()
+            exact = ref.join_norm(x.float(), wide_delta, *arguments)
+            # As the plain model computes: each step rounded.
+            total = x + bias.bfloat16()[:, None, None, None]
+            total = total if delta is None else total + delta
+            act = ref.ACTIVATIONS[activation]
+            y = ref.pad_time(act(ref.channel_norm(total, 1e-8)), 1)
+            plain = torch.nn.functional.pad(y, (border,) * 4), ref.channel_norm(total, 1e-6), total
+            for mine, theirs, right in zip(ours, plain, exact, strict=True):
+                assert mine is not None and right is not None
+                assert_close(mine, theirs, right)
+            if border:
+                assert (ours[0][..., 0, :] == 0).all() and (ours[0][..., -1] == 0).all()
+
+
+@pytest.mark.parametrize("channels", [8, 64, 512])
+def test_upsample_and_pixels(channels: int) -> None:
+    for in_time, border, drop in itertools.product((True, False), (0, 1), (0, 1)):
+        x = video(2, channels * (2 if in_time else 1), 3, 5, 7)
+        assert torch.equal(
+            frames.upsample(x, None, None, in_time, drop, border),
+            ref.join_upsample(x, None, None, in_time, drop, border),
+        )
+    x, bias = video(2, 16, 3, 5, 301), torch.randn(16, device=DEVICE)
+    ours = frames.pixels(x, bias, 3, 2, torch.uint8)
+    expected = ref.join_pixels(x, bias, 3, 2, torch.uint8)
+    # A value next to a whole number may be truncated to either side of it.
+    assert (ours.int() - expected.int()).abs().max() <= 1
+    assert (ours != expected).float().mean() <= 1e-3
+
+
+@pytest.mark.parametrize("route", conv_rows.TILES)
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)])
+def test_convolution_as_a_product_of_rows(route: str, kernel: tuple[int, int, int]) -> None:
+    tile = conv_rows.TILES[route]
+    for batch, channels, size in ((1, 64, (4, 5, 7)), (2, 128, (9, 18, 33)), (1, 192, (3, 3, 3))):
+        out = 2 * tile.columns
+        x, weight = video(batch, channels, *size), video(out, channels, *kernel) * 0.05
+        if reason := conv_rows.why_not(x, weight):
+            pytest.skip(reason)
+        weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        exact = torch.nn.functional.conv3d(x.double(), weight.double())
+        plain = OPS.conv(x, weight, [0, 0, 0], "cudnn")
+        assert_close(conv_rows.conv(x, weight, route), plain, exact)
+
+
+def golden_vae() -> tuple[TurboVAE, dict[str, Tensor]]:
+    values = golden.META["turbo_vae"]["config"]
+    values = {**values, "spatial_compression_ratio": 16, "temporal_compression_ratio": 4}
+    vae = TurboVAE(TurboVAEConfig.from_dict(values, "golden"))
+    data = golden.load("turbo_vae")
+    vae.load_state_dict({k.removeprefix("w."): v for k, v in data.items() if k[:2] == "w."})
+    return vae.to(DEVICE, torch.bfloat16).requires_grad_(False), data
+
+
+def clip_of(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder | None) -> Tensor:
+    if decoder is None:
+        return vae(z).float()
+    compiled = decoder
+    parts = vae.windows(z, lambda x, first: compiled(x, first).permute(0, 4, 1, 2, 3).clone())
+    return torch.cat(list(parts), dim=2)
+
+
+@torch.inference_mode()
+def test_golden_windows_through_captured_graphs() -> None:
+    vae, data = golden_vae()
+    decoder = CompiledDecoder(vae.decoder, vae.config, dtype=torch.float32)
+    for latents in (5, 7, 14, 15, 7):  # and one again, replayed
+        z, exact = data[f"z{latents}"].to(DEVICE), data[f"y{latents}"].to(DEVICE)
+        assert_close(clip_of(vae, z, decoder), clip_of(vae, z, None), exact)
+
+
+@pytest.fixture(scope="module")
+def full() -> tuple[TurboVAE, TurboVAE]:
+    """The published size in bf16 and, of the same weights before rounding, in fp32."""
+    config = TurboVAEConfig()
+    rounded, exact = (
+        random_weights.turbo_vae(config, 0, DEVICE, dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    return rounded, exact
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("own", [False, True])
+def test_full_size_is_as_near_to_fp32_as_the_plain_decoder(
+    full: tuple[TurboVAE, TurboVAE], own: bool
+) -> None:
+    rounded, exact_vae = full
+    z = torch.randn(1, 48, 15, 6, 10, device=DEVICE)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        exact = clip_of(exact_vae, z, None)
+
+    def route_of(weight: torch.Size) -> str:
+        tiles = conv_rows.tiles_for(weight[0]) if weight[1] % conv_rows.DEPTH == 0 else []
+        return tiles[0] if own and tiles else "search"
+
+    decoder = CompiledDecoder(
+        rounded.decoder, rounded.config, dtype=torch.float32, route_of=route_of
+    )
+    assert_close(clip_of(rounded, z, decoder), clip_of(rounded, z, None), exact)
+
+
+@torch.inference_mode()
+def test_windows_arrive_in_order_and_whole(full: tuple[TurboVAE, TurboVAE]) -> None:
+    """Also several at once, and again, over the same fixed outputs."""
+    vae, _ = full
+    z = torch.randn(1, 48, 32, 4, 6, device=DEVICE)
+    plain = decode_frames(vae, z)
+    for batch in (1, 3):
+        decoder = CompiledDecoder(vae.decoder, vae.config, batch=batch)
+        for _ in range(2):
+            parts: list[Tensor] = []
+            whole = decode_frames(
+                vae, z, decoder=decoder, on_window=lambda p, to=parts: to.append(torch.tensor(p))
+            )
+            assert torch.equal(torch.cat(parts), torch.from_numpy(whole))
+            # Two roundings of values to bf16 and to bytes apart, of windows, not of their order:
+            # a window in another's place would be off by tens.
+            difference = abs(whole.astype(int) - plain.astype(int))
+            assert difference.mean() <= 2 and whole.shape == plain.shape
