@@ -258,7 +258,7 @@ class Run:
             pictures, wave = self.decode(video, audio, file)
             if file is not None:
                 with self.stage("write"):
-                    file.finish(wave)
+                    file.finish()
         return Video(
             frames=pictures,
             audio=wave,
@@ -285,20 +285,26 @@ class Run:
                     (lambda part: None) if file is None else file.add,
                 )
 
+        def sound() -> Waveform:
+            wave = parts.audio_vae.decode(audio)
+            if file is not None:
+                file.add_sound(wave)
+            return wave
+
         if self.device.type != "cuda":
             pictures = frames()
             with self.stage("decode_audio"):
-                return pictures, parts.audio_vae.decode(audio)
+                return pictures, sound()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
 
-        def sound() -> Waveform:
+        def meanwhile() -> Waveform:
             with torch.cuda.device(self.device), torch.cuda.stream(stream):
-                return parts.audio_vae.decode(audio)
+                return sound()
 
         # Leaving the pool waits for the sound, also where decoding frames raises.
         with ThreadPoolExecutor(1, "sound") as pool:
-            decoding = pool.submit(sound)
+            decoding = pool.submit(meanwhile)
             pictures = frames()
             with self.stage("decode_audio"):
                 return pictures, decoding.result()

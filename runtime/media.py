@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -159,8 +160,9 @@ def write_mp4(video: Video, path: Path) -> Path:
     """
     frames, height, width = video.frames.shape[:3]
     with Mp4Writer(path, frames, width, height, video.fps, video.sample_rate_hz) as writer:
+        writer.add_sound(video.audio)
         writer.add(video.frames)
-        return writer.finish(video.audio)
+        return writer.finish()
 
 
 class Mp4Writer:
@@ -183,8 +185,7 @@ class Mp4Writer:
         check_output(self.path, frames, width_px, height_px)
         self._frames, self._fps, self._rate = frames, fps, sample_rate_hz
         self._size = width_px, height_px
-        # None: the caller has given up.
-        self._parts: queue.SimpleQueue[npt.NDArray[Any] | None] = queue.SimpleQueue()
+        self._parts: queue.SimpleQueue[_Frames | _Sound | _End] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._is_finished = False
         self._thread = threading.Thread(target=self._run, name="mp4", daemon=True)
@@ -200,20 +201,24 @@ class Mp4Writer:
         trace: TracebackType | None,
     ) -> None:
         if not self._is_finished:
-            self._parts.put(None)
+            self._parts.put(_End(is_wanted=False))
             self._thread.join()
 
     def add(self, frames: npt.NDArray[np.uint8]) -> None:
         """The next frames, [n, H, W, 3]; they are read later and must stay as they are."""
-        self._parts.put(frames)
+        self._parts.put(_Frames(frames))
 
-    def finish(self, audio: npt.NDArray[np.float32]) -> Path:
-        """Add the sound [samples, 2] behind the last frame and wait for the file.
+    def add_sound(self, audio: npt.NDArray[np.float32]) -> None:
+        """All of the sound, [samples, 2], at any time; from any thread."""
+        self._parts.put(_Sound(audio))
+
+    def finish(self) -> Path:
+        """Wait for the file, once all frames and the sound are added. Before, there is none.
 
         Raises:
             OutputError: it could not be written; nothing is left of it.
         """
-        self._parts.put(audio)
+        self._parts.put(_End(is_wanted=True))
         self._thread.join()
         self._is_finished = True
         if self._error is not None:
@@ -255,11 +260,19 @@ class Mp4Writer:
         sound.bit_rate = AUDIO_BIT_RATE
 
         converter = VideoReformatter()  # one for all frames: it keeps its tables
-        done = 0
-        while done < self._frames:
-            part = self._next()
-            done += len(part)
-            for pixels in part:
+        done, has_sound = 0, False
+        while done < self._frames or not has_sound:
+            part = self._parts.get()
+            if isinstance(part, _End):
+                raise _GivenUpError
+            if isinstance(part, _Sound):
+                has_sound = True
+                for samples in self._blocks(part.samples):
+                    container.mux(sound.encode(samples))
+                container.mux(sound.encode(None))
+                continue
+            done += len(part.pixels)
+            for pixels in part.pixels:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 frame = converter.reformat(
                     frame,
@@ -268,9 +281,16 @@ class Mp4Writer:
                     dst_color_range=ColorRange.MPEG,
                 )
                 container.mux(picture.encode(frame))
-        container.mux(picture.encode(None))
+            if done == self._frames:
+                container.mux(picture.encode(None))
+        end = self._parts.get()  # the caller may give up even now
+        if not isinstance(end, _End) or not end.is_wanted:
+            raise _GivenUpError
 
-        audio = self._next()
+    def _blocks(self, audio: npt.NDArray[np.float32]) -> Iterator[Any]:
+        """The sound as far as the picture goes, cut for the encoder."""
+        import av
+
         length = min(len(audio), round(self._frames / self._fps * self._rate))
         wave = np.ascontiguousarray(audio[:length].T, dtype=np.float32).clip(-1, 1)
         for start in range(0, length, AUDIO_BLOCK):
@@ -279,14 +299,22 @@ class Mp4Writer:
             samples.sample_rate = self._rate
             samples.pts = start
             samples.time_base = Fraction(1, self._rate)
-            container.mux(sound.encode(samples))
-        container.mux(sound.encode(None))
+            yield samples
 
-    def _next(self) -> npt.NDArray[Any]:
-        part = self._parts.get()
-        if part is None:
-            raise _GivenUpError
-        return part
+
+@dataclass(frozen=True)
+class _Frames:
+    pixels: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Sound:
+    samples: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _End:
+    is_wanted: bool  # whether the file is
 
 
 class _GivenUpError(Exception):

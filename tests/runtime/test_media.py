@@ -287,7 +287,8 @@ def test_parts_make_the_file_that_the_whole_makes(tmp_path):
     with writer_of(video, tmp_path / "parts.mp4") as writer:
         for part in np.array_split(video.frames, 4):
             writer.add(part)
-        assert writer.finish(video.audio) == tmp_path / "parts.mp4"
+        writer.add_sound(video.audio)
+        assert writer.finish() == tmp_path / "parts.mp4"
     whole = video.save(tmp_path / "whole.mp4")
     assert (tmp_path / "parts.mp4").read_bytes() == whole.read_bytes()
 
@@ -303,7 +304,8 @@ def test_frames_are_encoded_before_the_last_comes(tmp_path):
             time.sleep(0.01)
         assert not (tmp_path / "clip.mp4").exists()
         writer.add(video.frames[-1:])
-        writer.finish(video.audio)
+        writer.add_sound(video.audio)
+        writer.finish()
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
 
 
@@ -312,6 +314,7 @@ def test_a_caller_that_gives_up_leaves_what_was_there(tmp_path, frames):
     video = clip()
     (tmp_path / "clip.mp4").write_text("old")
     with writer_of(video, tmp_path / "clip.mp4") as writer:
+        writer.add_sound(video.audio)
         writer.add(video.frames[:frames])
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
     assert (tmp_path / "clip.mp4").read_text() == "old"
@@ -322,6 +325,7 @@ def test_an_error_of_the_thread_reaches_the_caller(tmp_path):
     video = noisy_clip()
     with largest_file(2000), writer_of(video, tmp_path / "clip.mp4") as writer:
         writer.add(video.frames)
+        writer.add_sound(video.audio)
         with pytest.raises(OutputError, match="could not be written"):
-            writer.finish(video.audio)
+            writer.finish()
     assert list(tmp_path.iterdir()) == []
