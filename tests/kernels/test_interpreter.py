@@ -159,7 +159,7 @@ def check_channel_norm() -> None:
 def check_frames() -> None:
     from magihuman.kernels.frames import pixels, upsample
 
-    for channels, drop in itertools.product((8, 24), (0, 1)):
+    for channels, drop in ((8, 0), (24, 1)):
         for in_time, delta, bias in itertools.product((True, False), (True, False), (True, False)):
             shape = (2, channels * (2 if in_time else 1), 3, 3, 5)
             x, change = video(*shape), video(*shape) if delta else None
