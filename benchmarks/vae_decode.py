@@ -1,6 +1,7 @@
 """The video decoder: plain, through torch.compile, and compiled to fused operators; error and time.
 
-    python benchmarks/vae_decode.py [--folder RESULTS] [--baseline] [--sizes 256p 540p 1080p]
+    python benchmarks/vae_decode.py [--folder RESULTS] [--baseline] [--cudnn-only]
+        [--sizes 256p 540p 1080p] [--variants NAME ...]
 
 Random weights at full size, clips of 5 s: 32 latent frames, 125 frames, windows of 8, 9, 9, 9 and 8
 latents. A part that fails is reported as its error, and the others go on.
@@ -292,7 +293,8 @@ def measure_size(size: str, baseline: bool, variants: dict[str, dict[str, Any]])
         with guarded(found, "profile"):
             found["profile"] = profile(vae, z, variants)
         with guarded(found, "mp4"):
-            decoder = CompiledDecoder(vae.decoder, vae.config, **variants[DEFAULT])
+            options = variants.get(DEFAULT, {})
+            decoder = CompiledDecoder(vae.decoder, vae.config, **options)
             found["mp4"] = mp4_after_last_frame(vae, z, decoder)
             show(f"{size} mp4", found["mp4"])
     if baseline:
@@ -340,7 +342,7 @@ def profile(vae: TurboVAE, z: Tensor, variants: dict[str, dict[str, Any]]) -> di
     return found
 
 
-def convolutions(vae: TurboVAE, z: Tensor) -> list[dict[str, Any]]:
+def convolutions(vae: TurboVAE, z: Tensor, with_own: bool) -> list[dict[str, Any]]:
     """Every kind of convolution of a middle window: FLOP, calls, and milliseconds by each route."""
     module, _ = compile_decoder(vae.decoder, vae.config, False)
     kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -359,7 +361,7 @@ def convolutions(vae: TurboVAE, z: Tensor) -> list[dict[str, Any]]:
     needed = {
         (name, kernel[0] * kernel[1] * kernel[2])
         for _, (out, channels, *kernel), _ in kinds
-        if channels % conv_rows.DEPTH == 0
+        if with_own and channels % conv_rows.DEPTH == 0
         for name in conv_rows.tiles_for(out)
     }
     conv_rows.compile_tiles(needed)
@@ -367,14 +369,17 @@ def convolutions(vae: TurboVAE, z: Tensor) -> list[dict[str, Any]]:
     for (shape, weight_shape, padding), row in kinds.items():
         row |= {"x": shape, "weight": weight_shape}
         with guarded(row, "failed"):
-            row |= _one_convolution(shape, weight_shape, padding)
+            row |= _one_convolution(shape, weight_shape, padding, with_own)
         show("convolution", row)
         table.append(row)
     return table
 
 
 def _one_convolution(
-    shape: tuple[int, ...], weight_shape: tuple[int, ...], padding: tuple[int, ...]
+    shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    padding: tuple[int, ...],
+    with_own: bool,
 ) -> dict[str, Any]:
     def randn(*size: int) -> Tensor:
         made = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
@@ -392,7 +397,7 @@ def _one_convolution(
     }
     if any(padding):
         calls["search, padded before"] = (border, none, SEARCH)
-    if weight_shape[1] % conv_rows.DEPTH == 0:
+    if with_own and weight_shape[1] % conv_rows.DEPTH == 0:
         calls |= {tile: (border, none, tile) for tile in conv_rows.tiles_for(weight_shape[0])}
     for name, (source, zeros, route) in calls.items():
         with guarded(found["ms"], name):
@@ -434,16 +439,20 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--baseline", action="store_true", help="torch.compile too, a minute more")
+    parser.add_argument("--cudnn-only", action="store_true", help="leave the own product out")
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # the fp32 decoder is the exact one
     variants = {name: dict(VARIANTS[name]) for name in arguments.variants}
+    if arguments.cudnn_only:
+        variants.pop("own products", None)
     kept = arguments.folder / "vae_decode.json"  # sizes may be measured one after another
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     figures.pop("environment", None)
     figures |= {"latents": LATENTS, "cudnn": torch.backends.cudnn.version()}
     with torch.inference_mode():
         with guarded(figures, "convolutions"):
-            table = convolutions(vae_of(torch.bfloat16), latents_of("256p"))
+            own_too = not arguments.cudnn_only
+            table = convolutions(vae_of(torch.bfloat16), latents_of("256p"), own_too)
             figures["convolutions"] = table
             routes = fastest_routes(table)
             for options in variants.values():
@@ -454,7 +463,7 @@ def main() -> None:
             figures["error"] = errors(latents_of("256p"), variants)
             show("error", figures["error"])
         for size in arguments.sizes:
-            chosen = variants if size != "1080p" else {DEFAULT: variants[DEFAULT]}
+            chosen = variants if size != "1080p" else {DEFAULT: variants.get(DEFAULT, {})}
             figures[size] = measure_size(size, arguments.baseline and size != "1080p", chosen)
             environment.write("vae_decode", figures, arguments.folder)
     print(environment.write("vae_decode", figures, arguments.folder))
