@@ -1,7 +1,7 @@
 """The video decoder: plain, through torch.compile, and compiled to fused operators; error and time.
 
-    python benchmarks/vae_decode.py [--folder RESULTS] [--baseline] [--cudnn-only]
-        [--sizes 256p 540p 1080p] [--variants NAME ...]
+    python benchmarks/vae_decode.py [--folder RESULTS] [--baseline] [--sizes 256p 540p 1080p]
+        [--variants NAME ...]
 
 Random weights at full size, clips of 5 s: 32 latent frames, 125 frames, windows of 8, 9, 9, 9 and 8
 latents. A part that fails is reported as its error, and the others go on.
@@ -30,9 +30,7 @@ from torch import Tensor, fx
 import environment
 from magihuman.graphs.compile_decoder import compile_decoder
 from magihuman.graphs.replay_decoder import CompiledDecoder
-from magihuman.kernels import conv_rows
 from magihuman.kernels import reference as ref
-from magihuman.kernels.decoder_ops import CUDNN, SEARCH
 from magihuman.runtime import config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import _groups, decode_frames
@@ -49,29 +47,12 @@ CONV_RATE = 650e12  # FLOP a second, predicted of cuDNN's convolutions
 BANDWIDTH = 2.7e12  # bytes a second, predicted of the kernels between them
 
 # Variants of the compiled decoder by name: options of `CompiledDecoder`.
-OWN_TILES = {  # by channels out, for the variant that has no cuDNN where it can
-    16: "256x16 rows",
-    64: "256x64 rows in pairs",
-    128: "256x128 rows in pairs",
-    256: "128x256 rows in pairs",
-    512: "128x256 rows in pairs",
-    1024: "128x256 rows in pairs",
-}
-
-
-def own(weight: torch.Size) -> str:
-    """The own product wherever it can."""
-    return SEARCH if weight[1] % conv_rows.DEPTH else OWN_TILES[weight[0]]
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
-    "cudnn, searched": {"route_of": lambda weight: SEARCH},
-    "cudnn, heuristics": {"route_of": lambda weight: CUDNN},
-    "own products": {"route_of": own},
-    "fastest of each": {},  # its routes are those of the table of convolutions
-    "fastest of each, batch 3": {"batch": 3},
+    "default": {},
+    "one window at a time": {"batch": 1},
+    "no zeros written before": {"padded": lambda weight: False},
 }
-DEFAULT = "fastest of each"
+DEFAULT = "default"
 
 
 def latents_of(size: str, seed: int = 0) -> Tensor:
@@ -122,7 +103,7 @@ def predicted_ms(work: dict[str, float]) -> float:
 def device_ms(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder) -> float:
     """Device time of all windows, without the way to the host."""
     x = vae.denormalize(z)
-    groups = list(_groups(vae.plan(z.shape[2]), decoder.batch))
+    groups = list(_groups(vae.plan(z.shape[2]), decoder.batch_of(*z.shape[3:])))
 
     def run() -> None:
         for group in groups:
@@ -324,7 +305,7 @@ def profile(vae: TurboVAE, z: Tensor, variants: dict[str, dict[str, Any]]) -> di
     """Device milliseconds of each kernel of one clip, compactly."""
     found = {}
     for name, options in variants.items():
-        if options.get("batch", 1) > 1:
+        if name != DEFAULT:
             continue
         decoder = CompiledDecoder(vae.decoder, vae.config, **options)
         decode_frames(vae, z, decoder=decoder)
@@ -342,15 +323,15 @@ def profile(vae: TurboVAE, z: Tensor, variants: dict[str, dict[str, Any]]) -> di
     return found
 
 
-def convolutions(vae: TurboVAE, z: Tensor, with_own: bool) -> list[dict[str, Any]]:
-    """Every kind of convolution of a middle window: FLOP, calls, and milliseconds by each route."""
-    module, _ = compile_decoder(vae.decoder, vae.config, False)
+def convolutions(vae: TurboVAE, z: Tensor) -> list[dict[str, Any]]:
+    """Every kind of convolution of a middle window: FLOP, calls, and milliseconds by who pads."""
+    module, _ = compile_decoder(vae.decoder, vae.config, False, padded=lambda weight: False)
     kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     class Recorder(fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
             if target is torch.ops.magihuman.conv.default:
-                x, weight, padding, _ = args
+                x, weight, padding = args
                 key = (tuple(x.shape), tuple(weight.shape), tuple(padding))
                 found = kinds.setdefault(key, {"calls": 0})
                 found["calls"] += 1
@@ -358,73 +339,34 @@ def convolutions(vae: TurboVAE, z: Tensor, with_own: bool) -> list[dict[str, Any
 
     x = vae.denormalize(z)[:, :, 6:15].contiguous(memory_format=torch.channels_last_3d)
     Recorder(module).run(x)
-    needed = {
-        (name, kernel[0] * kernel[1] * kernel[2])
-        for _, (out, channels, *kernel), _ in kinds
-        if with_own and channels % conv_rows.DEPTH == 0
-        for name in conv_rows.tiles_for(out)
-    }
-    conv_rows.compile_tiles(needed)
     table = []
     for (shape, weight_shape, padding), row in kinds.items():
         row |= {"x": shape, "weight": weight_shape}
-        with guarded(row, "failed"):
-            row |= _one_convolution(shape, weight_shape, padding, with_own)
+        row |= _one_convolution(shape, weight_shape, padding)
         show("convolution", row)
         table.append(row)
     return table
 
 
 def _one_convolution(
-    shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    padding: tuple[int, ...],
-    with_own: bool,
+    shape: tuple[int, ...], weight_shape: tuple[int, ...], padding: tuple[int, ...]
 ) -> dict[str, Any]:
     def randn(*size: int) -> Tensor:
         made = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
         return made.contiguous(memory_format=torch.channels_last_3d)
 
     x, weight = randn(*shape), randn(*weight_shape) * 0.02
-    border = F.pad(x, (padding[2],) * 2 + (padding[1],) * 2)
-    border = border.contiguous(memory_format=torch.channels_last_3d)
-    exact = torch.ops.magihuman.conv(x, weight, list(padding), CUDNN)
-    found: dict[str, Any] = {"flop": 2 * exact.numel() * weight[0].numel(), "ms": {}}
-    none, pads = [0, 0, 0], list(padding)
-    calls: dict[str, tuple[Tensor, list[int], str]] = {
-        CUDNN: (x, pads, CUDNN),
-        SEARCH: (x, pads, SEARCH),
-    }
+    calls: dict[str, tuple[Tensor, list[int]]] = {"cudnn": (x, list(padding))}
     if any(padding):
-        calls["search, padded before"] = (border, none, SEARCH)
-    if with_own and weight_shape[1] % conv_rows.DEPTH == 0:
-        calls |= {tile: (border, none, tile) for tile in conv_rows.tiles_for(weight_shape[0])}
-    for name, (source, zeros, route) in calls.items():
-        with guarded(found["ms"], name):
-            actual = torch.ops.magihuman.conv(source, weight, zeros, route)
-            if error(actual, exact) > 1e-2:
-                raise ValueError(f"wrong result: error {error(actual, exact)}")
-            run = functools.partial(torch.ops.magihuman.conv, source, weight, zeros, route)
-            found["ms"][name] = replay_ms([run] * 4)
-    times = {name: ms for name, ms in found["ms"].items() if isinstance(ms, float)}
-    found["fastest"] = min(times, key=times.__getitem__)
-    found["tflops"] = found["flop"] / times[found["fastest"]] / 1e9
-    return found
-
-
-def fastest_routes(table: list[dict[str, Any]]) -> Callable[[torch.Size], str]:
-    """By the shape of the weight; where sizes differ, by the sum of their times."""
-    sums: dict[tuple[int, ...], dict[str, float]] = {}
-    for row in table:
-        if "ms" not in row:
-            continue
-        total = sums.setdefault(tuple(row["weight"]), {})
-        for name, milliseconds in row["ms"].items():
-            if isinstance(milliseconds, float) and name != "search, padded before":
-                total[name] = total.get(name, 0.0) + milliseconds * row["calls"]
-    best = {weight: min(total, key=total.__getitem__) for weight, total in sums.items()}
-    show("routes", {str(weight): name for weight, name in best.items()})
-    return lambda weight: best.get(tuple(weight), SEARCH)
+        border = F.pad(x, (padding[2],) * 2 + (padding[1],) * 2)
+        border = border.contiguous(memory_format=torch.channels_last_3d)
+        calls["padded before"] = (border, [0, 0, 0])
+    times = {}
+    for name, (source, zeros) in calls.items():
+        run = functools.partial(torch.ops.magihuman.conv, source, weight, zeros)
+        times[name] = replay_ms([run] * 4)
+    flop = 2 * run().numel() * weight[0].numel()
+    return {"flop": flop, "ms": times, "tflops": flop / times["cudnn"] / 1e9}
 
 
 def show(name: str, figures: Any) -> None:
@@ -439,26 +381,19 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--baseline", action="store_true", help="torch.compile too, a minute more")
-    parser.add_argument("--cudnn-only", action="store_true", help="leave the own product out")
     arguments = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # the fp32 decoder is the exact one
     variants = {name: dict(VARIANTS[name]) for name in arguments.variants}
-    if arguments.cudnn_only:
-        variants.pop("own products", None)
     kept = arguments.folder / "vae_decode.json"  # sizes may be measured one after another
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     figures.pop("environment", None)
     figures |= {"latents": LATENTS, "cudnn": torch.backends.cudnn.version()}
     with torch.inference_mode():
         with guarded(figures, "convolutions"):
-            own_too = not arguments.cudnn_only
-            table = convolutions(vae_of(torch.bfloat16), latents_of("256p"), own_too)
+            table = convolutions(vae_of(torch.bfloat16), latents_of("256p"))
             figures["convolutions"] = table
-            routes = fastest_routes(table)
-            for options in variants.values():
-                options.setdefault("route_of", routes)
-            sums = [row["calls"] * row["ms"][row["fastest"]] for row in table if "fastest" in row]
-            show("convolutions of a middle window, ms", sum(sums))
+            total = sum(row["calls"] * min(row["ms"].values()) for row in table)
+            show("convolutions of a middle window, ms", total)
         with guarded(figures, "error"):
             figures["error"] = errors(latents_of("256p"), variants)
             show("error", figures["error"])

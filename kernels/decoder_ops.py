@@ -12,7 +12,6 @@ from torch import Tensor
 from magihuman.kernels import reference as ref
 
 CHANNELS_LAST = torch.channels_last_3d
-SEARCH, CUDNN = "search", "cudnn"  # routes of a convolution
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -115,29 +114,25 @@ def _(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> T
 
 
 @torch.library.custom_op("magihuman::conv", mutates_args=())
-def conv(x: Tensor, weight: Tensor, padding: list[int], route: str) -> Tensor:
-    """Convolution of a video without bias; on a GPU by this route.
+def conv(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
+    """Convolution of a video without bias, on a GPU by cuDNN's heuristics.
 
     x: [B, C, T, H, W]; weight: [out, C, 3 or 1, ...] in `channels_last_3d`, like x; padding: zeros
-    along T, H and W. route: "search", where cuDNN tries its algorithms on a shape's first call and
-    keeps the fastest; "cudnn", where it goes by its heuristics; or, without padding, one of
-    `conv_rows.TILES`. Pixels of a line follow each other in the result.
+    along T, H and W.
     """
     if not x.is_cuda:
         out = F.conv3d(x, weight, None, 1, padding)
         return out.contiguous(memory_format=CHANNELS_LAST)
-    if route in (SEARCH, CUDNN):
-        # By name: PyTorch sends some bf16 convolutions to a slow kernel of its own.
-        return torch.ops.aten.cudnn_convolution(
-            x, weight, padding, [1, 1, 1], [1, 1, 1], 1, route == SEARCH, False, False
-        )
-    from magihuman.kernels import conv_rows
-
-    return conv_rows.conv(x, weight, route)
+    # By name: PyTorch sends some bf16 convolutions to a slow kernel of its own. Without a search
+    # (`benchmark`), which found nothing faster and may choose otherwise in another process.
+    return torch.ops.aten.cudnn_convolution(
+        x, weight, padding, [1, 1, 1], [1, 1, 1], 1, benchmark=False, deterministic=False,
+        allow_tf32=False,
+    )  # fmt: skip
 
 
 @conv.register_fake
-def _(x: Tensor, weight: Tensor, padding: list[int], route: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     size = [
         n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
     ]

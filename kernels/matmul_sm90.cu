@@ -7,10 +7,7 @@
 // CUTLASS's persistent cooperative kernel (CUTLASS documentation, "Efficient GEMM in CUDA"), the
 // instructions those of the PTX ISA (wgmma, mbarrier, cp.async.bulk.tensor).
 //
-// With more than one tap the product is a convolution: each tap is a block of the weight's columns,
-// and multiplies the rows of x that lie at a distance of its own below the rows of the product.
-//
-// The launcher defines TAPS, FP8, OUT_FP8, COLUMNS, BLOCKS, STAGES, CLUSTER_ROWS, CLUSTER_COLUMNS, EPILOGUE,
+// The launcher defines FP8, OUT_FP8, COLUMNS, BLOCKS, STAGES, CLUSTER_ROWS, CLUSTER_COLUMNS, EPILOGUE,
 // OUT_BYTES, BUFFERS and the texts WGMMA_KIND, WGMMA_SUMS, WGMMA_OPERANDS, WGMMA_X, WGMMA_WEIGHT,
 // WGMMA_USE, WGMMA_TAIL.
 
@@ -62,8 +59,6 @@ struct Shape {
     int first_row[3];    // of each run
     int rows[3];         // of each run
     int last_tile[3];    // row tiles up to and with each run
-    int blocks_of_tap;   // of DEPTH
-    int shift[TAPS];     // rows of x from those of the product
 };
 
 struct Place {
@@ -317,19 +312,15 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
                 for (int block = 0; block < shape.blocks; ++block, ++count) {
                     u32 slot = count % STAGES, ready = full + slot * 8;
                     u32 x = base + slot * STAGE_BYTES, weight = x + X_BYTES;
-                    int k = block * DEPTH, x_k = k, x_at = x_row;
-                    if (TAPS > 1) {
-                        x_k = block % shape.blocks_of_tap * DEPTH;
-                        x_at += shape.shift[block / shape.blocks_of_tap];
-                    }
+                    int k = block * DEPTH;
                     barrier_wait(empty + slot * 8, count / STAGES % 2 ^ 1);
                     barrier_expect(ready, STAGE_BYTES);
                     if (CLUSTER_COLUMNS > 1) {
                         constexpr int part = ROWS / CLUSTER_COLUMNS;
-                        load_shared(&maps.x, x + rank * part * DEPTH_BYTES, ready, x_k,
-                                    x_at + rank * part);
+                        load_shared(&maps.x, x + rank * part * DEPTH_BYTES, ready, k,
+                                    x_row + rank * part);
                     } else {
-                        load(&maps.x, x, ready, x_k, x_at);
+                        load(&maps.x, x, ready, k, x_row);
                     }
                     if (CLUSTER_ROWS > 1) {
                         constexpr int part = COLUMNS / CLUSTER_ROWS;

@@ -69,7 +69,6 @@ class _Shape(ctypes.Structure):
         ("first_row", ctypes.c_int * 3),
         ("rows", ctypes.c_int * 3),
         ("last_tile", ctypes.c_int * 3),
-        ("blocks_of_tap", ctypes.c_int),
     ]
 
 
@@ -108,18 +107,11 @@ def ring(tile: Tile, epilogue: Epilogue, out_dtype: torch.dtype) -> tuple[int, i
     return (SHARED_BYTES - buffers * CONSUMERS * box) // stage, buffers
 
 
-@functools.cache
-def _shape_of(taps: int) -> type[_Shape]:
-    """The arguments of a product of so many taps."""
-    return type("_ShapeOfTaps", (_Shape,), {"_fields_": [("shift", ctypes.c_int * taps)]})
-
-
-def source(tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype, taps: int = 1) -> str:
-    """The kernel for one tile, epilogue, type of operands and of output, and number of taps."""
+def source(tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype) -> str:
+    """The kernel for one tile, epilogue, type of operands and of output."""
     stages, buffers = ring(tile, epilogue, out_dtype)
     sums = tile.columns // 2  # registers of a thread for 64 rows
     macros = {
-        "TAPS": taps,
         "FP8": int(fp8),
         "OUT_FP8": int(out_dtype == FP8),
         "COLUMNS": tile.columns,
@@ -153,14 +145,9 @@ def compile_tiles(
 
 @functools.cache
 def _kernel(
-    tile: Tile,
-    epilogue: Epilogue,
-    fp8: bool,
-    out_dtype: torch.dtype,
-    taps: int,
-    device: torch.device,
+    tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype, device: torch.device
 ) -> nvrtc.Kernel:
-    code = nvrtc.compile_cubin(source(tile, epilogue, fp8, out_dtype, taps), ARCH)
+    code = nvrtc.compile_cubin(source(tile, epilogue, fp8, out_dtype), ARCH)
     return nvrtc.Kernel(code, "matmul", SHARED_BYTES + 2048)
 
 
@@ -178,12 +165,8 @@ def matmul(
     tile: Tile,
     x_scale: Tensor | float | None = None,
     weight_scale: Tensor | None = None,
-    shifts: tuple[int, ...] = (0,),
 ) -> None:
     """`out = epilogue(x @ weight.T)`, or `out += x @ weight.T` for "add".
-
-    With several `shifts` a convolution: the sum over i of `x[n + shifts[i]] @ weight_i.T`, where
-    weight_i are columns i K to (i + 1) K of the weight, and rows outside x are zeros.
 
     Args:
         x: [N, K or more] bf16 or e4m3, rows at multiples of 16 bytes; N at least 1.
@@ -198,23 +181,13 @@ def matmul(
         tile: how the work is cut.
         x_scale: of e4m3 operands, [N] fp32, or one number for all rows.
         weight_scale: of e4m3 operands, [M] or [3 M] fp32, M even.
-        shifts: of rows; with several, x is [N + ..., K] and N counts the rows of `out`, K is a
-            multiple of the depth of a block and `counts` is None.
     """
     fp8 = x.dtype == FP8
     depth_block = DEPTH_BYTES // x.element_size()
     columns, depth = columns_of(weight, counts), weight.shape[1]
-    taps = len(shifts)
-    if taps > 1 and (counts or depth != taps * x.shape[1] or x.shape[1] % depth_block):
-        raise ValueError(
-            f"a weight of {taps} taps must have {taps} times the columns of x, which come in"
-            f" multiples of {depth_block}, got {tuple(weight.shape)} and {tuple(x.shape)}"
-        )
-    runs = counts or (out.shape[0], 0, 0)
-    maps, shape = _Maps(), _shape_of(taps)()
-    maps.x = nvrtc.tensor_map(
-        x, x.shape[0], depth // taps, tile.rows // tile.cluster_columns, depth_block
-    )
+    runs = counts or (x.shape[0], 0, 0)
+    maps, shape = _Maps(), _Shape()
+    maps.x = nvrtc.tensor_map(x, x.shape[0], depth, tile.rows // tile.cluster_columns, depth_block)
     maps.weight = nvrtc.tensor_map(
         weight, weight.shape[0], depth, tile.columns // tile.cluster_rows, depth_block
     )
@@ -232,8 +205,6 @@ def matmul(
         shape.x_scale_of_all = x_scale or 1.0
     shape.weight_scale = None if weight_scale is None else weight_scale.data_ptr()
     shape.blocks = -(-depth // depth_block)
-    shape.blocks_of_tap = shape.blocks // taps
-    shape.shift[:] = shifts
     shape.column_tiles = -(-columns // (tile.columns * tile.cluster_columns))
     shape.row_tiles = tiles
     shape.group = -(-tiles // -(-tiles // tile.group))  # groups of like height
@@ -241,5 +212,5 @@ def matmul(
     cluster = tile.cluster_rows * tile.cluster_columns
     clusters = min(tiles * shape.column_tiles, _processors(x.device) // cluster)
     with torch.cuda.device(x.device):
-        kernel = _kernel(tile, epilogue, fp8, out.dtype, taps, x.device)
+        kernel = _kernel(tile, epilogue, fp8, out.dtype, x.device)
         kernel.launch(clusters * cluster, THREADS, maps, shape)

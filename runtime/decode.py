@@ -20,7 +20,8 @@ Frames = npt.NDArray[np.uint8]
 class Decoder(Protocol):
     """Windows of latents [B, 48, T, H, W] to uint8 [B, frames, 16 H, 16 W, 3], without waiting."""
 
-    batch: int  # windows of one size that are decoded at once, at most
+    def batch_of(self, rows: int, columns: int) -> int:
+        """How many windows of this size are decoded at once, at most."""
 
     def __call__(self, latents: Tensor, is_first: bool) -> Tensor: ...
 
@@ -74,7 +75,7 @@ def _compiled(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[tuple
     compute, copies = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
     done = 0
     running: tuple[torch.cuda.Event, int] | None = None
-    for group in _groups(vae.plan(latent.shape[2]), decoder.batch):
+    for group in _groups(vae.plan(latent.shape[2]), decoder.batch_of(*latent.shape[3:])):
         latents = torch.cat([x[:, :, window.begin : window.end] for window in group])
         pixels = decoder(latents, group[0].is_first)
         kept = torch.cat(

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from magihuman.graphs.passes.rewrite import Build, replace
+from magihuman.kernels import decoder_ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels import reference as ref
-from magihuman.kernels.decoder_ops import CUDNN, SEARCH
 
 OPS = torch.ops.magihuman
 ALIGNMENT = 8  # channels of a convolution that runs on the tensor cores come in such multiples
@@ -247,7 +247,7 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
         lay_out(module, str(weight.target), str(bias.target), ALIGNMENT if is_last else 1)
         with graph.inserting_before(node):
             call = graph.call_function(
-                OPS.conv.default, (x, weight, [0] * (3 - len(padding)) + padding, SEARCH)
+                OPS.conv.default, (x, weight, [0] * (3 - len(padding)) + padding)
             )
             made = graph.call_function(OPS.add_bias.default, (call, bias))
         node.replace_all_uses_with(made)
@@ -273,20 +273,19 @@ def lay_out(module: fx.GraphModule, weight: str, bias: str, alignment: int) -> N
         owner.register_buffer(last, value, persistent=False)
 
 
-def route(module: fx.GraphModule, route_of: Callable[[torch.Size], str]) -> None:
-    """Put the route of each convolution into the graph, by the shape of its weight.
-
-    cuDNN pads with zeros by itself; for other routes the operator before the convolution writes
-    them.
+def pad_before(module: fx.GraphModule, padded: Callable[[torch.Size], bool]) -> int:
+    """Let the operator before a convolution write the zeros around each frame, where that is
+    wanted by the shape of its weight. Returns how often.
     """
     borders = {OPS.join_norm.default: 7, OPS.join_upsample.default: 5}
+    done = 0
     for node in module.graph.find_nodes(op="call_function", target=OPS.conv.default):
-        x, weight, padding, _ = node.args
-        chosen = route_of(module.get_buffer(str(weight.target)).shape)
+        x, weight, padding = node.args
         border = max(padding)
-        if chosen not in (SEARCH, CUDNN) and border:
+        if border and padded(module.get_buffer(str(weight.target)).shape):
             before = x.args[0] if x.target is operator.getitem else x
             at = borders[before.target]
             before.args = (*before.args[:at], border, *before.args[at + 1 :])
-            padding = [0, 0, 0]
-        node.args = (x, weight, padding, chosen)
+            node.args = (x, weight, [0, 0, 0])
+            done += 1
+    return done

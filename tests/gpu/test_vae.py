@@ -23,11 +23,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from magihuman.graphs.replay_decoder import CompiledDecoder
-from magihuman.kernels import channel_norm, conv_rows, frames
+from magihuman.kernels import channel_norm, frames
 
 DEVICE = torch.device("cuda")
 SLACK = 1.1
-OPS = torch.ops.magihuman
 
 
 @pytest.fixture(autouse=True)
@@ -89,21 +88,6 @@ def test_upsample_and_pixels(channels: int) -> None:
     assert (ours != expected).float().mean() <= 1e-3
 
 
-@pytest.mark.parametrize("route", conv_rows.TILES)
-@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)])
-def test_convolution_as_a_product_of_rows(route: str, kernel: tuple[int, int, int]) -> None:
-    tile = conv_rows.TILES[route]
-    for batch, channels, size in ((1, 64, (4, 5, 7)), (2, 128, (9, 18, 33)), (1, 192, (3, 3, 3))):
-        out = 2 * tile.columns
-        x, weight = video(batch, channels, *size), video(out, channels, *kernel) * 0.05
-        if reason := conv_rows.why_not(x, weight):
-            pytest.skip(reason)
-        weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        exact = torch.nn.functional.conv3d(x.double(), weight.double())
-        plain = OPS.conv(x, weight, [0, 0, 0], "cudnn")
-        assert_close(conv_rows.conv(x, weight, route), plain, exact)
-
-
 def golden_vae() -> tuple[TurboVAE, dict[str, Tensor]]:
     values = golden.META["turbo_vae"]["config"]
     values = {**values, "spatial_compression_ratio": 16, "temporal_compression_ratio": 4}
@@ -142,21 +126,16 @@ def full() -> tuple[TurboVAE, TurboVAE]:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
 def test_full_size_is_as_near_to_fp32_as_the_plain_decoder(
-    full: tuple[TurboVAE, TurboVAE], own: bool
+    full: tuple[TurboVAE, TurboVAE], padded: bool
 ) -> None:
     rounded, exact_vae = full
     z = torch.randn(1, 48, 15, 6, 10, device=DEVICE)
     with torch.backends.cudnn.flags(allow_tf32=False):
         exact = clip_of(exact_vae, z, None)
-
-    def route_of(weight: torch.Size) -> str:
-        tiles = conv_rows.tiles_for(weight[0]) if weight[1] % conv_rows.DEPTH == 0 else []
-        return tiles[0] if own and tiles else "search"
-
     decoder = CompiledDecoder(
-        rounded.decoder, rounded.config, dtype=torch.float32, route_of=route_of
+        rounded.decoder, rounded.config, dtype=torch.float32, padded=lambda weight: padded
     )
     assert_close(clip_of(rounded, z, decoder), clip_of(rounded, z, None), exact)
 

@@ -21,8 +21,7 @@ from magihuman.runtime.model.turbo_vae import TurboVAE
 FP32 = 1e-5
 VAE = 1e-4  # of the golden data, as for the plain decoder
 WINDOWS = {True: (7, 8), False: (8, 9)}  # latents of the windows that clips are cut into
-OWN = "256x64 rows"  # a route whose convolutions find their zeros written
-Graphs = dict[tuple[bool, str], tuple[fx.GraphModule, Report]]
+Graphs = dict[tuple[bool, bool], tuple[fx.GraphModule, Report]]
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +38,13 @@ def vae() -> TurboVAE:
 
 @pytest.fixture(scope="module")
 def graphs(vae: TurboVAE) -> Graphs:
-    """By kind of window and route; values as the decoder's own."""
+    """By kind of window and whether zeros are written before; values as the decoder's own."""
     return {
-        (first, route): compile_decoder(
-            vae.decoder, vae.config, first, torch.float32, route_of=lambda weight, r=route: r
+        (first, padded): compile_decoder(
+            vae.decoder, vae.config, first, torch.float32, padded=lambda weight, p=padded: p
         )
         for first in (True, False)
-        for route in ("search", OWN)
+        for padded in (False, True)
     }
 
 
@@ -55,13 +54,13 @@ def run(module: fx.GraphModule, x: Tensor) -> Tensor:
     return pixels.permute(0, 4, 1, 2, 3)
 
 
-@pytest.mark.parametrize("route", ["search", OWN])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("first", [True, False])
 def test_rewritten_windows_are_the_plain_ones(
-    vae: TurboVAE, graphs: Graphs, first: bool, route: str
+    vae: TurboVAE, graphs: Graphs, first: bool, padded: bool
 ) -> None:
     """One graph for any size, also for one frame and for several windows at once."""
-    module, _ = graphs[first, route]
+    module, _ = graphs[first, padded]
     for frames in (1, *WINDOWS[first]):
         for batch, rows, columns in ((1, 2, 3), (2, 1, 2)):
             x = torch.randn(batch, 48, frames, rows, columns)
@@ -70,7 +69,7 @@ def test_rewritten_windows_are_the_plain_ones(
 
 
 def test_every_block_is_found(graphs: Graphs) -> None:
-    for module, report in graphs.values():
+    for (_, padded), (module, report) in graphs.items():
         assert report.matches == {
             "norm, SiLU, pad": 24,
             "norm, ReLU, pad": 7,
@@ -80,6 +79,7 @@ def test_every_block_is_found(graphs: Graphs) -> None:
             "pixels": 1,
             "convolution": 40,
             "joins": 40 + 15,  # biases, and the additions of residual blocks
+            "padded before": 40 - 3 - 2 if padded else 0,  # all that are wider than a pixel
         }
         calls = Counter(str(n.target) for n in module.graph.nodes if n.op == "call_function")
         calls.pop("<built-in function getitem>")
@@ -93,7 +93,7 @@ def test_every_block_is_found(graphs: Graphs) -> None:
 
 
 def test_sums_are_stored_only_where_they_are_read_again(graphs: Graphs) -> None:
-    module, _ = graphs[False, "search"]
+    module, _ = graphs[False, False]
     norms = [n for n in module.graph.nodes if str(n.target) == "magihuman.join_norm.default"]
     residual = [norm for norm in norms if norm.args[1] is not None]
     # Of 15 residual blocks one ends in an upsample without a convolution before it. Their sums are
@@ -105,7 +105,7 @@ def test_sums_are_stored_only_where_they_are_read_again(graphs: Graphs) -> None:
 @pytest.mark.parametrize("latents", [5, 7, 14, 15])
 def test_golden_windows_hold(vae: TurboVAE, graphs: Graphs, latents: int) -> None:
     data = golden.load("turbo_vae")
-    windows = vae.windows(data[f"z{latents}"], lambda x, first: run(graphs[first, OWN][0], x))
+    windows = vae.windows(data[f"z{latents}"], lambda x, first: run(graphs[first, True][0], x))
     assert golden.error(torch.cat(list(windows), dim=2), data[f"y{latents}"]) <= VAE
 
 

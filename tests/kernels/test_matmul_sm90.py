@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("cuda.bindings")
 triton = pytest.importorskip("triton")
 
-from magihuman.kernels import conv_rows, linear_routes, nvrtc  # noqa: E402
+from magihuman.kernels import linear_routes, nvrtc  # noqa: E402
 from magihuman.kernels.matmul_sm90 import (  # noqa: E402
     CONSUMERS,
     DEPTH_BYTES,
@@ -115,17 +115,3 @@ def test_tiles_compiled_side_by_side_are_kept(
     assert len(kept) == 2
     text = source(tiles[0], "store", False, torch.bfloat16)
     assert nvrtc.compile_cubin(text, "sm_90a") in kept
-
-
-@pytest.mark.parametrize("route", conv_rows.TILES)
-def test_convolutions_compile_without_spills(route: str, tmp_path: Path) -> None:
-    """For as many taps as a kernel of 3x3x3 has."""
-    text = source(conv_rows.TILES[route], "store", False, torch.bfloat16, 27)
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(nvrtc.compile_cubin(text, "sm_90a", tmp_path))
-    usage = subprocess.run(
-        [CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-    ).stdout
-    assert re.findall(r"LOCAL:(\d+)", usage) == ["0"]
-    # One register pair of the loader, once a tile, may lie on the stack.
-    assert all(int(size) <= 8 for size in re.findall(r"STACK:(\d+)", usage))
