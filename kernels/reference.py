@@ -11,6 +11,7 @@ weights for all rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -239,6 +240,7 @@ def attention_fp8(
     v_scale: Tensor,
     gate: Tensor,
     length: Tensor,
+    local: LocalAttention | None = None,
 ) -> Tensor:
     """`gated_attention` of what `qkv_fp8` returns, weights of the softmax in e4m3 too.
 
@@ -252,8 +254,8 @@ def attention_fp8(
     values = values.flatten(2)[..., :rows].permute(2, 0, 1)  # [N, kv_heads, D]
     q, k, v = (x.transpose(0, 1) for x in (q.float() * qk_scale, k.float(), values))
     valid = torch.arange(rows, device=k.device) < length
-    out = _blockwise_attention(q, k, v, valid, _weights_in_e4m3).transpose(0, 1)
-    return head_gate(out, gate).to(gate.dtype)
+    attend = functools.partial(_blockwise_attention, weights_of=_weights_in_e4m3)
+    return head_gate(_ranges(q, k, v, local, valid, attend), gate).to(gate.dtype)
 
 
 def _weights_in_e4m3(scores: Tensor) -> Tensor:
@@ -299,10 +301,21 @@ def attention(
     """
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [heads, N, D]
     valid = None if length is None else torch.arange(k.shape[1], device=k.device) < length
-    if local is None:
-        return _fused_attention(q, k, v, valid).transpose(0, 1)
+    is_wide = local is not None and q.device.type == "cpu"
+    return _ranges(q, k, v, local, valid, _blockwise_attention if is_wide else _fused_attention)
 
-    attend = _blockwise_attention if q.device.type == "cpu" else _fused_attention
+
+def _ranges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: LocalAttention | None,
+    valid: Tensor | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+) -> Tensor:
+    """`attend` for each frame with the keys that it sees; [heads, N, D] to [N, heads, D]."""
+    if local is None:
+        return attend(q, k, v, valid).transpose(0, 1)
     frames, frame_tokens, reach = local
     video = frames * frame_tokens
     out = torch.empty_like(q)

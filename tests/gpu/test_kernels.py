@@ -20,6 +20,7 @@ from magihuman.kernels import (
     activations,
     attention_backends,
     attention_fp8,
+    attention_gluon,
     head_gate,
     ops,
     qk_norm_rope,
@@ -162,6 +163,51 @@ def test_fp8_attention(rows: int, heads: int, kv_heads: int, dim: int) -> None:
         exact = exact_attention(*parts)
         # The kernel rounds weights below the largest so far, the reference below that of all.
         assert golden.error(out, exact) <= 1.05 * golden.error(careful, exact) + 1e-3
+
+
+LOCAL_SHAPES = [
+    # frames, tokens of each, reach, audio and text tokens: tiles of 128 divide none of them.
+    (5, 137, 1, 9), (3, 50, 2, 1), (7, 64, 0, 200), (2, 510, 5, 33), (6, 300, 11, 130),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_fp8", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (4, 2, 64), (3, 1, 32)])
+def test_frame_local_attention(heads: int, kv_heads: int, dim: int, is_fp8: bool) -> None:
+    """Against the definition in fp32; valid lengths that cut the text."""
+    reason = attention_backends.why_not("gluon", dim, DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    for frames, frame_tokens, reach, rest in LOCAL_SHAPES:
+        local = ref.LocalAttention(frames, frame_tokens, reach)
+        rows = frames * frame_tokens + rest
+        angle = randn(rows, 3 * dim // 8, dtype=torch.float32)
+        rope = torch.cat((angle.sin(), angle.cos()), dim=1)
+        norms = [0.3 * randn(dim, dtype=torch.float32) for _ in range(2)]
+        for length in sorted({frames * frame_tokens + 1, rows - rest // 2, rows}):
+            qkv = randn(rows, (heads + 2 * kv_heads) * dim + heads)
+            qkv[length:] = 1e4  # must not be seen
+            valid = torch.tensor(length, device=DEVICE, dtype=torch.int32)
+            q, k, v, gate = ref.split_qkv(qkv, *norms, rope, None, heads, kv_heads)
+            wide = (q.float(), k.float(), v.float(), gate.float())
+            exact = gated_blockwise(*wide, local, valid)[:length]
+            if is_fp8:
+                parts = ref.qkv_fp8(qkv, *norms, rope, valid, None, heads, kv_heads)
+                out = attention_fp8.attention(*parts, gate, valid, local)[:length]
+                careful = ref.attention_fp8(*parts, gate, valid, local)[:length]
+                assert golden.error(out, exact) <= 1.05 * golden.error(careful, exact) + 1e-3
+            else:
+                out = attention_gluon.attention(q, k, v, gate, valid, local)[:length]
+                plain = ref.gated_attention(q, k, v, gate, local, valid)[:length]
+                assert_close(out, plain, exact)
+
+
+def gated_blockwise(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, local: ref.LocalAttention, length: Tensor
+) -> Tensor:
+    valid = torch.arange(len(k), device=DEVICE) < length
+    parts = (x.transpose(0, 1) for x in (q, k, v))
+    return ref.head_gate(ref._ranges(*parts, local, valid, ref._blockwise_attention), gate)
 
 
 def codes_of(values: Tensor) -> Tensor:
