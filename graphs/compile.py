@@ -28,15 +28,17 @@ from magihuman.graphs.passes import (
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.precision import is_quantized
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
-from magihuman.kernels.reference import Counts
+from magihuman.kernels.reference import Counts, LocalAttention
 
 OPS = torch.ops.magihuman
 Pass = Callable[[fx.GraphModule, Context], int]
 
 TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do; these occur nowhere else in a graph
+TRACE_LOCAL = LocalAttention(frames=3, frame_tokens=8, reach=1)  # of so many video tokens
 FP8 = torch.float8_e4m3fn
 META = torch.device("meta")
 ANY_BACKEND = "any"  # of attention, where nothing depends on it
+ONE_KERNEL = "one kernel"  # where all attention is over fp8 or frame-local
 
 
 class CompileError(RuntimeError):
@@ -62,7 +64,7 @@ def passes_for(config: Any) -> list[tuple[str, Pass, int]]:
     return [
         ("sandwich_norm", sandwich_norm.run, 2 * layers),
         ("qk_norm_rope", qk_norm_rope.run, layers),
-        ("attention", attention.run, layers - len(config.local_attention_layers)),
+        ("attention", attention.run, layers),
         ("activation", activation.run, layers),
         ("linear", linear.run, 4 * layers),
         ("epilogue", epilogue.run, 3 * layers),
@@ -79,12 +81,13 @@ def compile_forward(
     linear_route: str | None = None,
     cache: Path | None = None,
     fp8_attention: bool = False,
+    local: LocalAttention | None = None,
 ) -> tuple[fx.GraphModule, Report]:
     """The forward of `model` for sequences of `counts` tokens, in fused kernels.
 
     Args:
         model: a DiT with the signature of `magihuman.runtime.model.dit.DiT.forward`.
-        config: its architecture, without frame-local layers.
+        config: its architecture.
         counts: tokens of each modality; text includes the padding of its bucket.
         dtype: of the linears inside the blocks.
         device: that the model is on.
@@ -93,6 +96,7 @@ def compile_forward(
             here for each shape.
         cache: folder of rewritten graphs; by default the user's.
         fp8_attention: in the layers whose projection to q, k and v has e4m3 weights.
+        local: shape of frame-local attention, where the architecture has such layers.
 
     Returns:
         A module that takes video, audio, text, rope and length, and the report.
@@ -109,19 +113,23 @@ def compile_forward(
     report.from_cache = module is not None
     report.seconds["cache"] = time.perf_counter() - start
     if module is None:
-        context = Context(config, TRACE_COUNTS, dtype, device)
+        is_local = bool(config.local_attention_layers)
+        context = Context(config, TRACE_COUNTS, dtype, device, TRACE_LOCAL if is_local else None)
         module = rewrite(model, context, report, quantized, fp8_attention)
         store.save(module, key, cache)
     start = time.perf_counter()
-    has_choice = any(node.target is OPS.gated_attention.default for node in module.graph.nodes)
+    has_choice = any(
+        node.target is OPS.gated_attention.default and not node.args[5]
+        for node in module.graph.nodes
+    )
     if has_choice and device.type == "cuda" and attention_backend is None:
         shape = (sum(counts), config.heads, config.kv_heads, config.head_dim)
         from magihuman.kernels import attention_backends
 
         attention_backend = attention_backends.fastest(*shape, device)
-    report.attention = (attention_backend or ANY_BACKEND) if has_choice else "fp8"
+    report.attention = (attention_backend or ANY_BACKEND) if has_choice else ONE_KERNEL
     report.seconds["choose attention"] = time.perf_counter() - start
-    specialize(module, counts, report.attention)
+    specialize(module, counts, report.attention, local)
     start = time.perf_counter()
     report.linears = route_linears(module, sum(counts), linear_route)
     report.seconds["choose linears"] = time.perf_counter() - start
@@ -143,7 +151,7 @@ def rewrite(
         context = dataclasses.replace(context, device=META)
         with META:
             source = type(model)(context.config, context.dtype)
-    module = capture(source, example_inputs(context), local=None)
+    module = capture(source, example_inputs(context), local=context.local)
     report.seconds["capture"] = time.perf_counter() - start
     report.nodes_before = len(module.graph.nodes)
     for name, run, expected in passes_for(context.config):
@@ -174,22 +182,32 @@ def rewrite(
     return module
 
 
-def specialize(module: fx.GraphModule, counts: Counts, attention_backend: str) -> None:
-    """Put token counts and the attention backend into a graph rewritten at `TRACE_COUNTS`.
+def specialize(
+    module: fx.GraphModule,
+    counts: Counts,
+    attention_backend: str,
+    local: LocalAttention | None = None,
+) -> None:
+    """Put token counts, the shape of frame-local attention and the attention backend into a graph
+    rewritten at `TRACE_COUNTS` and `TRACE_LOCAL`.
 
     Once rewritten, a graph holds the counts only as whole lists: of the modality layers' operators
-    and of the split before the heads. So one capture serves every length and size.
+    and of the split before the heads; and so the shape, of the operators of attention. So one
+    capture serves every length and size.
     """
-    traced = list(TRACE_COUNTS)
+    wanted = {TRACE_COUNTS: list(counts), tuple(TRACE_LOCAL): list(local or ())}
     for node in module.graph.nodes:
         node.args = tuple(
-            list(counts) if isinstance(argument, (list, tuple)) and list(argument) == traced
-            else argument
+            wanted.get(tuple(argument), argument) if _is_numbers(argument) else argument
             for argument in node.args
-        )  # fmt: skip
+        )
         if node.target is OPS.gated_attention.default:
             node.args = (*node.args[:-1], attention_backend)
     module.recompile()
+
+
+def _is_numbers(argument: Any) -> bool:
+    return isinstance(argument, (list, tuple)) and all(type(item) is int for item in argument)
 
 
 def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +30,15 @@ log = logging.getLogger("magihuman")
 TEXT_BUCKET = 64  # text is padded to a multiple of this
 FREE_SHARE = 0.25  # of the memory that is free beside the weights, for the graphs of one model
 DRIVER_BYTES = 16 * 2**20  # assumed of each graph, since the driver does not say what it keeps
+
+
+class Size(NamedTuple):
+    """What a graph is captured for: tokens of each modality, text with the padding of its bucket,
+    and the shape of frame-local attention, where there are such layers.
+    """
+
+    counts: Counts
+    local: LocalAttention | None
 
 
 @dataclass
@@ -61,7 +70,7 @@ class CompiledForward:
         budget_bytes: int | None = None,
         debug: bool = False,
     ) -> None:
-        """Model: a DiT without frame-local layers, whose weights are laid out anew in place.
+        """Model: a DiT, whose weights are laid out anew in place.
 
         fp8_attention: in the layers whose projection to q, k and v is quantised.
         budget_bytes: of all captured graphs; by default a quarter of the memory free now. One graph
@@ -72,10 +81,10 @@ class CompiledForward:
         self._model, self._config = model, config
         self._dtype, self._device = dtype, device
         self._fp8_attention, self._debug = fp8_attention, debug
-        self._captured: dict[Counts, _Captured] = {}
+        self._captured: dict[Size, _Captured] = {}
         if budget_bytes is None:
             budget_bytes = int(FREE_SHARE * free_bytes(device))
-        self._budget = Budget[Counts](budget_bytes)
+        self._budget = Budget[Size](budget_bytes)
         self._pool: Any = None
         self._stream = torch.cuda.Stream(device)
 
@@ -93,9 +102,7 @@ class CompiledForward:
             torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
             MovedError: in debug, a weight, input or output is not where it was when captured.
         """
-        if local is not None:
-            raise ValueError("frame-local attention is not compiled; call the model itself")
-        captured = self.prepare(video.shape[0], audio.shape[0], text.shape[0])
+        captured = self.prepare(video.shape[0], audio.shape[0], text.shape[0], local)
         if self._debug:
             check_addresses(captured.addresses, self._tensors(captured.inputs, captured.outputs))
         fixed = captured.inputs
@@ -108,17 +115,19 @@ class CompiledForward:
         v_video, v_audio = captured.outputs
         return v_video.clone(), v_audio.clone()
 
-    def prepare(self, video: int, audio: int, text: int) -> _Captured:
+    def prepare(
+        self, video: int, audio: int, text: int, local: LocalAttention | None = None
+    ) -> _Captured:
         """The graph for so many tokens of each modality, made now if need be."""
-        counts = (video, audio, -(-text // TEXT_BUCKET) * TEXT_BUCKET)
-        if counts not in self._captured:
-            self._add(counts)
-        self._budget.use(counts)
-        return self._captured[counts]
+        size = Size((video, audio, -(-text // TEXT_BUCKET) * TEXT_BUCKET), local)
+        if size not in self._captured:
+            self._add(size)
+        self._budget.use(size)
+        return self._captured[size]
 
-    def reports(self) -> dict[Counts, Report]:
+    def reports(self) -> dict[Size, Report]:
         """What compiling did, for each shape kept."""
-        return {counts: captured.report for counts, captured in self._captured.items()}
+        return {size: captured.report for size, captured in self._captured.items()}
 
     def recorded(self, video: int, audio: int, text: int) -> Recorded:
         """The nodes of the graph for so many tokens of each modality, in debug only."""
@@ -126,16 +135,16 @@ class CompiledForward:
             raise ValueError("what was captured is kept in debug only; give debug=True")
         return recorded(self.prepare(video, audio, text).graph)
 
-    def _add(self, counts: Counts) -> None:
+    def _add(self, size: Size) -> None:
         """Capture a size, giving up others where it has no room beside them."""
-        context = Context(self._config, counts, self._dtype, torch.device("meta"))
+        context = Context(self._config, size.counts, self._dtype, torch.device("meta"))
         inputs = example_inputs(context).values()
         own_bytes = DRIVER_BYTES + sum(tensor.nbytes for tensor in inputs)
         self._give_up(self._budget.make_room(context.tokens, own_bytes))
         captured = None
         while captured is None:
             try:
-                captured = self._capture(counts)
+                captured = self._capture(size)
             except torch.OutOfMemoryError as error:
                 if not self._captured:
                     raise torch.OutOfMemoryError(
@@ -144,18 +153,19 @@ class CompiledForward:
                     ) from error
             if captured is None:  # outside the handler, whose error holds what was allocated
                 self._give_up(self._budget.clear())
-        self._captured[counts] = captured
-        self._budget.keep(counts, context.tokens, own_bytes, pool_bytes(self._pool))
+        self._captured[size] = captured
+        self._budget.keep(size, context.tokens, own_bytes, pool_bytes(self._pool))
 
-    def _give_up(self, sizes: Iterable[Counts]) -> None:
-        for counts in sizes:
-            log.info("gave up the graph of %s tokens to save memory", counts)
-            del self._captured[counts]
+    def _give_up(self, sizes: Iterable[Size]) -> None:
+        for size in sizes:
+            log.info("gave up the graph of %s tokens to save memory", size.counts)
+            del self._captured[size]
         if not self._captured:
             self._pool = None  # PyTorch refuses a pool whose last graph is gone
             torch.cuda.empty_cache()
 
-    def _capture(self, counts: Counts) -> _Captured:
+    def _capture(self, size: Size) -> _Captured:
+        counts = size.counts
         module, report = compile_forward(
             self._model,
             self._config,
@@ -163,6 +173,7 @@ class CompiledForward:
             self._dtype,
             self._device,
             fp8_attention=self._fp8_attention,
+            local=size.local,
         )
         start = time.perf_counter()
         context = Context(self._config, counts, self._dtype, self._device)

@@ -38,17 +38,16 @@ def why_not(
         return f"the kernels compute in bf16, not {str(dtype).removeprefix('torch.')}"
     if config.head_dim not in HEAD_DIMS:
         return f"the kernels take heads of 32, 64 or 128, not {config.head_dim}"
-    if config.local_attention_layers:
-        return "frame-local attention has no fused kernel yet"
     if fp8 and capability != FP8_CAPABILITY:
         return f"the fp8 kernels need sm_90, this GPU is sm_{capability[0]}{capability[1]}"
     if fp8 and not nvrtc.is_available():
         return "the fp8 kernels need cuda-bindings: pip install 'magihuman[cuda]'"
-    if fp8_attention:
+    if fp8_attention or config.local_attention_layers:
         from magihuman.kernels import attention_backends
 
-        reason = attention_backends.why_not("gluon", config.head_dim, device)
-        return None if reason is None else f"fp8 attention has one kernel, and {reason}"
+        what = "fp8" if fp8_attention else "frame-local"
+        reason = attention_backends.why_not(attention_backends.LOCAL, config.head_dim, device)
+        return None if reason is None else f"{what} attention has one kernel, and {reason}"
     return None
 
 

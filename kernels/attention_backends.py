@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magihuman.kernels.measured import Measurements
+from magihuman.kernels.reference import LocalAttention
 
 NAMES = ("gluon", "triton", "fa3", "cudnn")
+LOCAL = "gluon"  # the backend of frame-local attention
 GLUON_TRITON = "3.6"  # Gluon is experimental: other releases of triton have another one
 REPEATS, CALLS = 5, 4
 
@@ -54,12 +56,23 @@ def usable(dim: int, device: torch.device) -> list[str]:
     return [name for name in NAMES if why_not(name, dim, device) is None]
 
 
-def run(name: str, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor) -> Tensor:
-    """`reference.gated_attention` over the first `length` keys, by this backend."""
-    if name == "gluon":
+def run(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    length: Tensor,
+    local: LocalAttention | None = None,
+) -> Tensor:
+    """`reference.gated_attention` over the first `length` keys, by this backend.
+
+    Frame-local attention has one kernel, whichever backend is asked for.
+    """
+    if name == LOCAL or local is not None:
         from magihuman.kernels import attention_gluon
 
-        return attention_gluon.attention(q, k, v, gate, length)
+        return attention_gluon.attention(q, k, v, gate, length, local)
     if name == "triton":
         from magihuman.kernels import attention_triton
 

@@ -17,6 +17,10 @@ def _counts(counts: list[int]) -> ref.Counts | None:
     return (counts[0], counts[1], counts[2]) if counts else None
 
 
+def _local(local: list[int]) -> ref.LocalAttention | None:
+    return ref.LocalAttention(*local) if local else None
+
+
 @torch.library.custom_op("magihuman::add_norm", mutates_args=())
 def add_norm(x: Tensor, delta: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """`reference.add_norm`, the norm in delta's dtype."""
@@ -169,13 +173,15 @@ def gated_attention_fp8(
     v_scale: Tensor,
     gate: Tensor,
     length: Tensor,
+    local: list[int],
 ) -> Tensor:
-    """`reference.attention_fp8`."""
+    """`reference.attention_fp8`; local: as above."""
+    arguments = (q, k, v, qk_scale, v_scale, gate, length, _local(local))
     if q.is_cuda:
         from magihuman.kernels import attention_fp8
 
-        return attention_fp8.attention(q, k, v, qk_scale, v_scale, gate, length)
-    return ref.attention_fp8(q, k, v, qk_scale, v_scale, gate, length)
+        return attention_fp8.attention(*arguments)
+    return ref.attention_fp8(*arguments)
 
 
 @gated_attention_fp8.register_fake
@@ -187,24 +193,30 @@ def _(
     v_scale: Tensor,
     gate: Tensor,
     length: Tensor,
+    local: list[int],
 ) -> Tensor:
     return torch.empty_like(q, dtype=gate.dtype)
 
 
 @torch.library.custom_op("magihuman::gated_attention", mutates_args=())
 def gated_attention(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, backend: str
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, local: list[int], backend: str
 ) -> Tensor:
-    """`reference.gated_attention` over the first `length` keys, by this backend."""
+    """`reference.gated_attention` over the first `length` keys, by this backend.
+
+    local: the fields of `reference.LocalAttention`, or empty.
+    """
     if q.is_cuda:
         from magihuman.kernels import attention_backends
 
-        return attention_backends.run(backend, q, k, v, gate, length)
-    return ref.gated_attention(q, k, v, gate, None, length).contiguous()
+        return attention_backends.run(backend, q, k, v, gate, length, _local(local))
+    return ref.gated_attention(q, k, v, gate, _local(local), length).contiguous()
 
 
 @gated_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, backend: str) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, local: list[int], backend: str
+) -> Tensor:
     return torch.empty_like(q)
 
 

@@ -318,16 +318,16 @@ def _ranges(
         return attend(q, k, v, valid).transpose(0, 1)
     frames, frame_tokens, reach = local
     video = frames * frame_tokens
-    out = torch.empty_like(q)
+    parts = []
     for frame in range(frames):
         rows = slice(frame * frame_tokens, (frame + 1) * frame_tokens)
         first, last = max(frame - reach, 0), min(frame + reach + 1, frames)
         near = slice(first * frame_tokens, last * frame_tokens)
         keys, values = (torch.cat((x[:, near], x[:, video:]), dim=1) for x in (k, v))
         seen = None if valid is None else torch.cat((valid[near], valid[video:]))
-        out[:, rows] = attend(q[:, rows], keys, values, seen)
-    out[:, video:] = attend(q[:, video:], k, v, valid)
-    return out.transpose(0, 1)
+        parts.append(attend(q[:, rows], keys, values, seen))
+    parts.append(attend(q[:, video:], k, v, valid))
+    return torch.cat(parts, dim=1).transpose(0, 1)
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
@@ -357,13 +357,13 @@ def _blockwise_attention(
     group = q.shape[0] // k.shape[0]
     keys, values = (x.float().repeat_interleave(group, dim=0) for x in (k, v))
     scale = q.shape[-1] ** -0.5
-    out = torch.empty_like(q)
+    parts = []
     for rows in range(0, q.shape[1], QUERY_BLOCK):
         scores = q[:, rows : rows + QUERY_BLOCK].float() @ keys.transpose(1, 2) * scale
         if valid is not None:
             scores = scores.masked_fill(~valid, float("-inf"))
-        out[:, rows : rows + QUERY_BLOCK] = weights_of(scores) @ values
-    return out
+        parts.append((weights_of(scores) @ values).to(q.dtype))
+    return torch.cat(parts, dim=1) if parts else torch.empty_like(q)
 
 
 def head_gate(x: Tensor, gate: Tensor) -> Tensor:

@@ -126,8 +126,11 @@ def machine() -> dict[str, str]:
         from magihuman.kernels import attention_backends
 
         facts["transformer"] = "compiled: one captured graph of fused kernels, replayed"
-        facts["frame-local layers"] = "plain PyTorch (super-resolution to 1080p)"
         dim = DiTConfig().head_dim
+        missing = attention_backends.why_not(attention_backends.LOCAL, dim, torch.device("cuda:0"))
+        facts["super-resolution to 1080p"] = (
+            "compiled" if missing is None else f"plain PyTorch: for its attention, {missing}"
+        )
         for name in attention_backends.NAMES:
             missing = attention_backends.why_not(name, dim, torch.device("cuda:0"))
             facts[f"attention by {name}"] = "usable" if missing is None else f"not used: {missing}"
@@ -147,7 +150,7 @@ def compiled_counts(variant: str, request: Request, text_tokens: int) -> Counts:
     chosen = VARIANTS.get(variant)
     if chosen is None or chosen.local_attention:
         raise InvalidRequestError(
-            f"variant must be distill, base or 540p_sr, which compile, got {variant!r}"
+            f"variant must be distill, base or 540p_sr, without frame-local layers, got {variant!r}"
         )
     plan = request.plan(VARIANTS["distill"], None)
     return Layout(plan.frames, plan.rows, plan.columns, plan.audio, text_tokens).counts

@@ -13,20 +13,23 @@ from magihuman.kernels import reference as ref
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
-    """One for every layer that attends to all tokens."""
+    """One a layer, over all tokens or frame-local."""
+    locals_ = [None] if context.local is None else [None, context.local]
+    return sum(_run(module, context, local) for local in locals_)
+
+
+def _run(module: fx.GraphModule, context: Context, local: ref.LocalAttention | None) -> int:
     config = context.config
     shapes = [(context.tokens, n, config.head_dim) for n in (config.heads, *[config.kv_heads] * 2)]
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (
-            *inputs,
-            "any",
-        )  # the backend is chosen when the graph is specialised
+        # The backend is chosen when the graph is specialised.
+        arguments: tuple[Any, ...] = (*inputs, list(local or ()), "any")
         return [graph.call_function(torch.ops.magihuman.gated_attention.default, arguments)]
 
     return replace(
         module,
-        lambda q, k, v, gate, length: ref.gated_attention(q, k, v, gate, None, length),
+        lambda q, k, v, gate, length: ref.gated_attention(q, k, v, gate, local, length),
         (
             *(context.example(*shape, dtype=context.dtype) for shape in shapes),
             context.example(context.tokens, config.heads, dtype=context.dtype),

@@ -27,11 +27,11 @@ def run(graph: fx.Graph) -> int:
 
 
 def _replace(graph: fx.Graph, attention: fx.Node, made: fx.Node) -> None:
-    q, k, v, gate, length, _ = cast("tuple[fx.Node, ...]", attention.args)
+    q, k, v, gate, length, local, _ = cast("tuple[fx.Node, ...]", attention.args)
     with graph.inserting_before(attention):
         narrow = graph.call_function(OPS.qkv_fp8.default, (*made.args[:4], length, *made.args[4:]))
         items = [graph.call_function(operator.getitem, (narrow, i)) for i in range(5)]
-        out = graph.call_function(OPS.gated_attention_fp8.default, (*items, gate, length))
+        out = graph.call_function(OPS.gated_attention_fp8.default, (*items, gate, length, local))
     attention.replace_all_uses_with(out)
     for node in (attention, q, k, v, made):
         graph.erase_node(node)

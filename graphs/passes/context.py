@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magihuman.kernels.reference import Counts
+from magihuman.kernels.reference import Counts, LocalAttention
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Context:
         counts: tokens of each modality.
         dtype: of the linears inside the blocks.
         device: that the model is on.
+        local: shape of frame-local attention, where the architecture has such layers.
     """
 
     config: Any
     counts: Counts
     dtype: torch.dtype
     device: torch.device
+    local: LocalAttention | None = None
 
     @property
     def tokens(self) -> int:

@@ -83,13 +83,17 @@ def test_golden_loops(name: str) -> None:
         assert golden.error(stream, data[theirs]) <= max(LOOP, 1.25 * own_noise)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize(("name", "local"), [("dit_forward", False), ("sr_forward", True)])
-def test_the_plain_model_on_a_gpu(name: str, local: bool) -> None:
+def test_golden_forwards(name: str, local: bool, is_compiled: bool) -> None:
     data = {key: value.to(DEVICE) for key, value in golden.load(name).items()}
     model = golden.dit(local=local).to(DEVICE)
     text = data["text"][0, : golden.META[name]["text_len"]]
     layout = tokens.Layout(*data["x_t"].shape[2:], data["audio"].shape[1], len(text))
-    velocity = denoise.velocity_of(model, layout, text, "v1" if local else "v2")
+    forward = None
+    if is_compiled:
+        forward = CompiledForward(model, model.config, torch.bfloat16, DEVICE)
+    velocity = denoise.velocity_of(model, layout, text, "v1" if local else "v2", forward)
     with torch.inference_mode():
         ours = velocity(data["x_t"], data["audio"])
     for stream, theirs in zip(ours, ("video", "audio_out"), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import golden
 from magihuman.graphs import compile as compiling
-from magihuman.graphs import store, support
+from magihuman.graphs import precision, store, support
 from magihuman.graphs.capture import CaptureError, capture
 from magihuman.graphs.passes.context import Context
 from magihuman.kernels import reference as ref
@@ -117,6 +117,60 @@ def test_a_prompt_gives_the_same_in_any_bucket(model: DiT, cache: Path) -> None:
     )
     length = torch.tensor(exact.tokens, dtype=torch.int32)
     assert_same(model, inputs, module(*wide.values(), length), None)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_frame_local_layers(quantized: bool, tmp_path: Path) -> None:
+    """One capture for any number of frames, size of frames and reach."""
+    plain, model = golden.dit(local=True), golden.dit(local=True)
+    if quantized:
+        precision.quantize_model(model, precision.quantized_linears(model.config))
+    compiling.pad_weights(model, model.config)
+    local_layers = len(model.config.local_attention_layers)
+    assert 0 < local_layers < 5
+    for number, (layout, reach) in enumerate(((LAYOUTS[0], 1), (LAYOUTS[1], 2), (LAYOUTS[0], 0))):
+        local = ref.LocalAttention(layout.frames, layout.frame_tokens, reach)
+        module, report = compiling.compile_forward(
+            model, model.config, layout.counts, torch.bfloat16, CPU, cache=tmp_path, local=local,
+            fp8_attention=quantized,
+        )  # fmt: skip
+        assert report.from_cache == (number > 0)
+        name = "gated_attention_fp8" if quantized else "gated_attention"
+        calls = [n for n in module.graph.nodes if str(n.target) == f"magihuman.{name}.default"]
+        shapes = [list(node.args[7 if quantized else 5]) for node in calls]
+        assert shapes.count(list(local)) == local_layers and shapes.count([]) == 5 - local_layers
+        inputs = golden.inputs_of(model, layout)
+        length = torch.tensor(layout.tokens - 1, dtype=torch.int32)
+        outputs = module(*inputs.values(), length)
+        expected = plain(**inputs, local=local, length=length)
+        for ours, theirs in zip(outputs, expected, strict=True):
+            # The bar of this file; e4m3 costs most where attention is over a few keys.
+            assert golden.error(ours, theirs) < (0.15 if quantized else 3e-2)
+
+
+def test_golden_super_resolution_through_the_compiled_graph(tmp_path: Path) -> None:
+    data, model = golden.load("sr_forward"), golden.dit(local=True)
+    compiling.pad_weights(model, model.config)
+    text = data["text"][0, : golden.META["sr_forward"]["text_len"]]
+    layout = tokens.Layout(*data["x_t"].shape[2:], data["audio"].shape[1], len(text))
+
+    def forward(
+        video: Tensor, audio: Tensor, text: Tensor, rope: Tensor, local: ref.LocalAttention | None
+    ) -> tuple[Tensor, Tensor]:
+        module, _ = compiling.compile_forward(
+            model, model.config, layout.counts, torch.bfloat16, CPU, cache=tmp_path, local=local
+        )
+        return module(video, audio, text, rope, torch.tensor(layout.tokens, dtype=torch.int32))
+
+    plain = denoise.velocity_of(model, layout, text, "v1")
+    outputs = denoise.velocity_of(model, layout, text, "v1", forward)(data["x_t"], data["audio"])
+    again = plain(data["x_t"] * (1 + 1e-5), data["audio"])
+    once = plain(data["x_t"], data["audio"])
+    theirs = (data["video"], data["audio_out"])
+    for ours, exact, rerun, own in zip(outputs, theirs, again, once, strict=True):
+        assert (
+            golden.error(ours, exact) <= max(ONE_ROUNDING, 1.5 * golden.error(rerun, own)) <= 3e-2
+        )
 
 
 def test_golden_loop_through_the_compiled_graph(model: DiT, cache: Path) -> None:

@@ -85,7 +85,7 @@ def test_fp8_attention(keep: str | list[str], layers: int, tmp_path: Path) -> No
         assert found["magihuman.gated_attention_fp8"] == (layers if narrow else 0)
         assert found["magihuman.qkv_fp8"] == (layers if narrow else 0)
         assert found["magihuman.gated_attention"] == 5 - (layers if narrow else 0)
-        assert (report.attention == "fp8") == (narrow and layers == 5)
+        assert (report.attention == compiling.ONE_KERNEL) == (narrow and layers == 5)
         outputs.append(module(*inputs.values(), length))
         errors.append(golden.error(outputs[-1][0], theirs[0]))
     assert report.from_cache

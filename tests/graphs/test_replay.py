@@ -38,7 +38,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(
         replay, "pool_bytes", lambda pool: 1000 * max(sum(counts) for counts in made.captured)
     )
-    monkeypatch.setattr(CompiledForward, "_capture", lambda self, counts: made.capture(counts))
+    monkeypatch.setattr(CompiledForward, "_capture", lambda self, size: made.capture(size.counts))
     return made
 
 
@@ -53,7 +53,7 @@ def test_sizes_are_kept_by_text_bucket_until_the_budget_is_full(device: Device) 
         forward.prepare(*counts)
     assert device.captured == [MIDDLE, SMALL]
     forward.prepare(*LARGE)  # grows the pool, and SMALL is the least recently used
-    assert list(forward.reports()) == [MIDDLE, LARGE]
+    assert [size.counts for size in forward.reports()] == [MIDDLE, LARGE]
 
 
 def test_out_of_memory_gives_everything_else_up_once(device: Device) -> None:
@@ -61,7 +61,7 @@ def test_out_of_memory_gives_everything_else_up_once(device: Device) -> None:
     forward.prepare(*SMALL)
     device.failures = 1
     forward.prepare(*MIDDLE)
-    assert list(forward.reports()) == [MIDDLE]
+    assert [size.counts for size in forward.reports()] == [MIDDLE]
     device.failures = 2
     with pytest.raises(torch.OutOfMemoryError, match=r"no room to capture 313 tokens.* 1 GiB"):
         forward.prepare(*LARGE)
