@@ -141,6 +141,50 @@ class Window(NamedTuple):
     skip: int  # frames before those kept
     frames: int
 
+    @property
+    def latents(self) -> int:
+        """How many the decoder is given."""
+        return self.end - self.begin
+
+
+def plan_windows(latents: int, config: TurboVAEConfig) -> list[Window]:
+    """The windows of a clip, in order; the last may reach beyond the clip's end."""
+    first, step = config.first_chunk_size, config.step_size
+    ratio = config.temporal_compression_ratio
+    end = max(first, latents + -(latents - first) % step)
+    remaining = ratio * (latents - 1) + 1  # frames still to yield, padding cut
+    windows = []
+    for start in (0, *range(first, end, step)):
+        stop = start + (first if start == 0 else step)
+        left, right = int(start > 0), int(stop < end)  # latents of context on each side
+        frames = min(ratio * (stop - start) - (ratio - 1) * (start == 0), remaining)
+        windows.append(Window(start - left, stop + right, start == 0, ratio * left, frames))
+        remaining -= frames
+    return windows
+
+
+def fill_windows(z: Tensor, config: TurboVAEConfig) -> Tensor:
+    """Latents with the last one repeated to fill the last window."""
+    padding = plan_windows(z.shape[2], config)[-1].end - z.shape[2]
+    return torch.cat((z, z[:, :, -1:].expand(-1, -1, padding, -1, -1)), dim=2)
+
+
+def decode_windows(
+    decode: Decode, z: Tensor, config: TurboVAEConfig, latents: int | None = None
+) -> Iterator[Tensor]:
+    """Decode a clip window by window, in order, each when it is asked for.
+
+    decode: gives [1, 3, frames, 16 H, 16 W] for latents [1, 48, t, H, W] and whether they are the
+        first window; frames = 4 t - 3 there, else 4 t.
+    z: [1, 48, T, H, W], as `decode` takes latents; or, with `latents`, filled already.
+
+    The frames yielded concatenate to 4 (T - 1) + 1: those of context and repeats are cut.
+    """
+    x = fill_windows(z, config) if latents is None else z
+    for window in plan_windows(latents or z.shape[2], config):
+        frames = decode(x[:, :, window.begin : window.end], window.is_first)
+        yield frames[:, :, window.skip : window.skip + window.frames]
+
 
 class TurboVAE(nn.Module):
     """Windowed decoder of normalised latents."""
@@ -160,27 +204,11 @@ class TurboVAE(nn.Module):
         windows: in the weights' dtype, the last latent repeated to fill the last window.
         """
         dtype = self.decoder.conv_in.conv.weight.dtype
-        z = (z.float() * self.std.float() + self.mean.float()).to(dtype)
-        padding = self.plan(z.shape[2])[-1].end - z.shape[2]
-        return torch.cat((z, z[:, :, -1:].expand(-1, -1, padding, -1, -1)), dim=2)
+        return fill_windows((z.float() * self.std.float() + self.mean.float()).to(dtype), self.config)
 
     def plan(self, latents: int) -> list[Window]:
         """The windows of a clip, in order."""
-        first, step, ratio = (
-            self.config.first_chunk_size,
-            self.config.step_size,
-            self.config.temporal_compression_ratio,
-        )
-        end = max(first, latents + -(latents - first) % step)
-        remaining = ratio * (latents - 1) + 1  # frames still to yield, padding cut
-        windows = []
-        for start in (0, *range(first, end, step)):
-            stop = start + (first if start == 0 else step)
-            left, right = int(start > 0), int(stop < end)  # latents of context on each side
-            frames = min(ratio * (stop - start) - (ratio - 1) * (start == 0), remaining)
-            windows.append(Window(start - left, stop + right, start == 0, ratio * left, frames))
-            remaining -= frames
-        return windows
+        return plan_windows(latents, self.config)
 
     def windows(self, z: Tensor, decode: Decode | None = None) -> Iterator[Tensor]:
         """Decode window by window, in order.
@@ -189,11 +217,8 @@ class TurboVAE(nn.Module):
         Yields [1, 3, frames, 16 H, 16 W] in the weights' dtype, about [-1, 1]; the yields
         concatenate to 4 (T - 1) + 1 frames.
         """
-        decode = decode or self.decoder
         x = self.denormalize(z)
-        for window in self.plan(z.shape[2]):
-            frames = decode(x[:, :, window.begin : window.end], window.is_first)
-            yield frames[:, :, window.skip : window.skip + window.frames]
+        return decode_windows(decode or self.decoder, x, self.config, z.shape[2])
 
     def forward(self, z: Tensor) -> Tensor:
         """All windows of z, concatenated: [1, 3, 4 (T - 1) + 1, 16 H, 16 W]."""
