@@ -203,6 +203,11 @@ def load_pickle(path: Path) -> dict[str, Any]:
     return value
 
 
+def turbo_vae_files(folder: Path) -> tuple[Path, Path]:
+    """JSON and checkpoint of the decoder, by their published names or as the only ones."""
+    return _one(folder, TURBO_VAE_CONFIG, "*.json"), _one(folder, TURBO_VAE_WEIGHTS, "*.ckpt")
+
+
 def load_turbo_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> TurboVAE:
     """The decoder from its JSON and its training checkpoint.
 
@@ -210,8 +215,7 @@ def load_turbo_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Tu
     `aligned_feature_projection_heads` among it, belongs to training. Latent statistics are Wan
     2.2's, not the checkpoint's.
     """
-    config_path = _one(folder, TURBO_VAE_CONFIG, "*.json")
-    weights_path = _one(folder, TURBO_VAE_WEIGHTS, "*.ckpt")
+    config_path, weights_path = turbo_vae_files(folder)
     config = TurboVAEConfig.from_dict(read_json(config_path), str(config_path))
     state = load_pickle(weights_path).get("ema_state_dict")
     if not isinstance(state, dict):

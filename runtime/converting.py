@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
-import json
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from importlib import metadata
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -25,12 +20,20 @@ from magihuman.runtime import artifacts, checkpoint
 from magihuman.runtime.artifacts import SCALE, Stored
 from magihuman.runtime.config import VARIANTS, DiTConfig, Precision, Variant
 from magihuman.runtime.errors import CheckpointError, InvalidRequestError, OutputError
+from magihuman.runtime.folders import (
+    OnBytes,
+    atomic_folder,
+    check_new_folder,
+    hashed,
+    sync,
+    version,
+    write_json,
+)
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.transformer import linears_in_fp8
 
 SHARD_BYTES = 4 * 2**30 - 2**20  # of tensors in a file, which also has a header
 
-OnConvert = Callable[[str, int, int], None]  # ("hash" or "convert", bytes done, of how many)
 PathLike = str | os.PathLike[str]
 
 
@@ -41,7 +44,7 @@ def convert(
     variant: str = "distill",
     precision: Precision = "fp8",
     keep_bf16: KeepBf16 = KEEP_NONE,
-    on_progress: OnConvert | None = None,
+    on_progress: OnBytes | None = None,
 ) -> Path:
     """Write one transformer of a model as an artifact, for `load(..., transformer=folder)`.
 
@@ -80,10 +83,10 @@ def convert(
     wanted = artifacts.layout(source.config, quantized)
     report = on_progress or (lambda stage, done, of: None)
     target = Path(folder).absolute()
-    _check_target(target, sum(stored.size_bytes for stored in wanted.values()))
+    check_new_folder(target, sum(stored.size_bytes for stored in wanted.values()))
     try:
         with atomic_folder(target) as temporary:
-            sources = _hashed(source.files, report)
+            sources = hashed(source.files, report)
             write_artifact(temporary, source, variant, precision, keep_bf16, sources, report)
     except (OSError, SafetensorError) as error:
         raise OutputError(
@@ -112,7 +115,7 @@ def write_artifact(
     precision: Precision,
     keep_bf16: KeepBf16,
     sources: dict[str, dict[str, object]],
-    report: OnConvert = lambda stage, done, of: None,
+    report: OnBytes = lambda stage, done, of: None,
 ) -> None:
     """Weights and, last, the manifest into an empty folder. Arguments are those of `convert`.
 
@@ -131,13 +134,11 @@ def write_artifact(
         "keep_bf16": keep_bf16 if isinstance(keep_bf16, str) else list(keep_bf16),
         "files": files,
         "sources": sources,
-        "magihuman": _version(),
+        "magihuman": version(),
         "torch": torch.__version__,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    place = folder / artifacts.MANIFEST_NAME
-    place.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _sync(place)
+    write_json(folder / artifacts.MANIFEST_NAME, manifest)
 
 
 class _Source:
@@ -171,53 +172,8 @@ class _Source:
                 yield key, shards[self.tensors[key].file].get_tensor(key)
 
 
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside it, renamed to `folder` on success and removed otherwise."""
-    temporary = folder.parent / f".magihuman-{secrets.token_hex(4)}"
-    try:
-        temporary.mkdir()
-        yield temporary
-        if folder.exists():  # a rename would replace an empty folder
-            raise FileExistsError(f"{folder} has been made by somebody else meanwhile")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_target(folder: Path, needed: int) -> None:
-    """Raise `OutputError` now where the artifact could not be written later."""
-    if folder.exists() or folder.is_symlink():
-        raise OutputError(f"the output must not exist yet, got {folder}; name another or remove it")
-    if not folder.parent.is_dir():
-        raise OutputError(f"the output's folder must exist, got {folder.parent}; create it first")
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise OutputError(
-            f"the disk of {folder.parent} must have {needed / 2**30:.1f} GiB free, got"
-            f" {free / 2**30:.1f} GiB"
-        )
-
-
-def _hashed(files: list[Path], report: OnConvert) -> dict[str, dict[str, object]]:
-    """Size and SHA-256 of each file."""
-    sizes = [file.stat().st_size for file in files]
-    found: dict[str, dict[str, object]] = {}
-    done = 0
-    for file, size in zip(files, sizes, strict=True):
-        try:
-            with file.open("rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-        found[file.name] = {"bytes": size, "sha256": digest}
-        done += size
-        report("hash", done, sum(sizes))
-    return found
-
-
 def _write_shards(
-    folder: Path, source: Source, wanted: dict[str, Stored], report: OnConvert
+    folder: Path, source: Source, wanted: dict[str, Stored], report: OnBytes
 ) -> dict[str, int]:
     """The weights in files of at most `SHARD_BYTES`. Returns their names and sizes."""
     shards = _grouped(source, wanted)
@@ -229,7 +185,7 @@ def _write_shards(
             state.update(_stored(key, value, wanted))
         file = folder / f"weights-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(state, file, metadata={"format": "pt"})
-        _sync(file)
+        sync(file)
         files[file.name] = file.stat().st_size
         done += sum(value.nbytes for value in state.values())
         report("convert", done, total)
@@ -261,15 +217,3 @@ def _stored(key: str, value: Tensor, wanted: dict[str, Stored]) -> dict[str, Ten
     laid_out = value.new_zeros(stored.shape, dtype=stored.dtype)
     laid_out[..., : value.shape[-1]] = value
     return {key: laid_out}
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _version() -> str:
-    try:
-        return metadata.version("magihuman")
-    except metadata.PackageNotFoundError:  # run from its sources
-        return "unknown"

@@ -340,7 +340,7 @@ def test_the_output_must_be_new_and_fit(tiny_dir, tmp_path, monkeypatch):
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
-@pytest.mark.parametrize("step", ["save_file", "_sync", "_hashed"])
+@pytest.mark.parametrize("step", ["save_file", "sync", "hashed"])
 def test_a_failure_midway_leaves_nothing(
     tiny_dir, tmp_path, monkeypatch, step, fault, raised, message
 ):
@@ -349,7 +349,7 @@ def test_a_failure_midway_leaves_nothing(
 
     def fail_the_second_time(*arguments: object, **options: object) -> object:
         calls.append(step)
-        if len(calls) == 2 or step == "_hashed":
+        if len(calls) == 2 or step == "hashed":
             raise fault
         return original(*arguments, **options)
 
