@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Folders are listed too, so that a removed module is noticed.
-SOURCES := $(shell find $(wildcard runtime graphs kernels) -name '*.py' -o -name py.typed \
+SOURCES := $(shell find $(wildcard export runtime graphs kernels) -name '*.py' -o -name py.typed \
     -o -type d ! -name __pycache__)
 
 .PHONY: bench demo test lint types imports unit clean

@@ -98,6 +98,10 @@ class Bar:
         """Weights are being hashed or converted."""
         self._show(stage, done, of, size_text(done), line=done == of)
 
+    def on_step(self, stage: str, done: int, of: int) -> None:
+        """A graph has been exported, or a step of a build is done."""
+        self._show(stage, done, of, f"{done}/{of}", line=done == of)
+
     def on_progress(self, progress: runtime.Progress) -> None:
         """A step has finished."""
         note = f"{progress.step}/{progress.of}"

@@ -76,7 +76,7 @@ def test_every_module_is_in_the_wheel_and_nothing_else(names):
         for file in (ROOT / name).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == wanted
-    assert {"magihuman/kernels/reference.py", "magihuman/runtime/model/dit.py"} <= wanted
+    assert {"magihuman/kernels/reference.py", "magihuman/export/onnx.py"} <= wanted
     assert not any("test" in name or "benchmark" in name for name in names)
 
 
@@ -85,7 +85,7 @@ def test_types_license_and_command_are_in_the_wheel(wheel, names):
     with zipfile.ZipFile(wheel) as archive:
         texts = {name: archive.read(name).decode() for name in names if ".dist-info/" in name}
     (commands,) = (text for name, text in texts.items() if name.endswith("entry_points.txt"))
-    assert "magihuman = magihuman.runtime.cli:main" in commands
+    assert "magihuman = magihuman.export.cli:main" in commands
     (metadata,) = (Parser().parsestr(t) for n, t in texts.items() if n.endswith("/METADATA"))
     assert (metadata["Name"], metadata["License-Expression"]) == ("magihuman", "Apache-2.0")
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -98,7 +98,20 @@ def test_the_installed_wheel_works(installed, tmp_path):
     assert said == [str(installed / "magihuman" / "runtime" / "__init__.py"), "None"]
     command = installed / "bin" / "magihuman"
     help_text = python(str(command), "--help", path=[installed], cwd=tmp_path)
-    assert "generate" in help_text and "inspect" in help_text
+    assert all(command in help_text for command in ("generate", "inspect", "export"))
+
+
+def test_the_runtime_has_its_commands_without_the_export(installed, tmp_path):
+    alone = shutil.copytree(installed, tmp_path / "alone")
+    shutil.rmtree(alone / "magihuman" / "export")
+    module = ("-m", "magihuman.runtime.cli", "--help")
+    help_text = python(*module, path=[alone], cwd=tmp_path)
+    assert "generate" in help_text and "export" not in help_text
+
+
+def test_importing_the_command_imports_no_torch(installed, tmp_path):
+    code = "import sys, magihuman.export.cli; print({'torch', 'onnx'} & set(sys.modules))"
+    assert python("-c", code, path=[installed], cwd=tmp_path).strip() == "set()"
 
 
 def test_the_repository_root_on_the_path_does_not_disturb_transformers(tmp_path):

@@ -163,6 +163,13 @@ def plan_windows(latents: int, config: TurboVAEConfig) -> list[Window]:
     return windows
 
 
+def window_kinds(config: TurboVAEConfig) -> dict[str, Window]:
+    """An example of every kind of window that clips of any length are made of, by its name."""
+    (single,) = plan_windows(config.first_chunk_size, config)
+    first, middle, last = plan_windows(config.first_chunk_size + 2 * config.step_size, config)
+    return {"single": single, "first": first, "middle": middle, "last": last}
+
+
 def fill_windows(z: Tensor, config: TurboVAEConfig) -> Tensor:
     """Latents with the last one repeated to fill the last window."""
     padding = plan_windows(z.shape[2], config)[-1].end - z.shape[2]

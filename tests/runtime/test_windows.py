@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from magihuman.runtime.config import TurboVAEConfig, video_frames
-from magihuman.runtime.model.turbo_vae import decode_windows, plan_windows
+from magihuman.runtime.model.turbo_vae import decode_windows, plan_windows, window_kinds
 
 CONFIG = TurboVAEConfig()
 
@@ -55,3 +55,18 @@ def test_a_window_is_decoded_when_it_is_asked_for():
     next(windows)
     next(windows)
     assert calls == [True, False]
+
+
+def test_clips_of_any_length_are_made_of_four_kinds_of_windows():
+    def looks(window):
+        return window.latents, window.skip, window.is_first
+
+    kinds = window_kinds(CONFIG)
+    assert {name: looks(window) for name, window in kinds.items()} == {
+        "single": (7, 0, True),
+        "first": (8, 0, True),
+        "middle": (9, 4, False),
+        "last": (8, 4, False),
+    }
+    used = {looks(window) for n in range(1, 400) for window in plan_windows(n, CONFIG)}
+    assert used == {looks(window) for window in kinds.values()}

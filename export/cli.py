@@ -1,0 +1,143 @@
+"""The `magihuman` command: what `runtime` has, and `export` on top of it.
+
+The script is bound here, and not to `magihuman.runtime.cli`, because `runtime` imports nothing from
+`export`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Column, Table
+
+from magihuman.runtime import cli
+from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.terminal import FAILED, Bar, JsonOption, err, out, size_text, user_errors
+
+if TYPE_CHECKING:
+    from magihuman.export.verify import Verdict
+
+
+@cli.app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", envvar="MAGIHUMAN_MODEL", help="Model directory.")
+    ],
+    vae: Annotated[bool, typer.Option("--vae", help="The Turbo VAE decoder.")] = False,
+    audio: Annotated[
+        bool, typer.Option("--audio", help="The audio decoder instead, as ONNX in fp32.")
+    ] = False,
+    target: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
+    sm: Annotated[
+        int | None,
+        typer.Option(help="Compute capability of the engines, as 89; by default this GPU's."),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="As 480x256, or fewest:best:most; may be given several times."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    workspace_gib: Annotated[
+        float, typer.Option(min=0.01, help="GPU memory a layer of an engine may use.")
+    ] = 8.0,
+    verify: Annotated[
+        bool, typer.Option(help="Compare with the plain decoder; figures go into the manifest.")
+    ] = True,
+    verify_only: Annotated[
+        bool, typer.Option("--verify-only", help="Make nothing: compare what DIR holds.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the video or the audio decoder as ONNX, or as TensorRT engines."""
+    with user_errors():
+        if vae == audio and not verify_only:
+            raise InvalidRequestError("one of --vae and --audio must be given, got both or none")
+        if audio and (target != "onnx" or size or sm):
+            raise InvalidRequestError(
+                "--audio must go without --target tensorrt, --size and --sm: the audio decoder is"
+                " one ONNX graph for clips of all lengths"
+            )
+        try:
+            from magihuman.export import exporting
+            from magihuman.export import verify as verifying
+        except ModuleNotFoundError as error:
+            raise InvalidRequestError(
+                f"export must have its libraries, and {error.name} is not installed; install them"
+                " with pip install 'magihuman[onnx]'"
+            ) from error
+        bar = Bar(as_json)
+        start = time.perf_counter()
+        with bar:
+            if audio and not verify_only:
+                exporting.export_audio(model, folder, on_step=bar.on_step, on_hash=bar.on_convert)
+            elif not verify_only:
+                exporting.export_vae(
+                    model,
+                    folder,
+                    target=target,
+                    sizes=size or exporting.SIZES,
+                    sm=sm,
+                    dtype=dtype,
+                    workspace_bytes=int(workspace_gib * 2**30),
+                    on_step=bar.on_step,
+                    on_hash=bar.on_convert,
+                )
+            verdict = None
+            if verify or verify_only:
+                verdict = verifying.verify(folder, model, bar.on_step)
+        _show(folder, verdict, time.perf_counter() - start, as_json)
+        if verdict is not None and not verdict.is_ok:
+            raise typer.Exit(FAILED)
+
+
+def _show(folder: Path, verdict: Verdict | None, seconds: float, as_json: bool) -> None:
+    """What was made and how far it is from the plain decoder."""
+    files = sorted(folder.iterdir())
+    figures = () if verdict is None else verdict.figures
+    skipped = None if verdict is None else verdict.engines_not_run
+    if as_json:
+        facts = {
+            "path": str(folder),
+            "bytes": {file.name: file.stat().st_size for file in files},
+            "seconds": seconds,
+            "verified": [{**dataclasses.asdict(f), "ok": f.is_ok} for f in figures],
+            "engines_not_run": skipped,
+        }
+        print(json.dumps(facts))
+        return
+    table = Table(
+        Column("file", no_wrap=True), "size", "latents", "arithmetic", "error", "limit", ""
+    )
+    for file in files:
+        own = [figure for figure in figures if figure.file == file.name]
+        if not own:
+            table.add_row(file.name, size_text(file.stat().st_size), "", "", "", "", "")
+        for figure in own:
+            table.add_row(
+                file.name,
+                size_text(file.stat().st_size),
+                "x".join(map(str, figure.shape[2:])),
+                figure.arithmetic,
+                f"{figure.error:.1e}",
+                f"{figure.limit:.1e}",
+                "ok" if figure.is_ok else "FAIL",
+            )
+    out.print(table)
+    if skipped is not None:
+        err.print(f"engines not run: {skipped}", markup=False, highlight=False)
+    out.print(f"{folder}: {len(files)} files in {seconds:.0f} s")
+
+
+def main() -> None:
+    """Entry point."""
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""ONNX to a TensorRT engine, through the builder of either flavour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from magihuman.runtime.errors import DeviceError, MagiHumanError, OutputError
+from magihuman.runtime.exported import INPUT, Builder, Dims
+from magihuman.runtime.media import atomic_path
+from magihuman.runtime.tensorrt import FULL, device_sm, flavour_for, library, logger
+
+CACHE = Path.home() / ".cache" / "magihuman" / "tensorrt"
+
+OnStep = Callable[[int, int], None]  # (steps done, of how many)
+
+
+class BuildError(MagiHumanError):
+    """TensorRT could not make an engine of a graph."""
+
+
+def builder_for(sm: int | None) -> Builder:
+    """What will make engines here, for this compute capability or that of the GPU at hand."""
+    here = device_sm()
+    wanted = here if sm is None else sm
+    if wanted is None:
+        raise DeviceError("sm must be given on a machine without a GPU, as in --sm 89")
+    flavour = flavour_for(wanted, here)
+    return Builder(flavour, library(flavour).__version__, wanted)
+
+
+def build_engine(
+    onnx_path: Path,
+    shape: tuple[Dims, ...],
+    builder: Builder,
+    workspace_bytes: int,
+    on_step: OnStep = lambda done, of: None,
+) -> bytes:
+    """The serialized engine of a graph whose one input has these fewest, best and most sizes.
+
+    Strongly typed: it computes in the dtypes that the graph has.
+    """
+    trt = library(builder.flavour)
+    log = logger(builder.flavour)
+    made = trt.Builder(log)
+    network = made.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(onnx_path)):
+        errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+        raise BuildError(f"{builder.flavour} cannot read {onnx_path.name}: {errors}")
+    config = made.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    monitor = config.progress_monitor = _monitor(trt, on_step)
+    if any(low != high for low, _, high in shape):
+        profile = made.create_optimization_profile()
+        profile.set_shape(INPUT, *zip(*shape, strict=True))
+        config.add_optimization_profile(profile)
+    if builder.flavour == FULL:
+        content = _timed(trt, made, network, config, builder)
+    else:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{builder.sm}"), 0)
+        content = made.build_serialized_network(network, config)
+    if monitor.raised is not None:
+        raise monitor.raised
+    if content is None:
+        raise BuildError(
+            f"{builder} cannot make an engine of {onnx_path.name}; its messages are in the log"
+        )
+    return bytes(content)
+
+
+def _timed(trt: Any, made: Any, network: Any, config: Any, builder: Builder) -> Any:
+    """Build with the timings of earlier builds, and keep those of this one.
+
+    TensorRT-RTX times nothing while it builds, and has no such cache.
+    """
+    file = CACHE / f"{builder.version}-sm{builder.sm}.timings"
+    known = file.read_bytes() if file.is_file() else b""
+    timings = config.create_timing_cache(known)
+    config.set_timing_cache(timings, ignore_mismatch=False)
+    content = made.build_serialized_network(network, config)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror}") from error
+    return content
+
+
+def _monitor(trt: Any, on_step: OnStep) -> Any:
+    """Reports the outermost phase. What is raised meanwhile, also by Ctrl-C, ends the build."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.outermost: tuple[str, int] | None = None
+            self.raised: BaseException | None = None
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outermost = (name, steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            try:
+                if self.outermost is not None and name == self.outermost[0]:
+                    on_step(step + 1, self.outermost[1])
+            except BaseException as error:  # TensorRT would print it and go on
+                self.raised = error
+            return self.raised is None
+
+        def phase_finish(self, name: str) -> None:
+            if self.outermost is not None and name == self.outermost[0] and self.raised is None:
+                on_step(self.outermost[1], self.outermost[1])
+
+    return Monitor()

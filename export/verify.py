@@ -1,0 +1,228 @@
+"""Exported graphs and engines against the plain decoder, each on one input of every kind.
+
+The measure is ||a - b|| / ||b||, b being the plain decoder in fp32 with the exported weights. A
+graph passes within 1e-4 of it or, where it rounds to 16 bits, within 20 roundings of its dtype: the
+plain decoder in fp16 and bf16 is about 10 off, with random weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import Tensor
+
+from magihuman.export.onnx import Sound, Window
+from magihuman.runtime import checkpoint
+from magihuman.runtime.config import LATENT_MEAN, LATENT_STD
+from magihuman.runtime.errors import MagiHumanError
+from magihuman.runtime.exported import (
+    AUDIO_VAE,
+    MANIFEST_NAME,
+    OUTPUT,
+    Exported,
+    Graph,
+    check_sources,
+    read_manifest,
+)
+from magihuman.runtime.folders import write_json
+from magihuman.runtime.loading import AUDIO_FOLDER, TURBO_FOLDER
+from magihuman.runtime.media import atomic_path
+from magihuman.runtime.model.turbo_vae import window_kinds
+from magihuman.runtime.tensorrt import TensorRTVAE, device_sm
+
+EXACT = 1e-4  # two libraries that sum in fp32, in different orders, through some forty layers
+ROUNDINGS = 20
+CPU = torch.device("cpu")
+
+OnGraph = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How far one graph, or its engine, is from the plain decoder."""
+
+    file: str
+    shape: tuple[int, ...]  # of the latents
+    arithmetic: str
+    error: float
+    limit: float
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether it is within its limit."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All figures, and why there are none of the engines, where there are none."""
+
+    figures: tuple[Figure, ...]
+    engines_not_run: str | None
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether all that was run is within its limits."""
+        return all(figure.is_ok for figure in self.figures)
+
+
+def verify(
+    folder: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    on_step: OnGraph = lambda stage, done, of: None,
+) -> Verdict:
+    """Compare a folder with the model it is of, and write the figures into its manifest.
+
+    ONNX runs on the CPU, in onnxruntime; engines where their GPU is at hand. A dynamic graph is run
+    at its fewest and at its best size.
+
+    Raises:
+        CheckpointError: the folder is damaged, or comes from other weights.
+    """
+    found, model = read_manifest(Path(folder)), Path(model)
+    modules = _modules(found, model)
+    engines, reason = _engines(found)
+    device = torch.device("cpu" if device_sm() is None else "cuda")
+    figures: list[Figure] = []
+    for done, graph in enumerate(found.graphs, 1):
+        module = modules[graph.kind].to(device)
+        for latents in _inputs(graph, found):
+            exact = _run(module, latents.to(device, torch.float32))
+            figures.append(_onnx_figure(found, graph, latents, exact))
+            if engines is not None:
+                decoded = _decoded(engines, graph.kind, latents)
+                error, limit = _error(decoded, exact), _limit(found.dtype)
+                shape = tuple(latents.shape)
+                figures.append(Figure(str(graph.engine), shape, _name(found.dtype), error, limit))
+        on_step("verify", done, len(found.graphs))
+    verdict = Verdict(tuple(figures), reason)
+    _record(found.folder, verdict)
+    return verdict
+
+
+def _modules(found: Exported, model: Path) -> dict[str, Window | Sound]:
+    """The plain decoder of each kind, in fp32, its weights rounded as the exported ones are."""
+    if found.decoder == AUDIO_VAE:
+        place = model / AUDIO_FOLDER
+        check_sources(found, [place / "model_config.json", place / checkpoint.SINGLE_NAME])
+        return {"sound": Sound(checkpoint.load_audio_vae(place, CPU))}
+    place = model / TURBO_FOLDER
+    check_sources(found, list(checkpoint.turbo_vae_files(place)))
+    decoder = checkpoint.load_turbo_vae(place, CPU, found.dtype).float().decoder
+    assert found.config is not None
+    return {k: Window(decoder, w.is_first) for k, w in window_kinds(found.config).items()}
+
+
+def _engines(found: Exported) -> tuple[TensorRTVAE | None, str | None]:
+    """The engines, loaded, or why they are not run here."""
+    if found.builder is None:
+        return None, None
+    try:
+        return TensorRTVAE(found, torch.device("cuda" if device_sm() else "cpu")), None
+    except MagiHumanError as error:
+        return None, str(error)
+
+
+def _inputs(graph: Graph, found: Exported) -> Iterator[Tensor]:
+    """Latents as the decoder gets them, in the graph's dtype: best, and fewest where it differs."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {tuple(dims[i] for dims in graph.dims.values()) for i in (0, 1)}
+    for size in sorted(sizes):
+        if found.decoder == AUDIO_VAE:
+            channels = onnx.load(found.folder / graph.onnx, load_external_data=False)
+            width = channels.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+            yield torch.randn(1, width, *size, generator=generator)
+            continue
+        z = torch.randn(1, len(LATENT_MEAN), *size, generator=generator)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (LATENT_MEAN, LATENT_STD))
+        yield (z * std + mean).to(found.dtype)
+
+
+def _onnx_figure(found: Exported, graph: Graph, latents: Tensor, exact: Tensor) -> Figure:
+    """One graph in onnxruntime on the CPU, which has no bf16 convolution: such a graph is widened,
+    so that its structure and weights are checked, and not its rounding.
+    """
+    model = onnx.load(found.folder / graph.onnx)
+    name, limit = _name(found.dtype), _limit(found.dtype)
+    if found.dtype == torch.bfloat16:
+        widen(model)
+        latents, limit, name = latents.float(), EXACT, "float32, widened from bfloat16"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {session.get_inputs()[0].name: latents.numpy()}
+    decoded = torch.from_numpy(session.run([OUTPUT], feed)[0])
+    return Figure(graph.onnx, tuple(latents.shape), name, _error(decoded, exact), limit)
+
+
+def _decoded(engines: TensorRTVAE, kind: str, latents: Tensor) -> Tensor:
+    window = window_kinds(engines.config)[kind]
+    engine = engines.bound(window.is_first, tuple(latents.shape))
+    engine.input.copy_(latents)
+    engine.run()
+    return engine.output
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return EXACT if dtype == torch.float32 else ROUNDINGS * torch.finfo(dtype).eps / 2
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def widen(model: onnx.ModelProto) -> None:
+    """Make fp32 of all that is bf16 in a graph."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            values = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to":
+                is_bf16 = attribute.i == TensorProto.BFLOAT16
+                attribute.i = TensorProto.FLOAT if is_bf16 else attribute.i
+            if attribute.t.data_type == TensorProto.BFLOAT16:
+                values = numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(numpy_helper.from_array(values))
+
+
+@torch.inference_mode()
+def _run(module: Window | Sound, latents: Tensor) -> Tensor:
+    out: Tensor = module(latents)
+    return out
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    wanted = wanted.cpu().double()
+    return float((found.cpu().double() - wanted).norm() / wanted.norm())
+
+
+def _record(folder: Path, verdict: Verdict) -> None:
+    """The figures into the manifest, whose other fields stay."""
+    path = folder / MANIFEST_NAME
+    values = checkpoint.read_json(path)
+    values["verified"] = {
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "onnxruntime": onnxruntime.__version__,
+        "engines_not_run": verdict.engines_not_run,
+        "figures": [{**dataclasses.asdict(f), "ok": f.is_ok} for f in verdict.figures],
+    }
+    with atomic_path(path) as temporary:
+        write_json(temporary, values)
