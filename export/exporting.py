@@ -114,7 +114,8 @@ def export_vae(
         facts: dict[str, object] = {"dtype": dtype, "architecture": dataclasses.asdict(vae.config)}
         if builder is not None:
             facts["builder"] = dataclasses.asdict(builder)
-        facts["latent_mean"], facts["latent_std"] = LATENT_MEAN, LATENT_STD
+        for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
+            facts[name] = torch.tensor(values, dtype=DTYPES[dtype]).tolist()
         _write_manifest(temporary, TURBO_VAE, target, facts, graphs, sources)
     return out
 

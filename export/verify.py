@@ -27,6 +27,7 @@ from magihuman.runtime.config import LATENT_MEAN, LATENT_STD
 from magihuman.runtime.errors import MagiHumanError
 from magihuman.runtime.exported import (
     AUDIO_VAE,
+    DTYPES,
     MANIFEST_NAME,
     OUTPUT,
     Exported,
@@ -156,7 +157,7 @@ def _onnx_figure(found: Exported, graph: Graph, latents: Tensor, exact: Tensor) 
     name, limit = _name(found.dtype), _limit(found.dtype)
     if found.dtype == torch.bfloat16:
         widen(model)
-        latents, limit, name = latents.float(), EXACT, "float32, widened from bfloat16"
+        latents, limit, name = latents.float(), EXACT, "bf16 as fp32"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(
@@ -180,7 +181,7 @@ def _limit(dtype: torch.dtype) -> float:
 
 
 def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def widen(model: onnx.ModelProto) -> None:

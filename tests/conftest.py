@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,3 +26,59 @@ def engine(tiny_dir):
     """The tiny distilled model, on the CPU."""
     with runtime.load(tiny_dir, variant="distill", device="cpu") as loaded:
         yield loaded
+
+
+@dataclass
+class CMake:
+    """A build folder of the top-level CMakeLists.txt."""
+
+    build: Path
+
+    def configure(self, **options: object) -> subprocess.CompletedProcess[str]:
+        given = [f"-D{name}={value}" for name, value in options.items()]
+        source = ("-S", str(Path(__file__).parents[1]), "-B", str(self.build))
+        return self._run(*source, "-G", "Unix Makefiles", *given)
+
+    def make(self, target: str) -> str:
+        done = self._run("--build", str(self.build), "--target", target)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def would_make(self, target: str) -> str:
+        """The commands Make would run."""
+        done = self._run("--build", str(self.build), "--target", target, "--", "--dry-run")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        own = Path(sys.executable).parent
+        path = f"{own}{os.pathsep}{os.environ['PATH']}"
+        cmake = shutil.which("cmake", path=path)
+        assert cmake is not None, "cmake comes with the extra [dev]"
+        environment = {**os.environ, "COLUMNS": "200"}
+        return subprocess.run([cmake, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def cmake(tmp_path) -> CMake:
+    return CMake(tmp_path / "build")
+
+
+@pytest.fixture(scope="session")
+def engines_build(tiny_dir, tmp_path_factory) -> CMake:
+    """The target `engines`, built for sm_89 by TensorRT-RTX, which needs no GPU for it."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("tensorrt-rtx is not installed; it has wheels for Linux on x86-64 only")
+    made = CMake(tmp_path_factory.mktemp("engines") / "build")
+    options = {"MAGIHUMAN_SIZES": "64x64", "MAGIHUMAN_SM": 89, "Python_EXECUTABLE": sys.executable}
+    configured = made.configure(MAGIHUMAN_MODEL=tiny_dir, **options)
+    assert configured.returncode == 0, configured.stderr
+    assert "engines: tensorrt_rtx" in configured.stdout
+    made.make("engines")
+    return made
+
+
+@pytest.fixture(scope="session")
+def engines_dir(engines_build) -> Path:
+    """A folder of engines of the tiny decoder."""
+    return engines_build.build / "engines"

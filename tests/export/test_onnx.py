@@ -7,13 +7,16 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+import pytest
 import torch
 from onnx import TensorProto
 
 from magihuman.export.onnx import INPUT, OPSET, OUTPUT, SharedWeights, Sound, Window, write_onnx
+from magihuman.export.tensorrt import build_engine
 from magihuman.export.verify import widen
 from magihuman.runtime import random_weights
 from magihuman.runtime.config import TurboVAEConfig
+from magihuman.runtime.exported import Builder
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.tiny import AUDIO_VAE, TURBO_VAE
 
@@ -57,19 +60,39 @@ def test_the_full_width_decoder(tmp_path):
     assert error(found, window(z)) <= FP32
 
 
-@torch.inference_mode()
-def test_a_dynamic_graph_at_its_ends(tmp_path):
+RANGE = {"latents": (9, 9, 9), "height": (2, 4, 6), "width": (2, 6, 8)}
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory) -> tuple[Window, Path]:
+    """A middle window that takes a range of sizes, and its graph."""
+    folder = tmp_path_factory.mktemp("dynamic")
     window = Window(vae(SHALLOW).decoder, is_first=False)
-    dims = {"latents": (9, 9, 9), "height": (2, 4, 6), "width": (2, 6, 8)}
-    path = tmp_path / "window.onnx"
-    with torch.inference_mode(False):
-        write_onnx(window, latents_of(9, 4, 6), dims, path, SharedWeights(tmp_path))
+    write_onnx(window, latents_of(9, 4, 6), RANGE, folder / "window.onnx", SharedWeights(folder))
+    return window, folder / "window.onnx"
+
+
+@torch.inference_mode()
+def test_a_dynamic_graph_at_its_ends(dynamic):
+    window, path = dynamic
     (given,) = onnx.load(path, load_external_data=False).graph.input
     names = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
     assert names == [1, 48, 9, "height", "width"]
     for size in ((2, 2), (4, 6), (6, 8), (6, 2)):
         z = latents_of(9, *size)
         assert error(in_onnxruntime(path, z), window(z)) <= FP32
+
+
+def test_a_dynamic_graph_becomes_one_engine(dynamic):
+    trt = pytest.importorskip("tensorrt_rtx", reason="it has wheels for Linux on x86-64 only")
+    builder = Builder("tensorrt_rtx", trt.__version__, 89)
+    shape = ((1, 1, 1), (48, 48, 48), *RANGE.values())
+    steps: list[tuple[int, int]] = []
+    content = build_engine(
+        dynamic[1], shape, builder, 2**30, lambda done, of: steps.append((done, of))
+    )
+    assert len(content) > 10**5
+    assert [done for done, _ in steps] == list(range(1, steps[0][1] + 1))
 
 
 @torch.inference_mode()
