@@ -178,8 +178,8 @@ def _graph(values: object, target: str, path: Path) -> Graph:
             )
     if (graph.engine is None) != (target == "onnx"):
         raise CheckpointError(
-            f"{path}: {graph.onnx} must have an engine where the target is tensorrt, and only there,"
-            f" got {graph.engine!r} with {target!r}; {AGAIN}"
+            f"{path}: {graph.onnx} must have an engine where the target is tensorrt, and only"
+            f" there, got {graph.engine!r} with {target!r}; {AGAIN}"
         )
     return graph
 

@@ -103,7 +103,15 @@ class WindowEngine:
         self, trt: Any, engine: Any, shape: tuple[int, ...], dtype: torch.dtype, scratch: Tensor
     ) -> None:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._context = engine.create_execution_context(strategy)
+        if trt.__name__ == RTX:
+            # By default it goes on compiling for a new shape while it runs, which a graph cannot.
+            config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
+            self._context = engine.create_execution_context(config)
+        else:
+            self._context = engine.create_execution_context(strategy)
         self._scratch = scratch  # kept alive as long as the context points there
         self._context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
         if not self._context.set_input_shape(INPUT, shape):
@@ -116,7 +124,8 @@ class WindowEngine:
 
     def run(self) -> None:
         """Start `input` -> `output` on torch's current stream."""
-        if not self._context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+        stream = torch.cuda.current_stream(self.input.device)
+        if not self._context.execute_async_v3(stream.cuda_stream):
             raise DeviceError("TensorRT could not start the engine; its messages are in the log")
 
 
@@ -127,12 +136,13 @@ class TensorRTVAE:
         sm = device_sm(device)
         if sm is None:
             raise DeviceError(f"TensorRT engines need a CUDA device, got {device}")
-        assert exported.config is not None
+        if exported.config is None:
+            raise CheckpointError(f"{exported.folder} must hold the video decoder, got the audio's")
         self.config = exported.config
         self._exported, self._device = exported, device
         self._trt = trt = library(flavour_for(sm, sm))
         check_builder(exported, Builder(trt.__name__, trt.__version__, sm))
-        runtime = trt.Runtime(logger(trt.__name__))
+        self._runtime = runtime = trt.Runtime(logger(trt.__name__))  # outlives its engines
         with torch.cuda.device(device):
             self._engines = {
                 graph.engine: _deserialized(runtime, exported.folder / str(graph.engine))
@@ -176,9 +186,9 @@ class TensorRTVAE:
                 if self._firsts[graph.kind] == is_first
                 and graph.takes(latents=latents, height=rows, width=columns)
             )
-            self._bound[key] = WindowEngine(
-                self._trt, self._engines[graph.engine], shape, self._exported.dtype, self._scratch
-            )
+            engine, dtype = self._engines[graph.engine], self._exported.dtype
+            with torch.cuda.device(self._device):
+                self._bound[key] = WindowEngine(self._trt, engine, shape, dtype, self._scratch)
         return self._bound[key]
 
     def _decode(self, latents: Tensor, is_first: bool) -> Tensor:
