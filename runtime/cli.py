@@ -69,7 +69,11 @@ def generate(
     precision: PrecisionOption = None,
     keep_bf16: KeepOption = None,
     vae: Annotated[
-        str | None, typer.Option(help="Decoder of frames: fast (needs a Hopper GPU) or plain.")
+        str | None,
+        typer.Option(
+            help="Decoder of frames: fast (needs a Hopper GPU), plain, or tensorrt, with"
+            " --turbo-vae, a folder of engines."
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,

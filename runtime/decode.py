@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,13 @@ from magihuman.runtime.model.turbo_vae import TurboVAE, Window
 Frames = npt.NDArray[np.uint8]
 
 
+class VideoDecoder(Protocol):
+    """`TurboVAE`, or what decodes in its place."""
+
+    def windows(self, z: Tensor) -> Iterator[Tensor]:
+        """As `TurboVAE.windows`."""
+
+
 class Decoder(Protocol):
     """Windows of latents [B, 48, T, H, W] to uint8 [B, frames, 16 H, 16 W, 3], without waiting."""
 
@@ -28,7 +35,7 @@ class Decoder(Protocol):
 
 @torch.inference_mode()
 def decode_frames(
-    vae: TurboVAE,
+    vae: VideoDecoder,
     latent: Tensor,
     on_frames: Callable[[int, int], None] = lambda done, of: None,
     decoder: Decoder | None = None,
@@ -40,14 +47,17 @@ def decode_frames(
         vae: on the latents' device.
         latent: any float dtype.
         on_frames: called as (done, of) with the frames finished; may raise to stop.
-        decoder: stands in for the decoder of `vae`, on a GPU.
+        decoder: stands in for the decoder of `vae`, a `TurboVAE` on a GPU.
         on_window: called with the next frames as soon as they are on the host, in order. They are a
             part of the result, and stay as they are.
     """
     total = video_frames(latent.shape[2])
     done = 0
     on_frames(done, total)
-    windows = _plain(vae, latent) if decoder is None else _compiled(vae, latent, decoder)
+    if decoder is None:
+        windows = _plain(vae, latent)
+    else:
+        windows = _compiled(cast(TurboVAE, vae), latent, decoder)
     for frames, count in windows:
         on_window(frames[done : done + count])
         done += count
@@ -55,7 +65,7 @@ def decode_frames(
     return frames
 
 
-def _plain(vae: TurboVAE, latent: Tensor) -> Iterator[tuple[Frames, int]]:
+def _plain(vae: VideoDecoder, latent: Tensor) -> Iterator[tuple[Frames, int]]:
     """All frames, and how many of them each window has filled in. One window is on the device."""
     out = np.empty(frames_shape(latent), np.uint8)
     done = 0

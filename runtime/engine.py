@@ -20,12 +20,11 @@ from torch import Tensor
 
 from magihuman.runtime import config, denoise
 from magihuman.runtime.audio import AudioVAE, Waveform, open_driving_audio
-from magihuman.runtime.decode import Decoder, Frames, decode_frames
+from magihuman.runtime.decode import Decoder, Frames, VideoDecoder, decode_frames
 from magihuman.runtime.errors import Cancelled, DeviceError, InvalidRequestError, MagiHumanError
 from magihuman.runtime.image import ImageVAE, open_image
 from magihuman.runtime.media import Mp4Writer, check_output
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.request import (
     DEFAULT_NEGATIVE_PROMPT,
     Plan,
@@ -34,6 +33,7 @@ from magihuman.runtime.request import (
     Request,
     Video,
 )
+from magihuman.runtime.tensorrt import TensorRTVAE
 from magihuman.runtime.text import TextEncoder
 from magihuman.runtime.tokens import Layout
 
@@ -48,7 +48,7 @@ class Components:
     """The loaded models of an engine."""
 
     dit: DiT
-    turbo_vae: TurboVAE
+    turbo_vae: VideoDecoder
     text_encoder: TextEncoder
     audio_vae: AudioVAE
     image_vae: ImageVAE | None = None
@@ -67,7 +67,7 @@ class Engine:
         precision: of the transformer's linears.
         device: where everything runs.
         is_compiled: whether the base transformer runs as captured graphs of fused kernels.
-        vae: how frames are decoded, "fast" or "plain".
+        vae: how frames are decoded, "fast", "plain" or "tensorrt".
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class Engine:
         self.precision = precision
         self.device = device
         self.is_compiled = components.forward is not None
-        self.vae = "plain" if components.decoder is None else "fast"
+        is_engine = isinstance(components.turbo_vae, TensorRTVAE)
+        self.vae = "tensorrt" if is_engine else "plain" if components.decoder is None else "fast"
         self._parts: Components | None = components
         self._variant = variant
         self._lock = threading.Lock()
@@ -313,6 +314,9 @@ class Run:
         """Everything that can be wrong with a request, found before any work on the device."""
         request = self.request
         plan = request.plan(self.variant, self.sr)
+        if isinstance(self.parts.turbo_vae, TensorRTVAE):
+            rows, columns = (side // config.VIDEO_STRIDE[1] for side in plan.size_px[::-1])
+            self.parts.turbo_vae.exported.check_size(rows, columns)
         image = samples = None
         if request.image is not None:
             if self.parts.image_vae is None:

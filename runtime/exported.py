@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 
 from magihuman.runtime import checkpoint
-from magihuman.runtime.config import TurboVAEConfig
-from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.config import VIDEO_STRIDE, TurboVAEConfig
+from magihuman.runtime.errors import CheckpointError, InvalidRequestError
 from magihuman.runtime.folders import hashed
 from magihuman.runtime.model.turbo_vae import window_kinds
 
@@ -51,6 +51,15 @@ class Graph:
     onnx: str
     engine: str | None = None
 
+    @property
+    def size(self) -> str:
+        """Of the clips, in pixels, as 480x256, or 256x256 to 896x512."""
+        ends = (
+            f"{self.dims['width'][i] * VIDEO_STRIDE[2]}x{self.dims['height'][i] * VIDEO_STRIDE[1]}"
+            for i in (0, 2)
+        )
+        return " to ".join(dict.fromkeys(ends))
+
     def takes(self, **sizes: int) -> bool:
         """Whether it runs latents of these sizes; those not named are not asked about."""
         ends = {name: (self.dims[name][0], self.dims[name][2]) for name in sizes}
@@ -69,6 +78,17 @@ class Exported:
     graphs: tuple[Graph, ...]
     sources: dict[str, object]
     builder: Builder | None  # of engines
+
+    def check_size(self, rows: int, columns: int) -> None:
+        """Raise `InvalidRequestError` for latents of a clip that no graph takes."""
+        if not any(graph.takes(height=rows, width=columns) for graph in self.graphs):
+            stride = VIDEO_STRIDE[1]
+            raise InvalidRequestError(
+                "width and height must be of an exported size,"
+                f" {', '.join(sorted({graph.size for graph in self.graphs}))}, got"
+                f" {columns * stride}x{rows * stride}; export that size too, or load the published"
+                " decoder"
+            )
 
 
 def is_exported(folder: Path) -> bool:

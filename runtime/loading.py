@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar, cast, get_args
 
 import torch
 
@@ -17,12 +17,15 @@ from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize_model
 from magihuman.graphs.support import why_not_decode
 from magihuman.runtime import checkpoint, config, random_weights
 from magihuman.runtime.audio import AudioVAE
+from magihuman.runtime.decode import VideoDecoder
 from magihuman.runtime.denoise import Forward
 from magihuman.runtime.engine import Components, Engine
 from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
+from magihuman.runtime.exported import is_exported
 from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
+from magihuman.runtime.tensorrt import load_engines
 from magihuman.runtime.text import load_text_encoder
 from magihuman.runtime.transformer import (
     FP8_ATTENTION,
@@ -105,7 +108,8 @@ def load(
         compile: run the transformers as captured graphs of fused kernels where this machine can
             (`magihuman doctor` says); False runs the plain model.
         vae: how frames are decoded: "fast", by fused kernels and captured graphs, which needs a
-            Hopper GPU, or "plain". By default "fast" where this machine can.
+            Hopper GPU, "plain", or "tensorrt", on the engines of a folder that `magihuman export`
+            wrote, which turbo_vae names. By default "fast" where this machine can, else "plain".
         device: a torch device; by default the first GPU, else the CPU.
         revision: of the hub repository.
         transformer, sr_transformer: folders of transformers that lie elsewhere than in `model`, in
@@ -126,6 +130,11 @@ def load(
     name = default if variant is None else variant
     _choice("variant", name, config.BASE_VARIANTS)
     _choice("sr", sr, (None, *config.SR_SIZES))
+    if vae == "tensorrt" and (turbo_vae is None or is_synthetic):
+        raise InvalidRequestError(
+            "vae='tensorrt' must go with a model directory and turbo_vae, a folder of engines, got"
+            f" {model!r} and {turbo_vae!r}; magihuman export writes one"
+        )
     if precision is not None:
         _choice("precision", precision, get_args(config.Precision))
     if vae is not None:
@@ -178,7 +187,8 @@ def load(
             base = plan(chosen, paths.dit, wanted)
             upscale = None if upscaler is None else plan(upscaler, paths.sr, wanted)
             check_fit(base, upscale, folder_bytes(paths.text_encoder) // 2, target)
-            parts = _read(paths, base, upscale, target, vae_dtype, report)
+            engines = Path(model) / TURBO_FOLDER if vae == "tensorrt" else None
+            parts = _read(paths, base, upscale, target, vae_dtype, engines, report)
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceError(
@@ -194,7 +204,7 @@ def load(
         parts.forward = compiled(parts.dit, base, target, debug)
         if parts.sr_dit is not None and upscale is not None:
             parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug)
-    if vae != "plain" and reason is None:
+    if vae not in ("plain", "tensorrt") and reason is None:
         from magihuman.graphs.replay_decoder import CompiledDecoder
 
         parts.decoder = CompiledDecoder(parts.turbo_vae.decoder, parts.turbo_vae.config)
@@ -330,17 +340,26 @@ def _read(
     sr: Held | None,
     device: torch.device,
     vae_dtype: torch.dtype,
+    engines_of: Path | None,
     report: _Reporter,
 ) -> Components:
+    def turbo_vae() -> VideoDecoder:
+        if engines_of is not None:
+            return load_engines(paths.turbo_vae, engines_of, device)
+        if is_exported(paths.turbo_vae):
+            raise CheckpointError(
+                f"{paths.turbo_vae} must hold the published decoder, got an exported one; load it"
+                " with vae='tensorrt'"
+            )
+        return checkpoint.load_turbo_vae(paths.turbo_vae, device, vae_dtype)
+
     def dit(held: Held) -> DiT:
         name = held.variant.name
         return report.timed(name, lambda: held.read(device, report.reader(name)))
 
     # Cheap components first, so that a damaged one is known before tens of gigabytes are read.
     return Components(
-        turbo_vae=report.timed(
-            TURBO_FOLDER, lambda: checkpoint.load_turbo_vae(paths.turbo_vae, device, vae_dtype)
-        ),
+        turbo_vae=report.timed(TURBO_FOLDER, turbo_vae),
         audio_vae=report.timed(
             AUDIO_FOLDER, lambda: AudioVAE(checkpoint.load_audio_vae(paths.audio_vae, device))
         ),

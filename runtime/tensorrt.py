@@ -17,9 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magihuman.runtime.config import LATENT_MEAN, LATENT_STD, VIDEO_STRIDE
-from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
-from magihuman.runtime.exported import INPUT, OUTPUT, Builder, Exported, Graph, check_builder
+from magihuman.runtime.checkpoint import turbo_vae_files
+from magihuman.runtime.config import LATENT_MEAN, LATENT_STD
+from magihuman.runtime.errors import CheckpointError, DeviceError
+from magihuman.runtime.exported import (
+    INPUT,
+    OUTPUT,
+    Builder,
+    Exported,
+    check_builder,
+    check_sources,
+    is_exported,
+    read_manifest,
+)
 from magihuman.runtime.model.turbo_vae import decode_windows, window_kinds
 
 log = logging.getLogger("magihuman")
@@ -139,7 +149,7 @@ class TensorRTVAE:
         if exported.config is None:
             raise CheckpointError(f"{exported.folder} must hold the video decoder, got the audio's")
         self.config = exported.config
-        self._exported, self._device = exported, device
+        self.exported, self._device = exported, device
         self._trt = trt = library(flavour_for(sm, sm))
         check_builder(exported, Builder(trt.__name__, trt.__version__, sm))
         self._runtime = runtime = trt.Runtime(logger(trt.__name__))  # outlives its engines
@@ -157,23 +167,11 @@ class TensorRTVAE:
         self._firsts = {k: w.is_first for k, w in window_kinds(exported.config).items()}
         self._bound: dict[tuple[bool, tuple[int, ...]], WindowEngine] = {}
 
-    def check_size(self, rows: int, columns: int) -> None:
-        """Raise `InvalidRequestError` for latents that no engine takes."""
-        graphs = self._exported.graphs
-        if not any(graph.takes(height=rows, width=columns) for graph in graphs):
-            row, column = VIDEO_STRIDE[1:]
-            made = sorted({_size(graph) for graph in graphs})
-            raise InvalidRequestError(
-                f"width and height must be of an exported size, {', '.join(made)}, got"
-                f" {columns * column}x{rows * row}; export that size too, or load the published"
-                " decoder"
-            )
-
     def windows(self, z: Tensor) -> Iterator[Tensor]:
         """As `TurboVAE.windows`: [1, 48, T, H, W] normalised to [1, 3, frames, 16 H, 16 W] each."""
-        self.check_size(*z.shape[3:])
+        self.exported.check_size(*z.shape[3:])
         z = z.to(self._device).float() * self._std.float() + self._mean.float()
-        return decode_windows(self._decode, z.to(self._exported.dtype), self.config)
+        return decode_windows(self._decode, z.to(self.exported.dtype), self.config)
 
     def bound(self, is_first: bool, shape: tuple[int, ...]) -> WindowEngine:
         """The engine of a window, its addresses fixed when it is first asked for."""
@@ -182,11 +180,11 @@ class TensorRTVAE:
             latents, rows, columns = shape[2:]
             graph = next(
                 graph
-                for graph in self._exported.graphs
+                for graph in self.exported.graphs
                 if self._firsts[graph.kind] == is_first
                 and graph.takes(latents=latents, height=rows, width=columns)
             )
-            engine, dtype = self._engines[graph.engine], self._exported.dtype
+            engine, dtype = self._engines[graph.engine], self.exported.dtype
             with torch.cuda.device(self._device):
                 self._bound[key] = WindowEngine(self._trt, engine, shape, dtype, self._scratch)
         return self._bound[key]
@@ -198,16 +196,21 @@ class TensorRTVAE:
         return engine.output.clone()
 
 
+def load_engines(folder: Path, published: Path, device: torch.device) -> TensorRTVAE:
+    """An exported decoder; where the published one is there too, it must be of its weights."""
+    if not is_exported(folder):
+        raise CheckpointError(
+            f"{folder} must hold engines for vae='tensorrt', with their manifest; magihuman export"
+            " writes them"
+        )
+    found = read_manifest(folder)
+    if published.is_dir() and not is_exported(published):
+        check_sources(found, list(turbo_vae_files(published)))
+    return TensorRTVAE(found, device)
+
+
 def _deserialized(runtime: Any, path: Path) -> Any:
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise CheckpointError(f"{path} is refused by TensorRT; its messages are in the log")
     return engine
-
-
-def _size(graph: Graph) -> str:
-    """In pixels, as 480x256, or 256x256 to 896x512."""
-    row, column = VIDEO_STRIDE[1:]
-    (low_rows, _, rows), (low_columns, _, columns) = graph.dims["height"], graph.dims["width"]
-    low, high = f"{low_columns * column}x{low_rows * row}", f"{columns * column}x{rows * row}"
-    return low if low == high else f"{low} to {high}"

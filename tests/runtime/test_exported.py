@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from magihuman.runtime import CheckpointError, DeviceError, exported
+from magihuman.runtime import CheckpointError, DeviceError, InvalidRequestError, exported
 from magihuman.runtime.checkpoint import turbo_vae_files
 from magihuman.runtime.exported import Builder, check_builder, check_sources, read_manifest
 from magihuman.runtime.tensorrt import TensorRTVAE, flavour_for
@@ -161,6 +161,23 @@ def test_other_weights_are_refused(engines_dir, tiny_dir, tmp_path):
     flip(next(other.glob("*.ckpt")))
     with pytest.raises(CheckpointError, match=r"of SHA-256 \w+, got \w+; export it again from"):
         check_sources(read_manifest(engines_dir), list(turbo_vae_files(other)))
+
+
+def test_sizes_beyond_those_exported_are_refused(folder):
+    found = read_manifest(folder)
+    found.check_size(4, 4)
+    with pytest.raises(InvalidRequestError, match="exported size, 64x64, got 96x64; export that"):
+        found.check_size(4, 6)
+
+    def widen(values: dict[str, Any]) -> None:
+        for graph in values["graphs"]:
+            resize(graph, "width", [4, 6, 10])
+
+    edited(widen)(folder)
+    found = read_manifest(folder)
+    found.check_size(4, 6)
+    with pytest.raises(InvalidRequestError, match="64x64 to 160x64, got 192x64"):
+        found.check_size(4, 12)
 
 
 def test_engines_need_a_gpu(engines_dir):

@@ -303,7 +303,47 @@ def test_of_the_hub_models_only_the_image_encoder_may_be_absent(monkeypatch, tmp
 def test_the_fast_decoder_is_refused_where_it_cannot_run(tiny_dir):
     with pytest.raises(InvalidRequestError, match=r"vae='fast' needs .* there is no GPU; use"):
         runtime.load(tiny_dir, device="cpu", vae="fast")
-    with pytest.raises(InvalidRequestError, match="vae must be one of 'fast', 'plain'"):
+    with pytest.raises(InvalidRequestError, match="vae must be one of 'fast', 'plain', 'tensorrt'"):
         runtime.load(tiny_dir, device="cpu", vae="quick")
     with runtime.load(tiny_dir, device="cpu") as engine:
         assert engine.vae == "plain"
+
+
+# -- exported decoders ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "raised", "message"),
+    [
+        ({"vae": "onnx"}, InvalidRequestError, "vae must be one of 'fast', 'plain', 'tensorrt'"),
+        ({"vae": "tensorrt"}, InvalidRequestError, "must go with .* turbo_vae, a folder of eng"),
+        (
+            {"vae": "tensorrt", "turbo_vae": "{tiny}/turbo_vae"},
+            CheckpointError,
+            "must hold engines for vae='tensorrt'",
+        ),
+        ({"turbo_vae": "{engines}"}, CheckpointError, "exported one; load it with vae='tensorrt'"),
+        ({"vae": "tensorrt", "turbo_vae": "{engines}"}, DeviceError, "need a CUDA device, got cpu"),
+    ],
+)
+def test_engines_and_the_published_decoder_are_told_apart(
+    tiny_dir, engines_dir, options, raised, message
+):
+    places = {"tiny": tiny_dir, "engines": engines_dir}
+    given = {name: value.format(**places) for name, value in options.items()}
+    with pytest.raises(raised, match=message):
+        runtime.load(tiny_dir, device="cpu", **given)
+
+
+def test_engines_of_other_weights_are_refused(tiny_dir, engines_dir, tmp_path):
+    folder = copy_without(tiny_dir, tmp_path, TURBO_FOLDER)
+    shutil.copytree(tiny_dir / TURBO_FOLDER, folder / TURBO_FOLDER)
+    with next((folder / TURBO_FOLDER).glob("*.ckpt")).open("ab") as weights:
+        weights.write(b"0")
+    with pytest.raises(CheckpointError, match="must have been exported from checkpoint-340000"):
+        runtime.load(folder, device="cpu", vae="tensorrt", turbo_vae=engines_dir)
+
+
+def test_engines_are_not_for_random_weights(engines_dir):
+    with pytest.raises(InvalidRequestError, match="must go with a model directory"):
+        runtime.load(runtime.synthetic(), device="cpu", vae="tensorrt", turbo_vae=engines_dir)
