@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast, get_args
+from typing import TypeVar, get_args
 
 import torch
 
@@ -25,6 +25,7 @@ from magihuman.runtime.exported import is_exported
 from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
+from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.tensorrt import load_engines
 from magihuman.runtime.text import load_text_encoder
 from magihuman.runtime.transformer import (
@@ -204,7 +205,7 @@ def load(
         parts.forward = compiled(parts.dit, base, target, debug)
         if parts.sr_dit is not None and upscale is not None:
             parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug)
-    if vae not in ("plain", "tensorrt") and reason is None:
+    if vae != "plain" and reason is None and isinstance(parts.turbo_vae, TurboVAE):
         from magihuman.graphs.replay_decoder import CompiledDecoder
 
         parts.decoder = CompiledDecoder(parts.turbo_vae.decoder, parts.turbo_vae.config)

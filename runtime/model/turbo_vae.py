@@ -211,7 +211,9 @@ class TurboVAE(nn.Module):
         windows: in the weights' dtype, the last latent repeated to fill the last window.
         """
         dtype = self.decoder.conv_in.conv.weight.dtype
-        return fill_windows((z.float() * self.std.float() + self.mean.float()).to(dtype), self.config)
+        return fill_windows(
+            (z.float() * self.std.float() + self.mean.float()).to(dtype), self.config
+        )
 
     def plan(self, latents: int) -> list[Window]:
         """The windows of a clip, in order."""
