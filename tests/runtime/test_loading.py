@@ -41,7 +41,10 @@ def copy_without(tiny_dir: Path, target: Path, *names: str) -> Path:
         ({"variant": "540p_sr"}, "variant must be one of 'base', 'distill', got '540p_sr'"),
         ({"variant": ""}, "variant must be one of 'base', 'distill', got ''"),
         ({"sr": "720p"}, "sr must be one of None, '540p', '1080p', got '720p'"),
-        ({"precision": "fp16"}, "precision must be one of 'bf16', 'fp32', 'fp8', got 'fp16'"),
+        (
+            {"precision": "fp16"},
+            "precision must be one of 'bf16', 'fp32', 'fp8', 'fp8-attn', got 'fp16'",
+        ),
         ({"device": "tpu"}, "device must be cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "meta"}, "device must be cpu, cuda or cuda:N, got 'meta'"),
         ({"device": 5}, "device must be cpu, cuda or cuda:N, got 5"),
