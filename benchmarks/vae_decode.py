@@ -398,7 +398,7 @@ def main() -> None:
             figures["error"] = errors(latents_of("256p"), variants)
             show("error", figures["error"])
         for size in arguments.sizes:
-            chosen = variants if size != "1080p" else {DEFAULT: variants.get(DEFAULT, {})}
+            chosen = variants if size == "256p" else {DEFAULT: variants.get(DEFAULT, {})}
             figures[size] = measure_size(size, arguments.baseline and size != "1080p", chosen)
             environment.write("vae_decode", figures, arguments.folder)
     print(environment.write("vae_decode", figures, arguments.folder))
