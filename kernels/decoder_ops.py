@@ -113,6 +113,22 @@ def _(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> T
     return x.new_empty(batch, frames, patch * height, patch * width, colors, dtype=dtype)
 
 
+@torch.library.custom_op("magihuman::yuv420", mutates_args=())
+def yuv420(frames: Tensor) -> Tensor:
+    """`reference.to_yuv420`."""
+    if frames.is_cuda:
+        from magihuman.kernels import frames as kernels
+
+        return kernels.yuv420(frames.contiguous())
+    return ref.to_yuv420(frames)
+
+
+@yuv420.register_fake
+def _(frames: Tensor) -> Tensor:
+    count, height, width, _ = frames.shape
+    return frames.new_empty(count, height // 2 * 3, width)
+
+
 @torch.library.custom_op("magihuman::conv", mutates_args=())
 def conv(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     """Convolution of a video without bias, on a GPU by cuDNN's heuristics.

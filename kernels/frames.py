@@ -1,4 +1,5 @@
-"""The video decoder's movements of frames: repeated pixels before a convolution, pixels out.
+"""The video decoder's movements of frames: repeated pixels before a convolution, pixels out, and
+those for a video encoder.
 
 Videos are [B, C, T, H, W] with a pixel's channels as one row of memory.
 """
@@ -10,9 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from magihuman.kernels import reference as ref
 from magihuman.kernels.channel_norm import CHANNELS_LAST, TILE, strides
 
-BLOCK = 512  # bytes or values of a program of `pixels`
+Y_RED, Y_GREEN, Y_BLUE = (tl.constexpr(weight) for weight in ref.LUMA)
+CB_RED, CB_GREEN, CB_BLUE = (tl.constexpr(weight) for weight in ref.CHROMA[0])
+CR_RED, CR_GREEN, CR_BLUE = (tl.constexpr(weight) for weight in ref.CHROMA[1])
+BLOCK = 512  # bytes or values of a program of `pixels`, fours of pixels of one of `yuv420`
 
 
 @triton.jit
@@ -163,4 +168,51 @@ def pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype)
         BLOCK=BLOCK,
         num_warps=4,
     )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _yuv420(
+    x,
+    out,
+    height,  # of chroma
+    width,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < height * width
+    row, column = at // width, at % width
+    frame = tl.program_id(1).to(tl.int64)
+    x += frame * (12 * height * width)
+    out += frame * (6 * height * width)
+    blue_diff = tl.full((BLOCK,), 257 << 18, tl.int32)
+    red_diff = blue_diff
+    for line in tl.static_range(2):
+        for place in tl.static_range(3):  # left of the four pixels, and their two columns
+            source = tl.maximum(2 * column + place - 1, 0) + (2 * row + line) * (2 * width)
+            red = tl.load(x + 3 * source, mask=mask, other=0).to(tl.int32)
+            green = tl.load(x + 3 * source + 1, mask=mask, other=0).to(tl.int32)
+            blue = tl.load(x + 3 * source + 2, mask=mask, other=0).to(tl.int32)
+            times = 1 + place % 2
+            blue_diff += times * (CB_RED * red + CB_GREEN * green + CB_BLUE * blue)
+            red_diff += times * (CR_RED * red + CR_GREEN * green + CR_BLUE * blue)
+            if place > 0:
+                luma = Y_RED * red + Y_GREEN * green + Y_BLUE * blue + (33 << 15)
+                tl.store(out + source, (luma >> 16).to(tl.uint8), mask=mask)
+    out += 4 * height * width + at
+    tl.store(out, (blue_diff >> 19).to(tl.uint8), mask=mask)
+    tl.store(out + height * width, (red_diff >> 19).to(tl.uint8), mask=mask)
+
+
+def yuv420(frames: Tensor) -> Tensor:
+    """`reference.to_yuv420`, bit for bit. Single bytes move, which is nothing beside the decoder.
+
+    frames: uint8 [T, H, W, 3] contiguous, of even H and W. Returns uint8 [T, 3 H / 2, W].
+    """
+    count, height, width, _ = frames.shape
+    out = torch.empty((count, height // 2 * 3, width), dtype=torch.uint8, device=frames.device)
+    size = height // 2, width // 2
+    _yuv420[(triton.cdiv(size[0] * size[1], BLOCK), count)](
+        frames, out, *size, BLOCK=BLOCK, num_warps=4
+    )
     return out

@@ -26,6 +26,9 @@ ACTIVATION_LIMIT = 7.0
 ACTIVATION_ALPHA = 1.702
 QUERY_BLOCK = 512  # queries at a time in the CPU's attention
 FP8_LIMIT = 448.0  # largest magnitude of e4m3: OCP 8-bit floating point specification, table 1
+# BT.709 in limited range (ITU-T H.273) of R, G and B, times 2^16; whites and greys come out exact.
+LUMA = (11966, 40254, 4064)
+CHROMA = ((-6596, -22188, 28784), (28784, -26145, -2639))
 STATIC_SCALES = {"swiglu7": 1 / 8, "gelu7": 1 / 64}  # their ends, 56 and 7, become the limit
 FP8_ROW_BYTES = 16  # fused kernels start rows at multiples of it, as tensor maps and libraries want
 FP8_KEYS = 128  # keys whose values share a scale in e4m3 attention
@@ -509,3 +512,27 @@ def join_pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.d
     if dtype == torch.uint8:
         return to_uint8(y)
     return y.to(dtype).permute(0, 2, 3, 4, 1).contiguous()
+
+
+def to_yuv420(frames: Tensor) -> Tensor:
+    """RGB uint8 [T, H, W, 3] of even H and W to what H.264 takes: BT.709 in limited range, chroma
+    at half size, level with the left column of its four pixels and between their rows.
+
+    Each value is rounded once. Returns uint8 [T, 3 H / 2, W], a frame as H rows of Y, then all Cb
+    and all Cr, two of their rows in one.
+    """
+    red, green, blue = rgb = frames.int().unbind(-1)
+    luma = (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + (33 << 15)) >> 16
+    sums = [_around_even_columns(color[:, ::2] + color[:, 1::2]) for color in rgb]
+    planes = [luma] + [
+        (weights[0] * sums[0] + weights[1] * sums[1] + weights[2] * sums[2] + (257 << 18)) >> 19
+        for weights in CHROMA
+    ]
+    flat = torch.cat([plane.flatten(1) for plane in planes], dim=1).to(torch.uint8)
+    return flat.unflatten(1, (-1, frames.shape[2]))
+
+
+def _around_even_columns(x: Tensor) -> Tensor:
+    """Sums of a column's neighbours and twice itself, the first repeated before it."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.cat((even[..., :1], odd[..., :-1]), dim=-1) + 2 * even + odd

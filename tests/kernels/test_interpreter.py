@@ -157,7 +157,7 @@ def check_channel_norm() -> None:
 
 
 def check_frames() -> None:
-    from magihuman.kernels.frames import pixels, upsample
+    from magihuman.kernels.frames import pixels, upsample, yuv420
 
     for channels, drop in ((8, 0), (24, 1)):
         for in_time, delta, bias in itertools.product((True, False), (True, False), (True, False)):
@@ -174,6 +174,9 @@ def check_frames() -> None:
         # A value next to a whole number may be truncated to either side of it.
         assert (mine.float() - right.float()).abs().max() <= (1 if dtype == torch.uint8 else 1e-5)
         assert (mine != right).float().mean() <= 1e-3 or dtype == torch.float32
+    for size in ((1, 2, 2), (3, 6, 10), (2, 34, 70)):  # within a block, and beyond
+        rgb = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
+        assert torch.equal(yuv420(rgb), ref.to_yuv420(rgb))
 
 
 if __name__ == "__main__":

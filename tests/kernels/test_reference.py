@@ -210,3 +210,32 @@ def test_interleaving_and_unpatchifying_move_values_where_they_belong() -> None:
             for row in range(2):
                 source = y[0, channel * 4 + column * 2 + row]
                 assert (pixels[0, channel, :, row::2, column::2] == source).all()
+
+
+def test_yuv420_is_bt709_of_filtered_colours() -> None:
+    """From the definition in ITU-T H.273, in fp64; chroma filtered by 1 2 1 along lines."""
+    colors = torch.cartesian_prod(*[torch.tensor([0, 1, 128, 254, 255])] * 3)  # the extremes too
+    blocks = colors.repeat_interleave(4, 0).unflatten(0, (25, 10, 2)).swapaxes(1, 2)
+    random = torch.randint(0, 256, (2, 50, 10, 3))
+    for rgb in (blocks.reshape(1, 50, 10, 3), random):
+        planes = ref.to_yuv420(rgb.to(torch.uint8)).double().flatten(1)
+        _, height, width, _ = rgb.shape
+        luma, blue_diff, red_diff = planes.split([height * width, *[height * width // 4] * 2], 1)
+        red, green, blue = rgb.double().unbind(-1)
+        y = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        # A rounding, and those of the weights: three times 2^-17 of 255.
+        within = 0.5 + 3 * 255 * 2.0**-17
+        assert (luma.view_as(y) - (16 + 219 / 255 * y)).abs().max() <= within
+        for plane, color, scale in ((blue_diff, blue, 1.8556), (red_diff, red, 1.5748)):
+            exact = 128 + 224 / 255 * (color - y) / scale
+            before = torch.cat((exact[..., :1], exact[..., 1:-1:2]), -1)
+            exact = (before + 2 * exact[..., ::2] + exact[..., 1::2]) / 4
+            exact = (exact[:, ::2] + exact[:, 1::2]) / 2
+            assert (plane.view_as(exact) - exact).abs().max() <= within
+
+
+def test_greys_have_no_colour_in_yuv420() -> None:
+    grey = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3)
+    planes = ref.to_yuv420(grey)
+    assert (planes[:, 2:] == 128).all()
+    assert planes[0, 0, 0] == 16 and planes[255, 0, 0] == 235

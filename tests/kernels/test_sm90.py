@@ -28,8 +28,8 @@ from magihuman.kernels import (  # noqa: E402
     sandwich_norm,
 )
 
-BF16, FP32, I32 = torch.bfloat16, torch.float32, torch.int32
-POINTERS = {BF16: "*bf16", FP32: "*fp32", I32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
+BF16, FP32, I32, U8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
+POINTERS = {BF16: "*bf16", FP32: "*fp32", I32: "*i32", U8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
 COUNTS = (3860, 126, 300)
 ROWS = sum(COUNTS)
 
@@ -111,7 +111,7 @@ def video(channels: int, frames: int, height: int, width: int) -> Tensor:
 
 
 # Kernel, its launch at full size, and the bytes that a thread loads and stores at once: 16, but for
-# the end of a row in sandwich_norm, of 4 elements a thread, and single gates.
+# the end of a row in sandwich_norm, of 4 elements a thread, single gates, and colours of pixels.
 CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
     "sandwich_norm": (
         sandwich_norm,
@@ -195,6 +195,13 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         lambda: frames.upsample(video(512, 18, 32, 60), None, empty(512, dtype=FP32), True, 1, 1),
         {16, 8},  # 8 of the bias
         {16},
+    ),
+    "yuv420": (
+        frames,
+        "_yuv420",
+        lambda: frames.yuv420(empty(29, 256, 480, 3, dtype=U8)),
+        {1},
+        {1, 4},  # 4 of chroma
     ),
     "quantize_rows padded": (
         quantize,
