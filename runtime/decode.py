@@ -10,11 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from magihuman.kernels import decoder_ops
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import VIDEO_STRIDE, video_frames
 from magihuman.runtime.model.turbo_vae import TurboVAE, Window
 
 Frames = npt.NDArray[np.uint8]
+OnWindow = Callable[[Frames, Frames | None], None]
 
 
 class VideoDecoder(Protocol):
@@ -39,7 +41,7 @@ def decode_frames(
     latent: Tensor,
     on_frames: Callable[[int, int], None] = lambda done, of: None,
     decoder: Decoder | None = None,
-    on_window: Callable[[Frames], None] = lambda frames: None,
+    on_window: OnWindow | None = None,
 ) -> Frames:
     """[1, 48, T, H, W] normalised latents to uint8 [4 (T - 1) + 1, 16 H, 16 W, 3].
 
@@ -48,40 +50,56 @@ def decode_frames(
         latent: any float dtype.
         on_frames: called as (done, of) with the frames finished; may raise to stop.
         decoder: stands in for the decoder of `vae`, a `TurboVAE` on a GPU.
-        on_window: called with the next frames as soon as they are on the host, in order. They are a
-            part of the result, and stay as they are.
+        on_window: called with the next frames as soon as they are on the host, in order; from a GPU
+            also with what `reference.to_yuv420` makes of them, on the CPU with None. They stay as
+            they are.
     """
     total = video_frames(latent.shape[2])
     done = 0
     on_frames(done, total)
-    if decoder is None:
-        windows = _plain(vae, latent)
-    else:
-        windows = _compiled(cast(TurboVAE, vae), latent, decoder)
-    for frames, count in windows:
-        on_window(frames[done : done + count])
+    windows = (
+        _plain(vae, latent, on_window is not None)
+        if decoder is None
+        else _compiled(cast(TurboVAE, vae), latent, decoder, on_window is not None)
+    )
+    for frames, planes, count in windows:
+        if on_window is not None:
+            part = slice(done, done + count)
+            on_window(frames[part], None if planes is None else planes[part])
         done += count
         on_frames(done, total)
     return frames
 
 
-def _plain(vae: VideoDecoder, latent: Tensor) -> Iterator[tuple[Frames, int]]:
-    """All frames, and how many of them each window has filled in. One window is on the device."""
-    out = np.empty(frames_shape(latent), np.uint8)
+Parts = Iterator[tuple[Frames, Frames | None, int]]
+
+
+def _plain(vae: VideoDecoder, latent: Tensor, with_planes: bool) -> Parts:
+    """All frames, on a GPU their planes where asked for, and how many of them each window has
+    filled in. One window is on the device.
+    """
+    shape = frames_shape(latent)
+    out = np.empty(shape, np.uint8)
+    planes = np.empty(planes_shape(shape), np.uint8) if with_planes and latent.is_cuda else None
     done = 0
     for window in vae.windows(latent):
-        count = window.shape[2]
-        out[done : done + count] = ref.to_uint8(window)[0].cpu().numpy()
-        done += count
-        yield out, count
+        pixels = ref.to_uint8(window)[0]
+        part = slice(done, done + len(pixels))
+        out[part] = pixels.cpu().numpy()
+        if planes is not None:
+            planes[part] = ref.to_yuv420(pixels).cpu().numpy()
+        done += len(pixels)
+        yield out, planes, len(pixels)
 
 
-def _compiled(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[tuple[Frames, int]]:
+def _compiled(vae: TurboVAE, latent: Tensor, decoder: Decoder, with_planes: bool) -> Parts:
     """As `_plain`. A window is copied to the host while the next is decoded, and handed over while
     that one still runs.
     """
     x = vae.denormalize(latent)
+    shape = frames_shape(latent)
     out: Tensor | None = None
+    planes: Tensor | None = None
     compute, copies = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
     done = 0
     running: tuple[torch.cuda.Event, int] | None = None
@@ -91,22 +109,27 @@ def _compiled(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[tuple
         kept = torch.cat(
             [pixels[i, w.skip : w.skip + w.frames] for i, w in enumerate(group)]
         )  # a copy: the next window may overwrite the decoder's own
+        yuv = decoder_ops.yuv420(kept) if with_planes else None
         if out is None:  # the device is busy meanwhile
-            out = torch.empty(frames_shape(latent), dtype=torch.uint8, pin_memory=True)
+            out = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            if with_planes:
+                planes = torch.empty(planes_shape(shape), dtype=torch.uint8, pin_memory=True)
         copies.wait_stream(compute)
         with torch.cuda.stream(copies):
-            out[done : done + len(kept)].copy_(kept, non_blocking=True)
-            kept.record_stream(copies)
+            for host, made in ((planes, yuv), (out, kept)):
+                if host is not None and made is not None:
+                    host[done : done + len(made)].copy_(made, non_blocking=True)
+                    made.record_stream(copies)
         copied = torch.cuda.Event()
         copied.record(copies)
         done += len(kept)
         if running is not None:
             running[0].synchronize()
-            yield out.numpy(), running[1]
+            yield out.numpy(), None if planes is None else planes.numpy(), running[1]
         running = copied, len(kept)
     assert out is not None and running is not None
     running[0].synchronize()
-    yield out.numpy(), running[1]
+    yield out.numpy(), None if planes is None else planes.numpy(), running[1]
 
 
 def _groups(windows: list[Window], batch: int) -> Iterator[list[Window]]:
@@ -129,3 +152,9 @@ def frames_shape(latent: Tensor) -> tuple[int, int, int, int]:
     _, _, frames, rows, columns = latent.shape
     _, down, across = VIDEO_STRIDE
     return video_frames(frames), rows * down, columns * across, 3
+
+
+def planes_shape(frames: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """Of `reference.to_yuv420` of frames [T, H, W, 3]."""
+    count, height, width, _ = frames
+    return count, height // 2 * 3, width

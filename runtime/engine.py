@@ -283,7 +283,7 @@ class Run:
                     video,
                     self.reporter("decode_video"),
                     parts.decoder,
-                    (lambda part: None) if file is None else file.add,
+                    None if file is None else file.add,
                 )
 
         def sound() -> Waveform:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +28,10 @@ ENCODER = {
     "preset": "veryfast",
     "crf": "17",
 }  # the rate factor fixes the quality, the preset the size
+# The index goes first, and pictures wait for the sound to be in order, however late it comes.
+CONTAINER = {"movflags": "+faststart", "max_interleave_delta": "0"}
+# At this rate no worse than the default coder, which takes five times as long.
+AUDIO_ENCODER = {"aac_coder": "fast"}
 AUDIO_BIT_RATE = 192_000
 AUDIO_BLOCK = 1024
 BITS_PER_PIXEL = 2  # far above what H.264 needs at this quality, for the check of free space
@@ -186,6 +191,7 @@ class Mp4Writer:
         self._frames, self._fps, self._rate = frames, fps, sample_rate_hz
         self._size = width_px, height_px
         self._parts: queue.SimpleQueue[_Frames | _Sound | _End] = queue.SimpleQueue()
+        self._muxing = threading.Lock()  # pictures and sound come from two threads
         self._error: BaseException | None = None
         self._is_finished = False
         self._thread = threading.Thread(target=self._run, name="mp4", daemon=True)
@@ -204,9 +210,15 @@ class Mp4Writer:
             self._parts.put(_End(is_wanted=False))
             self._thread.join()
 
-    def add(self, frames: npt.NDArray[np.uint8]) -> None:
-        """The next frames, [n, H, W, 3]; they are read later and must stay as they are."""
-        self._parts.put(_Frames(frames))
+    def add(
+        self, frames: npt.NDArray[np.uint8], planes: npt.NDArray[np.uint8] | None = None
+    ) -> None:
+        """The next frames, [n, H, W, 3]; they are read later and must stay as they are.
+
+        planes: what `kernels.reference.to_yuv420` makes of them, if made already: [n, 3 H / 2, W],
+            of H a multiple of 4.
+        """
+        self._parts.put(_Frames(frames, planes))
 
     def add_sound(self, audio: npt.NDArray[np.float32]) -> None:
         """All of the sound, [samples, 2], at any time; from any thread."""
@@ -230,10 +242,8 @@ class Mp4Writer:
 
         try:
             with atomic_path(self.path) as temporary:
-                with av.open(
-                    str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
-                ) as container:
-                    self._mux(container)
+                with av.open(str(temporary), "w", format="mp4", options=CONTAINER) as container:
+                    self._write(container)
                 with open(temporary, "rb+") as file:
                     os.fsync(file.fileno())
         except _GivenUpError:
@@ -246,46 +256,45 @@ class Mp4Writer:
         except BaseException as error:  # raised in the caller's thread
             self._error = error
 
-    def _mux(self, container: Any) -> None:
-        import av
-        from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-
+    def _write(self, container: Any) -> None:
         picture = container.add_stream("libx264", rate=Fraction(self._fps), options=ENCODER)
         picture.width, picture.height = self._size
         picture.pix_fmt = "yuv420p"
         context = picture.codec_context
+        # Whole frames at once, not slices of one (PyAV's choice), which wait for each other.
+        context.thread_type = "FRAME"
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
-        sound = container.add_stream("aac", rate=self._rate, layout="stereo")
+        sound = container.add_stream("aac", rate=self._rate, layout="stereo", options=AUDIO_ENCODER)
         sound.bit_rate = AUDIO_BIT_RATE
+        container.start_encoding()  # before two threads use what it opens
 
-        converter = VideoReformatter()  # one for all frames: it keeps its tables
-        done, has_sound = 0, False
-        while done < self._frames or not has_sound:
-            part = self._parts.get()
-            if isinstance(part, _End):
-                raise _GivenUpError
-            if isinstance(part, _Sound):
-                has_sound = True
-                for samples in self._blocks(part.samples):
-                    container.mux(sound.encode(samples))
-                container.mux(sound.encode(None))
-                continue
-            done += len(part.pixels)
-            for pixels in part.pixels:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame = converter.reformat(
-                    frame,
-                    format="yuv420p",
-                    dst_colorspace=Colorspace.ITU709,
-                    dst_color_range=ColorRange.MPEG,
-                )
-                container.mux(picture.encode(frame))
-            if done == self._frames:
-                container.mux(picture.encode(None))
+        done, encoding = 0, None
+        with ThreadPoolExecutor(1, "aac") as pool:
+            while done < self._frames or encoding is None:
+                part = self._parts.get()
+                if isinstance(part, _End):
+                    raise _GivenUpError
+                if isinstance(part, _Sound):
+                    encoding = pool.submit(self._add_sound, container, sound, part.samples)
+                    continue
+                for frame in _pictures(part):
+                    self._mux(container, picture.encode(frame))
+                done += len(part.pixels)
+                if done == self._frames:
+                    self._mux(container, picture.encode(None))
+            encoding.result()
         end = self._parts.get()  # the caller may give up even now
         if not isinstance(end, _End) or not end.is_wanted:
             raise _GivenUpError
+
+    def _add_sound(self, container: Any, stream: Any, audio: npt.NDArray[np.float32]) -> None:
+        packets = [packet for samples in self._blocks(audio) for packet in stream.encode(samples)]
+        self._mux(container, packets + stream.encode(None))
+
+    def _mux(self, container: Any, packets: list[Any]) -> None:
+        with self._muxing:
+            container.mux(packets)
 
     def _blocks(self, audio: npt.NDArray[np.float32]) -> Iterator[Any]:
         """The sound as far as the picture goes, cut for the encoder."""
@@ -305,6 +314,7 @@ class Mp4Writer:
 @dataclass(frozen=True)
 class _Frames:
     pixels: npt.NDArray[np.uint8]
+    planes: npt.NDArray[np.uint8] | None
 
 
 @dataclass(frozen=True)
@@ -319,3 +329,26 @@ class _End:
 
 class _GivenUpError(Exception):
     """The caller left before the end."""
+
+
+def _pictures(part: _Frames) -> Iterator[Any]:
+    """Frames as the encoder takes them; RGB on a CPU is FFmpeg's work, which has it done sooner.
+
+    Its chroma is half a pixel to the right of that of `to_yuv420`.
+    """
+    import av
+    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+
+    if part.planes is not None:
+        for planes in part.planes:
+            yield av.VideoFrame.from_numpy_buffer(planes, format="yuv420p")
+        return
+    converter = VideoReformatter()  # one for all frames: it keeps its tables
+    for pixels in part.pixels:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        yield converter.reformat(
+            frame,
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+        )

@@ -16,7 +16,7 @@ import golden
 from magihuman.kernels import reference as ref
 from magihuman.runtime import random_weights
 from magihuman.runtime.config import TurboVAEConfig
-from magihuman.runtime.decode import decode_frames
+from magihuman.runtime.decode import Frames, decode_frames
 from magihuman.runtime.model.turbo_vae import TurboVAE
 
 if not torch.cuda.is_available():
@@ -88,6 +88,12 @@ def test_upsample_and_pixels(channels: int) -> None:
     assert (ours != expected).float().mean() <= 1e-3
 
 
+@pytest.mark.parametrize("size", [(1, 2, 2), (3, 34, 70), (9, 256, 480), (2, 1088, 1920)])
+def test_yuv420(size: tuple[int, int, int]) -> None:
+    rgb = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
+    assert torch.equal(frames.yuv420(rgb.to(DEVICE)).cpu(), ref.to_yuv420(rgb))
+
+
 def golden_vae() -> tuple[TurboVAE, dict[str, Tensor]]:
     values = golden.META["turbo_vae"]["config"]
     values = {**values, "spatial_compression_ratio": 16, "temporal_compression_ratio": 4}
@@ -150,10 +156,17 @@ def test_windows_arrive_in_order_and_whole(full: tuple[TurboVAE, TurboVAE]) -> N
         decoder = CompiledDecoder(vae.decoder, vae.config, batch=batch)
         for _ in range(2):
             parts: list[Tensor] = []
-            whole = decode_frames(
-                vae, z, decoder=decoder, on_window=lambda p, to=parts: to.append(torch.tensor(p))
-            )
+            planes: list[Tensor] = []
+
+            def keep(
+                frames: Frames, yuv: Frames | None, to: tuple[list[Tensor], ...] = (parts, planes)
+            ) -> None:
+                for made, kept in zip((frames, yuv), to, strict=True):
+                    kept.append(torch.tensor(made))
+
+            whole = decode_frames(vae, z, decoder=decoder, on_window=keep)
             assert torch.equal(torch.cat(parts), torch.from_numpy(whole))
+            assert torch.equal(torch.cat(planes), ref.to_yuv420(torch.from_numpy(whole)))
             # Two roundings of values to bf16 and to bytes apart, of windows, not of their order:
             # a window in another's place would be off by tens.
             difference = abs(whole.astype(int) - plain.astype(int))
