@@ -227,7 +227,8 @@ class TurboVAE(nn.Module):
         concatenate to 4 (T - 1) + 1 frames.
         """
         x = self.denormalize(z)
-        return decode_windows(decode or self.decoder, x, self.config, z.shape[2])
+        decode = self.decoder if decode is None else decode  # a compiled module has no truth value
+        return decode_windows(decode, x, self.config, z.shape[2])
 
     def forward(self, z: Tensor) -> Tensor:
         """All windows of z, concatenated: [1, 3, 4 (T - 1) + 1, 16 H, 16 W]."""
