@@ -18,6 +18,8 @@ from magihuman.graphs import support
 from magihuman.graphs.passes.activation import padded_width
 from magihuman.kernels import attention_backends, linear_routes, ops
 from magihuman.kernels import reference as ref
+from magihuman.runtime.config import FRAME_REACH
+from magihuman.runtime.tokens import Layout
 from sizes import Size
 
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
@@ -164,10 +166,54 @@ def test_attention(size: Size, time_kernel: Callable, backend: str) -> None:
         k, v = randn(size, rows, kv_heads, dim), randn(size, rows, kv_heads, dim)
         if backend == "reference":
             return partial(ref.gated_attention, q, k, v, gates(size))
-        return partial(ops.gated_attention, q, k, v, gates(size), length, backend)
+        return partial(ops.gated_attention, q, k, v, gates(size), length, [], backend)
 
     shape = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "dim": dim}
     time_kernel(build, 4 * rows * rows * heads * dim, "flops", **shape)
+
+
+@pytest.mark.benchmark(group="attention")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("is_local", [False, True], ids=["all frames", "near frames"])
+def test_attention_of_super_resolution(
+    size: Size, time_kernel: Callable, precision: str, is_local: bool
+) -> None:
+    """At 1080p, over all keys and over those of frame-local layers; the tiny size as it is."""
+    arch, device = size.arch, size.device
+    heads, kv_heads, dim = arch.heads, arch.kv_heads, arch.head_dim
+    layout = Layout(32, 68, 120, 126, 300) if size.name == "full" else size.layout
+    local = ref.LocalAttention(layout.frames, layout.frame_tokens, FRAME_REACH)
+    rows = layout.tokens
+    if device.type == "cuda":
+        reason = attention_backends.why_not(attention_backends.LOCAL, dim, device)
+        if reason is not None:
+            pytest.skip(reason)
+    length = torch.tensor(rows, dtype=torch.int32, device=device)
+    fields = list(local) if is_local else []
+
+    def build() -> Callable:
+        qkv = randn(size, rows, arch.qkv_rows)
+        norms = [randn(size, dim, dtype=FP32) * 0 for _ in "qk"]
+        rope = randn(size, rows, 6 * arch.rope_bands, dtype=FP32)
+        gate = qkv[:, -heads:]
+        if precision == "fp8":
+            parts = ops.qkv_fp8(qkv, *norms, rope, length, [], heads, kv_heads)
+            return partial(ops.gated_attention_fp8, *parts, gate, length, fields)
+        parts = ops.qk_norm_rope(qkv, *norms, rope, [], heads, kv_heads)
+        backend = attention_backends.LOCAL
+        return partial(ops.gated_attention, *parts, gate, length, fields, backend)
+
+    pairs = pairs_seen(layout, local) if is_local else rows * rows
+    shape = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "dim": dim}
+    time_kernel(build, 4 * pairs * heads * dim, "flops", **shape)
+
+
+def pairs_seen(layout: Layout, local: ref.LocalAttention) -> int:
+    """Queries times the keys that each sees."""
+    frames, frame_tokens, reach = local
+    others = layout.audio + layout.text
+    near = sum(min(f + reach + 1, frames) - max(f - reach, 0) for f in range(frames))
+    return near * frame_tokens**2 + frames * frame_tokens * others + others * layout.tokens
 
 
 def gates(size: Size) -> Tensor:

@@ -251,7 +251,8 @@ def attention(
     Returns:
         [N, heads, D] bf16. Rows from `length` on are computed and mean nothing.
 
-    Tuned on H100 at D = 128: 806 TFLOP/s at N = 4286, 850 at N = 14784. Weights that go round the
+    Tuned on H100 at D = 128: 806 TFLOP/s at N = 4286, 850 at N = 14784; at N = 65,726 (1080p) 947,
+    and 887 of what frame-local attention over 32 frames computes. Weights that go round the
     loop (as in bf16, beside the next block's softmax) cost 27 %: the compiler carries their bytes.
     """
     rows, heads, dim = q.shape
