@@ -216,8 +216,8 @@ def vae_table(figures: dict[str, Any]) -> list[str]:
         f"From the decoder in fp32 the fast one is {errors['default']:.4f} off (relative error of"
         " the values), the plain",
         f"bf16 one {errors['plain bf16']:.4f}. With `save=` the mp4 of soft content is complete"
-        f" {soft['after_last_frame_s']:.3f} s after the last frame, one of",
-        f"noise {noise['after_last_frame_s']:.3f} s.",
+        f" {soft['after_last_frame_s']:.3f} s after the last frame,",
+        f"one of noise {noise['after_last_frame_s']:.3f} s.",
     ]
 
 
