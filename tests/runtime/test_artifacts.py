@@ -273,7 +273,10 @@ def test_a_stale_partial_or_foreign_artifact_is_refused(tiny_dir, fp8, tmp_path,
         ({"precision": "bf16"}, "precision must be 'fp8', as the artifact's .*, got 'bf16'; leave"),
         ({"precision": "fp32"}, "precision must be 'fp8', as the artifact's .*, got 'fp32'; leave"),
         ({"precision": "fp8", "keep_bf16": "none"}, "keep_bf16 must be that of the artifact .*non"),
-        ({"keep_bf16": "modality"}, "keep_bf16 must go with precision='fp8', got 'modality' with"),
+        (
+            {"keep_bf16": "modality"},
+            "keep_bf16 must go with precision='fp8' or 'fp8-attn', got 'modality' with",
+        ),
     ],
 )
 def test_an_artifact_decides_its_precision(tiny_dir, fp8, options, message):
