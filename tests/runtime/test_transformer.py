@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from magihuman import runtime
-from magihuman.graphs.precision import quantize_model, quantized_linears
+from magihuman.graphs.precision import is_quantized, quantize_model, quantized_linears
 from magihuman.runtime import (
     CheckpointError,
     DeviceError,
@@ -135,6 +135,33 @@ def test_bytes_on_the_device():
     quantize_model(model, names)
     size = sum(value.untyped_storage().nbytes() for value in model.state_dict().values())
     assert transformer.dit_bytes(DIT, BF16, names) == size
+
+
+def test_fp8_attention_takes_the_weights_of_fp8(tiny_dir, tmp_path, capable, monkeypatch):
+    """Published or converted; and says so to whoever compiles the forward."""
+    asked = []
+    monkeypatch.setattr(loading, "compiled", lambda model, held, *rest: asked.append(held))
+    folder = runtime.convert(tiny_dir, tmp_path / "fp8", variant="distill")
+    for options in ({}, {"transformer": folder}, {"keep_bf16": "modality"}):
+        with runtime.load(tiny_dir, precision="fp8-attn", device="cpu", **options) as loaded:
+            assert loaded.precision == "fp8-attn"
+            names = quantized_linears(DIT, options.get("keep_bf16", "none"))
+            assert [n for n, m in loaded._parts.dit.named_modules() if is_quantized(m)] == names
+    assert [held.precision for held in asked] == ["fp8-attn"] * 3
+    bf16 = runtime.convert(tiny_dir, tmp_path / "bf16", variant="distill", precision="bf16")
+    with pytest.raises(InvalidRequestError, match="precision must be 'bf16', as the artifact's"):
+        runtime.load(tiny_dir, precision="fp8-attn", device="cpu", transformer=bf16)
+
+
+def test_fp8_attention_needs_its_own_kernel(tiny_dir, monkeypatch):
+    def reason(*arguments: object, fp8_attention: bool = False, **options: object) -> str | None:
+        return "it has no kernel here" if fp8_attention else None
+
+    monkeypatch.setattr(transformer, "why_not", reason)
+    with pytest.raises(
+        InvalidRequestError, match=r"precision='fp8-attn' needs .* it has no kernel"
+    ):
+        runtime.load(tiny_dir, precision="fp8-attn", device="cpu")
 
 
 def test_an_fp8_transformer_fits_where_a_bf16_one_does_not(tiny_dir, capable, monkeypatch):
