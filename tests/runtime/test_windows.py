@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from magihuman.runtime import random_weights, tiny
 from magihuman.runtime.config import TurboVAEConfig, video_frames
 from magihuman.runtime.model.turbo_vae import decode_windows, plan_windows, window_kinds
 
@@ -70,3 +71,18 @@ def test_clips_of_any_length_are_made_of_four_kinds_of_windows():
     }
     used = {looks(window) for n in range(1, 400) for window in plan_windows(n, CONFIG)}
     assert used == {looks(window) for window in kinds.values()}
+
+
+def test_a_compiled_decoder_may_stand_in():
+    """What torch.compile makes of a module has no truth value."""
+
+    class Compiled:
+        def __len__(self) -> int:
+            raise TypeError("does not support len()")
+
+        def __call__(self, z: Tensor, is_first: bool) -> Tensor:
+            return stamped(z, is_first)
+
+    vae = random_weights.turbo_vae(tiny.TURBO_VAE, 0, torch.device("cpu"), torch.float32)
+    frames = torch.cat(list(vae.windows(torch.zeros(1, 48, 15, 1, 1), Compiled())), dim=2)
+    assert frames.shape[2] == video_frames(15)
