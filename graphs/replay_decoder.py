@@ -1,24 +1,22 @@
 """CUDA graphs of the compiled window decoder, one for each kind and size of window, replayed.
 
-Only one graph runs at a time, so all share one memory pool. Before a new size would pass the budget
-(`budget.py`), the least recently used graphs go.
+`captures.py` says which are kept.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
-from magihuman.graphs.budget import Budget
+from magihuman.graphs.captures import Captures
 from magihuman.graphs.compile import Report
 from magihuman.graphs.compile_decoder import compile_decoder, is_faster_padded
-from magihuman.graphs.replay import DRIVER_BYTES, FREE_SHARE, free_bytes, pool_bytes
 
 log = logging.getLogger("magihuman")
 
@@ -88,12 +86,7 @@ class CompiledDecoder:
             module, report = compile_decoder(decoder, config, is_first, dtype, padded=padded)
             self._modules[is_first], self.reports[is_first] = module, report
         _share_buffers(self._modules[True], self._modules[False])
-        self._captured: dict[Size, _Captured] = {}
-        if budget_bytes is None:
-            budget_bytes = int(FREE_SHARE * free_bytes(self._device))
-        self._budget = Budget[Size](budget_bytes)
-        self._pool: Any = None
-        self._stream = torch.cuda.Stream(self._device)
+        self._captures = Captures[Size, _Captured](self._device, budget_bytes)
 
     def __call__(self, latents: Tensor, is_first: bool) -> Tensor:
         """Decode a batch of windows of one kind.
@@ -116,40 +109,14 @@ class CompiledDecoder:
 
     def prepare(self, size: Size) -> _Captured:
         """The graph of this size, made now if need be."""
-        if size not in self._captured:
-            self._add(size)
-        self._budget.use(size)
-        return self._captured[size]
-
-    def _add(self, size: Size) -> None:
-        """Capture a size, giving up others where it has no room beside them."""
-        self._give_up(self._budget.make_room(size.latents, DRIVER_BYTES))
-        captured = None
-        while captured is None:
-            try:
-                captured = self._capture(size)
-            except torch.OutOfMemoryError as error:
-                if not self._captured:
-                    raise torch.OutOfMemoryError(
-                        f"{self._device} has no room to decode windows of {size.frames} latents of"
-                        f" {size.columns}x{size.rows}, with no other size captured; ask for a"
-                        f" smaller clip, or free memory: {error}"
-                    ) from error
-            if captured is None:  # outside the handler, whose error holds what was allocated
-                self._give_up(self._budget.clear())
-        self._captured[size] = captured
-        self._budget.keep(size, size.latents, DRIVER_BYTES, pool_bytes(self._pool))
-
-    def _give_up(self, sizes: Iterable[Size]) -> None:
-        for size in sizes:
-            log.info("gave up the decoder's graph of %s to save memory", size)
-            del self._captured[size]
-        if not self._captured:
-            self._pool = None  # PyTorch refuses a pool whose last graph is gone
-            torch.cuda.empty_cache()
+        if size not in self._captures.kept:
+            what = f"windows of {size.frames} latents of {size.columns}x{size.rows}"
+            self._captures.add(size, size.latents, 0, lambda: self._capture(size), what)
+        return self._captures.use(size)
 
     def _capture(self, size: Size) -> _Captured:
-        module = self._modules[size.is_first]
+        module, captures = self._modules[size.is_first], self._captures
+        stream = captures.stream
         start = time.perf_counter()
         weight: Tensor = module.get_buffer("conv_in.conv.weight")
         latents = torch.zeros(
@@ -157,18 +124,18 @@ class CompiledDecoder:
             dtype=weight.dtype,
             device=self._device,
         ).contiguous(memory_format=torch.channels_last_3d)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.inference_mode(), torch.cuda.stream(stream):
             module(latents)  # kernels compile and cuDNN chooses before anything is recorded
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()  # what cuDNN tried stays out of the way of the pool
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                graph, pool=captures.pool, stream=stream, capture_error_mode="thread_local"
             ):  # another thread may decode the sound meanwhile
                 (pixels,) = module(latents)
-        self._pool = graph.pool()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        captures.pool = graph.pool()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
         log.info("captured the decoder of %s in %.1f s", size, time.perf_counter() - start)
         return _Captured(graph, latents, pixels)
 

@@ -27,17 +27,14 @@ def why_not(
     fp8: whether linears have fp8 weights; those left have weights in `dtype`. fp8_attention:
     whether attention is over fp8 q, k and v.
     """
-    if device.type != "cuda":
-        return "there is no GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"the kernels need sm_90 or newer, this GPU is sm_{capability[0]}{capability[1]}"
-    if util.find_spec("triton") is None:
-        return "triton is not installed"
+    reason = _why_no_kernels(device)
+    if reason is not None:
+        return reason
     if dtype != torch.bfloat16:
         return f"the kernels compute in bf16, not {str(dtype).removeprefix('torch.')}"
     if config.head_dim not in HEAD_DIMS:
         return f"the kernels take heads of 32, 64 or 128, not {config.head_dim}"
+    capability = torch.cuda.get_device_capability(device)
     if fp8 and capability != FP8_CAPABILITY:
         return f"the fp8 kernels need sm_90, this GPU is sm_{capability[0]}{capability[1]}"
     if fp8 and not nvrtc.is_available():
@@ -53,6 +50,18 @@ def why_not(
 
 def why_not_decode(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the fused kernels cannot decode video here; None where they can."""
+    reason = _why_no_kernels(device)
+    if reason is not None:
+        return reason
+    if dtype != torch.bfloat16:
+        return f"it is made for bf16, not {str(dtype).removeprefix('torch.')}"
+    if not torch.backends.cudnn.is_available():
+        return "this PyTorch is built without cuDNN"
+    return None
+
+
+def _why_no_kernels(device: torch.device) -> str | None:
+    """Why no fused kernel runs here, whatever it computes."""
     if device.type != "cuda":
         return "there is no GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -60,8 +69,4 @@ def why_not_decode(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"the kernels need sm_90 or newer, this GPU is sm_{capability[0]}{capability[1]}"
     if util.find_spec("triton") is None:
         return "triton is not installed"
-    if dtype != torch.bfloat16:
-        return f"it is made for bf16, not {str(dtype).removeprefix('torch.')}"
-    if not torch.backends.cudnn.is_available():
-        return "this PyTorch is built without cuDNN"
     return None

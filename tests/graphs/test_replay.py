@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import golden
-from magihuman.graphs import replay
-from magihuman.graphs.replay import DRIVER_BYTES, CompiledForward
+from magihuman.graphs import captures
+from magihuman.graphs.captures import DRIVER_BYTES
+from magihuman.graphs.replay import CompiledForward
 
 CPU = torch.device("cpu")
 SMALL, MIDDLE, LARGE = (24, 5, 64), (72, 9, 64), (240, 9, 64)
@@ -36,7 +37,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(
-        replay, "pool_bytes", lambda pool: 1000 * max(sum(counts) for counts in made.captured)
+        captures, "pool_bytes", lambda pool: 1000 * max(sum(counts) for counts in made.captured)
     )
     monkeypatch.setattr(CompiledForward, "_capture", lambda self, size: made.capture(size.counts))
     return made

@@ -1,0 +1,100 @@
+"""Captured graphs by size: one memory pool, a budget, and which of them to give up.
+
+Only one graph runs at a time, so all share a pool. Before a new size would pass the budget
+(`budget.py`), the least recently used graphs go.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from magihuman.graphs.budget import Budget
+
+log = logging.getLogger("magihuman")
+Key = TypeVar("Key", bound=Hashable)
+Graph = TypeVar("Graph")
+
+FREE_SHARE = 0.25  # of the memory that is free beside the weights, for the graphs of one model
+DRIVER_BYTES = 16 * 2**20  # assumed of each graph, since the driver does not say what it keeps
+
+
+class Captures(Generic[Key, Graph]):
+    """What was captured, by size.
+
+    Attributes:
+        kept: in no order.
+        pool: that a capture is to use, and sets; None where nothing is kept.
+        stream: to capture on, since graphs that share a pool must share one.
+    """
+
+    def __init__(self, device: torch.device, budget_bytes: int | None) -> None:
+        """budget_bytes: of all graphs; by default a quarter of the memory free now. One graph is
+        kept even where it passes the budget alone.
+        """
+        if budget_bytes is None:
+            budget_bytes = int(FREE_SHARE * free_bytes(device))
+        self.kept: dict[Key, Graph] = {}
+        self.pool: Any = None
+        self.stream = torch.cuda.Stream(device)
+        self._device, self._budget = device, Budget[Key](budget_bytes)
+
+    def use(self, key: Key) -> Graph:
+        """One that is kept, now the most recently used."""
+        self._budget.use(key)
+        return self.kept[key]
+
+    def add(
+        self, key: Key, tokens: int, own_bytes: int, capture: Callable[[], Graph], what: str
+    ) -> None:
+        """Capture a size, giving up others where it has no room beside them.
+
+        Args:
+            key: of a size that is not kept.
+            tokens: what its memory in the pool grows with.
+            own_bytes: that it needs outside the pool, beside what the driver keeps.
+            capture: makes it.
+            what: it is, for people.
+
+        Raises:
+            torch.OutOfMemoryError: it has no room, even with every other graph given up.
+        """
+        own_bytes += DRIVER_BYTES
+        self._give_up(self._budget.make_room(tokens, own_bytes))
+        graph = None
+        while graph is None:
+            try:
+                graph = capture()
+            except torch.OutOfMemoryError as error:
+                if not self.kept:
+                    raise torch.OutOfMemoryError(
+                        f"{self._device} has no room to capture {what}, with no other size"
+                        f" captured; ask for a smaller clip, or free memory: {error}"
+                    ) from error
+            if graph is None:  # outside the handler, whose error holds what was allocated
+                self._give_up(self._budget.clear())
+        self.kept[key] = graph
+        self._budget.keep(key, tokens, own_bytes, pool_bytes(self.pool))
+
+    def _give_up(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            log.info("gave up the graph of %s to save memory", key)
+            del self.kept[key]
+        if not self.kept:
+            self.pool = None  # PyTorch refuses a pool whose last graph is gone
+            torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated: the device's free memory and PyTorch's unused blocks."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def pool_bytes(pool: Any) -> int:
+    """What a memory pool holds of the device, free blocks included."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(part["total_size"] for part in segments if part["segment_pool_id"] == pool)
