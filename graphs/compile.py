@@ -28,14 +28,13 @@ from magihuman.graphs.passes import (
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.precision import is_quantized
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
-from magihuman.kernels.reference import Counts, LocalAttention
+from magihuman.kernels.reference import FP8, Counts, LocalAttention
 
 OPS = torch.ops.magihuman
 Pass = Callable[[fx.GraphModule, Context], int]
 
 TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do; these occur nowhere else in a graph
 TRACE_LOCAL = LocalAttention(frames=3, frame_tokens=8, reach=1)  # of so many video tokens
-FP8 = torch.float8_e4m3fn
 META = torch.device("meta")
 ANY_BACKEND = "any"  # of attention, where nothing depends on it
 ONE_KERNEL = "one kernel"  # where all attention is over fp8 or frame-local

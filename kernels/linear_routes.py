@@ -15,7 +15,6 @@ from torch import Tensor
 
 from magihuman.kernels import nvrtc
 from magihuman.kernels.matmul_sm90 import (
-    FP8,
     Epilogue,
     Tile,
     columns_of,
@@ -25,7 +24,7 @@ from magihuman.kernels.matmul_sm90 import (
 )
 from magihuman.kernels.measured import Measurements
 from magihuman.kernels.quantize import quantize_rows
-from magihuman.kernels.reference import STATIC_SCALES, Counts
+from magihuman.kernels.reference import FP8, STATIC_SCALES, Counts
 
 LIBRARY = "library"
 TILES = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels import nvrtc
-from magihuman.kernels.reference import STATIC_SCALES, Counts
+from magihuman.kernels.reference import FP8, STATIC_SCALES, Counts
 
 Epilogue = Literal["store", "gelu7", "swiglu7", "add"]
 
@@ -28,7 +28,6 @@ CONSUMERS = 2
 THREADS = 128 * (1 + CONSUMERS)
 DEPTH_BYTES = 128  # of a row in a block of an operand
 ARCH = "sm_90a"
-FP8 = torch.float8_e4m3fn
 SOURCE = Path(__file__).with_name("matmul_sm90.cu")
 
 

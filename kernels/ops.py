@@ -55,7 +55,7 @@ def _fp8_rows(x: Tensor) -> Tensor:
     """Zeros in e4m3 of x's shape, in the rows that `quantize` writes."""
     rows, columns = x.shape
     stride = -(-columns // ref.FP8_ROW_BYTES) * ref.FP8_ROW_BYTES
-    return x.new_zeros((rows, stride), dtype=torch.float8_e4m3fn)[:, :columns]
+    return x.new_zeros((rows, stride), dtype=ref.FP8)[:, :columns]
 
 
 @torch.library.custom_op("magihuman::quantize_fp8", mutates_args=())
@@ -159,7 +159,7 @@ def _(
     dim = (qkv.shape[1] - heads) // (heads + 2 * kv_heads)
     blocks = -(-rows // ref.FP8_KEYS)
     shapes = (rows, heads, dim), (rows, kv_heads, dim), (kv_heads, dim, blocks * ref.FP8_KEYS)
-    q, k, v = (qkv.new_empty(shape, dtype=torch.float8_e4m3fn) for shape in shapes)
+    q, k, v = (qkv.new_empty(shape, dtype=ref.FP8) for shape in shapes)
     scale = qkv.new_empty(1, dtype=torch.float32)
     return q, k, v, scale, qkv.new_empty((kv_heads, blocks), dtype=torch.float32)
 

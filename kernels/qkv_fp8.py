@@ -14,6 +14,7 @@ from torch import Tensor
 
 from magihuman.kernels.qk_norm_rope import BLOCK, WARPS, _norm_and_turn, _pairs
 from magihuman.kernels.reference import (
+    FP8,
     FP8_KEYS,
     FP8_LIMIT,
     NORM_EPS,
@@ -150,7 +151,7 @@ def qkv_fp8(
         raise ValueError(f"head_dim must be a power of two, {PIECE} at least, got {dim}")
     blocks: int = triton.cdiv(rows, FP8_KEYS)
     q, k, v = (
-        qkv.new_empty(shape, dtype=torch.float8_e4m3fn)
+        qkv.new_empty(shape, dtype=FP8)
         for shape in ((rows, heads, dim), (rows, kv_heads, dim), (kv_heads, dim, blocks * FP8_KEYS))
     )
     qk_scale, v_scale = (

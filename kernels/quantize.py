@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magihuman.kernels.reference import FP8_LIMIT, FP8_ROW_BYTES, NORM_EPS, Counts, run_starts
+from magihuman.kernels.reference import FP8, FP8_LIMIT, FP8_ROW_BYTES, NORM_EPS, Counts, run_starts
 
 MAX_CHANNELS = 32768  # a row is held in registers
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest with a finite reciprocal
@@ -170,7 +170,7 @@ def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
     if channels > MAX_CHANNELS:
         raise ValueError(f"channels must be at most {MAX_CHANNELS}, got {channels}")
     stride = triton.cdiv(channels, FP8_ROW_BYTES) * FP8_ROW_BYTES
-    out = torch.empty((rows, stride), dtype=torch.float8_e4m3fn, device=x.device)
+    out = torch.empty((rows, stride), dtype=FP8, device=x.device)
     return out[:, :channels], torch.empty(rows, dtype=torch.float32, device=x.device)
 
 

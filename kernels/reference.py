@@ -25,6 +25,7 @@ NORM_EPS = 1e-6
 ACTIVATION_LIMIT = 7.0
 ACTIVATION_ALPHA = 1.702
 QUERY_BLOCK = 512  # queries at a time in the CPU's attention
+FP8 = torch.float8_e4m3fn
 FP8_LIMIT = 448.0  # largest magnitude of e4m3: OCP 8-bit floating point specification, table 1
 # BT.709 in limited range (ITU-T H.273) of R, G and B, times 2^16; whites and greys come out exact.
 LUMA = (11966, 40254, 4064)
@@ -99,8 +100,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     # Products with reciprocals: a GPU's division by a number is one too, a CPU's is not.
     scale = (x.abs().amax(-1) * (1 / FP8_LIMIT)).clamp(min=torch.finfo(torch.float32).tiny)
     # Beyond the limit by a rounding of the factor at most, of which some conversions make NaN.
-    scaled = (x * scale.reciprocal()[:, None]).clamp(-FP8_LIMIT, FP8_LIMIT)
-    return scaled.to(torch.float8_e4m3fn), scale
+    return _to_e4m3(x * scale.reciprocal()[:, None]), scale
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-FP8_LIMIT, FP8_LIMIT).to(FP8)
 
 
 def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:
@@ -226,13 +230,14 @@ def qkv_fp8(
     blocks = v.unflatten(2, (-1, FP8_KEYS))  # [kv_heads, D, blocks, keys]
     v_scale = blocks.abs().amax((1, 3)).clamp(min=SMALLEST_VALUE) * (1 / FP8_LIMIT)
     v = _to_e4m3(blocks * v_scale.reciprocal()[:, None, :, None]).flatten(2)
-    order = torch.tensor(VALUE_ORDER, device=v.device)
-    v = v.view(torch.uint8).unflatten(2, (-1, 16))[..., order].flatten(2).view(v.dtype)
+    v = _reordered(v, torch.tensor(VALUE_ORDER, device=v.device))
     return q, k, v, (scales[0] * scales[1]).view(1), v_scale
 
 
-def _to_e4m3(x: Tensor) -> Tensor:
-    return x.clamp(-FP8_LIMIT, FP8_LIMIT).to(torch.float8_e4m3fn)
+def _reordered(values: Tensor, order: Tensor) -> Tensor:
+    """e4m3 values [kv_heads, D, keys] with each 16 keys in this order."""
+    codes = values.view(torch.uint8).unflatten(2, (-1, 16))  # which index as e4m3 does not
+    return codes[..., order].flatten(2).view(values.dtype)
 
 
 def attention_fp8(
@@ -251,8 +256,7 @@ def attention_fp8(
     Returns [N, heads, D] in gate's dtype.
     """
     rows = len(k)
-    order = torch.tensor(VALUE_ORDER, device=v.device).argsort()
-    values = v.view(torch.uint8).unflatten(2, (-1, 16))[..., order].flatten(2).view(v.dtype)
+    values = _reordered(v, torch.tensor(VALUE_ORDER, device=v.device).argsort())
     values = values.float().unflatten(2, (-1, FP8_KEYS)) * v_scale[:, None, :, None]
     values = values.flatten(2)[..., :rows].permute(2, 0, 1)  # [N, kv_heads, D]
     q, k, v = (x.transpose(0, 1) for x in (q.float() * qk_scale, k.float(), values))

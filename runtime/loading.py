@@ -30,6 +30,7 @@ from magihuman.runtime.tensorrt import load_engines
 from magihuman.runtime.text import load_text_encoder
 from magihuman.runtime.transformer import (
     FP8_ATTENTION,
+    FP8_PRECISIONS,
     Held,
     Wanted,
     check_fit,
@@ -140,7 +141,7 @@ def load(
         _choice("precision", precision, get_args(config.Precision))
     if vae is not None:
         _choice("vae", vae, get_args(config.Vae))
-    if precision not in ("fp8", FP8_ATTENTION) and keep_bf16 not in (None, KEEP_NONE):
+    if precision not in FP8_PRECISIONS and keep_bf16 not in (None, KEEP_NONE):
         raise InvalidRequestError(
             f"keep_bf16 must go with precision='fp8' or {FP8_ATTENTION!r}, got {keep_bf16!r} with"
             f" {precision!r}"

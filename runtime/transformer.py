@@ -20,6 +20,7 @@ from magihuman.runtime.model.dit import DiT
 log = logging.getLogger("magihuman")
 
 FP8_ATTENTION = "fp8-attn"
+FP8_PRECISIONS = ("fp8", FP8_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def plan(variant: Variant, folder: Path | None, wanted: Wanted) -> Held:
             f"precision must be {own!r}, as the artifact's {artifact.folder}, got {precision!r};"
             " leave it out, or convert the published files to another"
         )
-    if precision not in ("fp8", FP8_ATTENTION):
+    if precision not in FP8_PRECISIONS:
         return Held(variant, config, folder, artifact, precision)
 
     quantized = _quantized(config, wanted.keep_bf16, artifact)

@@ -23,7 +23,13 @@ from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.request import Progress, ProgressCallback, Request
 from magihuman.runtime.simulated_fp8 import QKV, Mode, SimulatedFp8, relative_error
-from magihuman.runtime.transformer import FP8_ATTENTION, Wanted, linears_in_fp8, plan
+from magihuman.runtime.transformer import (
+    FP8_ATTENTION,
+    FP8_PRECISIONS,
+    Wanted,
+    linears_in_fp8,
+    plan,
+)
 from magihuman.runtime.verify_report import (
     AtSteps,
     Clip,
@@ -81,7 +87,7 @@ def verify(
         Request(p, seconds=seconds, width=width, height=height, steps=steps, seed=seed)
         for p in prompts
     ]
-    if precision not in ("fp8", FP8_ATTENTION):
+    if precision not in FP8_PRECISIONS:
         raise InvalidRequestError(
             f"precision must be 'fp8' or {FP8_ATTENTION!r} to be compared with bf16, got"
             f" {precision!r}"

@@ -13,10 +13,9 @@ import torch
 from torch import fx
 
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
-from magihuman.kernels.reference import STATIC_SCALES
+from magihuman.kernels.reference import FP8, STATIC_SCALES
 
 OPS = torch.ops.magihuman
-FP8 = torch.float8_e4m3fn
 
 # Positions of x and of the weight among an operator's arguments.
 OPERANDS: dict[Any, tuple[int, int]] = {
