@@ -36,6 +36,7 @@ from measure import (
     kernels_ms,
     kinds_of,
     median_ms,
+    one_expert,
 )
 
 
@@ -91,11 +92,7 @@ def bare(model: DiT) -> list[Callable[[], object]]:
     inputs: dict[int, Tensor] = {}
     calls: list[Callable[[], object]] = []
     for layer in model.block.layers:
-        experts = 3 if layer.has_modality_weights else 1
-        own, mlp = layer.attention, layer.mlp
-        for linear in (own.linear_qkv, own.linear_proj, mlp.up_gate_proj, mlp.down_proj):
-            weight = linear.weight[: len(linear.weight) // experts]
-            whole = weight.as_strided((len(weight), weight.stride(0)), weight.stride())
+        for _, whole in one_expert(layer):
             if whole.shape[1] not in inputs:
                 inputs[whole.shape[1]] = randn(rows, whole.shape[1])
             calls.append(partial(F.linear, inputs[whole.shape[1]], whole))

@@ -37,6 +37,7 @@ from measure import (
     example,
     kernels_ms,
     kinds_of,
+    one_expert,
 )
 
 MODALITY = "fp8, modality layers bf16"
@@ -69,15 +70,11 @@ def bare(model: DiT, fp8_attention: bool) -> list[Callable[[], object]]:
     inputs: dict[int, Tensor] = {}
     calls: list[Callable[[], object]] = []
     for layer in model.block.layers:
-        experts = 3 if layer.has_modality_weights else 1
-        own, mlp = layer.attention, layer.mlp
-        for linear in (own.linear_qkv, own.linear_proj, mlp.up_gate_proj, mlp.down_proj):
-            weight = linear.weight[: len(linear.weight) // experts // 16 * 16]
-            whole = weight.as_strided((len(weight), weight.stride(0)), weight.stride())
+        for linear, whole in one_expert(layer, multiple=16):
             width = whole.shape[1]
             if width not in inputs:
                 inputs[width] = ops.quantize_fp8(torch.randn(rows, width, device=device))[0]
-            scale = linear.weight_scale[: len(weight)].view(1, -1)
+            scale = linear.weight_scale[: len(whole)].view(1, -1)
             product = partial(torch._scaled_mm, out_dtype=torch.bfloat16)
             calls.append(partial(product, inputs[width], whole.t(), row_scale, scale))
         calls.append(attend)

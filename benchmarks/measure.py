@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from magihuman.runtime import config, denoise, tokens
 
@@ -82,6 +82,18 @@ def median_ms(run: Callable[[], object], repeats: int = REPEATS) -> float:
     for _ in range(2 + repeats):
         timed()
     return statistics.median(timed.times_ms[2:])
+
+
+def one_expert(layer: nn.Module, multiple: int = 1) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Each linear of a layer, and of its weight's rows those of the first modality, as many as a
+    multiple allows, with what pads them.
+    """
+    experts = 3 if layer.has_modality_weights else 1
+    own, mlp = layer.attention, layer.mlp
+    for linear in (own.linear_qkv, own.linear_proj, mlp.up_gate_proj, mlp.down_proj):
+        rows = len(linear.weight) // experts // multiple * multiple
+        stride = linear.weight.stride()
+        yield linear, linear.weight.as_strided((rows, stride[0]), stride)
 
 
 def bare_8_steps_ms(calls: Sequence[Callable[[], object]], heat: Callable[[], object]) -> float:

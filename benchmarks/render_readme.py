@@ -116,7 +116,7 @@ def fp8_table(figures: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         *(
-            f"| {name}: the library's products and attention alone |"
+            f"| {name}: its products (PyTorch's) and attention alone |"
             f" {own['bare_8_steps_ms'] / 1e3:.3f} | {base / own['bare_8_steps_ms']:.2f}x | | |"
             for name, own in figures.items()
             if isinstance(own, dict) and "bare_8_steps_ms" in own
