@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,9 +32,14 @@ class Captures(Generic[Key, Graph]):
         stream: to capture on, since graphs that share a pool must share one.
     """
 
-    def __init__(self, device: torch.device, budget_bytes: int | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        budget_bytes: int | None,
+        capturing: AbstractContextManager[Any] | None = None,
+    ) -> None:
         """budget_bytes: of all graphs; by default a quarter of the memory free now. One graph is
-        kept even where it passes the budget alone.
+        kept even where it passes the budget alone. capturing: entered while a size is captured.
         """
         if budget_bytes is None:
             budget_bytes = int(FREE_SHARE * free_bytes(device))
@@ -41,6 +47,7 @@ class Captures(Generic[Key, Graph]):
         self.pool: Any = None
         self.stream = torch.cuda.Stream(device)
         self._device, self._budget = device, Budget[Key](budget_bytes)
+        self._capturing = capturing
 
     def use(self, key: Key) -> Graph:
         """One that is kept, now the most recently used."""
@@ -67,7 +74,8 @@ class Captures(Generic[Key, Graph]):
         graph = None
         while graph is None:
             try:
-                graph = capture()
+                with self._capturing or nullcontext():
+                    graph = capture()
             except torch.OutOfMemoryError as error:
                 if not self.kept:
                     raise torch.OutOfMemoryError(
@@ -78,6 +86,10 @@ class Captures(Generic[Key, Graph]):
                 self._give_up(self._budget.clear())
         self.kept[key] = graph
         self._budget.keep(key, tokens, own_bytes, pool_bytes(self.pool))
+
+    def release(self) -> None:
+        """Give every graph up."""
+        self._give_up(self._budget.clear())
 
     def _give_up(self, keys: Iterable[Key]) -> None:
         for key in keys:

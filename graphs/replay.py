@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,20 +65,22 @@ class CompiledForward:
         *,
         fp8_attention: bool = False,
         budget_bytes: int | None = None,
+        capturing: AbstractContextManager[Any] | None = None,
         debug: bool = False,
     ) -> None:
         """Model: a DiT, whose weights are laid out anew in place.
 
         fp8_attention: in the layers whose projection to q, k and v is quantised.
         budget_bytes: of all captured graphs; by default a quarter of the memory free now. One graph
-        is kept even where it passes the budget alone. debug: check before every replay that no
+        is kept even where it passes the budget alone. capturing: entered while a size is timed and
+        captured, when nothing else may run on the device. debug: check before every replay that no
         tensor has moved, and keep what was captured for `recorded`.
         """
         pad_weights(model, config)
         self._model, self._config = model, config
         self._dtype, self._device = dtype, device
         self._fp8_attention, self._debug = fp8_attention, debug
-        self._captures = Captures[Size, _Captured](device, budget_bytes)
+        self._captures = Captures[Size, _Captured](device, budget_bytes, capturing)
 
     def __call__(
         self,
@@ -133,6 +136,10 @@ class CompiledForward:
             raise ValueError("what was captured is kept in debug only; give debug=True")
         return recorded(self.prepare(video, audio, text).graph)
 
+    def release(self) -> None:
+        """Give every graph up; sizes are captured again when they are asked for."""
+        self._captures.release()
+
     def _capture(self, size: Size) -> _Captured:
         counts, captures = size.counts, self._captures
         stream = captures.stream
@@ -155,7 +162,9 @@ class CompiledForward:
                 module(*inputs.values())
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph(keep_graph=self._debug)
-            with torch.cuda.graph(graph, pool=captures.pool, stream=stream):
+            with torch.cuda.graph(
+                graph, pool=captures.pool, stream=stream, capture_error_mode="thread_local"
+            ):  # what other threads of a service call must not break it
                 outputs = module(*inputs.values())
         captures.pool = graph.pool()
         torch.cuda.current_stream(self._device).wait_stream(stream)

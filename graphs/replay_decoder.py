@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ class CompiledDecoder:
         padded: Callable[[torch.Size], bool] = is_faster_padded,
         batch: int = 3,
         budget_bytes: int | None = None,
+        capturing: AbstractContextManager[Any] | None = None,
     ) -> None:
         """Decoder: in bf16 on the GPU; its weights are copied in another layout.
 
@@ -77,6 +79,8 @@ class CompiledDecoder:
                 are small.
             budget_bytes: of all captured graphs; by default a quarter of the memory free now. One
                 graph is kept even where it passes the budget alone.
+            capturing: entered while a size is captured, when nothing but the sound of the same
+                clip may run on the device.
         """
         self._batch = batch
         self._device = next(decoder.parameters()).device
@@ -86,7 +90,7 @@ class CompiledDecoder:
             module, report = compile_decoder(decoder, config, is_first, dtype, padded=padded)
             self._modules[is_first], self.reports[is_first] = module, report
         _share_buffers(self._modules[True], self._modules[False])
-        self._captures = Captures[Size, _Captured](self._device, budget_bytes)
+        self._captures = Captures[Size, _Captured](self._device, budget_bytes, capturing)
 
     def __call__(self, latents: Tensor, is_first: bool) -> Tensor:
         """Decode a batch of windows of one kind.
@@ -113,6 +117,10 @@ class CompiledDecoder:
             what = f"windows of {size.frames} latents of {size.columns}x{size.rows}"
             self._captures.add(size, size.latents, 0, lambda: self._capture(size), what)
         return self._captures.use(size)
+
+    def release(self) -> None:
+        """Give every graph up; sizes are captured again when they are asked for."""
+        self._captures.release()
 
     def _capture(self, size: Size) -> _Captured:
         module, captures = self._modules[size.is_first], self._captures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,9 +44,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return made
 
 
-def forward_of(budget_bytes: int) -> CompiledForward:
+def forward_of(budget_bytes: int, **options: Any) -> CompiledForward:
     model = golden.dit(local=False)
-    return CompiledForward(model, model.config, torch.bfloat16, CPU, budget_bytes=budget_bytes)
+    return CompiledForward(
+        model, model.config, torch.bfloat16, CPU, budget_bytes=budget_bytes, **options
+    )
 
 
 def test_sizes_are_kept_by_text_bucket_until_the_budget_is_full(device: Device) -> None:
@@ -68,6 +71,30 @@ def test_out_of_memory_gives_everything_else_up_once(device: Device) -> None:
         forward.prepare(*LARGE)
     assert forward.reports() == {}
     forward.prepare(*LARGE)  # it stays usable
+
+
+def test_everything_is_given_up_on_demand(device: Device) -> None:
+    forward = forward_of(2**40)
+    forward.prepare(*SMALL)
+    forward.prepare(*MIDDLE)
+    forward.release()
+    assert forward.reports() == {}
+    forward.prepare(*SMALL)
+    assert device.captured == [SMALL, MIDDLE, SMALL]
+
+
+def test_nothing_else_runs_while_a_size_is_captured(device: Device) -> None:
+    lock, held = threading.Lock(), []
+    forward = forward_of(2**40, capturing=lock)
+    capture = device.capture
+    device.capture = lambda counts: (held.append(lock.locked()), capture(counts))[1]
+    forward.prepare(*SMALL)
+    forward.prepare(*SMALL)
+    assert held == [True] and not lock.locked()
+    device.failures = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        forward.prepare(*LARGE)
+    assert not lock.locked()
 
 
 def test_what_was_captured_is_kept_in_debug_only(device: Device) -> None:
