@@ -1,5 +1,9 @@
 """Errors of the runtime. Messages give the rule, the value and the remedy."""
 
+from typing import Literal
+
+Outcome = Literal["done", "cancelled", "rejected", "failed"]
+
 
 class MagiHumanError(Exception):
     """Base of every error this package raises on purpose."""
@@ -17,9 +21,33 @@ class DeviceError(MagiHumanError):
     """The device cannot hold or run what was asked."""
 
 
+class EngineUnusable(DeviceError):  # noqa: N818 - a state, not a fault of this request
+    """The GPU has failed for good in this process; only a new process can load again."""
+
+
 class OutputError(MagiHumanError, OSError):
     """The result could not be written; nothing half-written is left behind."""
 
 
+class QueueFull(MagiHumanError):  # noqa: N818 - an outcome, not a fault
+    """As many requests wait as may; this one was refused at once."""
+
+
 class Cancelled(MagiHumanError):  # noqa: N818 - an outcome the caller asked for, not a fault
     """The request was cancelled between steps; the engine stays usable."""
+
+
+class DeadlineExceeded(MagiHumanError, TimeoutError):  # noqa: N818 - as Cancelled
+    """The request was not done in the time given; the engine stays usable."""
+
+
+def outcome_of(error: BaseException | None) -> Outcome:
+    """How a request ended that raised this, or nothing."""
+    match error:
+        case None:
+            return "done"
+        case Cancelled() | DeadlineExceeded():
+            return "cancelled"
+        case InvalidRequestError() | QueueFull() | EngineUnusable():
+            return "rejected"
+    return "failed"

@@ -1,0 +1,93 @@
+"""What a clip needs of a device's memory beside the weights, as an estimate, and what would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+
+from magihuman.runtime import config
+from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.request import MIN_SECONDS, Request
+from magihuman.runtime.tokens import Layout
+
+# Both from peaks on an H100 at full size, rounded up: 6.5 GiB for 14762 tokens of the transformer,
+# for each of them and each row of its widest linear; 6.9 GiB for decoding frames of 896x512.
+BYTES_PER_TOKEN_ROW = 18
+BYTES_PER_PIXEL = 16 * 2**10
+SMALLER = tuple(step / 10 for step in range(9, 0, -1))
+
+
+def working_bytes(request: Request, variant: config.Variant, sr: str | None, rows: int) -> int:
+    """Of the stage that needs most. rows: of the transformer's widest linear, for one modality."""
+    plan = request.plan(variant, sr)
+    sides = [(plan.rows, plan.columns)]
+    if plan.sr_rows is not None and plan.sr_columns is not None:
+        sides.append((plan.sr_rows, plan.sr_columns))
+    tokens = max(
+        Layout(plan.frames, *side, plan.audio, config.MAX_TEXT_TOKENS).tokens for side in sides
+    )
+    width, height = plan.size_px
+    return max(tokens * rows * BYTES_PER_TOKEN_ROW, width * height * BYTES_PER_PIXEL)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated there."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def advice(request: Request, variant: config.Variant, sr: str | None, rows: int, free: int) -> str:
+    """What was asked, what is free, and the largest clips that fit it, by the estimate."""
+
+    def fits(other: Request) -> bool:
+        try:
+            return working_bytes(other, variant, sr, rows) <= free
+        except InvalidRequestError:  # smaller than is made
+            return False
+
+    needed = working_bytes(request, variant, sr, rows)
+    said = (
+        f"{_text(request, variant, sr)} takes about {_size(needed)} beside the weights, and"
+        f" {_size(free)} are free now"
+    )
+    if needed <= free:
+        return f"{said}, so that it may fit once whatever else held memory has let go; try again"
+    shorter = (
+        dataclasses.replace(request, seconds=max(MIN_SECONDS, round(request.seconds * share, 1)))
+        for share in SMALLER
+    )
+    smaller = (_scaled(request, variant, sr, share) for share in SMALLER)
+    found = [next(filter(fits, others), None) for others in (shorter, filter(None, smaller))]
+    options = [_text(other, variant, sr) for other in found if other is not None]
+    if not options:
+        return f"{said}; by this estimate no clip fits: free memory, or use a larger device"
+    return f"{said}; by this estimate {' or '.join(options)} would fit"
+
+
+def _scaled(
+    request: Request, variant: config.Variant, sr: str | None, share: float
+) -> Request | None:
+    """The request with both sides of every size so much shorter."""
+    width, height = int(request.width * share), int(request.height * share)
+    try:
+        if sr is None:
+            return dataclasses.replace(request, width=width, height=height)
+        sr_width, sr_height = (int(side * share) for side in request.plan(variant, sr).size_px)
+        return dataclasses.replace(
+            request, width=width, height=height, sr_width=sr_width, sr_height=sr_height
+        )
+    except InvalidRequestError:  # a side below the least
+        return None
+
+
+def _text(request: Request, variant: config.Variant, sr: str | None) -> str:
+    width, height = request.plan(variant, sr).size_px
+    return f"{request.seconds:g} s of {width}x{height}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,69 @@
+"""Estimates of memory, and the advice that comes of them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from magihuman.runtime.config import VARIANTS, DiTConfig
+from magihuman.runtime.memory import advice, free_bytes, working_bytes
+from magihuman.runtime.request import Request
+
+ROWS = DiTConfig().mlp_widths(20)[0]
+DISTILL = VARIANTS["distill"]
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("request_", "sr", "measured_gib"),
+    [
+        (Request("hi"), None, 2.0),  # 49.0 GiB at the peak, 47 of them weights
+        (Request("hi"), "540p", 6.9),  # the decoder at 896x512; 6.5 for the transformer
+    ],
+)
+def test_estimates_are_near_what_was_measured(request_, sr, measured_gib):
+    # Rounded up for prompts of any length; a third more would refuse what fits.
+    found = working_bytes(request_, DISTILL, sr, ROWS) / GIB
+    assert 0.9 * measured_gib <= found <= 1.35 * measured_gib
+
+
+@pytest.mark.parametrize("sr", [None, "540p", "1080p"])
+def test_what_is_advised_fits(sr):
+    asked = Request("hi", seconds=20, width=640, height=352)
+    free = int(0.6 * working_bytes(asked, DISTILL, sr, ROWS))
+    said = advice(asked, DISTILL, sr, ROWS, free)
+    size = {None: "640x352", "540p": "896x512", "1080p": "1920x1088"}[sr]
+    assert said.startswith(f"20 s of {size} takes about ") and said.endswith(" would fit")
+    options = re.findall(r"([\d.]+) s of (\d+)x(\d+)", said)[1:]
+    assert options
+    for seconds, width, height in options:
+        sizes = {"sr_width": int(width), "sr_height": int(height)}
+        wanted = (
+            Request("hi", seconds=float(seconds), width=int(width), height=int(height))
+            if sr is None
+            else Request("hi", seconds=float(seconds), width=256, height=128, **sizes)
+        )
+        assert working_bytes(wanted, DISTILL, sr, ROWS) <= free
+
+
+def test_the_largest_that_fits_is_advised():
+    asked = Request("hi", seconds=10, width=960, height=544)
+    needed = working_bytes(asked, DISTILL, None, ROWS)
+    assert "9 s of 960x544" in advice(asked, DISTILL, None, ROWS, int(0.95 * needed))
+
+
+def test_where_nothing_fits():
+    said = advice(Request("hi", seconds=0.2, width=32, height=32), DISTILL, None, ROWS, 2**20)
+    assert said.endswith("by this estimate no clip fits: free memory, or use a larger device")
+
+
+def test_where_the_estimate_and_the_failure_disagree():
+    said = advice(Request("hi"), DISTILL, None, ROWS, 100 * GIB)
+    assert "takes about 2." in said and "100.0 GiB are free now" in said
+    assert said.endswith("try again")
+
+
+def test_free_memory_of_the_host():
+    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
