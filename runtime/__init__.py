@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 from magihuman.runtime.errors import (
     Cancelled,
     CheckpointError,
+    DeadlineExceeded,
     DeviceError,
+    EngineUnusable,
     InvalidRequestError,
     MagiHumanError,
     OutputError,
+    QueueFull,
 )
-from magihuman.runtime.request import Plan, Progress, Request, Video
+from magihuman.runtime.hooks import Hooks, NvtxHooks, OpenTelemetryHooks, PrometheusHooks
+from magihuman.runtime.request import Chunk, Plan, Progress, Request, Video
 
 if TYPE_CHECKING:
     from magihuman.runtime.converting import convert
@@ -34,13 +38,21 @@ if TYPE_CHECKING:
 __all__ = [
     "Cancelled",
     "CheckpointError",
+    "Chunk",
+    "DeadlineExceeded",
     "DeviceError",
     "Engine",
+    "EngineUnusable",
+    "Hooks",
     "InvalidRequestError",
     "MagiHumanError",
+    "NvtxHooks",
+    "OpenTelemetryHooks",
     "OutputError",
     "Plan",
     "Progress",
+    "PrometheusHooks",
+    "QueueFull",
     "Request",
     "Video",
     "convert",

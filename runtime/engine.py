@@ -1,65 +1,62 @@
-"""One request, top to bottom: text -> tokens -> denoise [-> super-resolve] -> decode -> Video."""
+"""A loaded model that takes requests from any thread, one at a time on the device."""
 
 from __future__ import annotations
 
-import dataclasses
+import asyncio
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self, TypeVar, Unpack
 
 import torch
-from torch import Tensor
 
-from magihuman.runtime import config, denoise
-from magihuman.runtime.audio import AudioVAE, Waveform, open_driving_audio
-from magihuman.runtime.decode import Decoder, Frames, VideoDecoder, decode_frames
-from magihuman.runtime.errors import Cancelled, DeviceError, InvalidRequestError, MagiHumanError
-from magihuman.runtime.image import ImageVAE, open_image
+from magihuman.runtime import config, memory
+from magihuman.runtime.errors import (
+    InvalidRequestError,
+    MagiHumanError,
+)
+from magihuman.runtime.failures import Failures, is_out_of_memory
+from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import Mp4Writer, check_output
-from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.queueing import Limits, Line, Station, Ticket
 from magihuman.runtime.request import (
-    DEFAULT_NEGATIVE_PROMPT,
-    Plan,
-    Progress,
     ProgressCallback,
     Request,
+    RequestOptions,
     Video,
+    request_of,
 )
+from magihuman.runtime.run import Components, Encoded, Prepared, Run
+from magihuman.runtime.stream import AsyncStream, Chunker, Emit, Stream, spawn
 from magihuman.runtime.tensorrt import TensorRTVAE
-from magihuman.runtime.text import TextEncoder
-from magihuman.runtime.tokens import Layout
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 log = logging.getLogger("magihuman")
+Started = TypeVar("Started")
+Size = tuple[int, int, float]  # width and height in pixels, seconds
+
+# Below this a request is encoded alone: an image of 1920x1088 takes most of it.
+FREE_TO_ENCODE_BYTES = 8 * 2**30
 
 
-@dataclass
-class Components:
-    """The loaded models of an engine."""
+@dataclass(frozen=True)
+class Call:
+    """A request that has arrived, and all that was given with it."""
 
-    dit: DiT
-    turbo_vae: VideoDecoder
-    text_encoder: TextEncoder
-    audio_vae: AudioVAE
-    image_vae: ImageVAE | None = None
-    sr_dit: DiT | None = None
-    forward: denoise.Forward | None = None  # compiled, in place of the transformer's own
-    sr_forward: denoise.Forward | None = None
-    decoder: Decoder | None = None  # compiled, in place of the Turbo VAE's own
+    request: Request
+    ticket: Ticket
+    save: Path | None
+    on_progress: ProgressCallback | None
 
 
 class Engine:
-    """A loaded model. Made by `load`; calls from several threads run one after another.
+    """A loaded model. Made by `load`. Safe to call from many threads: requests are served in the
+    order of arrival, one at a time on the device, while neighbours encode and write files.
 
     Attributes:
         variant: the base variant's name.
@@ -68,6 +65,7 @@ class Engine:
         device: where everything runs.
         is_compiled: whether the base transformer runs as captured graphs of fused kernels.
         vae: how frames are decoded, "fast", "plain" or "tensorrt".
+        hooks: that are told of requests and stages.
     """
 
     def __init__(
@@ -77,6 +75,8 @@ class Engine:
         sr: str | None,
         precision: str,
         device: torch.device,
+        queue_limit: int,
+        hooks: Sequence[Hooks],
     ) -> None:
         self.variant = variant.name
         self.sr = sr
@@ -85,9 +85,14 @@ class Engine:
         self.is_compiled = components.forward is not None
         is_engine = isinstance(components.turbo_vae, TensorRTVAE)
         self.vae = "tensorrt" if is_engine else "plain" if components.decoder is None else "fast"
+        self.hooks = tuple(hooks)
         self._parts: Components | None = components
         self._variant = variant
-        self._lock = threading.Lock()
+        self._line = Line(queue_limit)
+        self._failures = Failures(device, self._line)
+        if device.type == "cuda":
+            components.encode_stream = torch.cuda.Stream(device)
+            components.sound_stream = torch.cuda.Stream(device)
 
     def __enter__(self) -> Self:
         return self
@@ -100,363 +105,308 @@ class Engine:
     ) -> None:
         self.close()
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes requests: not closed, and its GPU has not failed for good."""
+        return self._parts is not None and self._failures.first is None
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that wait or run."""
+        return len(self._line)
+
     def close(self) -> None:
-        """Free the memory. Waits for a running request; later requests raise."""
-        with self._lock:
-            self._parts = None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        """Free the memory. Waits for the running request; those waiting and later ones raise."""
+        self._line.refuse(lambda: MagiHumanError("the engine is closed; load another"))
+        self._line.wait_until_empty()
+        self._parts = None
+        if self.device.type == "cuda" and self._failures.first is None:
+            torch.cuda.empty_cache()
 
     def generate(
         self,
         prompt: str | Request,
         *,
-        image: str | os.PathLike[str] | Image | None = None,
-        audio: str | os.PathLike[str] | None = None,
-        seconds: float = 5.0,
-        width: int = 480,
-        height: int = 272,
-        sr_width: int | None = None,
-        sr_height: int | None = None,
-        seed: int = 42,
-        negative_prompt: str = DEFAULT_NEGATIVE_PROMPT,
-        steps: int | None = None,
-        sr_steps: int | None = None,
-        guidance: float | None = None,
-        sr_guidance: float | None = None,
         save: str | os.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Video:
-        """Make one clip. Arguments are those of `Request`, or a `Request` stands for all.
+        """Make one clip.
 
         Args:
+            prompt: or a `Request`, which stands for all options.
             save: also write the clip to this mp4, as `Video.save` does, while it is being decoded.
                 The file appears whole or not at all.
-            on_progress: called after every step with a `Progress`, from the calling thread.
-            cancel: an event checked between steps; once set, `Cancelled` is raised.
+            on_progress: called after every step with a `Progress`, from the thread that runs it.
+            cancel: an event checked between steps and while waiting; once set, `Cancelled` is
+                raised.
+            deadline_s: seconds from now, waiting included, after which `DeadlineExceeded` is
+                raised, checked as `cancel` is.
+            options: the other fields of `Request`.
 
         Raises:
             InvalidRequestError: the request cannot be served; nothing has run.
+            QueueFull: too many wait already.
             OutputError: `save` cannot be written.
-            Cancelled: `cancel` was set. The engine stays usable.
+            Cancelled, DeadlineExceeded: see above. The engine stays usable.
             DeviceError: the device ran out of memory. The engine stays usable.
+            EngineUnusable: the GPU has failed for good, now or before.
         """
-        options = {
-            "image": image,
-            "audio": audio,
-            "seconds": seconds,
-            "width": width,
-            "height": height,
-            "sr_width": sr_width,
-            "sr_height": sr_height,
-            "seed": seed,
-            "negative_prompt": negative_prompt,
-            "steps": steps,
-            "sr_steps": sr_steps,
-            "guidance": guidance,
-            "sr_guidance": sr_guidance,
-        }
-        with self.hold(_request(prompt, options), on_progress, cancel) as run:
-            return run.video(None if save is None else Path(save))
+        return self._serve(self._arrive(prompt, options, save, on_progress, cancel, deadline_s))
 
-    @contextmanager
-    def hold(
+    def generate_stream(
         self,
-        request: Request,
+        prompt: str | Request,
+        *,
+        save: str | os.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
-    ) -> Iterator[Run]:
-        """A request with the engine to itself, nothing of it done yet."""
-        with self._lock:
-            if self._parts is None:
-                raise MagiHumanError("the engine is closed; load another")
-            try:
-                yield Run(
-                    self._parts, self._variant, self.sr, self.device, request, on_progress, cancel
-                )
-            except torch.cuda.OutOfMemoryError as error:
-                torch.cuda.empty_cache()
-                raise DeviceError(
-                    f"{self.device} ran out of memory; ask for a smaller or shorter clip: {error}"
-                ) from error
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Stream:
+        """As `generate`, but an iterator of `Chunk`s: frames with their sound as they are decoded.
 
+        What is wrong with the request, or with the queue, is raised here; all else where the next
+        chunk is taken. Closing the stream, or forgetting it, cancels the request.
+        """
+        call = self._arrive(prompt, options, save, on_progress, cancel, deadline_s)
+        limits = call.ticket.limits
+        return self._start(call, lambda: Stream(limits, lambda emit: self._serve(call, emit)))
 
-def _request(prompt: str | Request, options: dict[str, Any]) -> Request:
-    if not isinstance(prompt, Request):
-        return Request(prompt=prompt, **options)
-    defaults = {field.name: field.default for field in dataclasses.fields(Request)}
-    given = [name for name, value in options.items() if value != defaults[name]]
-    if given:
-        raise InvalidRequestError(
-            f"a Request must stand alone, got {', '.join(given)} beside it; set it in the Request"
-        )
-    return prompt
-
-
-class Run:
-    """State of one request on its way through the stages."""
-
-    def __init__(
+    async def agenerate(
         self,
-        parts: Components,
-        variant: config.Variant,
-        sr: str | None,
-        device: torch.device,
-        request: Request,
-        on_progress: ProgressCallback | None,
-        cancel: threading.Event | None,
-    ) -> None:
-        self.parts, self.variant, self.sr, self.device = parts, variant, sr, device
-        self.request, self.on_progress, self.cancel = request, on_progress, cancel
-        self.timings_s: dict[str, float] = {}
-        self.start_s = time.perf_counter()
-        self.generator = torch.Generator(device)
-        self.generator.manual_seed(request.seed)
+        prompt: str | Request,
+        *,
+        save: str | os.PathLike[str] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Video:
+        """As `generate`, in a thread of its own, from which `on_progress` is called.
 
-    @torch.inference_mode()
-    def video(self, save: Path | None = None) -> Video:
-        """All stages in order; the clip goes to the file `save`, too."""
-        request, parts = self.request, self.parts
-        plan, image, samples, ids = self.prepare()
-        if save is not None:
-            check_output(save, config.video_frames(plan.frames), *plan.size_px)
+        Cancelling the task cancels the request, and returns once the device is free.
+        """
+        call = self._arrive(prompt, options, save, on_progress, cancel, deadline_s)
+        _, future = self._start(call, lambda: spawn(lambda: self._serve(call)))
+        result = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            call.ticket.limits.stop.set()
+            with suppress(Exception):
+                await result
+            raise
 
-        with self.stage("text"):
-            text = parts.text_encoder.encode(ids)
-            null_text = None
-            if plan.guidance is not None or plan.sr_guidance is not None:
-                null_ids, _ = parts.text_encoder.tokenize(request.negative_prompt)
-                null_text = parts.text_encoder.encode(null_ids)
-
-        with self.stage("audio"):
-            if samples is None:
-                audio = self.draw(1, plan.audio, config.AUDIO_CHANNELS)
-            else:
-                audio = parts.audio_vae.encode(samples, self.noise)
-                plan = plan.with_audio(audio.shape[1])
-        video = self.draw(1, config.LATENT_CHANNELS, plan.frames, plan.rows, plan.columns)
-
-        with self.stage("image"):
-            latent = self.encode_image(image, plan.rows, plan.columns)
-        with self.stage("denoise"):
-            video, audio = self.run_base(plan, text, null_text, video, audio, latent)
-        if self.sr is not None:
-            assert plan.sr_rows is not None and plan.sr_columns is not None
-            with self.stage("image_sr"):
-                latent = self.encode_image(image, plan.sr_rows, plan.sr_columns)
-            with self.stage("super_resolve"):
-                video = self.run_sr(plan, text, null_text, video, audio, latent)
-
-        writer: AbstractContextManager[Mp4Writer | None] = nullcontext()
-        if save is not None:
-            _, _, frames, rows, columns = video.shape
-            size = columns * config.VIDEO_STRIDE[2], rows * config.VIDEO_STRIDE[1]
-            writer = Mp4Writer(
-                save, config.video_frames(frames), *size, config.FPS, config.SAMPLE_RATE_HZ
+    def agenerate_stream(
+        self,
+        prompt: str | Request,
+        *,
+        save: str | os.PathLike[str] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AsyncStream:
+        """As `generate_stream`, for `async for` and `async with`."""
+        return AsyncStream(
+            self.generate_stream(
+                prompt,
+                save=save,
+                on_progress=on_progress,
+                cancel=cancel,
+                deadline_s=deadline_s,
+                **options,
             )
-        with writer as file:
-            pictures, wave = self.decode(video, audio, file)
-            if file is not None:
-                with self.stage("write"):
-                    file.finish()
-        return Video(
-            frames=pictures,
-            audio=wave,
-            fps=config.FPS,
-            sample_rate_hz=config.SAMPLE_RATE_HZ,
-            timings_s=self.timings_s,
-            seed=request.seed,
-            warnings=plan.warnings,
         )
 
-    def decode(
-        self, video: Tensor, audio: Tensor, file: Mp4Writer | None
-    ) -> tuple[Frames, Waveform]:
-        """Frames and sound; on a GPU the sound on a stream and a thread of its own meanwhile."""
-        parts = self.parts
+    def warmup(
+        self, sizes: Iterable[Size], text_tokens: Sequence[int] = (config.MAX_TEXT_TOKENS,)
+    ) -> dict[Size, float]:
+        """Compile, capture and load what clips of these sizes need, without making one.
 
-        def frames() -> Frames:
-            with self.stage("decode_video"):
-                return decode_frames(
-                    parts.turbo_vae,
-                    video,
-                    self.reporter("decode_video"),
-                    parts.decoder,
-                    None if file is None else file.add,
-                )
+        Every model runs once for each size and length, over zeros. Where nothing is compiled, as on
+        a CPU, that only fills caches of libraries, and the log says so.
 
-        def sound() -> Waveform:
-            wave = parts.audio_vae.decode(audio)
-            if file is not None:
-                file.add_sound(wave)
-            return wave
+        Args:
+            sizes: (width, height, seconds) of clips, as for `Request`.
+            text_tokens: lengths of prompts, 1 to 640; graphs serve up to the next multiple of 64.
+                With guidance, the negative prompt's too.
 
-        if self.device.type != "cuda":
-            pictures = frames()
-            with self.stage("decode_audio"):
-                return pictures, sound()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        Returns:
+            Seconds taken by each size.
 
-        def meanwhile() -> Waveform:
-            with torch.cuda.device(self.device), torch.cuda.stream(stream):
-                return sound()
-
-        # Leaving the pool waits for the sound, also where decoding frames raises.
-        with ThreadPoolExecutor(1, "sound") as pool:
-            decoding = pool.submit(meanwhile)
-            pictures = frames()
-            with self.stage("decode_audio"):
-                return pictures, decoding.result()
-
-    def prepare(self) -> tuple[Plan, Image | None, Waveform | None, Tensor]:
-        """Everything that can be wrong with a request, found before any work on the device."""
-        request = self.request
-        plan = request.plan(self.variant, self.sr)
-        if isinstance(self.parts.turbo_vae, TensorRTVAE):
-            rows, columns = (side // config.VIDEO_STRIDE[1] for side in plan.size_px[::-1])
-            self.parts.turbo_vae.exported.check_size(rows, columns)
-        image = samples = None
-        if request.image is not None:
-            if self.parts.image_vae is None:
+        Raises:
+            InvalidRequestError: before anything has run.
+            DeviceError, EngineUnusable: as `generate`.
+        """
+        for length in text_tokens:
+            if type(length) is not int or not 0 < length <= config.MAX_TEXT_TOKENS:
                 raise InvalidRequestError(
-                    "image needs the Wan 2.2 image encoder, which this engine was loaded"
-                    " without; put Wan2.2-TI2V-5B into the model directory or give load(...,"
-                    " image_vae=PATH)"
+                    f"text_tokens must be whole numbers from 1 to {config.MAX_TEXT_TOKENS}, got"
+                    f" {length!r}"
                 )
-            image = open_image(request.image)
-        if request.audio is not None:
-            samples, note = open_driving_audio(request.audio, request.seconds)
-            plan = plan.with_note(note)
-        ids, note = self.parts.text_encoder.tokenize(request.prompt)
-        plan = plan.with_note(note)
-        for warning in plan.warnings:
-            log.warning(warning)
-        return plan, image, samples, ids
-
-    def run_base(
-        self,
-        plan: Plan,
-        text: Tensor,
-        null_text: Tensor | None,
-        video: Tensor,
-        audio: Tensor,
-        image: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The base model's loop."""
-        keep_audio = self.request.audio is not None
-        on_step = self.reporter("denoise")
-        forward = self.parts.forward
-        velocity = self.velocity(self.parts.dit, self.variant, video, audio, text, forward)
-        if self.variant.guidance is None:
-            return denoise.distilled(
-                velocity,
-                video,
-                audio,
-                steps=plan.steps,
-                noise=self.noise,
-                image=image,
-                keep_audio=keep_audio,
-                on_step=on_step,
-            )
-        null = None
-        if plan.guidance is not None and null_text is not None:
-            null = self.velocity(self.parts.dit, self.variant, video, audio, null_text, forward)
-        return denoise.guided(
-            velocity,
-            null,
-            video,
-            audio,
-            steps=plan.steps,
-            guidance=plan.guidance or 1.0,
-            image=image,
-            keep_audio=keep_audio,
-            on_step=on_step,
-        )
-
-    def run_sr(
-        self,
-        plan: Plan,
-        text: Tensor,
-        null_text: Tensor | None,
-        video: Tensor,
-        audio: Tensor,
-        image: Tensor | None,
-    ) -> Tensor:
-        """The super-resolution model's loop; its audio stream only conditions it."""
-        model = self.parts.sr_dit
-        assert model is not None and plan.sr_rows is not None and plan.sr_columns is not None
-        variant, forward = config.VARIANTS[f"{self.sr}_sr"], self.parts.sr_forward
-        video, audio = denoise.sr_start(video, audio, plan.sr_rows, plan.sr_columns, self.noise)
-        null = None
-        if plan.sr_guidance is not None and null_text is not None:
-            null = self.velocity(model, variant, video, audio, null_text, forward)
-        return denoise.super_resolve(
-            self.velocity(model, variant, video, audio, text, forward),
-            null,
-            video,
-            audio,
-            steps=plan.sr_steps,
-            guidance=plan.sr_guidance or 1.0,
-            image=image,
-            on_step=self.reporter("super_resolve"),
-        )
-
-    def velocity(
-        self,
-        model: DiT,
-        variant: config.Variant,
-        video: Tensor,
-        audio: Tensor,
-        text: Tensor,
-        forward: denoise.Forward | None,
-    ) -> denoise.Velocity:
-        """The model with its tables for these streams and this text."""
-        frames, rows, columns = video.shape[2:]
-        layout = Layout(frames, rows, columns, audio.shape[1], text.shape[0])
-        return denoise.velocity_of(model, layout, text, variant.coordinates, forward)
-
-    def encode_image(self, image: Image | None, rows: int, columns: int) -> Tensor | None:
-        """The reference image's latent at this size."""
-        if image is None:
-            return None
-        assert self.parts.image_vae is not None
-        stride = config.VIDEO_STRIDE[1]
-        return self.parts.image_vae.encode(image, columns * stride, rows * stride)
-
-    def draw(self, *shape: int) -> Tensor:
-        """Fresh fp32 noise from the request's generator, on the device."""
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def noise(self, like: Tensor) -> Tensor:
-        """Fresh noise of this shape."""
-        return self.draw(*like.shape)
-
-    def reporter(self, stage: str) -> Callable[[int, int], None]:
-        """A callback for the loops: checks for cancellation, then reports progress."""
-
-        def report(step: int, of: int) -> None:
-            self.check_cancel()
-            if self.on_progress is not None:
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()
-                elapsed_s = time.perf_counter() - self.start_s
-                self.on_progress(Progress(stage, step, of, elapsed_s))
-
-        return report
-
-    def check_cancel(self) -> None:
-        """Raise `Cancelled` once the caller's event is set."""
-        if self.cancel is not None and self.cancel.is_set():
-            raise Cancelled("the request was cancelled")
+        requests = {
+            (width, height, seconds): Request("-", width=width, height=height, seconds=seconds)
+            for width, height, seconds in sizes
+        }
+        for request in requests.values():
+            request.plan(self._variant, self.sr)
+        if not self.is_compiled:
+            log.info("nothing is compiled on %s: warming up runs the plain models", self.device)
+        taken_s = {}
+        for size, request in requests.items():
+            with self.hold(request) as run:
+                start = time.perf_counter()
+                run.warm(text_tokens)
+                taken_s[size] = time.perf_counter() - start
+        return taken_s
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage, device work included."""
-        self.check_cancel()
-        start = time.perf_counter()
-        yield
+    def hold(self, request: Request) -> Iterator[Run]:
+        """A request with the engine to itself, nothing of it done yet."""
+        ticket = self._line.join(Limits())
+        with ticket, self._on_device():
+            ticket.check()
+            run = self._run(Call(request, ticket, None, None))
+            ticket.wait(Station.DEVICE)
+            with ticket.at(Station.DEVICE), self._guard(run):
+                yield run
+
+    def _arrive(
+        self,
+        prompt: str | Request,
+        options: RequestOptions,
+        save: str | os.PathLike[str] | None,
+        on_progress: ProgressCallback | None,
+        cancel: threading.Event | None,
+        deadline_s: float | None,
+    ) -> Call:
+        """Check what costs nothing to check, and take a place in line."""
+        try:
+            limits = Limits(cancel, deadline_s)
+            request = request_of(prompt, options)
+            request.plan(self._variant, self.sr)
+        except InvalidRequestError as error:
+            with self._span(REQUEST, self._line.join(Limits(), error).number):
+                raise
+        ticket = self._line.join(limits)
+        call = Call(request, ticket, None if save is None else Path(save), on_progress)
+        if ticket.refusal is not None:
+            self._serve(call)
+        return call
+
+    def _start(self, call: Call, start: Callable[[], Started]) -> Started:
+        """Start a thread for the call, which loses its place where that fails."""
+        try:
+            return start()
+        except BaseException:
+            call.ticket.leave()
+            raise
+
+    def _serve(self, call: Call, emit: Emit | None = None) -> Video:
+        """From its place in line to the finished clip, in the thread of the caller."""
+        ticket = call.ticket
+        with ticket, self._span(REQUEST, ticket.number), self._on_device(), ExitStack() as files:
+            ticket.check()
+            run = self._run(call)
+            with run.stage("prepare", on_device=False):
+                prepared = run.prepare()
+                plan = prepared.plan
+                if call.save is not None:
+                    check_output(call.save, config.video_frames(plan.frames), *plan.size_px)
+            with run.stage("queue", on_device=False):
+                ticket.wait(Station.ENCODE)
+            with ticket.at(Station.ENCODE), self._guard(run, is_alone=False):
+                encoded = self._encode_beside(run, prepared)
+            with run.stage("queue", on_device=False):
+                ticket.wait(Station.DEVICE)
+            chunker = None if emit is None else Chunker(emit, call.request.seed)
+            with ticket.at(Station.DEVICE), self._guard(run):
+                if encoded is None:
+                    encoded = run.encode(prepared)
+                video, audio = run.sample(encoded)
+                file: Mp4Writer | None = None
+                if call.save is not None:
+                    file = files.enter_context(run.writer(call.save, video))
+                on_window = None if chunker is None else chunker.add
+                frames, wave = run.decode(video, audio, file, on_window)
+            del encoded, video, audio, run.parts  # nothing is held while the file is finished
+            ticket.leave()
+            if file is not None:
+                with run.stage("write", on_device=False):
+                    file.finish()
+            made = Video(
+                frames=frames,
+                audio=wave,
+                fps=config.FPS,
+                sample_rate_hz=config.SAMPLE_RATE_HZ,
+                timings_s=run.timings_s,
+                seed=call.request.seed,
+                warnings=plan.warnings,
+            )
+            if chunker is not None:
+                chunker.finish(made)
+            return made
+
+    def _run(self, call: Call) -> Run:
+        assert self._parts is not None  # for as long as somebody is in line
+        return Run(
+            self._parts,
+            self._variant,
+            self.sr,
+            self.device,
+            call.request,
+            call.ticket.limits,
+            call.on_progress,
+            lambda name: self._span(name, call.ticket.number),
+        )
+
+    def _encode_beside(self, run: Run, prepared: Prepared) -> Encoded | None:
+        """While another request denoises; None where there is no memory to."""
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        self.timings_s[name] = time.perf_counter() - start
+            with run.encoders():
+                if memory.free_bytes(self.device) < FREE_TO_ENCODE_BYTES:
+                    return None
+        try:
+            return run.encode(prepared)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _guard(self, run: Run, is_alone: bool = True) -> AbstractContextManager[None]:
+        """Say what a failure means. is_alone: with the device to itself."""
+        if is_alone:
+            return self._failures.guard(lambda: self._advice(run))
+        return self._failures.guard(None, run.parts.encode_stream)
+
+    def _advice(self, run: Run) -> str:
+        """Free what can be freed, and tell what fits then."""
+        for captured in run.parts.captured:
+            captured.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        dit = run.parts.dit.config
+        rows = max(dit.mlp_widths(layer)[0] for layer in range(dit.num_layers))
+        free = memory.free_bytes(self.device)
+        return memory.advice(run.request, self._variant, self.sr, rows, free)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Kernels go to the current device of the thread that launches them."""
+        if self.device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.current_device()
+        torch.cuda.set_device(self.device)
+        try:
+            yield
+        finally:
+            if self._failures.first is None:  # else this would raise in place of what says so
+                torch.cuda.set_device(before)
+
+    def _span(self, name: str, request: int) -> AbstractContextManager[None]:
+        return spans(self.hooks, name, request)

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -19,13 +19,15 @@ from magihuman.runtime import checkpoint, config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import VideoDecoder
 from magihuman.runtime.denoise import Forward
-from magihuman.runtime.engine import Components, Engine
+from magihuman.runtime.engine import Engine
 from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
 from magihuman.runtime.exported import is_exported
+from magihuman.runtime.hooks import Hooks
 from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
+from magihuman.runtime.run import Components
 from magihuman.runtime.tensorrt import load_engines
 from magihuman.runtime.text import load_text_encoder
 from magihuman.runtime.transformer import (
@@ -91,6 +93,8 @@ def load(
     audio_vae: PathLike | None = None,
     image_vae: PathLike | None = None,
     on_load: OnLoad | None = None,
+    queue_limit: int = 64,
+    hooks: Sequence[Hooks] = (),
     debug: bool = False,
 ) -> Engine:
     """Load a model and return an engine ready to generate.
@@ -120,6 +124,8 @@ def load(
             in `model`; for the last three also hub ids. Without an image encoder, requests with an
             image are refused.
         on_load: called with (component, bytes done, bytes in all) while weights are read.
+        queue_limit: requests that may wait for the one that runs; one more raises `QueueFull`.
+        hooks: told of every request and stage, see `hooks.py`.
         debug: before every replay of a captured graph, check that no weight has moved in memory.
 
     Raises:
@@ -131,6 +137,10 @@ def load(
     default = model.variant if isinstance(model, random_weights.Synthetic) else "distill"
     name = default if variant is None else variant
     _choice("variant", name, config.BASE_VARIANTS)
+    if type(queue_limit) is not int or queue_limit < 0:
+        raise InvalidRequestError(
+            f"queue_limit must be a whole number from 0 up, got {queue_limit!r}"
+        )
     _choice("sr", sr, (None, *config.SR_SIZES))
     if vae == "tensorrt" and (turbo_vae is None or is_synthetic):
         raise InvalidRequestError(
@@ -203,18 +213,27 @@ def load(
             " to different models"
         )
     if compile:
-        parts.forward = compiled(parts.dit, base, target, debug)
+        parts.forward = compiled(parts.dit, base, target, debug, parts)
         if parts.sr_dit is not None and upscale is not None:
-            parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug)
+            parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug, parts)
     if vae != "plain" and reason is None and isinstance(parts.turbo_vae, TurboVAE):
         from magihuman.graphs.replay_decoder import CompiledDecoder
 
-        parts.decoder = CompiledDecoder(parts.turbo_vae.decoder, parts.turbo_vae.config)
-    return Engine(parts, chosen, sr, base.precision, target)
+        decoder = CompiledDecoder(
+            parts.turbo_vae.decoder, parts.turbo_vae.config, capturing=parts.encoding
+        )
+        parts.decoder = decoder
+        parts.captured.append(decoder)
+    return Engine(parts, chosen, sr, base.precision, target, queue_limit, hooks)
 
 
-def compiled(model: DiT, held: Held, device: torch.device, debug: bool = False) -> Forward | None:
-    """The compiled forward of a transformer, or None, with one log line, where there is none."""
+def compiled(
+    model: DiT, held: Held, device: torch.device, debug: bool, parts: Components
+) -> Forward | None:
+    """The compiled forward of a transformer, or None, with one log line, where there is none.
+
+    parts: that it will be one of.
+    """
     from magihuman.graphs.support import why_not
 
     reason = why_not(model.config, held.linear, device)
@@ -223,14 +242,17 @@ def compiled(model: DiT, held: Held, device: torch.device, debug: bool = False) 
         return None
     from magihuman.graphs.replay import CompiledForward
 
-    return CompiledForward(
+    forward = CompiledForward(
         model,
         model.config,
         held.linear,
         device,
         fp8_attention=held.precision == FP8_ATTENTION,
+        capturing=parts.encoding,
         debug=debug,
     )
+    parts.captured.append(forward)
+    return forward
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -173,6 +173,35 @@ class Request:
         )
 
 
+class RequestOptions(TypedDict, total=False):
+    """The fields of `Request` beside the prompt, as keywords."""
+
+    image: str | os.PathLike[str] | Image | None
+    audio: str | os.PathLike[str] | None
+    seconds: float
+    width: int
+    height: int
+    sr_width: int | None
+    sr_height: int | None
+    seed: int
+    negative_prompt: str
+    steps: int | None
+    sr_steps: int | None
+    guidance: float | None
+    sr_guidance: float | None
+
+
+def request_of(prompt: str | Request, options: RequestOptions) -> Request:
+    """The request that a prompt and keywords make; a `Request` stands for all."""
+    if not isinstance(prompt, Request):
+        return Request(prompt=prompt, **options)
+    if options:
+        raise InvalidRequestError(
+            f"a Request must stand alone, got {', '.join(options)} beside it; set it in the Request"
+        )
+    return prompt
+
+
 @dataclass(frozen=True)
 class Plan:
     """A request resolved against an engine, and what differs from what was asked."""
@@ -227,6 +256,32 @@ ProgressCallback = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Some frames of a clip that is still being decoded, with their sound.
+
+    Attributes:
+        frames: uint8 [n, H, W, 3], RGB; at least one.
+        first_frame: index of the first of them in the clip.
+        audio: float32 [samples, 2], of the same span; in the last chunk, also what the sound is
+            longer than the picture.
+        fps, sample_rate_hz: as in `Video`.
+        is_last: whether the clip ends here.
+        seed: the request's.
+        timings_s, warnings: as in `Video`, in the last chunk alone.
+    """
+
+    frames: npt.NDArray[np.uint8]
+    first_frame: int
+    audio: npt.NDArray[np.float32]
+    fps: int
+    sample_rate_hz: int
+    is_last: bool
+    seed: int
+    timings_s: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Video:
     """A finished clip.
 
@@ -235,7 +290,7 @@ class Video:
         audio: float32 [samples, 2], about [-1, 1].
         fps: frames a second.
         sample_rate_hz: of `audio`.
-        timings_s: seconds per stage, in order.
+        timings_s: seconds per stage, in order; "queue" is time spent waiting for others.
         seed: the request's.
         warnings: where the clip differs from what was asked for, and why.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class TextEncoder:
 
     tokenizer: Any
     model: Any
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def channels(self) -> int:
@@ -35,7 +37,8 @@ class TextEncoder:
 
         They are cut at the encoder's limit alone: it reads beyond what the model takes.
         """
-        ids: Tensor = self.tokenizer([prompt], return_tensors="pt")["input_ids"]
+        with self._tokenizing:  # a tokenizer refuses to be borrowed twice
+            ids: Tensor = self.tokenizer([prompt], return_tensors="pt")["input_ids"]
         excess = ids.shape[1] - MAX_TEXT_TOKENS
         if excess <= 0:
             return ids, None

@@ -18,10 +18,11 @@ from magihuman.graphs.precision import KEEP_NONE, KeepBf16
 from magihuman.kernels.reference import LocalAttention
 from magihuman.runtime import config, loading, quality
 from magihuman.runtime.decode import decode_frames
-from magihuman.runtime.engine import Engine, Run
+from magihuman.runtime.engine import Engine
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.request import Progress, ProgressCallback, Request
+from magihuman.runtime.run import Run
 from magihuman.runtime.simulated_fp8 import QKV, Mode, SimulatedFp8, relative_error
 from magihuman.runtime.transformer import (
     FP8_ATTENTION,
@@ -231,7 +232,8 @@ class _Probe:
 
 def _clip(run: Run, probe: _Probe, label: str, on_progress: ProgressCallback | None) -> Clip:
     """One request in bf16 and in fp8."""
-    plan, _, _, ids = run.prepare()
+    prepared = run.prepare()
+    plan, ids = prepared.plan, prepared.ids
     encoder = run.parts.text_encoder
     text, null_text = encoder.encode(ids), None
     if plan.guidance is not None:

@@ -28,6 +28,12 @@ def engine(tiny_dir):
         yield loaded
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak-requests", type=int, default=200, help="requests of tests/runtime/test_soak.py"
+    )
+
+
 @dataclass
 class CMake:
     """A build folder of the top-level CMakeLists.txt."""

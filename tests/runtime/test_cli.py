@@ -92,8 +92,8 @@ def test_generate_does_what_the_library_does(tiny_dir, inputs, engine):
         "seed": 7,
         "warnings": [],
     }
-    stages = ["text", "audio", "image", "denoise", "decode_video", "decode_audio"]
-    assert list(timings) == ["load", *stages, "write"]
+    stages = ["text", "audio", "image", "denoise", "decode_audio", "decode_video"]
+    assert list(timings) == ["load", "prepare", "queue", *stages, "write"]
     video = engine.generate("hi", seconds=0.2, width=64, height=64, steps=2, seed=7)
     assert path.read_bytes() == video.save(inputs / "other.mp4").read_bytes()
 

@@ -166,8 +166,8 @@ def test_progress(base_540p):
     elapsed = [r.elapsed_s for r in reports]
     assert elapsed == sorted(elapsed) and elapsed[0] > 0
     assert list(video.timings_s) == [
-        "text", "audio", "image", "denoise", "image_sr", "super_resolve",
-        "decode_video", "decode_audio",
+        "prepare", "queue", "text", "audio", "image", "image_sr", "denoise", "super_resolve",
+        "decode_audio", "decode_video",
     ]  # fmt: skip
     assert all(seconds > 0 for seconds in video.timings_s.values())
 
@@ -210,7 +210,7 @@ def test_cancelled_on_the_way(base_540p, large, stage, step):
 
 def test_the_file_is_written_meanwhile(engine, tmp_path):
     video = engine.generate("hi", **SMALL, save=tmp_path / "clip.mp4")
-    assert list(video.timings_s)[-3:] == ["decode_video", "decode_audio", "write"]
+    assert list(video.timings_s)[-3:] == ["decode_audio", "decode_video", "write"]
     again = video.save(tmp_path / "again.mp4")
     assert (tmp_path / "clip.mp4").read_bytes() == again.read_bytes()
 
