@@ -1,0 +1,45 @@
+"""How much memory a graph's tensors take at most, from their shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def peak_bytes(module: fx.GraphModule, *inputs: Tensor) -> int:
+    """Bytes of all tensors, inputs included, that a graph keeps at once, each until it is last
+    read; without weights and what operators use inside.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        walk = _Walk(module)
+        walk.run(*(mode.from_tensor(tensor) for tensor in inputs))
+    return walk.peak
+
+
+class _Walk(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.peak = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = super().run_node(n)
+        live: dict[int, int] = {}
+        for value in (*self.env.values(), made):
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, FakeTensor):  # a weight is not
+                    storage = tensor.untyped_storage()
+                    live[storage._cdata] = storage.nbytes()
+        self.peak = max(self.peak, sum(live.values()))
+        return made
+
+
+def reserve(size_bytes: int, device: torch.device) -> None:
+    """Let the allocator have one free block of this size to cut from.
+
+    Tensors that grow from one operator to the next would each need memory of their own: what
+    smaller ones leave is in pieces.
+    """
+    torch.empty(size_bytes, dtype=torch.uint8, device=device)
