@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,23 +17,33 @@ from torch import Tensor, fx, nn
 
 from magihuman.graphs.captures import Captures
 from magihuman.graphs.compile import Report
-from magihuman.graphs.compile_decoder import compile_decoder, is_faster_padded
+from magihuman.graphs.compile_decoder import compile_decoder
+from magihuman.graphs.passes.trim import trim
+from magihuman.graphs.peak import peak_bytes, reserve
 
 log = logging.getLogger("magihuman")
+Call = tuple[Sequence[int], bool, int, int]  # a decoder's arguments, the shape alone of the latents
 
 # Latents of a frame up to which windows are decoded together: 2 % faster at 480x256 (480 of them),
 # for 4 GiB more.
 SMALL = 512
+STRIDE = 16  # pixels of a latent's side
+COLORS = 3
+ROOM = 1.03  # of the memory that a graph's tensors take, since they leave gaps
 
 
 class Size(NamedTuple):
-    """A kind of window: latents of a batch of clips, and whether each is a clip's first."""
+    """A kind of window: latents of a batch of clips, whether each is a clip's first, and the frames
+    kept of those that a window gives.
+    """
 
     batch: int
     frames: int
     rows: int
     columns: int
     is_first: bool
+    skip: int
+    kept: int
 
     @property
     def latents(self) -> int:
@@ -63,7 +73,6 @@ class CompiledDecoder:
         config: Any,
         *,
         dtype: torch.dtype = torch.uint8,
-        padded: Callable[[torch.Size], bool] = is_faster_padded,
         batch: int = 3,
         budget_bytes: int | None = None,
         capturing: AbstractContextManager[Any] | None = None,
@@ -74,7 +83,6 @@ class CompiledDecoder:
             decoder: see `compile_decoder`.
             config: its architecture.
             dtype: of the pixels; a float dtype gives the decoder's own values.
-            padded: see `compile_decoder`.
             batch: windows of one size, at most, that a caller should decode at once where they
                 are small.
             budget_bytes: of all captured graphs; by default a quarter of the memory free now. One
@@ -84,34 +92,43 @@ class CompiledDecoder:
         """
         self._batch = batch
         self._device = next(decoder.parameters()).device
+        self._dtype = dtype
         self._modules: dict[bool, fx.GraphModule] = {}
         self.reports: dict[bool, Report] = {}
         for is_first in (True, False):
-            module, report = compile_decoder(decoder, config, is_first, dtype, padded=padded)
+            module, report = compile_decoder(decoder, config, is_first, dtype)
             self._modules[is_first], self.reports[is_first] = module, report
         _share_buffers(self._modules[True], self._modules[False])
         self._captures = Captures[Size, _Captured](self._device, budget_bytes, capturing)
 
-    def __call__(self, latents: Tensor, is_first: bool) -> Tensor:
+    def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor:
         """Decode a batch of windows of one kind.
 
-        latents: [B, 48, T, H, W], of any strides. Returns [B, frames, 16 H, 16 W, 3], overwritten
-        by the next call of the same size.
+        latents: [B, 48, T, H, W], of any strides; skip, kept: frames of each window that are not
+        wanted at its start, and wanted after that. Returns [B, kept, 16 H, 16 W, 3], overwritten by
+        the next call of the same size.
 
         Raises:
             torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
         """
-        batch, _, frames, rows, columns = latents.shape
-        captured = self.prepare(Size(batch, frames, rows, columns, is_first))
+        captured = self._prepare(_size(latents.shape, is_first, skip, kept))
         captured.latents.copy_(latents)
         captured.graph.replay()
         return captured.pixels
+
+    def prepare(self, calls: Iterable[Call]) -> None:
+        """Capture what these calls need now, the largest first: a smaller one fits into the blocks
+        of memory of a larger one, not the other way round.
+        """
+        sizes = {_size(*call) for call in calls}
+        for size in sorted(sizes, key=lambda size: (size.latents, size.kept), reverse=True):
+            self._prepare(size)
 
     def batch_of(self, rows: int, columns: int) -> int:
         """How many windows of latents of this size a caller should decode at once, at most."""
         return self._batch if rows * columns <= SMALL else 1
 
-    def prepare(self, size: Size) -> _Captured:
+    def _prepare(self, size: Size) -> _Captured:
         """The graph of this size, made now if need be."""
         if size not in self._captures.kept:
             what = f"windows of {size.frames} latents of {size.columns}x{size.rows}"
@@ -123,7 +140,8 @@ class CompiledDecoder:
         self._captures.release()
 
     def _capture(self, size: Size) -> _Captured:
-        module, captures = self._modules[size.is_first], self._captures
+        captures = self._captures
+        module = trim(self._modules[size.is_first], size.frames, size.skip, size.kept)
         stream = captures.stream
         start = time.perf_counter()
         weight: Tensor = module.get_buffer("conv_in.conv.weight")
@@ -132,8 +150,13 @@ class CompiledDecoder:
             dtype=weight.dtype,
             device=self._device,
         ).contiguous(memory_format=torch.channels_last_3d)
+        shape = (size.batch, size.kept, *(STRIDE * n for n in (size.rows, size.columns)), COLORS)
+        pixels = torch.empty(shape, dtype=self._dtype, device=self._device)  # outside the pool,
+        # which is whole again for the next size when this one's graph is done
+        room = int(ROOM * peak_bytes(module, latents))
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.inference_mode(), torch.cuda.stream(stream):
+            reserve(room, self._device)
             module(latents)  # kernels compile and cuDNN chooses before anything is recorded
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()  # what cuDNN tried stays out of the way of the pool
@@ -141,11 +164,17 @@ class CompiledDecoder:
             with torch.cuda.graph(
                 graph, pool=captures.pool, stream=stream, capture_error_mode="thread_local"
             ):  # another thread may decode the sound meanwhile
-                (pixels,) = module(latents)
+                reserve(room, self._device)
+                pixels.copy_(module(latents)[0])
         captures.pool = graph.pool()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         log.info("captured the decoder of %s in %.1f s", size, time.perf_counter() - start)
         return _Captured(graph, latents, pixels)
+
+
+def _size(shape: Sequence[int], is_first: bool, skip: int, kept: int) -> Size:
+    batch, _, frames, rows, columns = shape
+    return Size(batch, frames, rows, columns, is_first, skip, kept)
 
 
 def _share_buffers(owner: nn.Module, other: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """The steps between two convolutions of the video decoder in one pass: bias, residual addition,
-channel norm, activation, frames repeated in time, zeros around them.
+channel norm, activation, frames repeated in time.
 
 Videos are [B, C, T, H, W] with a pixel's channels as one row of memory and pixels of a line one
 after another, as in `channels_last_3d` or in a part of such a video. Each input is read once and
-each output written once.
+each output written once; a sum that is needed again replaces an input.
 """
 
 from __future__ import annotations
@@ -18,13 +18,21 @@ CHANNELS_LAST = torch.channels_last_3d
 
 
 @triton.jit
+def pixel(video, clip, frame, row, column, s_clip, s_frame, s_line, PHASES: tl.constexpr, C):
+    """Where a pixel's channels begin; with PHASES, as `reference.from_phases` has them."""
+    at = video + clip * s_clip + frame * s_frame
+    if PHASES:
+        phase = row % 2 * 2 + column % 2
+        return at + (row + 1) // 2 * s_line + (column + 1) // 2 * (4 * C) + phase * C
+    return at + row * s_line + column * C
+
+
+@triton.jit
 def _channel_norm(
     x,
     delta,
     bias,
     out,
-    shortcut,
-    total,
     frames,
     height,
     width,
@@ -35,62 +43,57 @@ def _channel_norm(
     delta_frame,
     delta_line,
     eps,
-    shortcut_eps,
+    other_eps,
     C: tl.constexpr,
     COLUMNS: tl.constexpr,  # power of two that covers C
     ROWS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    X_PHASES: tl.constexpr,
+    DELTA_PHASES: tl.constexpr,
     NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BEFORE: tl.constexpr,  # whether the first frame is written twice
     AFTER: tl.constexpr,  # whether the last one is
-    BORDER: tl.constexpr,  # pixels of zeros around a frame of the result
-    SHORTCUT: tl.constexpr,
-    KEEP: tl.constexpr,
+    REPLACE: tl.constexpr,  # whether the sum replaces x
+    OTHER_NORM: tl.constexpr,  # normed on its own
 ):
     clip = (tl.program_id(1) // frames).to(tl.int64)
     frame = (tl.program_id(1) % frames).to(tl.int64)
-    out_width = width + 2 * BORDER
-    out_pixels = out_width * (height + 2 * BORDER)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    exists = (row < out_pixels) & (column < C)
-    y = row // out_width - BORDER
-    z = row % out_width - BORDER
-    inside = exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-    at = x + clip * x_clip + frame * x_frame + y * x_line + z * C + column
-    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, COLUMNS)[None, :]
+    exists = (at < height * width) & (channel < C)
+    y, z = at // width, at % width
+    source = pixel(x, clip, frame, y, z, x_clip, x_frame, x_line, X_PHASES, C) + channel
+    value = tl.load(source, mask=exists, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        at = delta + clip * delta_clip + frame * delta_frame + y * delta_line + z * C + column
-        value += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        other = pixel(
+            delta, clip, frame, y, z, delta_clip, delta_frame, delta_line, DELTA_PHASES, C
+        )
+        value += tl.load(other + channel, mask=exists, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        value += tl.load(bias + column, mask=column < C, other=0.0)
-    dense = tl.program_id(1).to(tl.int64) * height * width * C + (y * width + z) * C + column
-    if KEEP:
-        tl.store(total + dense, value.to(total.dtype.element_ty), mask=inside)
+        value += tl.load(bias + channel, mask=channel < C, other=0.0)
     result = value
     if NORM:
         mean = tl.sum(value * value, axis=1)[:, None] / C
         result = value * tl.rsqrt(mean + eps)
-        if SHORTCUT:
-            other = value * tl.rsqrt(mean + shortcut_eps)
-            tl.store(shortcut + dense, other.to(shortcut.dtype.element_ty), mask=inside)
+        if OTHER_NORM:
+            value *= tl.rsqrt(mean + other_eps)
+    if REPLACE:
+        tl.store(source, value.to(x.dtype.element_ty), mask=exists)
     if ACTIVATION == "silu":
         result = result * tl.sigmoid(result)
     elif ACTIVATION == "relu":
         result = tl.maximum(result, 0.0)
-    if BORDER > 0:
-        result = tl.where(inside, result, 0.0)
     result = result.to(out.dtype.element_ty)
-    frame_elements = out_pixels.to(tl.int64) * C
-    first = out + clip * (frames + BEFORE + AFTER) * frame_elements + row * C + column
-    at = first + (frame + BEFORE) * frame_elements
-    tl.store(at, result, mask=exists)
+    frame_elements = height * width * C
+    first = out + clip * (frames + BEFORE + AFTER) * frame_elements + at * C + channel
+    place = first + (frame + BEFORE) * frame_elements
+    tl.store(place, result, mask=exists)
     if frame < BEFORE:
         tl.store(first, result, mask=exists)
     if frame >= frames - AFTER:
-        tl.store(at + frame_elements, result, mask=exists)
+        tl.store(place + frame_elements, result, mask=exists)
 
 
 def channel_norm(
@@ -101,58 +104,56 @@ def channel_norm(
     activation: str,
     before: int,
     after: int,
-    border: int,
-    shortcut_eps: float | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x_phases: bool = False,
+    delta_phases: bool = False,
+    other_eps: float | None = None,
+    replace: bool = False,
+) -> Tensor:
     """`reference.join_norm`.
 
     Args:
-        x: [B, C, T, H, W], pixels of a line one after another.
-        delta: like x, or None.
+        x: [B, C, T, H, W], pixels of a line one after another; or, with `x_phases`, what
+            `reference.from_phases` takes.
+        delta: like x, or None; with `delta_phases` likewise.
         bias: [C] fp32, or None.
         eps: of the norm, or None for no norm.
         activation: "silu", "relu" or "none".
         before, after: 1 to repeat the first or the last frame of the result.
-        border: pixels of zeros around each frame of the result.
-        shortcut_eps: of a second norm of the sum, without activation or padding; or None.
-        keep: whether the sum itself is wanted.
+        x_phases, delta_phases: whether pixels have to be put into their places first.
+        other_eps: of the norm of what replaces x; None for the sum itself. Needs `eps`.
+        replace: whether the sum is to replace x, which is then not of phases.
 
     Returns:
-        The result [B, C, T + before + after, H + 2 border, W + 2 border], the second norm and the
-        sum, in x's dtype and `channels_last_3d`; sums and norms are fp32, rounded once.
+        [B, C, T + before + after, H, W] in x's dtype and `channels_last_3d`; sums and norms are
+        fp32, rounded once.
     """
     batch, channels, frames, height, width = x.shape
-
-    def empty(frames: int, border: int) -> Tensor:
-        shape = (batch, channels, frames, height + 2 * border, width + 2 * border)
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
-
-    out = empty(frames + before + after, border)
-    shortcut = empty(frames, 0) if shortcut_eps is not None else None
-    total = empty(frames, 0) if keep else None
+    if x_phases:
+        channels, height, width = channels // 4, 2 * (height - 1), 2 * (width - 1)
+    shape = (batch, channels, frames + before + after, height, width)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
     columns = triton.next_power_of_2(channels)
     rows = max(1, TILE // columns)
-    grid = (triton.cdiv(out.shape[3] * out.shape[4], rows), batch * frames)
-    _channel_norm[grid](
-        x, delta, bias, out, shortcut, total, frames, height, width,
+    _channel_norm[(triton.cdiv(height * width, rows), batch * frames)](
+        x, delta, bias, out, frames, height, width,
         *strides(x), *((0, 0, 0) if delta is None else strides(delta)),
-        eps or 0.0, shortcut_eps or 0.0,
+        eps or 0.0, other_eps or 0.0,
         C=channels,
         COLUMNS=columns,
         ROWS=rows,
         HAS_DELTA=delta is not None,
         HAS_BIAS=bias is not None,
+        X_PHASES=x_phases,
+        DELTA_PHASES=delta_phases,
         NORM=eps is not None,
         ACTIVATION=activation,
         BEFORE=before,
         AFTER=after,
-        BORDER=border,
-        SHORTCUT=shortcut is not None,
-        KEEP=keep,
+        REPLACE=replace,
+        OTHER_NORM=other_eps is not None,
         num_warps=1,
     )  # fmt: skip
-    return out, shortcut, total
+    return out
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

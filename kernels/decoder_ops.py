@@ -5,6 +5,8 @@ Videos go in and out as [B, C, T, H, W] in `channels_last_3d`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from magihuman.kernels import reference as ref
 
 CHANNELS_LAST = torch.channels_last_3d
+INDEXED = 2**31  # elements that 32 bits tell apart
 
 
 def _empty(x: Tensor, *shape: int) -> Tensor:
@@ -27,28 +30,54 @@ def join_norm(
     activation: str,
     before: int,
     after: int,
-    border: int,
-    shortcut_eps: float | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.join_norm`; of what is not asked for, nothing but an empty tensor comes."""
+    phases: list[bool],
+) -> Tensor:
+    """The first result of `reference.join_norm`; phases: whether x, and whether delta, is to go
+    through `reference.from_phases` before.
+    """
+    return _join_norm(x, delta, bias, eps, activation, before, after, phases, None, False)
+
+
+@torch.library.custom_op("magihuman::join_norm_", mutates_args=("x",))
+def join_norm_(
+    x: Tensor,
+    delta: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    activation: str,
+    before: int,
+    after: int,
+    phases: list[bool],
+    other_eps: float | None,
+) -> Tensor:
+    """As `join_norm`; the second result of the reference replaces x."""
+    return _join_norm(x, delta, bias, eps, activation, before, after, phases, other_eps, True)
+
+
+def _join_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    activation: str,
+    before: int,
+    after: int,
+    phases: list[bool],
+    other_eps: float | None,
+    replace: bool,
+) -> Tensor:
     if x.is_cuda:
         from magihuman.kernels.channel_norm import channel_norm
 
-        out, shortcut, total = channel_norm(
-            x, delta, bias, eps, activation, before, after, border, shortcut_eps, keep
-        )
-    else:
-        out, shortcut, total = ref.join_norm(
-            x, delta, bias, eps, activation, before, after, border, shortcut_eps
-        )
-        out, total = (part.contiguous(memory_format=CHANNELS_LAST) for part in (out, total))
-    none = x.new_empty(0)
-    return (
-        out,
-        none if shortcut is None else shortcut,
-        total if keep and total is not None else none.clone(),
-    )
+        settings = phases[0], phases[1], other_eps, replace
+        return channel_norm(x, delta, bias, eps, activation, before, after, *settings)
+    wide = ref.from_phases(x) if phases[0] else x
+    if delta is not None and phases[1]:
+        delta = ref.from_phases(delta)
+    out, other = ref.join_norm(wide, delta, bias, eps, activation, before, after, other_eps)
+    if replace:
+        x.copy_(other)
+    return out.contiguous(memory_format=CHANNELS_LAST)
 
 
 @join_norm.register_fake
@@ -60,41 +89,48 @@ def _(
     activation: str,
     before: int,
     after: int,
-    border: int,
-    shortcut_eps: float | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    phases: list[bool],
+) -> Tensor:
     batch, channels, frames, height, width = x.shape
-    shape = (batch, channels, frames, height, width)
-    padded = (frames + before + after, height + 2 * border, width + 2 * border)
-    return (
-        _empty(x, batch, channels, *padded),
-        x.new_empty(0) if shortcut_eps is None else _empty(x, *shape),
-        _empty(x, *shape) if keep else x.new_empty(0),
-    )
+    if phases[0]:
+        channels, height, width = channels // 4, 2 * (height - 1), 2 * (width - 1)
+    return _empty(x, batch, channels, frames + before + after, height, width)
 
 
-@torch.library.custom_op("magihuman::join_upsample", mutates_args=())
-def join_upsample(
-    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int, border: int
-) -> Tensor:
-    """`reference.join_upsample`."""
-    if x.is_cuda:
-        from magihuman.kernels.frames import upsample
-
-        return upsample(x, delta, bias, in_time, drop, border)
-    out = ref.join_upsample(x, delta, bias, in_time, drop, border)
-    return out.contiguous(memory_format=CHANNELS_LAST)
-
-
-@join_upsample.register_fake
+@join_norm_.register_fake
 def _(
-    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int, border: int
+    x: Tensor,
+    delta: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    activation: str,
+    before: int,
+    after: int,
+    phases: list[bool],
+    other_eps: float | None,
 ) -> Tensor:
+    batch, channels, frames, height, width = x.shape
+    return _empty(x, batch, channels, frames + before + after, height, width)
+
+
+@torch.library.custom_op("magihuman::join_frames", mutates_args=())
+def join_frames(
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
+) -> Tensor:
+    """`reference.join_frames`."""
+    if x.is_cuda:
+        from magihuman.kernels import frames
+
+        return frames.join_frames(x, delta, bias, in_time, drop)
+    out = ref.join_frames(x, delta, bias, in_time, drop)
+    return out.clone(memory_format=CHANNELS_LAST)
+
+
+@join_frames.register_fake
+def _(x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int) -> Tensor:
     batch, channels, frames, height, width = x.shape
     parts = 2 if in_time else 1
-    size = (parts * frames - drop, 2 * (height + border), 2 * (width + border))
-    return _empty(x, batch, channels // parts, *size)
+    return _empty(x, batch, channels // parts, parts * frames - drop, height, width)
 
 
 @torch.library.custom_op("magihuman::join_pixels", mutates_args=())
@@ -133,26 +169,42 @@ def _(frames: Tensor) -> Tensor:
 def conv(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     """Convolution of a video without bias, on a GPU by cuDNN's heuristics.
 
-    x: [B, C, T, H, W]; weight: [out, C, 3 or 1, ...] in `channels_last_3d`, like x; padding: zeros
-    along T, H and W.
+    x: [B, C, T, H, W]; weight: [out, C, ...] in `channels_last_3d`, like x; padding: zeros
+    along T, H and W. A long video is convolved in parts.
     """
     if not x.is_cuda:
         out = F.conv3d(x, weight, None, 1, padding)
         return out.contiguous(memory_format=CHANNELS_LAST)
     # By name: PyTorch sends some bf16 convolutions to a slow kernel of its own. Without a search
     # (`benchmark`), which found nothing faster and may choose otherwise in another process.
-    return torch.ops.aten.cudnn_convolution(
-        x, weight, padding, [1, 1, 1], [1, 1, 1], 1, benchmark=False, deterministic=False,
-        allow_tf32=False,
-    )  # fmt: skip
+    settings = padding, [1, 1, 1], [1, 1, 1], 1, False, False, False
+    shape = _conv_shape(x, weight, padding)
+    if max(x.numel(), math.prod(shape)) < INDEXED or x.shape[0] > 1 or padding[0]:
+        return torch.ops.aten.cudnn_convolution(x, weight, *settings)
+    out = _empty(x, *shape)
+    frames, reach = shape[2], weight.shape[2] - 1
+    largest = max(x[0, :, 0].numel(), out[0, :, 0].numel())
+    parts = -(-frames // (INDEXED // largest - reach))
+    begin = 0
+    for part in range(parts):  # of the same length or one less
+        end = frames * (part + 1) // parts
+        torch.ops.aten.cudnn_convolution.out(
+            x[:, :, begin : end + reach], weight, *settings, out=out[:, :, begin:end]
+        )
+        begin = end
+    return out
+
+
+def _conv_shape(x: Tensor, weight: Tensor, padding: list[int]) -> list[int]:
+    size = [
+        n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+    ]
+    return [x.shape[0], weight.shape[0], *size]
 
 
 @conv.register_fake
 def _(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
-    size = [
-        n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
-    ]
-    return _empty(x, x.shape[0], weight.shape[0], *size)
+    return _empty(x, *_conv_shape(x, weight, padding))
 
 
 @torch.library.custom_op("magihuman::add_bias", mutates_args=())

@@ -1,5 +1,5 @@
-"""The video decoder's movements of frames: repeated pixels before a convolution, pixels out, and
-those for a video encoder.
+"""The video decoder's movements of frames: channels that become frames, pixels out, and those for a
+video encoder.
 
 Videos are [B, C, T, H, W] with a pixel's channels as one row of memory.
 """
@@ -21,13 +21,13 @@ BLOCK = 512  # bytes or values of a program of `pixels`, fours of pixels of one 
 
 
 @triton.jit
-def _upsample(
+def _join_frames(
     x,
     delta,
     bias,
     out,
     frames,  # that leave
-    height,  # of x
+    height,
     width,
     x_clip,  # elements from one clip, frame or line to the next
     x_frame,
@@ -40,58 +40,52 @@ def _upsample(
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,  # frames side by side in the channels of one
     DROP: tl.constexpr,
-    BORDER: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     clip = (tl.program_id(1) // frames).to(tl.int64)
     frame = (tl.program_id(1) % frames + DROP).to(tl.int64)
     part = (frame % PARTS).to(tl.int32)
-    out_width = 2 * width + 2 * BORDER
-    out_pixels = out_width * (2 * height + 2 * BORDER)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    exists = (row < out_pixels) & (column < C)
-    y = row // out_width - BORDER
-    z = row % out_width - BORDER
-    inside = exists & (y >= 0) & (y < 2 * height) & (z >= 0) & (z < 2 * width)
-    place = z // 2 * (PARTS * C) + part * C + column
-    at = x + clip * x_clip + frame // PARTS * x_frame + y // 2 * x_line + place
-    value = tl.load(at, mask=inside, other=0.0)
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, COLUMNS)[None, :]
+    exists = (at < height * width) & (channel < C)
+    y, z = at // width, at % width
+    place = z * (PARTS * C) + part * C + channel
+    source = x + clip * x_clip + frame // PARTS * x_frame + y * x_line + place
+    value = tl.load(source, mask=exists, other=0.0)
     if HAS_DELTA or HAS_BIAS:
         wide = value.to(tl.float32)
         if HAS_DELTA:
-            at = delta + clip * delta_clip + frame // PARTS * delta_frame + y // 2 * delta_line
-            wide += tl.load(at + place, mask=inside, other=0.0).to(tl.float32)
+            source = delta + clip * delta_clip + frame // PARTS * delta_frame + y * delta_line
+            wide += tl.load(source + place, mask=exists, other=0.0).to(tl.float32)
         if HAS_BIAS:
-            wide += tl.load(bias + part * C + column, mask=column < C, other=0.0)
-        value = tl.where(inside, wide, 0.0).to(x.dtype.element_ty)
-    at = out + tl.program_id(1).to(tl.int64) * out_pixels * C + row * C + column
-    tl.store(at, value, mask=exists)
+            wide += tl.load(bias + part * C + channel, mask=channel < C, other=0.0)
+        value = wide.to(x.dtype.element_ty)
+    target = out + tl.program_id(1).to(tl.int64) * (height * width) * C + at * C + channel
+    tl.store(target, value, mask=exists)
 
 
-def upsample(
-    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int, border: int
+def join_frames(
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
 ) -> Tensor:
-    """`reference.join_upsample`: [B, C, T, H, W] -> [B, C, T', 2 H + 2 border, 2 W + 2 border].
+    """`reference.join_frames`: [B, C, T, H, W], or of 2 C channels where `in_time`, to
+    [B, C, T', H, W].
 
     Args:
-        x: pixels of a line one after another; of 2 C channels where `in_time`, which become two
-            frames.
+        x: pixels of a line one after another.
         delta: like x, added first; or None.
-        bias: [C] or [2 C] fp32, added too; or None.
-        in_time: whether channels become frames.
+        bias: of as many channels as x, fp32, added too; or None.
+        in_time: whether channels become frames, two of one.
         drop: frames left out at the start.
-        border: pixels of zeros around each frame of the result.
     """
     batch, channels, frames, height, width = x.shape
     parts = 2 if in_time else 1
     channels, frames = channels // parts, parts * frames - drop
-    shape = (batch, channels, frames, 2 * (height + border), 2 * (width + border))
+    shape = (batch, channels, frames, height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
     columns = triton.next_power_of_2(channels)
     rows = max(1, TILE // columns)
-    _upsample[(triton.cdiv(shape[3] * shape[4], rows), batch * frames)](
+    _join_frames[(triton.cdiv(height * width, rows), batch * frames)](
         x, delta, bias, out, frames, height, width,
         *strides(x), *((0, 0, 0) if delta is None else strides(delta)),
         C=channels,
@@ -99,7 +93,6 @@ def upsample(
         ROWS=rows,
         PARTS=parts,
         DROP=drop,
-        BORDER=border,
         HAS_DELTA=delta is not None,
         HAS_BIAS=bias is not None,
         num_warps=4,

@@ -473,22 +473,20 @@ def join_norm(
     activation: str,
     before: int,
     after: int,
-    border: int,
-    shortcut_eps: float | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    other_eps: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """What the decoder does between two convolutions, in fp32, rounded to x's dtype once.
 
-    Returns `activation(channel_norm(join(x, delta, bias), eps))` with the first and the last frame
-    repeated `before` and `after` times and `border` zeros around each; `channel_norm(join,
-    shortcut_eps)`; and the join.
+    Returns `activation(channel_norm(join(x, delta, bias), eps))`, without the norm where eps is
+    None, with the first and the last frame repeated `before` and `after` times; and the join, or
+    with `other_eps` its `channel_norm`.
     """
     total = join(x, delta, bias)
     y = total if eps is None else channel_norm(total, eps)
     y = ACTIVATIONS[activation](y)
     y = torch.cat((y[:, :, :before], y, y[:, :, y.shape[2] - after :]), dim=2)
-    y = F.pad(y, (border,) * 4)
-    shortcut = None if shortcut_eps is None else channel_norm(total, shortcut_eps).to(x.dtype)
-    return y.to(x.dtype), shortcut, total.to(x.dtype)
+    other = total if other_eps is None else channel_norm(total, other_eps)
+    return y.to(x.dtype), other.to(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -498,16 +496,47 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def join_upsample(
-    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int, border: int
+def join_frames(
+    x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
 ) -> Tensor:
-    """The join, its channels to frames where `in_time`, less `drop` frames at the start, with twice
-    the rows and columns and `border` zeros around. [B, C, T, H, W] -> [B, C, T', 2 H, 2 W].
-    """
+    """The join, its channels to frames where `in_time`, less `drop` frames at the start."""
     y = join(x, delta, bias).to(x.dtype)
-    if in_time:
-        y = interleave_time(y)
-    return F.pad(to_video(upsample_frames(y[:, :, drop:]), x.shape[0]), (border,) * 4)
+    return (interleave_time(y) if in_time else y)[:, :, drop:]
+
+
+def phase_weight(weight: Tensor) -> Tensor:
+    """The weight of a convolution over pixels as they are that gives `from_phases` what `weight`
+    gives over pixels repeated twice each way.
+
+    Of the three taps along an axis, two meet the same pixel: for an even place the last two, for an
+    odd one the first two. Sums are fp32, rounded once.
+
+    weight: [out, C, 1, 3, 3]. Returns [4 out, C, 1, 2, 2], for zeros of one pixel around.
+    """
+    w = weight.float()
+    rows = [(w[..., :1, :], w[..., 1:2, :] + w[..., 2:, :])]
+    rows.append((w[..., :1, :] + w[..., 1:2, :], w[..., 2:, :]))
+    phases = []
+    for top, bottom in rows:
+        both = torch.cat((top, bottom), dim=-2)
+        left, middle, right = both.unbind(-1)
+        phases.append(torch.stack((left, middle + right), dim=-1))
+        phases.append(torch.stack((left + middle, right), dim=-1))
+    return torch.cat(phases).to(weight.dtype)
+
+
+def from_phases(x: Tensor) -> Tensor:
+    """Pixels of even and odd rows and columns, side by side in the channels, in their places.
+
+    x: [B, 4 C, T, H + 1, W + 1], even rows first, of each even columns first. Returns [B, C, T,
+    2 H, 2 W]: those of odd places come from one pixel further.
+    """
+    batch, channels, frames, height, width = x.shape
+    out = x.new_empty(batch, channels // 4, frames, 2 * (height - 1), 2 * (width - 1))
+    for phase, part in enumerate(x.chunk(4, dim=1)):
+        row, column = divmod(phase, 2)
+        out[..., row::2, column::2] = part[..., row : height - 1 + row, column : width - 1 + column]
+    return out
 
 
 def join_pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, cast
 
 import numpy as np
@@ -27,12 +27,15 @@ class VideoDecoder(Protocol):
 
 
 class Decoder(Protocol):
-    """Windows of latents [B, 48, T, H, W] to uint8 [B, frames, 16 H, 16 W, 3], without waiting."""
+    """Windows of latents [B, 48, T, H, W] to uint8 [B, kept, 16 H, 16 W, 3], without waiting."""
 
     def batch_of(self, rows: int, columns: int) -> int:
         """How many windows of this size are decoded at once, at most."""
 
-    def __call__(self, latents: Tensor, is_first: bool) -> Tensor: ...
+    def prepare(self, calls: Iterable[tuple[Sequence[int], bool, int, int]]) -> None:
+        """Make ready for these calls, each with the shape alone of its latents."""
+
+    def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor: ...
 
 
 @torch.inference_mode()
@@ -103,12 +106,14 @@ def _compiled(vae: TurboVAE, latent: Tensor, decoder: Decoder, with_planes: bool
     compute, copies = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
     done = 0
     running: tuple[torch.cuda.Event, int] | None = None
-    for group in _groups(vae.plan(latent.shape[2]), decoder.batch_of(*latent.shape[3:])):
+    groups = list(_groups(vae.plan(latent.shape[2]), decoder.batch_of(*latent.shape[3:])))
+    decoder.prepare(
+        ((len(group), x.shape[1], group[0].latents, *x.shape[3:]), *_kind(group[0]))
+        for group in groups
+    )
+    for group in groups:
         latents = torch.cat([x[:, :, window.begin : window.end] for window in group])
-        pixels = decoder(latents, group[0].is_first)
-        kept = torch.cat(
-            [pixels[i, w.skip : w.skip + w.frames] for i, w in enumerate(group)]
-        )  # a copy: the next window may overwrite the decoder's own
+        kept = decoder(latents, *_kind(group[0])).flatten(0, 1).clone()  # the next may overwrite it
         yuv = decoder_ops.yuv420(kept) if with_planes else None
         if out is None:  # the device is busy meanwhile
             out = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
@@ -136,15 +141,16 @@ def _groups(windows: list[Window], batch: int) -> Iterator[list[Window]]:
     """Neighbours of one kind and size, at most `batch` together."""
     group: list[Window] = []
     for window in windows:
-        if group and (len(group) == batch or _size(window) != _size(group[0])):
+        alike = group and (window.latents, *_kind(window)) == (group[0].latents, *_kind(group[0]))
+        if group and (len(group) == batch or not alike):
             yield group
             group = []
         group.append(window)
     yield group
 
 
-def _size(window: Window) -> tuple[bool, int]:
-    return window.is_first, window.end - window.begin
+def _kind(window: Window) -> tuple[bool, int, int]:
+    return window.is_first, window.skip, window.frames
 
 
 def frames_shape(latent: Tensor) -> tuple[int, int, int, int]:

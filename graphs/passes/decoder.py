@@ -6,7 +6,6 @@ convolutions is one operator then; `joins.py` moves biases and additions into it
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from magihuman.kernels import reference as ref
 
 OPS = torch.ops.magihuman
 ALIGNMENT = 8  # channels of a convolution that runs on the tensor cores come in such multiples
+IN_PLACE = [False, False]  # pixels of a video and of what is added: none are by phases
 NORM_EPS, SHORTCUT_NORM_EPS = 1e-8, 1e-6
 
 
@@ -147,26 +147,16 @@ def _pad(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> int
 
 def _join_norm(eps: float | None, activation: str, pad: int) -> Build:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (
-            *inputs,
-            None,
-            None,
-            eps,
-            activation,
-            pad,
-            pad,
-            0,
-            None,
-            False,
-        )
-        call = graph.call_function(OPS.join_norm.default, arguments)
-        return [graph.call_function(operator.getitem, (call, 0))]
+        arguments: tuple[Any, ...] = (*inputs, None, None, eps, activation, pad, pad, IN_PLACE)
+        return [graph.call_function(OPS.join_norm.default, arguments)]
 
     return build
 
 
 def _upsample(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> int:
-    """Frames between the movement and the way back are a video too; the way back goes."""
+    """Frames between the movement and the way back are a video too; the way back goes, and so do
+    repeated pixels, which the convolution behind them makes up for.
+    """
     found = 0
     shapes = set()
     for stage in context.stages():
@@ -178,7 +168,7 @@ def _upsample(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -
             module,
             _movement(stage.in_time, drop),
             (context.example(1, parts * stage.channels, *stage.size),),
-            _join_upsample(stage.in_time, drop),
+            _join_frames(stage.in_time, drop),
         )
         frames, rows, columns = stage.size
         shapes.add((parts * frames - drop, stage.channels, 2 * rows, 2 * columns))
@@ -203,10 +193,10 @@ def _movement(in_time: bool, drop: int) -> Callable[[Tensor], Tensor]:
     return movement
 
 
-def _join_upsample(in_time: bool, drop: int) -> Build:
+def _join_frames(in_time: bool, drop: int) -> Build:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, None, None, in_time, drop, 0)
-        return [graph.call_function(OPS.join_upsample.default, arguments)]
+        arguments: tuple[Any, ...] = (*inputs, None, None, in_time, drop)
+        return [graph.call_function(OPS.join_frames.default, arguments)]
 
     return build
 
@@ -231,8 +221,9 @@ def _pixels(module: fx.GraphModule, context: DecoderContext, dtype: torch.dtype)
 def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> int:
     """Convolutions give up their bias to an addition behind them.
 
-    Weights are laid out for `channels_last_3d`, once. Pixels come out of channels filled up with
-    zeros to a multiple of `ALIGNMENT`.
+    Weights are laid out for `channels_last_3d`, once; those over repeated pixels become those of
+    `reference.phase_weight`, of 4/9 of the work. Pixels come out of channels filled up with zeros
+    to a multiple of `ALIGNMENT`.
     """
     graph = module.graph
     aten = torch.ops.aten
@@ -244,7 +235,9 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
         x, weight, bias = node.args[:3]
         padding = list(node.args[4]) if len(node.args) > 4 else [0, 0, 0]
         is_last = any(user.target is OPS.join_pixels.default for user in node.users)
-        lay_out(module, str(weight.target), str(bias.target), ALIGNMENT if is_last else 1)
+        by_phases = x.target is OPS.join_frames.default
+        names = str(weight.target), str(bias.target)
+        lay_out(module, *names, ALIGNMENT if is_last else 1, by_phases)
         with graph.inserting_before(node):
             call = graph.call_function(
                 OPS.conv.default, (x, weight, [0] * (3 - len(padding)) + padding)
@@ -256,7 +249,9 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
     return found
 
 
-def lay_out(module: fx.GraphModule, weight: str, bias: str, alignment: int) -> None:
+def lay_out(
+    module: fx.GraphModule, weight: str, bias: str, alignment: int, by_phases: bool
+) -> None:
     """The module's own copy of a convolution's tensors, in the layout that its operators take,
     channels out filled up with zeros to a multiple of `alignment`.
     """
@@ -264,6 +259,8 @@ def lay_out(module: fx.GraphModule, weight: str, bias: str, alignment: int) -> N
     if own.ndim == 4:
         own = own[:, :, None]
     missing = -own.shape[0] % alignment
+    if by_phases:
+        own = ref.phase_weight(own)
     own = F.pad(own, (0,) * 9 + (missing,)).contiguous(memory_format=torch.channels_last_3d)
     wide = F.pad(module.get_parameter(bias).detach().float(), (0, missing))
     for name, value in ((weight, own), (bias, wide)):
@@ -271,21 +268,3 @@ def lay_out(module: fx.GraphModule, weight: str, bias: str, alignment: int) -> N
         owner = module.get_submodule(".".join(path))
         delattr(owner, last)
         owner.register_buffer(last, value, persistent=False)
-
-
-def pad_before(module: fx.GraphModule, padded: Callable[[torch.Size], bool]) -> int:
-    """Let the operator before a convolution write the zeros around each frame, where that is
-    wanted by the shape of its weight. Returns how often.
-    """
-    borders = {OPS.join_norm.default: 7, OPS.join_upsample.default: 5}
-    done = 0
-    for node in module.graph.find_nodes(op="call_function", target=OPS.conv.default):
-        x, weight, padding = node.args
-        border = max(padding)
-        if border and padded(module.get_buffer(str(weight.target)).shape):
-            before = x.args[0] if x.target is operator.getitem else x
-            at = borders[before.target]
-            before.args = (*before.args[:at], border, *before.args[at + 1 :])
-            node.args = (x, weight, [0, 0, 0])
-            done += 1
-    return done

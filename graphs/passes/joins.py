@@ -1,13 +1,12 @@
 """Biases of convolutions and residual additions move into the operator that reads their sum.
 
-A sum that only one operator reads is never stored. One that a residual addition needs again is
-stored by the operator that normalises it; where it is a convolution's result and a bias, not even
-that: the addition takes the two again.
+A sum that only one operator reads is never stored. One that a residual addition needs again, or of
+which a shortcut needs another norm, replaces one of its terms in the operator that normalises it;
+where it is a convolution's result and a bias, not even that: the addition takes the two again.
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, fx
 
 OPS = torch.ops.magihuman
 ADD = torch.ops.aten.add.Tensor
+PHASE_TAPS = 2  # along a row, of a convolution by phases; others have 3, or 1
 
 
 class JoinError(RuntimeError):
@@ -53,10 +53,10 @@ class _Joins:
                 self.sums[node] = Sum(left.videos + right.videos, left.biases + right.biases)
             elif node.target is OPS.join_norm.default and node not in self.normed:
                 self.norms(node)
-            elif node.target is OPS.join_upsample.default:
-                node.args = (*self.operands(node, node.args[0]), *node.args[3:])
+            elif node.target is OPS.join_frames.default:
+                node.args = (*self.in_place(self.operands(node, node.args[0])), *node.args[3:])
             elif node.target is OPS.join_pixels.default:
-                video, _, bias = self.operands(node, node.args[0])
+                video, _, bias = self.in_place(self.operands(node, node.args[0]))
                 node.args = (video, bias, *node.args[2:])
         for node in reversed(gone):
             self.graph.erase_node(node)
@@ -73,24 +73,35 @@ class _Joins:
         self.normed.update(readers)
         shortcuts = [user for user in readers if user.args[4] == "none" and user.args[3]]
         mains = [user for user in readers if user not in shortcuts]
-        if len(mains) != 1 or len(shortcuts) > 1:
-            raise JoinError(f"{x} must be normed once, and once for a shortcut, got {readers}")
-        main = mains[0]
         is_kept = len(self.sum_of(x).videos) > 1 and any(user.target is ADD for user in x.users)
-        shortcut_eps = shortcuts[0].args[3] if shortcuts else None
+        if len(mains) != 1 or len(shortcuts) + is_kept > 1:
+            raise JoinError(f"{x} must be normed once, and once for a shortcut, got {readers}")
+        (main,) = mains
+        operands = self.operands(node, x)
+        phases = [is_by_phases(self.module, video) for video in operands[:2]]
+        if (is_kept or shortcuts) and (len(operands[0].users) > 1 or phases[0]):
+            raise JoinError(f"{operands[0]} must be read once and in place to be replaced")
+        arguments = (*operands, *main.args[3:7], phases)
         with self.graph.inserting_before(node):
-            made = self.graph.call_function(
-                OPS.join_norm.default,
-                (*self.operands(node, x), *main.args[3:8], shortcut_eps, is_kept),
-            )
-            outputs = [self.graph.call_function(operator.getitem, (made, i)) for i in range(3)]
-        for old, new in zip((main, *shortcuts), outputs, strict=False):
-            (result,) = old.users
-            result.replace_all_uses_with(new)
-            self.graph.erase_node(result)
+            if is_kept or shortcuts:
+                other_eps = shortcuts[0].args[3] if shortcuts else None
+                made = self.graph.call_function(OPS.join_norm_.default, (*arguments, other_eps))
+            else:
+                made = self.graph.call_function(OPS.join_norm.default, arguments)
+        for old, new in ((main, made), *((shortcut, operands[0]) for shortcut in shortcuts)):
+            old.replace_all_uses_with(new)
             self.graph.erase_node(old)
         if is_kept:
-            self.sums[x] = Sum((outputs[2],))
+            self.sums[x] = Sum((operands[0],))
+
+    def in_place(
+        self, operands: tuple[fx.Node, fx.Node | None, fx.Node | None]
+    ) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
+        """The operands of an operator that takes no videos by phases."""
+        for video in operands[:2]:
+            if is_by_phases(self.module, video):
+                raise JoinError(f"{video} must be read by a norm, since its pixels are by phases")
+        return operands
 
     def operands(self, node: fx.Node, x: Any) -> tuple[fx.Node, fx.Node | None, fx.Node | None]:
         """The video, another to add to it and the bias of a sum, as arguments of `node`."""
@@ -110,3 +121,13 @@ class _Joins:
             total = torch.stack(values).sum(0)
             self.module.register_buffer(self.biases[names], total, persistent=False)
         return self.biases[names]
+
+
+def is_by_phases(module: fx.GraphModule, video: fx.Node | None) -> bool:
+    """Whether a video's pixels are as `reference.from_phases` takes them: those of a convolution of
+    `reference.phase_weight`.
+    """
+    if video is None or video.target is not OPS.conv.default:
+        return False
+    weight: Any = video.args[1]
+    return module.get_buffer(str(weight.target)).shape[-1] == PHASE_TAPS

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from magihuman.graphs.replay_decoder import CompiledDecoder
-from magihuman.kernels import channel_norm, frames
+from magihuman.kernels import channel_norm, decoder_ops, frames
 
 DEVICE = torch.device("cuda")
 SLACK = 1.1
@@ -48,38 +48,71 @@ def assert_close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 7), (9, 16, 30)])
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_channel_norm(channels: int, size: tuple[int, int, int], activation: str) -> None:
+    """Of a video and of a part of one, which the join or its norm replaces or not."""
     deep, high, wide = size
     bias = torch.randn(channels, device=DEVICE)
     whole = video(2, channels, deep, high + 2, wide + 2)
-    for x, border in itertools.product(
-        (video(2, channels, *size), whole[..., :high, :wide]), (0, 1)
+    settings = 1e-8, activation, 1, 1
+    for delta, other_eps, is_part in itertools.product(
+        (None, video(2, channels, *size)), (None, 1e-6), (False, True)
     ):
-        for delta in (None, video(2, channels, *size)):
-            arguments = (bias, 1e-8, activation, 1, 1, border, 1e-6)
-            ours = channel_norm.channel_norm(x, delta, *arguments, True)
-            wide_delta = None if delta is None else delta.float()
-            exact = ref.join_norm(x.float(), wide_delta, *arguments)
-            # As the plain model computes: each step rounded.
-            total = x + bias.bfloat16()[:, None, None, None]
-            total = total if delta is None else total + delta
-            act = ref.ACTIVATIONS[activation]
-            y = ref.pad_time(act(ref.channel_norm(total, 1e-8)), 1)
-            plain = torch.nn.functional.pad(y, (border,) * 4), ref.channel_norm(total, 1e-6), total
-            for mine, theirs, right in zip(ours, plain, exact, strict=True):
-                assert mine is not None and right is not None
-                assert_close(mine, theirs, right)
-            if border:
-                assert (ours[0][..., 0, :] == 0).all() and (ours[0][..., -1] == 0).all()
+        x = whole.clone()[..., :high, :wide] if is_part else video(2, channels, *size)
+        exact = ref.join_norm(
+            x.float(), None if delta is None else delta.float(), bias, *settings, other_eps
+        )
+        # As the plain model computes: each step rounded.
+        total = x + bias.bfloat16()[:, None, None, None]
+        total = total if delta is None else total + delta
+        plain = ref.pad_time(ref.ACTIVATIONS[activation](ref.channel_norm(total, 1e-8)), 1)
+        other = total if other_eps is None else ref.channel_norm(total, other_eps)
+        before = x.clone()
+        out = channel_norm.channel_norm(x, delta, bias, *settings)
+        assert torch.equal(x, before)
+        assert_close(out, plain, exact[0])
+        again = channel_norm.channel_norm(
+            x, delta, bias, *settings, other_eps=other_eps, replace=True
+        )
+        assert torch.equal(again, out)
+        assert_close(x, other, exact[1])
+
+
+@pytest.mark.parametrize("channels", [8, 128])
+def test_channel_norm_puts_phases_into_their_places(channels: int) -> None:
+    by_phases, x = video(2, 4 * channels, 3, 6, 8), video(2, channels, 3, 10, 14)
+    bias = torch.randn(channels, device=DEVICE)
+    placed = ref.from_phases(by_phases).contiguous(memory_format=torch.channels_last_3d)
+    settings = bias, 1e-8, "relu", 1, 1
+    expected = channel_norm.channel_norm(placed, x, *settings)
+    assert torch.equal(channel_norm.channel_norm(by_phases, x, *settings, True), expected)
+    delta = by_phases[:, :, 1:2], x[:, :, 1:2]  # and of parts
+    expected = channel_norm.channel_norm(delta[1], placed[:, :, 1:2], *settings)
+    ours = channel_norm.channel_norm(delta[1], delta[0], *settings, False, True)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (3, 1, 1), (1, 3, 3), (1, 1, 1)])
+def test_a_long_convolution_is_the_sum_of_its_parts(
+    kernel: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut at fewer elements than is needed."""
+    x, weight = video(1, 64, 23, 9, 14), video(96, 64, *kernel) * 0.05
+    padding = [0, kernel[1] // 2, kernel[2] // 2]
+    exact = torch.nn.functional.conv3d(x.float(), weight.float(), None, 1, padding)
+    whole = decoder_ops.conv(x, weight, padding)
+    for frames_at_once in (4, 7, 22, 23):
+        monkeypatch.setattr(decoder_ops, "INDEXED", frames_at_once * 96 * 9 * 14)
+        parts = decoder_ops.conv(x, weight, padding)
+        assert parts.shape == whole.shape
+        assert parts.is_contiguous(memory_format=torch.channels_last_3d)
+        assert_close(parts, whole, exact)
 
 
 @pytest.mark.parametrize("channels", [8, 64, 512])
-def test_upsample_and_pixels(channels: int) -> None:
-    for in_time, border, drop in itertools.product((True, False), (0, 1), (0, 1)):
+def test_frames_and_pixels(channels: int) -> None:
+    for in_time, drop in itertools.product((True, False), (0, 1)):
         x = video(2, channels * (2 if in_time else 1), 3, 5, 7)
-        assert torch.equal(
-            frames.upsample(x, None, None, in_time, drop, border),
-            ref.join_upsample(x, None, None, in_time, drop, border),
-        )
+        ours = frames.join_frames(x, None, None, in_time, drop)
+        assert torch.equal(ours, ref.join_frames(x, None, None, in_time, drop))
     x, bias = video(2, 16, 3, 5, 301), torch.randn(16, device=DEVICE)
     ours = frames.pixels(x, bias, 3, 2, torch.uint8)
     expected = ref.join_pixels(x, bias, 3, 2, torch.uint8)
@@ -106,9 +139,12 @@ def golden_vae() -> tuple[TurboVAE, dict[str, Tensor]]:
 def clip_of(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder | None) -> Tensor:
     if decoder is None:
         return vae(z).float()
-    compiled = decoder
-    parts = vae.windows(z, lambda x, first: compiled(x, first).permute(0, 4, 1, 2, 3).clone())
-    return torch.cat(list(parts), dim=2)
+    x = vae.denormalize(z)
+    parts = [
+        decoder(x[:, :, w.begin : w.end], w.is_first, w.skip, w.frames).clone()
+        for w in vae.plan(z.shape[2])
+    ]
+    return torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)
 
 
 @torch.inference_mode()
@@ -132,17 +168,14 @@ def full() -> tuple[TurboVAE, TurboVAE]:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("padded", [False, True])
 def test_full_size_is_as_near_to_fp32_as_the_plain_decoder(
-    full: tuple[TurboVAE, TurboVAE], padded: bool
+    full: tuple[TurboVAE, TurboVAE],
 ) -> None:
     rounded, exact_vae = full
     z = torch.randn(1, 48, 15, 6, 10, device=DEVICE)
     with torch.backends.cudnn.flags(allow_tf32=False):
         exact = clip_of(exact_vae, z, None)
-    decoder = CompiledDecoder(
-        rounded.decoder, rounded.config, dtype=torch.float32, padded=lambda weight: padded
-    )
+    decoder = CompiledDecoder(rounded.decoder, rounded.config, dtype=torch.float32)
     assert_close(clip_of(rounded, z, decoder), clip_of(rounded, z, None), exact)
 
 

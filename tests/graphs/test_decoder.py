@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 import golden
 from magihuman.graphs.compile import CompileError, Report
 from magihuman.graphs.compile_decoder import compile_decoder
+from magihuman.graphs.passes.trim import trim
 from magihuman.graphs.replay_decoder import _share_buffers
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import TurboVAEConfig
@@ -21,7 +23,7 @@ from magihuman.runtime.model.turbo_vae import TurboVAE
 FP32 = 3e-5
 VAE = 1e-4  # of the golden data, as for the plain decoder
 WINDOWS = {True: (7, 8), False: (8, 9)}  # latents of the windows that clips are cut into
-Graphs = dict[tuple[bool, bool], tuple[fx.GraphModule, Report]]
+Graphs = dict[bool, tuple[fx.GraphModule, Report]]
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,10 @@ def vae() -> TurboVAE:
 
 @pytest.fixture(scope="module")
 def graphs(vae: TurboVAE) -> Graphs:
-    """By kind of window and whether zeros are written before; values as the decoder's own."""
+    """By kind of window; values as the decoder's own."""
     return {
-        (first, padded): compile_decoder(
-            vae.decoder, vae.config, first, torch.float32, padded=lambda weight, p=padded: p
-        )
+        first: compile_decoder(vae.decoder, vae.config, first, torch.float32)
         for first in (True, False)
-        for padded in (False, True)
     }
 
 
@@ -54,13 +53,10 @@ def run(module: fx.GraphModule, x: Tensor) -> Tensor:
     return pixels.permute(0, 4, 1, 2, 3)
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("first", [True, False])
-def test_rewritten_windows_are_the_plain_ones(
-    vae: TurboVAE, graphs: Graphs, first: bool, padded: bool
-) -> None:
+def test_rewritten_windows_are_the_plain_ones(vae: TurboVAE, graphs: Graphs, first: bool) -> None:
     """One graph for any size, also for one frame and for several windows at once."""
-    module, _ = graphs[first, padded]
+    module, _ = graphs[first]
     for frames in (1, *WINDOWS[first]):
         for batch, rows, columns in ((1, 2, 3), (2, 1, 2)):
             x = torch.randn(batch, 48, frames, rows, columns)
@@ -69,7 +65,7 @@ def test_rewritten_windows_are_the_plain_ones(
 
 
 def test_every_block_is_found(graphs: Graphs) -> None:
-    for (_, padded), (module, report) in graphs.items():
+    for module, report in graphs.values():
         assert report.matches == {
             "norm, SiLU, pad": 24,
             "norm, ReLU, pad": 7,
@@ -79,33 +75,96 @@ def test_every_block_is_found(graphs: Graphs) -> None:
             "pixels": 1,
             "convolution": 40,
             "joins": 40 + 15,  # biases, and the additions of residual blocks
-            "padded before": 40 - 3 - 2 if padded else 0,  # all that are wider than a pixel
         }
         calls = Counter(str(n.target) for n in module.graph.nodes if n.op == "call_function")
-        calls.pop("<built-in function getitem>")
         # A norm of a shortcut rides along with another.
         assert calls == {
             "magihuman.conv.default": 40,
-            "magihuman.join_norm.default": 24 + 7 + 3,
-            "magihuman.join_upsample.default": 3,
+            "magihuman.join_norm.default": 24 + 7 + 3 - 8 - 3,
+            "magihuman.join_norm_.default": 8 + 3,
+            "magihuman.join_frames.default": 3,
             "magihuman.join_pixels.default": 1,
         }
 
 
 def test_sums_are_stored_only_where_they_are_read_again(graphs: Graphs) -> None:
-    module, _ = graphs[False, False]
-    norms = [n for n in module.graph.nodes if str(n.target) == "magihuman.join_norm.default"]
+    module, _ = graphs[False]
+    norms = [n for n in module.graph.nodes if str(n.target).startswith("magihuman.join_norm")]
     residual = [norm for norm in norms if norm.args[1] is not None]
     # Of 15 residual blocks one ends in an upsample without a convolution before it. Their sums are
     # read again by another block, but for those before a shortcut, an upsample or the end.
     assert len(residual) == 14
-    assert sum(bool(norm.args[9]) for norm in norms) == 2 + 2 + 1 + 1 + 2
+    kept = [norm for norm in norms if str(norm.target) == "magihuman.join_norm_.default"]
+    assert sum(norm.args[8] is None for norm in kept) == 2 + 2 + 1 + 1 + 2
+
+
+def test_no_pixels_are_repeated_before_a_convolution(graphs: Graphs) -> None:
+    """Each upsample's convolution has taps of 2 by 2 for each of four phases, read by two norms."""
+    module, _ = graphs[False]
+    shapes = {name: value.shape for name, value in module.named_buffers()}
+    upsamples = [shape for name, shape in shapes.items() if "resample.1.weight" in name]
+    assert all(shape[0] == 4 * shape[1] and shape[2:] == (1, 2, 2) for shape in upsamples)
+    assert len(upsamples) == 3
+    norms = [n for n in module.graph.nodes if str(n.target).startswith("magihuman.join_norm")]
+    assert [norm.args[7] for norm in norms].count([True, False]) == 3
+    assert [norm.args[7] for norm in norms].count([False, True]) == 3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_trimmed_windows_are_parts_of_whole_ones(graphs: Graphs, first: bool) -> None:
+    """One frame, either end, the middle as of every window, and everything."""
+    module, _ = graphs[first]
+    for latents in (1, 2, *WINDOWS[first]):
+        x = torch.randn(2, 48, latents, 1, 2)
+        whole = run(module, x)
+        frames = whole.shape[2]
+        middle = min(4, frames - 1)
+        for begin, end in {
+            (0, frames),
+            (0, 1),
+            (frames - 1, frames),
+            (middle, frames),
+            (0, max(1, frames - 4)),
+            (middle, max(middle + 1, frames - 4)),
+        }:
+            part = run(trim(module, latents, begin, end - begin), x)
+            assert golden.error(part, whole[:, :, begin:end]) <= FP32
+
+
+def test_trimming_leaves_work_out(graphs: Graphs) -> None:
+    """The last window of a clip of 32 latents keeps 16 of its 32 frames."""
+    module, _ = graphs[False]
+
+    def frames_convolved(module: fx.GraphModule) -> list[int]:
+        counts = []
+
+        class Recorder(fx.Interpreter):
+            def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+                made = super().call_function(target, args, kwargs)
+                if target is torch.ops.magihuman.conv.default:
+                    counts.append(made.shape[2])
+                return made
+
+        x = torch.randn(1, 48, 8, 1, 1).contiguous(memory_format=torch.channels_last_3d)
+        Recorder(module).run(x)
+        return counts
+
+    whole, part = frames_convolved(module), frames_convolved(trim(module, 8, 4, 16))
+    assert whole[-1] == 32 and part[-1] == 16
+    assert all(a <= b for a, b in zip(part, whole, strict=True))
+    # Convolutions of three frames from the end: each needs one more on either side.
+    assert part[-3:] == [20, 18, 16]
+
+
+def test_frames_that_a_window_does_not_have_are_refused(graphs: Graphs) -> None:
+    with pytest.raises(ValueError, match=r"must lie in the 32 of 8 latents, got 4 \.\. 33"):
+        trim(graphs[False][0], 8, 4, 29)
 
 
 @pytest.mark.parametrize("latents", [5, 7, 14, 15])
 def test_golden_windows_hold(vae: TurboVAE, graphs: Graphs, latents: int) -> None:
     data = golden.load("turbo_vae")
-    windows = vae.windows(data[f"z{latents}"], lambda x, first: run(graphs[first, True][0], x))
+    windows = vae.windows(data[f"z{latents}"], lambda x, first: run(graphs[first][0], x))
     assert golden.error(torch.cat(list(windows), dim=2), data[f"y{latents}"]) <= VAE
 
 

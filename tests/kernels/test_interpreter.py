@@ -141,23 +141,34 @@ def check_channel_norm() -> None:
     for channels, activation, pads, bias in itertools.product(
         (8, 24),
         ("silu", "relu", "none"),
-        ((1, 1, 0), (0, 0, 1), (0, 1, 1)),
+        ((1, 1), (0, 0), (0, 1)),
         (None, torch.randn(24)),
     ):
         whole = video(2, channels, 4, 4, 6)  # and a part of it
-        x, delta = whole[:, :, 1:, :3, :5], video(2, channels, 3, 3, 5)
+        delta = video(2, channels, 3, 3, 5)
         own = None if bias is None else bias[:channels]
-        for change, eps, shortcut in ((delta, 1e-8, 1e-6), (None, 1e-8, None), (delta, None, None)):
-            arguments = (x, change, own, eps, activation, *pads, shortcut)
-            expected = ref.join_norm(*arguments)
-            for mine, right in zip(channel_norm(*arguments, True), expected, strict=True):
-                assert (mine is None) == (right is None)
-                if mine is not None and right is not None:
-                    assert_close(mine, right)
+        for change, eps, other_eps in (
+            (delta, 1e-8, 1e-6),
+            (None, 1e-8, None),
+            (delta, None, None),
+        ):
+            x = whole.clone()[:, :, 1:, :3, :5]
+            arguments = (x, change, own, eps, activation, *pads)
+            expected = ref.join_norm(*arguments, other_eps)
+            assert_close(channel_norm(*arguments), expected[0])
+            out = channel_norm(*arguments, other_eps=other_eps, replace=True)
+            for mine, right in zip((out, x), expected, strict=True):
+                assert_close(mine, right)
+        x, phases = video(1, channels, 2, 4, 6), video(1, 4 * channels, 2, 3, 4)
+        placed = ref.from_phases(phases)
+        settings = own, 1e-8, activation, *pads
+        expected = ref.join_norm(placed, x, *settings)[0]
+        assert_close(channel_norm(phases, x, *settings, True), expected)
+        assert_close(channel_norm(x, phases, *settings, False, True), expected)
 
 
 def check_frames() -> None:
-    from magihuman.kernels.frames import pixels, upsample, yuv420
+    from magihuman.kernels.frames import join_frames, pixels, yuv420
 
     for channels, drop in ((8, 0), (24, 1)):
         for in_time, delta, bias in itertools.product((True, False), (True, False), (True, False)):
@@ -165,9 +176,7 @@ def check_frames() -> None:
             x, change = video(*shape), video(*shape) if delta else None
             own = torch.randn(shape[1]) if bias else None
             arguments = (x, change, own, in_time, drop)
-            for border in (0, 1):
-                expected = ref.join_upsample(*arguments, border)
-                assert_close(upsample(*arguments, border), expected)
+            assert_close(join_frames(*arguments), ref.join_frames(*arguments))
     x, bias = video(2, 16, 3, 3, 100), torch.randn(16)
     for dtype in (torch.float32, torch.uint8):
         mine, right = pixels(x, bias, 3, 2, dtype), ref.join_pixels(x, bias, 3, 2, dtype)

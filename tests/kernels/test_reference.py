@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import golden
@@ -210,6 +211,14 @@ def test_interleaving_and_unpatchifying_move_values_where_they_belong() -> None:
             for row in range(2):
                 source = y[0, channel * 4 + column * 2 + row]
                 assert (pixels[0, channel, :, row::2, column::2] == source).all()
+
+
+def test_a_convolution_by_phases_is_one_over_repeated_pixels() -> None:
+    x, weight = randn(2, 5, 3, 4, 6).double(), randn(7, 5, 1, 3, 3).double()
+    repeated = x.repeat_interleave(2, 3).repeat_interleave(2, 4)
+    expected = F.conv3d(repeated, weight, padding=(0, 1, 1))
+    by_phases = F.conv3d(x, ref.phase_weight(weight).double(), padding=(0, 1, 1))
+    assert golden.error(ref.from_phases(by_phases), expected) <= FP32  # the weights' sums
 
 
 def test_yuv420_is_bt709_of_filtered_colours() -> None:

@@ -175,7 +175,7 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         "_channel_norm",
         lambda: channel_norm.channel_norm(
             video(128, 36, 128, 240), video(128, 36, 128, 240), empty(128, dtype=FP32),
-            1e-8, "silu", 1, 1, 1, 1e-6, True,
+            1e-8, "silu", 1, 1, False, False, 1e-6, True,
         ),
         {16},
         {16},
@@ -184,15 +184,25 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         channel_norm,
         "_channel_norm",
         lambda: channel_norm.channel_norm(
-            video(512, 9, 16, 30), None, empty(512, dtype=FP32), 1e-8, "silu", 1, 1, 0, None, False
+            video(512, 9, 16, 30), None, empty(512, dtype=FP32), 1e-8, "silu", 1, 1
         ),
         {16},
         {16},
     ),
-    "upsample": (
+    "channel_norm of phases": (
+        channel_norm,
+        "_channel_norm",
+        lambda: channel_norm.channel_norm(
+            video(128, 36, 128, 240), video(512, 36, 65, 121), empty(128, dtype=FP32),
+            1e-8, "relu", 1, 1, False, True, None, True,
+        ),
+        {16},
+        {16},
+    ),
+    "join_frames": (
         frames,
-        "_upsample",
-        lambda: frames.upsample(video(512, 18, 32, 60), None, empty(512, dtype=FP32), True, 1, 1),
+        "_join_frames",
+        lambda: frames.join_frames(video(512, 18, 32, 60), None, empty(512, dtype=FP32), True, 1),
         {16, 8},  # 8 of the bias
         {16},
     ),
