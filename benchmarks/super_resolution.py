@@ -159,19 +159,19 @@ def flash_attention_3() -> Iterator[None]:
 
 
 def plain_step(stage: Stage, forward: CompiledForward) -> dict[str, Any]:
-    """Seconds of the plain model's forward, and how far the compiled one is from it."""
+    """Seconds of the plain model's forward, and how far the compiled one is from it.
+
+    Captured graphs are given up: at 1920x1088 the plain model needs their memory.
+    """
+    actual = stage.velocity(forward)(stage.video, stage.sound)
+    forward.release()
+    release()
     with flash_attention_3():
         plain = stage.velocity(None)
         expected = plain(stage.video, stage.sound)
         seconds = seconds_of(lambda: plain(stage.video, stage.sound), 1)
-    release()
-    compiled = stage.velocity(forward)
-    actual = compiled(stage.video, stage.sound)
-    return {
-        "plain_step_s": seconds,
-        "compiled_step_s": seconds_of(lambda: compiled(stage.video, stage.sound), 2),
-        "error": [error(a, b) for a, b in zip(actual, expected, strict=True)],
-    }
+    errors = [error(a, b) for a, b in zip(actual, expected, strict=True)]
+    return {"plain_step_s": seconds, "error": errors}
 
 
 def decode(size: str) -> dict[str, float]:
@@ -254,7 +254,6 @@ def measure_precision(
         torch.cuda.reset_peak_memory_stats()
         found = stage.measure(forward_sr)
         found["device_gib"] = used_gib()
-        found["total_s"] = base["loop_s"] + found["loop_s"] + figures[size]["decode"]["s"]
         figures[size][name] = found
         show(f"{size} {name}", found)
         if arguments.plain and name == "bf16":
