@@ -34,6 +34,7 @@ STATIC_SCALES = {"swiglu7": 1 / 8, "gelu7": 1 / 64}  # their ends, 56 and 7, bec
 FP8_ROW_BYTES = 16  # fused kernels start rows at multiples of it, as tensor maps and libraries want
 FP8_KEYS = 128  # keys whose values share a scale in e4m3 attention
 SMALLEST_VALUE = 2.0**-40  # what all values of such a block count as at least
+PACKED_COLUMNS = 8  # rows that change processes start at multiples of so many values
 # Of each 16 keys: a thread has these scores, two and two, where it has to have weights in a row.
 VALUE_ORDER = [8 * pair + 2 * lane + i for lane in range(4) for pair in range(2) for i in range(2)]
 
@@ -44,6 +45,40 @@ class LocalAttention(NamedTuple):
     frames: int  # latent frames
     frame_tokens: int  # video tokens of each
     reach: int  # frames seen each way
+
+
+class Sharding(NamedTuple):
+    """How several processes share a sequence: equal runs of its rows, one a process, and while they
+    attend, all rows of an equal part of the heads.
+    """
+
+    counts: Counts  # of the whole sequence, text with the padding that makes runs equal
+    ranks: int  # processes, in the order of their runs
+
+    @classmethod
+    def of(cls, counts: Counts, ranks: int) -> Sharding:
+        """For a sequence of any length."""
+        video, audio, text = counts
+        return cls((video, audio, text + -sum(counts) % ranks), ranks)
+
+    @property
+    def rows(self) -> int:
+        """Of each process."""
+        return sum(self.counts) // self.ranks
+
+    def own(self, rank: int) -> tuple[slice, slice, slice]:
+        """Which of the video, audio and text rows one process has; some may be empty."""
+        first, slices = rank * self.rows, []
+        for count in self.counts:
+            begin, end = (min(max(row, 0), count) for row in (first, first + self.rows))
+            slices.append(slice(begin, end))
+            first -= count
+        return slices[0], slices[1], slices[2]
+
+    def own_counts(self, rank: int) -> Counts:
+        """How many rows of each modality one process has."""
+        video, audio, text = (own.stop - own.start for own in self.own(rank))
+        return video, audio, text
 
 
 def run_starts(counts: Counts | None, rows: int) -> tuple[int, int]:
@@ -188,6 +223,24 @@ def split_qkv(
     # A copy of v: library attention on a GPU gives wrong numbers, and no error, for rows that do
     # not start at multiples of 16 bytes, as those of a narrow projection need not.
     return q, k, v.contiguous(), gate
+
+
+def pack_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
+    """A projection's columns by the process that attends with them.
+
+    qkv: [S, (heads + 2 kv_heads) D + heads], rows [Q | K | V | gate]. Returns [ranks, S, W]: of
+    each part an equal run of heads, in the same order, then zeros up to a multiple of
+    `PACKED_COLUMNS`.
+    """
+    dim = (qkv.shape[1] - heads) // (heads + 2 * kv_heads)
+    parts = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim, heads], dim=-1)
+    packed = torch.cat([part.unflatten(1, (ranks, -1)) for part in parts], dim=2)
+    return F.pad(packed, (0, -packed.shape[2] % PACKED_COLUMNS)).transpose(0, 1).contiguous()
+
+
+def unpack_heads(x: Tensor) -> Tensor:
+    """Columns of several processes side by side: [ranks, S, C] -> [S, ranks C]."""
+    return x.transpose(0, 1).flatten(1)
 
 
 def qk_norm_rotary(

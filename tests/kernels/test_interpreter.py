@@ -188,6 +188,17 @@ def check_frames() -> None:
         assert torch.equal(yuv420(rgb), ref.to_yuv420(rgb))
 
 
+def check_head_pack() -> None:
+    from magihuman.kernels.head_pack import pack_heads, unpack_heads
+
+    for heads, kv_heads, dim, ranks in ((40, 8, 128, 2), (40, 8, 128, 8), (4, 2, 32, 2)):
+        for qkv in in_wider_rows((heads + 2 * kv_heads) * dim + heads):
+            for x in (qkv, qkv.bfloat16()):  # copied, hence as exact as the GPU
+                packed = ref.pack_heads(x, heads, kv_heads, ranks)
+                assert torch.equal(pack_heads(x, heads, kv_heads, ranks), packed)
+                assert torch.equal(unpack_heads(packed), ref.unpack_heads(packed))
+
+
 if __name__ == "__main__":
     # Fills what torch.empty returns with NaN: a kernel that leaves a place out is found.
     torch.use_deterministic_algorithms(True)
@@ -199,3 +210,4 @@ if __name__ == "__main__":
     check_qkv_fp8()
     check_channel_norm()
     check_frames()
+    check_head_pack()

@@ -23,6 +23,7 @@ from magihuman.kernels import (  # noqa: E402
     channel_norm,
     frames,
     head_gate,
+    head_pack,
     qk_norm_rope,
     quantize,
     sandwich_norm,
@@ -152,6 +153,20 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         "_head_gate",
         lambda: head_gate.head_gate(empty(ROWS, 40, 128), full_size_qkv()[:, -40:]),
         {16, 2},
+        {16},
+    ),
+    "pack_heads": (
+        head_pack,
+        "_pack_heads",
+        lambda: head_pack.pack_heads(full_size_qkv(), 40, 8, 2),
+        {16, 2},  # 2 of gates
+        {16, 2},
+    ),
+    "unpack_heads": (
+        head_pack,
+        "_unpack_heads",
+        lambda: head_pack.unpack_heads(empty(2, ROWS // 2, 2560)),
+        {16},
         {16},
     ),
     "norm_rows": (
