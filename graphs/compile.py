@@ -27,8 +27,8 @@ from magihuman.graphs.passes import (
 )
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.precision import is_quantized
-from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
-from magihuman.kernels.reference import FP8, Counts, LocalAttention
+from magihuman.kernels import exchange, ops  # noqa: F401 - register torch.ops.magihuman
+from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding
 
 OPS = torch.ops.magihuman
 Pass = Callable[[fx.GraphModule, Context], int]
@@ -81,13 +81,15 @@ def compile_forward(
     cache: Path | None = None,
     fp8_attention: bool = False,
     local: LocalAttention | None = None,
+    sharding: Sharding | None = None,
 ) -> tuple[fx.GraphModule, Report]:
     """The forward of `model` for sequences of `counts` tokens, in fused kernels.
 
     Args:
         model: a DiT with the signature of `magihuman.runtime.model.dit.DiT.forward`.
         config: its architecture.
-        counts: tokens of each modality; text includes the padding of its bucket.
+        counts: tokens of each modality; text includes the padding of its bucket. With `sharding`,
+            of the rows of this process.
         dtype: of the linears inside the blocks.
         device: that the model is on.
         attention_backend: one of `attention_backends.NAMES`; by default what measures fastest here.
@@ -96,6 +98,7 @@ def compile_forward(
         cache: folder of rewritten graphs; by default the user's.
         fp8_attention: in the layers whose projection to q, k and v has e4m3 weights.
         local: shape of frame-local attention, where the architecture has such layers.
+        sharding: how several processes share a sequence, where they do. The graph is every one's.
 
     Returns:
         A module that takes video, audio, text, rope and length, and the report.
@@ -107,13 +110,16 @@ def compile_forward(
     report = Report()
     start = time.perf_counter()
     quantized = [name for name, module in model.named_modules() if is_quantized(module)]
-    key = store.key_of(config, dtype, model, quantized, fp8_attention)
+    ranks = 1 if sharding is None else sharding.ranks
+    key = store.key_of(config, dtype, model, quantized, fp8_attention, ranks)
     module = store.load(key, model, cache)
     report.from_cache = module is not None
     report.seconds["cache"] = time.perf_counter() - start
     if module is None:
         is_local = bool(config.local_attention_layers)
-        context = Context(config, TRACE_COUNTS, dtype, device, TRACE_LOCAL if is_local else None)
+        context = Context(
+            config, TRACE_COUNTS, dtype, device, TRACE_LOCAL if is_local else None, _traced(ranks)
+        )
         module = rewrite(model, context, report, quantized, fp8_attention)
         store.save(module, key, cache)
     start = time.perf_counter()
@@ -122,13 +128,14 @@ def compile_forward(
         for node in module.graph.nodes
     )
     if has_choice and device.type == "cuda" and attention_backend is None:
-        shape = (sum(counts), config.heads, config.kv_heads, config.head_dim)
+        context = Context(config, counts, dtype, device, local, sharding)
+        shape = (sum(context.attended), *context.heads, config.head_dim)
         from magihuman.kernels import attention_backends
 
         attention_backend = attention_backends.fastest(*shape, device)
     report.attention = (attention_backend or ANY_BACKEND) if has_choice else ONE_KERNEL
     report.seconds["choose attention"] = time.perf_counter() - start
-    specialize(module, counts, report.attention, local)
+    specialize(module, counts, report.attention, local, sharding)
     start = time.perf_counter()
     report.linears = route_linears(module, sum(counts), linear_route)
     report.seconds["choose linears"] = time.perf_counter() - start
@@ -150,7 +157,8 @@ def rewrite(
         context = dataclasses.replace(context, device=META)
         with META:
             source = type(model)(context.config, context.dtype)
-    module = capture(source, example_inputs(context), local=context.local)
+    inputs = example_inputs(context)
+    module = capture(source, inputs, local=context.local, sharding=context.sharding)
     report.seconds["capture"] = time.perf_counter() - start
     report.nodes_before = len(module.graph.nodes)
     for name, run, expected in passes_for(context.config):
@@ -186,15 +194,21 @@ def specialize(
     counts: Counts,
     attention_backend: str,
     local: LocalAttention | None = None,
+    sharding: Sharding | None = None,
 ) -> None:
     """Put token counts, the shape of frame-local attention and the attention backend into a graph
     rewritten at `TRACE_COUNTS` and `TRACE_LOCAL`.
 
     Once rewritten, a graph holds the counts only as whole lists: of the modality layers' operators
     and of the split before the heads; and so the shape, of the operators of attention. So one
-    capture serves every length and size.
+    capture serves every length and size. Where processes share a sequence, its own counts are in
+    the operators between two exchanges.
     """
     wanted = {TRACE_COUNTS: list(counts), tuple(TRACE_LOCAL): list(local or ())}
+    if sharding is not None:
+        traced = _traced(sharding.ranks)
+        assert traced is not None
+        wanted[traced.counts] = list(sharding.counts)
     for node in module.graph.nodes:
         node.args = tuple(
             wanted.get(tuple(argument), argument) if _is_numbers(argument) else argument
@@ -203,6 +217,14 @@ def specialize(
         if node.target is OPS.gated_attention.default:
             node.args = (*node.args[:-1], attention_backend)
     module.recompile()
+
+
+def _traced(ranks: int) -> Sharding | None:
+    """What to trace with for so many processes: any counts of so many rows for each of them."""
+    if ranks == 1:
+        return None
+    video, audio, text = TRACE_COUNTS
+    return Sharding((video + (ranks - 1) * sum(TRACE_COUNTS), audio, text), ranks)
 
 
 def _is_numbers(argument: Any) -> bool:
@@ -264,7 +286,7 @@ def example_inputs(context: Context) -> dict[str, Tensor]:
         "video": context.example(video, config.video_channels),
         "audio": context.example(audio, config.audio_channels),
         "text": context.example(text, config.text_channels),
-        "rope": context.example(context.tokens, 6 * config.rope_bands),
+        "rope": context.example(sum(context.attended), 6 * config.rope_bands),
         "length": context.example(dtype=torch.int32),
     }
 

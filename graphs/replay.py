@@ -22,7 +22,8 @@ from magihuman.graphs.captures import Captures
 from magihuman.graphs.compile import Report, compile_forward, example_inputs, pad_weights
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.recorded import Recorded, recorded
-from magihuman.kernels.reference import Counts, LocalAttention
+from magihuman.kernels import exchange
+from magihuman.kernels.reference import Counts, LocalAttention, Sharding
 
 log = logging.getLogger("magihuman")
 
@@ -30,8 +31,8 @@ TEXT_BUCKET = 64  # text is padded to a multiple of this
 
 
 class Size(NamedTuple):
-    """What a graph is captured for: tokens of each modality, text with the padding of its bucket,
-    and the shape of frame-local attention, where there are such layers.
+    """What a graph is captured for: tokens of each modality, text with the padding of its bucket
+    and of equal shares, and the shape of frame-local attention, where there are such layers.
     """
 
     counts: Counts
@@ -47,6 +48,7 @@ class _Captured:
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, Tensor]
     report: Report
+    own: tuple[slice, slice, slice]  # rows of each modality that this process computes
     addresses: dict[str, int] = field(default_factory=dict)  # only where they are checked
 
 
@@ -54,6 +56,9 @@ class CompiledForward:
     """Stands in for `DiT.forward` on a GPU: compiles and captures a shape when it is first seen.
 
     The outputs are the caller's to keep. Not safe to call from several threads at once.
+
+    Where several processes share a sequence, all call it with the same arguments, in the same
+    order, and each gets the velocities of its own rows. `prepare` waits for none of the others.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class CompiledForward:
         budget_bytes: int | None = None,
         capturing: AbstractContextManager[Any] | None = None,
         debug: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         """Model: a DiT, whose weights are laid out anew in place.
 
@@ -74,12 +81,14 @@ class CompiledForward:
         budget_bytes: of all captured graphs; by default a quarter of the memory free now. One graph
         is kept even where it passes the budget alone. capturing: entered while a size is timed and
         captured, when nothing else may run on the device. debug: check before every replay that no
-        tensor has moved, and keep what was captured for `recorded`.
+        tensor has moved, and keep what was captured for `recorded`. rank: of this process among
+        `ranks` that share each sequence, the default group of torch.distributed.
         """
         pad_weights(model, config)
         self._model, self._config = model, config
         self._dtype, self._device = dtype, device
         self._fp8_attention, self._debug = fp8_attention, debug
+        self._rank, self._ranks = rank, ranks
         self._captures = Captures[Size, _Captured](device, budget_bytes, capturing)
 
     def __call__(
@@ -100,9 +109,10 @@ class CompiledForward:
         if self._debug:
             check_addresses(captured.addresses, self._tensors(captured.inputs, captured.outputs))
         fixed = captured.inputs
-        fixed["video"].copy_(video)
-        fixed["audio"].copy_(audio)
-        fixed["text"][: text.shape[0]].copy_(text)
+        streams = {"video": video, "audio": audio, "text": text}
+        for (name, stream), own in zip(streams.items(), captured.own, strict=True):
+            rows = stream[own]  # of text fewer than there is room for
+            fixed[name][: rows.shape[0]].copy_(rows)
         fixed["rope"][: rope.shape[0]].copy_(rope)
         fixed["length"].fill_(rope.shape[0])
         captured.graph.replay()
@@ -113,9 +123,9 @@ class CompiledForward:
         self, video: int, audio: int, text: int, local: LocalAttention | None = None
     ) -> _Captured:
         """The graph for so many tokens of each modality, made now if need be."""
-        size = Size((video, audio, -(-text // TEXT_BUCKET) * TEXT_BUCKET), local)
+        size = Size(self.sharding(video, audio, text).counts, local)
         if size not in self._captures.kept:
-            context = Context(self._config, size.counts, self._dtype, torch.device("meta"))
+            context = self._context(size, torch.device("meta"))
             own_bytes = sum(tensor.nbytes for tensor in example_inputs(context).values())
             self._captures.add(
                 size,
@@ -125,6 +135,11 @@ class CompiledForward:
                 f"{context.tokens} tokens",
             )
         return self._captures.use(size)
+
+    def sharding(self, video: int, audio: int, text: int) -> Sharding:
+        """How so many tokens of each modality are padded and shared."""
+        padded = (video, audio, -(-text // TEXT_BUCKET) * TEXT_BUCKET)
+        return Sharding.of(padded, self._ranks)
 
     def reports(self) -> dict[Size, Report]:
         """What compiling did, for each shape kept."""
@@ -141,25 +156,26 @@ class CompiledForward:
         self._captures.release()
 
     def _capture(self, size: Size) -> _Captured:
-        counts, captures = size.counts, self._captures
+        captures, context = self._captures, self._context(size, self._device)
         stream = captures.stream
         module, report = compile_forward(
             self._model,
             self._config,
-            counts,
+            context.counts,
             self._dtype,
             self._device,
             fp8_attention=self._fp8_attention,
             local=size.local,
+            sharding=context.sharding,
         )
         start = time.perf_counter()
-        context = Context(self._config, counts, self._dtype, self._device)
         inputs = {name: torch.zeros_like(t) for name, t in example_inputs(context).items()}
-        inputs["length"].fill_(context.tokens)
+        inputs["length"].fill_(sum(context.attended))
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.inference_mode(), torch.cuda.stream(stream):
-            for _ in range(2):  # kernels compile and libraries choose before anything is recorded
-                module(*inputs.values())
+            with exchange.apart():  # kernels compile, libraries choose before anything is recorded
+                for _ in range(2):
+                    module(*inputs.values())
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph(keep_graph=self._debug)
             with torch.cuda.graph(
@@ -169,11 +185,22 @@ class CompiledForward:
         captures.pool = graph.pool()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         report.seconds["graph"] = time.perf_counter() - start
-        log.info("compiled %s tokens in %.1f s", counts, sum(report.seconds.values()))
-        captured = _Captured(graph, module, inputs, (outputs[0], outputs[1]), report)
+        log.info("compiled %s tokens in %.1f s", context.counts, sum(report.seconds.values()))
+        own = Sharding(size.counts, self._ranks).own(self._rank)
+        captured = _Captured(graph, module, inputs, (outputs[0], outputs[1]), report, own)
         if self._debug:
             captured.addresses = addresses(self._tensors(inputs, captured.outputs))
         return captured
+
+    def _context(self, size: Size, device: torch.device) -> Context:
+        sharding = Sharding(size.counts, self._ranks)
+        return Context(
+            self._config,
+            sharding.own_counts(self._rank),
+            self._dtype,
+            device,
+            sharding=sharding if self._ranks > 1 else None,
+        )
 
     def _tensors(
         self, inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]

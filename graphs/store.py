@@ -28,9 +28,10 @@ def key_of(
     model: nn.Module,
     quantized: Sequence[str] = (),
     fp8_attention: bool = False,
+    ranks: int = 1,
 ) -> str:
     """What a rewritten graph depends on: architecture, dtype, the linears with e4m3 weights, the
-    attention beside them, torch, and the code that makes it.
+    attention beside them, the processes that share a sequence, torch, and the code that makes it.
     """
     sources = [
         *sorted(Path(magihuman.graphs.__file__).parent.rglob("*.py")),
@@ -40,7 +41,7 @@ def key_of(
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
-    facts = (VERSION, torch.__version__, str(dtype), list(quantized), fp8_attention)
+    facts = (VERSION, torch.__version__, str(dtype), list(quantized), fp8_attention, ranks)
     digest.update(json.dumps([*facts, dataclasses.asdict(config)], sort_keys=True).encode())
     return digest.hexdigest()[:32]
 

@@ -20,7 +20,9 @@ def run(module: fx.GraphModule, context: Context) -> int:
 
 def _run(module: fx.GraphModule, context: Context, local: ref.LocalAttention | None) -> int:
     config = context.config
-    shapes = [(context.tokens, n, config.head_dim) for n in (config.heads, *[config.kv_heads] * 2)]
+    heads, kv_heads = context.heads
+    rows = sum(context.attended)
+    shapes = [(rows, n, config.head_dim) for n in (heads, kv_heads, kv_heads)]
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
         # The backend is chosen when the graph is specialised.
@@ -32,7 +34,7 @@ def _run(module: fx.GraphModule, context: Context, local: ref.LocalAttention | N
         lambda q, k, v, gate, length: ref.gated_attention(q, k, v, gate, local, length),
         (
             *(context.example(*shape, dtype=context.dtype) for shape in shapes),
-            context.example(context.tokens, config.heads, dtype=context.dtype),
+            context.example(rows, heads, dtype=context.dtype),
             context.example(dtype=torch.int32),
         ),
         build,

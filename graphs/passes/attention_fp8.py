@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
+from magihuman.kernels import exchange, ops  # noqa: F401 - register torch.ops.magihuman
 
 OPS = torch.ops.magihuman
 
@@ -20,7 +20,10 @@ def run(graph: fx.Graph) -> int:
         if node.target is not OPS.gated_attention.default:
             continue
         made: Any = node.args[0].args[0]  # q, k and v are the items of one
-        if made.args[0].target is OPS.linear_fp8.default:
+        projection = made.args[0]
+        if projection.target is OPS.rows_to_heads.default:
+            projection = projection.args[0]
+        if projection.target is OPS.linear_fp8.default:
             _replace(graph, node, made)
             done += 1
     return done

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magihuman.kernels.reference import Counts, LocalAttention
+from magihuman.kernels.reference import Counts, LocalAttention, Sharding
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,11 @@ class Context:
 
     Attributes:
         config: the architecture, anything with the fields of `magihuman.runtime`'s `DiTConfig`.
-        counts: tokens of each modality.
+        counts: tokens of each modality; where several processes share a sequence, of one's rows.
         dtype: of the linears inside the blocks.
         device: that the model is on.
         local: shape of frame-local attention, where the architecture has such layers.
+        sharding: how several processes share a sequence, where they do.
     """
 
     config: Any
@@ -28,11 +29,27 @@ class Context:
     dtype: torch.dtype
     device: torch.device
     local: LocalAttention | None = None
+    sharding: Sharding | None = None
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence, padding included."""
+        """Rows of the graph's linears: the sequence's length, padding included, or one's share."""
         return sum(self.counts)
+
+    @property
+    def attended(self) -> Counts:
+        """Tokens of each modality that attention is over."""
+        return self.counts if self.sharding is None else self.sharding.counts
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share a sequence, and its heads."""
+        return 1 if self.sharding is None else self.sharding.ranks
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query heads and key/value heads that attention is over."""
+        return self.config.heads // self.ranks, self.config.kv_heads // self.ranks
 
     @property
     def hidden(self) -> int:

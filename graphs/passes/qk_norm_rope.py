@@ -14,12 +14,14 @@ from magihuman.kernels import reference as ref
 
 def run(module: fx.GraphModule, context: Context) -> int:
     """One a layer. The gates stay a view of the projection."""
-    return sum(_run(module, context, counts) for counts in context.groupings)
+    return sum(_run(module, context, counts and context.attended) for counts in context.groupings)
 
 
 def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) -> int:
     config = context.config
-    heads, kv_heads = config.heads, config.kv_heads
+    heads, kv_heads = context.heads
+    columns = config.qkv_rows // context.ranks
+    rows = sum(context.attended)
     norm = config.head_dim * (3 if counts else 1)
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
@@ -28,7 +30,7 @@ def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) ->
             (*inputs, list(counts or ()), heads, kv_heads),
         )
         gate = graph.call_function(
-            torch.ops.aten.slice.Tensor, (inputs[0], 1, config.qkv_rows - heads, config.qkv_rows)
+            torch.ops.aten.slice.Tensor, (inputs[0], 1, columns - heads, columns)
         )
         return [*(graph.call_function(operator.getitem, (call, i)) for i in range(3)), gate]
 
@@ -36,10 +38,10 @@ def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) ->
         module,
         lambda qkv, q, k, rope: ref.split_qkv(qkv, q, k, rope, counts, heads, kv_heads),
         (
-            context.example(context.tokens, config.qkv_rows, dtype=context.dtype),
+            context.example(rows, columns, dtype=context.dtype),
             context.example(norm),
             context.example(norm),
-            context.example(context.tokens, 6 * config.rope_bands),
+            context.example(rows, 6 * config.rope_bands),
         ),
         build,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from magihuman.kernels import exchange
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import DiTConfig
 
@@ -60,22 +61,32 @@ class Attention(nn.Module):
         counts: ref.Counts | None,
         local: ref.LocalAttention | None,
         length: Tensor | None,
+        sharding: ref.Sharding | None,
     ) -> Tensor:
         qkv = self.linear_qkv(x, counts)
-        out = self.attend(qkv, rope, counts, local, length)
-        return self.linear_proj(out.flatten(1), counts)
+        if sharding is None:
+            out = self.attend(qkv, rope, counts, local, length).flatten(1)
+        else:
+            whole = sharding.counts if counts else None
+            heads, kv_heads = self.heads, self.kv_heads
+            qkv = exchange.rows_to_heads(qkv, heads, kv_heads, sharding.ranks)
+            out = self.attend(qkv, rope, whole, local, length, sharding.ranks).flatten(1)
+            out = exchange.heads_to_rows(out, sharding.ranks)
+        return self.linear_proj(out, counts)
 
     def attend(
         self,
-        qkv: Tensor,  # [N, qkv_rows]
+        qkv: Tensor,  # [N, qkv_rows / ranks]
         rope: Tensor,
         counts: ref.Counts | None,
         local: ref.LocalAttention | None,
         length: Tensor | None,
+        ranks: int = 1,
     ) -> Tensor:
-        """What lies between the two projections: [N, heads, head_dim]."""
+        """What lies between the two projections: [N, heads / ranks, head_dim]."""
+        heads, kv_heads = self.heads // ranks, self.kv_heads // ranks
         q, k, v, gate = ref.split_qkv(
-            qkv, self.q_norm.weight, self.k_norm.weight, rope, counts, self.heads, self.kv_heads
+            qkv, self.q_norm.weight, self.k_norm.weight, rope, counts, heads, kv_heads
         )
         return ref.gated_attention(q, k, v, gate, local if self.is_local else None, length)
 
@@ -118,10 +129,11 @@ class Layer(nn.Module):
         counts: ref.Counts,
         local: ref.LocalAttention | None,
         length: Tensor | None,
+        sharding: ref.Sharding | None = None,
     ) -> tuple[Tensor, Tensor]:
         own = counts if self.has_modality_weights else None
         x, h = ref.add_norm(x, delta, self.attention.pre_norm.weight, own, self.dtype)
-        delta = self.attention(h, rope, own, local, length)
+        delta = self.attention(h, rope, own, local, length, sharding)
         x, h = ref.add_norm(x, delta, self.mlp.pre_norm.weight, own, self.dtype)
         return x, self.mlp(h, own)
 
@@ -170,10 +182,11 @@ class Block(nn.Module):
         counts: ref.Counts,
         local: ref.LocalAttention | None,
         length: Tensor | None,
+        sharding: ref.Sharding | None,
     ) -> Tensor:
         delta: Tensor | None = None
         for layer in self.layers:
-            x, delta = layer(x, delta, rope, counts, local, length)
+            x, delta = layer(x, delta, rope, counts, local, length, sharding)
         return x if delta is None else x + delta
 
 
@@ -208,6 +221,7 @@ class DiT(nn.Module):
         rope: Tensor,
         local: ref.LocalAttention | None = None,
         length: Tensor | None = None,
+        sharding: ref.Sharding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Velocities of the video and audio tokens.
 
@@ -218,12 +232,14 @@ class DiT(nn.Module):
             rope: [Nv + Na + Nt, 6 bands] fp32, from `adapter.rope(coords)`.
             local: needed where the architecture has local layers.
             length: number of tokens, an int scalar tensor, where text ends in padding.
+            sharding: where other processes run this forward too, each over its own rows of the
+                three modalities; `rope`, `local` and `length` are then of the whole sequence.
 
         Returns:
             video [Nv, 192], patches in output order, and audio [Na, 64], fp32.
         """
         counts = (video.shape[0], audio.shape[0], text.shape[0])
-        x = self.block(self.adapter(video, audio, text), rope, counts, local, length)
+        x = self.block(self.adapter(video, audio, text), rope, counts, local, length, sharding)
         x_video, x_audio, _ = x.split(counts)
         return (
             self.final_linear_video(ref.rms_norm(x_video, self.final_norm_video.weight)),
