@@ -76,6 +76,9 @@ def generate(
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    context_parallel: Annotated[
+        int, typer.Option(help="GPUs, from --device on, that make the clip together.")
+    ] = 1,
     revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
     transformer: Annotated[
         str | None, typer.Option(help="Folder of the transformer, published or converted.")
@@ -125,6 +128,7 @@ def generate(
                 keep_bf16=keep_list(keep_bf16),
                 vae=vae,  # type: ignore[arg-type]
                 device=device,
+                context_parallel=context_parallel,
                 revision=revision,
                 transformer=transformer,
                 sr_transformer=sr_transformer,

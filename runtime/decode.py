@@ -38,6 +38,13 @@ class Decoder(Protocol):
     def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor: ...
 
 
+class Spread(Protocol):
+    """Decodes on several devices."""
+
+    def frames(self, latent: Tensor) -> Iterator[Tensor]:
+        """Of each window of normalised latents, in order: uint8 [frames, 16 H, 16 W, 3]."""
+
+
 @torch.inference_mode()
 def decode_frames(
     vae: VideoDecoder,
@@ -45,6 +52,7 @@ def decode_frames(
     on_frames: Callable[[int, int], None] = lambda done, of: None,
     decoder: Decoder | None = None,
     on_window: OnWindow | None = None,
+    spread: Spread | None = None,
 ) -> Frames:
     """[1, 48, T, H, W] normalised latents to uint8 [4 (T - 1) + 1, 16 H, 16 W, 3].
 
@@ -56,15 +64,19 @@ def decode_frames(
         on_window: called with the next frames as soon as they are on the host, in order; from a GPU
             also with what `reference.to_yuv420` makes of them, on the CPU with None. They stay as
             they are.
+        spread: decodes in place of both.
     """
     total = video_frames(latent.shape[2])
     done = 0
     on_frames(done, total)
-    windows = (
-        _plain(vae, latent, on_window is not None)
-        if decoder is None
-        else _compiled(cast(TurboVAE, vae), latent, decoder, on_window is not None)
-    )
+    if spread is not None:
+        pixels = spread.frames(latent)
+    elif decoder is not None:
+        pixels = _grouped(cast(TurboVAE, vae), latent, decoder)
+    else:
+        pixels = (ref.to_uint8(window)[0] for window in vae.windows(latent))
+    is_ahead = latent.is_cuda and (decoder is not None or spread is not None)
+    windows = (_overlapped if is_ahead else _waited)(pixels, latent, on_window is not None)
     for frames, planes, count in windows:
         if on_window is not None:
             part = slice(done, done + count)
@@ -77,7 +89,7 @@ def decode_frames(
 Parts = Iterator[tuple[Frames, Frames | None, int]]
 
 
-def _plain(vae: VideoDecoder, latent: Tensor, with_planes: bool) -> Parts:
+def _waited(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
     """All frames, on a GPU their planes where asked for, and how many of them each window has
     filled in. One window is on the device.
     """
@@ -85,8 +97,7 @@ def _plain(vae: VideoDecoder, latent: Tensor, with_planes: bool) -> Parts:
     out = np.empty(shape, np.uint8)
     planes = np.empty(planes_shape(shape), np.uint8) if with_planes and latent.is_cuda else None
     done = 0
-    for window in vae.windows(latent):
-        pixels = ref.to_uint8(window)[0]
+    for pixels in windows:
         part = slice(done, done + len(pixels))
         out[part] = pixels.cpu().numpy()
         if planes is not None:
@@ -95,25 +106,17 @@ def _plain(vae: VideoDecoder, latent: Tensor, with_planes: bool) -> Parts:
         yield out, planes, len(pixels)
 
 
-def _compiled(vae: TurboVAE, latent: Tensor, decoder: Decoder, with_planes: bool) -> Parts:
-    """As `_plain`. A window is copied to the host while the next is decoded, and handed over while
+def _overlapped(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
+    """As `_waited`. A window is copied to the host while the next is decoded, and handed over while
     that one still runs.
     """
-    x = vae.denormalize(latent)
     shape = frames_shape(latent)
     out: Tensor | None = None
     planes: Tensor | None = None
-    compute, copies = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
+    compute, copies = torch.cuda.current_stream(latent.device), torch.cuda.Stream(latent.device)
     done = 0
     running: tuple[torch.cuda.Event, int] | None = None
-    groups = list(_groups(vae.plan(latent.shape[2]), decoder.batch_of(*latent.shape[3:])))
-    decoder.prepare(
-        ((len(group), x.shape[1], group[0].latents, *x.shape[3:]), *_kind(group[0]))
-        for group in groups
-    )
-    for group in groups:
-        latents = torch.cat([x[:, :, window.begin : window.end] for window in group])
-        kept = decoder(latents, *_kind(group[0])).flatten(0, 1).clone()  # the next may overwrite it
+    for kept in windows:
         yuv = decoder_ops.yuv420(kept) if with_planes else None
         if out is None:  # the device is busy meanwhile
             out = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
@@ -135,6 +138,44 @@ def _compiled(vae: TurboVAE, latent: Tensor, decoder: Decoder, with_planes: bool
     assert out is not None and running is not None
     running[0].synchronize()
     yield out.numpy(), None if planes is None else planes.numpy(), running[1]
+
+
+def _grouped(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[Tensor]:
+    """Frames of each group of windows."""
+    x = vae.denormalize(latent)
+    groups = list(_groups(vae.plan(latent.shape[2]), decoder.batch_of(*latent.shape[3:])))
+    decoder.prepare(
+        ((len(group), x.shape[1], group[0].latents, *x.shape[3:]), *_kind(group[0]))
+        for group in groups
+    )
+    for group in groups:
+        yield decode_group(decoder, x, group)
+
+
+def decode_group(decoder: Decoder, x: Tensor, group: Sequence[Window]) -> Tensor:
+    """The frames kept of windows of one kind and size, uint8 [frames, 16 H, 16 W, 3].
+
+    x: from `TurboVAE.denormalize`.
+    """
+    latents = torch.cat([x[:, :, window.begin : window.end] for window in group])
+    # A copy: the next window may overwrite the decoder's own.
+    return decoder(latents, *_kind(group[0])).flatten(0, 1).clone()
+
+
+class PlainDecoder:
+    """The `Decoder` that a `TurboVAE` has, one window at a time."""
+
+    def __init__(self, vae: TurboVAE) -> None:
+        self._decoder = vae.decoder
+
+    def batch_of(self, rows: int, columns: int) -> int:
+        return 1
+
+    def prepare(self, calls: Iterable[tuple[Sequence[int], bool, int, int]]) -> None:
+        pass
+
+    def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor:
+        return ref.to_uint8(self._decoder(latents, is_first)[:, :, skip : skip + kept])
 
 
 def _groups(windows: list[Window], batch: int) -> Iterator[list[Window]]:

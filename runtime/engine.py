@@ -17,6 +17,7 @@ from typing import Self, TypeVar, Unpack
 import torch
 
 from magihuman.runtime import config, memory
+from magihuman.runtime.context_parallel import share
 from magihuman.runtime.errors import (
     InvalidRequestError,
     MagiHumanError,
@@ -34,6 +35,7 @@ from magihuman.runtime.request import (
 )
 from magihuman.runtime.run import Components, Encoded, Prepared, Run
 from magihuman.runtime.stream import AsyncStream, Chunker, Emit, Stream, spawn
+from magihuman.runtime.team import Team
 from magihuman.runtime.tensorrt import TensorRTVAE
 
 log = logging.getLogger("magihuman")
@@ -65,6 +67,7 @@ class Engine:
         device: where everything runs.
         is_compiled: whether the base transformer runs as captured graphs of fused kernels.
         vae: how frames are decoded, "fast", "plain" or "tensorrt".
+        rank: of this process among those of `context_parallel`; only rank 0 takes requests.
         hooks: that are told of requests and stages.
     """
 
@@ -77,6 +80,7 @@ class Engine:
         device: torch.device,
         queue_limit: int,
         hooks: Sequence[Hooks],
+        team: Team | None = None,
     ) -> None:
         self.variant = variant.name
         self.sr = sr
@@ -90,6 +94,8 @@ class Engine:
         self._variant = variant
         self._line = Line(queue_limit)
         self._failures = Failures(device, self._line)
+        self._shared = None if team is None else share(components, team)
+        self.rank = 0 if team is None else team.rank
         if device.type == "cuda":
             components.encode_stream = torch.cuda.Stream(device)
             components.sound_stream = torch.cuda.Stream(device)
@@ -119,9 +125,22 @@ class Engine:
         """Free the memory. Waits for the running request; those waiting and later ones raise."""
         self._line.refuse(lambda: MagiHumanError("the engine is closed; load another"))
         self._line.wait_until_empty()
-        self._parts = None
+        if self._shared is not None:
+            self._shared.close()
+        self._parts = self._shared = None
         if self.device.type == "cuda" and self._failures.first is None:
             torch.cuda.empty_cache()
+
+    def follow(self) -> None:
+        """With `context_parallel` under torchrun, on every rank but 0: serve rank 0 until it closes
+        its engine. On rank 0 it returns at once.
+
+        Raises:
+            EngineUnusable: another process has ended.
+        """
+        if self._shared is not None and self.rank:
+            with self._on_device(), self._failures.guard(None):
+                self._shared.follow()
 
     def generate(
         self,
@@ -267,6 +286,7 @@ class Engine:
     @contextmanager
     def hold(self, request: Request) -> Iterator[Run]:
         """A request with the engine to itself, nothing of it done yet."""
+        self._check_rank()
         ticket = self._line.join(Limits())
         with ticket, self._on_device():
             ticket.check()
@@ -285,6 +305,7 @@ class Engine:
         deadline_s: float | None,
     ) -> Call:
         """Check what costs nothing to check, and take a place in line."""
+        self._check_rank()
         try:
             limits = Limits(cancel, deadline_s)
             request = request_of(prompt, options)
@@ -297,6 +318,12 @@ class Engine:
         if ticket.refusal is not None:
             self._serve(call)
         return call
+
+    def _check_rank(self) -> None:
+        if self.rank:
+            raise InvalidRequestError(
+                f"requests must go to rank 0, and this is rank {self.rank}; call follow() here"
+            )
 
     def _start(self, call: Call, start: Callable[[], Started]) -> Started:
         """Start a thread for the call, which loses its place where that fails."""
@@ -380,8 +407,15 @@ class Engine:
     def _guard(self, run: Run, is_alone: bool = True) -> AbstractContextManager[None]:
         """Say what a failure means. is_alone: with the device to itself."""
         if is_alone:
-            return self._failures.guard(lambda: self._advice(run))
+            return self._alone(run)
         return self._failures.guard(None, run.parts.encode_stream)
+
+    @contextmanager
+    def _alone(self, run: Run) -> Iterator[None]:
+        with self._failures.guard(lambda: self._advice(run)):
+            yield
+            if self._shared is not None:
+                self._shared.team.check()
 
     def _advice(self, run: Run) -> str:
         """Free what can be freed, and tell what fits then."""

@@ -12,17 +12,23 @@ from magihuman.runtime.errors import DeviceError, EngineUnusable
 from magihuman.runtime.queueing import Line
 
 
+class PeerLost(RuntimeError):  # noqa: N818 - a state, as EngineUnusable
+    """A process that shares the work has ended, or is no longer in step with this one."""
+
+
 class Failures:
     """What went wrong on a device, and what is left of it.
 
     Attributes:
-        first: what CUDA said when the device failed for good, None for as long as it has not.
+        first: what CUDA said when the device failed for good, or what became of a process that
+            shares the work; None for as long as nothing did.
     """
 
     def __init__(self, device: torch.device, line: Line) -> None:
         """line: of those who want the device; closed once it has failed."""
         self.first: str | None = None
         self._device, self._line = device, line
+        self._failed = str(device)
 
     @contextmanager
     def guard(
@@ -36,9 +42,12 @@ class Failures:
         try:
             yield
         except BaseException as error:
-            failure = cuda_failure(error, self._device, stream)
+            is_lost = isinstance(error, PeerLost)
+            failure = str(error) if is_lost else cuda_failure(error, self._device, stream)
             if failure is not None:
-                self.first = self.first or failure
+                if self.first is None:
+                    self._failed = "context_parallel" if is_lost else self._failed
+                    self.first = failure
                 self._line.refuse(self.unusable)
                 raise self.unusable() from error
             if advice is not None and is_out_of_memory(error):
@@ -51,7 +60,7 @@ class Failures:
     def unusable(self) -> EngineUnusable:
         """What every request is told from then on."""
         return EngineUnusable(
-            f"{self._device} has failed for good in this process, and this engine with it; load"
+            f"{self._failed} has failed for good in this process, and this engine with it; load"
             f" again in a new process. The first failure: {self.first}"
         )
 

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
+import torch.distributed as dist
 
 from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize_model
 from magihuman.graphs.support import why_not_decode
@@ -20,7 +21,12 @@ from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import VideoDecoder
 from magihuman.runtime.denoise import Forward
 from magihuman.runtime.engine import Engine
-from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
+from magihuman.runtime.errors import (
+    CheckpointError,
+    DeviceError,
+    InvalidRequestError,
+    MagiHumanError,
+)
 from magihuman.runtime.exported import is_exported
 from magihuman.runtime.hooks import Hooks
 from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae
@@ -28,6 +34,7 @@ from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.run import Components
+from magihuman.runtime.team import PeerFailed, Team
 from magihuman.runtime.tensorrt import load_engines
 from magihuman.runtime.text import load_text_encoder
 from magihuman.runtime.transformer import (
@@ -59,6 +66,7 @@ HUB_FILES = {
 }
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
+OF_RANK_0 = ("team", "device", "on_load", "hooks")  # arguments of `load` that are not the others'
 OnLoad = Callable[[str, int, int], None]  # (component, bytes done, of how many)
 PathLike = str | os.PathLike[str]
 
@@ -96,6 +104,8 @@ def load(
     queue_limit: int = 64,
     hooks: Sequence[Hooks] = (),
     debug: bool = False,
+    context_parallel: int = 1,
+    team: Team | None = None,
 ) -> Engine:
     """Load a model and return an engine ready to generate.
 
@@ -127,12 +137,17 @@ def load(
         queue_limit: requests that may wait for the one that runs; one more raises `QueueFull`.
         hooks: told of every request and stage, see `hooks.py`.
         debug: before every replay of a captured graph, check that no weight has moved in memory.
+        context_parallel: GPUs of this host that work on each request together, from `device` on; it
+            must divide the transformer's key/value heads. Each holds all weights. In a process that
+            torchrun started, those that it started with it; else processes are started here.
+        team: of which this process is one, where `load` starts it; not for callers.
 
     Raises:
         InvalidRequestError: an argument is not one of those above.
         CheckpointError: a file is missing, damaged, or does not fit.
         DeviceError: the device is not there, or too small for the weights.
     """
+    given = {name: value for name, value in locals().items() if name not in OF_RANK_0}
     is_synthetic = isinstance(model, random_weights.Synthetic)
     default = model.variant if isinstance(model, random_weights.Synthetic) else "distill"
     name = default if variant is None else variant
@@ -177,7 +192,10 @@ def load(
             f"vae='fast' needs a Hopper GPU and bf16, and here {reason}; use vae='plain', or leave"
             " it out"
         )
-    wanted = Wanted(target, precision, keep_bf16, compile)
+    if context_parallel != 1 and team is None:
+        _check_context_parallel(context_parallel, vae)
+        return _load_together(context_parallel, target, given, on_load, hooks)
+    wanted = Wanted(target, precision, keep_bf16, compile, context_parallel)
     report = _Reporter(on_load)
 
     try:
@@ -213,9 +231,9 @@ def load(
             " to different models"
         )
     if compile:
-        parts.forward = compiled(parts.dit, base, target, debug, parts)
+        parts.forward = compiled(parts.dit, base, target, debug, parts, team)
         if parts.sr_dit is not None and upscale is not None:
-            parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug, parts)
+            parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug, parts, team)
     if vae != "plain" and reason is None and isinstance(parts.turbo_vae, TurboVAE):
         from magihuman.graphs.replay_decoder import CompiledDecoder
 
@@ -224,11 +242,70 @@ def load(
         )
         parts.decoder = decoder
         parts.captured.append(decoder)
-    return Engine(parts, chosen, sr, base.precision, target, queue_limit, hooks)
+    return Engine(parts, chosen, sr, base.precision, target, queue_limit, hooks, team)
+
+
+def _check_context_parallel(ranks: object, vae: str | None) -> None:
+    if type(ranks) is not int or ranks < 1:
+        raise InvalidRequestError(
+            f"context_parallel must be a whole number from 1 up, got {ranks!r}"
+        )
+    if vae == "tensorrt":
+        raise InvalidRequestError(
+            f"vae='tensorrt' must go with context_parallel=1, got {ranks}; use vae='fast' or"
+            " 'plain'"
+        )
+
+
+def _load_together(
+    ranks: int,
+    first: torch.device,
+    given: dict[str, Any],
+    on_load: OnLoad | None,
+    hooks: Sequence[Hooks],
+) -> Engine:
+    """`load` in every process of a team. first: the device of rank 0."""
+
+    def device(rank: int) -> torch.device:
+        return first if first.type == "cpu" else pick_device(f"cuda:{(first.index or 0) + rank}")
+
+    if dist.is_torchelastic_launched():
+        team = Team.join(ranks, device(dist.get_node_local_rank()))
+    else:
+        devices = [device(rank) for rank in range(ranks)]
+        team = Team.start(devices, f"{__name__}:{follow.__name__}", given)
+    return _load_in(team, given, on_load=on_load, hooks=hooks)
+
+
+def _load_in(team: Team, given: dict[str, Any], **own: Any) -> Engine:
+    """This process's engine, once every process has one."""
+    try:
+        return team.agree(lambda: load(**{**given, **own, "device": team.device, "team": team}))
+    except BaseException as error:
+        team.close(tell=False)  # all of them raise
+        if isinstance(error, PeerFailed):
+            raise DeviceError(f"another process could not load: {error}") from error
+        raise
+
+
+def follow(team: Team, given: dict[str, Any]) -> None:
+    """All that a process does which rank 0 has started."""
+    try:
+        engine = _load_in(team, given)
+    except MagiHumanError as error:  # rank 0 says it too
+        log.info("%s", error)
+        return
+    with engine:
+        engine.follow()
 
 
 def compiled(
-    model: DiT, held: Held, device: torch.device, debug: bool, parts: Components
+    model: DiT,
+    held: Held,
+    device: torch.device,
+    debug: bool,
+    parts: Components,
+    team: Team | None = None,
 ) -> Forward | None:
     """The compiled forward of a transformer, or None, with one log line, where there is none.
 
@@ -250,6 +327,8 @@ def compiled(
         fp8_attention=held.precision == FP8_ATTENTION,
         capturing=parts.encoding,
         debug=debug,
+        rank=0 if team is None else team.rank,
+        ranks=1 if team is None else team.ranks,
     )
     parts.captured.append(forward)
     return forward

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from magihuman.runtime import config, denoise
 from magihuman.runtime.audio import AudioVAE, Waveform, open_driving_audio
-from magihuman.runtime.decode import Decoder, Frames, VideoDecoder, decode_frames
+from magihuman.runtime.decode import Decoder, Frames, Spread, VideoDecoder, decode_frames
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.image import ImageVAE, open_image
 from magihuman.runtime.media import Mp4Writer
@@ -54,6 +54,7 @@ class Components:
     forward: denoise.Forward | None = None  # compiled, in place of the transformer's own
     sr_forward: denoise.Forward | None = None
     decoder: Decoder | None = None  # compiled, in place of the Turbo VAE's own
+    spread: Spread | None = None  # decodes on several devices, in place of both
     captured: list[Captured] = field(default_factory=list)  # those of the last three that are there
     # Held while anything is encoded, and while a graph is captured: kernels are timed then, and
     # the encoders keep state.
@@ -217,6 +218,7 @@ class Run:
                     self.reporter("decode_video"),
                     parts.decoder,
                     add if is_heard else None,
+                    parts.spread,
                 )
 
         @torch.inference_mode()

@@ -31,6 +31,7 @@ class Wanted:
     precision: Precision | None = None
     keep_bf16: KeepBf16 | None = None
     compile: bool = True
+    ranks: int = 1  # processes that share its heads
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,13 @@ def plan(variant: Variant, folder: Path | None, wanted: Wanted) -> Held:
         config = artifact.config
     elif folder is not None:
         config = checkpoint.dit_config(folder, variant)
+    if config.kv_heads % wanted.ranks:
+        heads = config.kv_heads
+        fitting = [str(count) for count in range(1, heads + 1) if heads % count == 0]
+        raise InvalidRequestError(
+            f"context_parallel must divide the transformer's key/value heads, {heads}, got"
+            f" {wanted.ranks}; use {' or '.join(fitting)}"
+        )
     own = "bf16" if artifact is None else artifact.precision
     precision = wanted.precision or own
     if artifact is not None and own != ("fp8" if precision == FP8_ATTENTION else precision):

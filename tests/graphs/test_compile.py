@@ -16,6 +16,7 @@ from magihuman.graphs import compile as compiling
 from magihuman.graphs import precision, store, support
 from magihuman.graphs.capture import CaptureError, capture
 from magihuman.graphs.passes.context import Context
+from magihuman.kernels import exchange
 from magihuman.kernels import reference as ref
 from magihuman.runtime import denoise, tokens
 from magihuman.runtime.model.dit import DiT
@@ -117,6 +118,43 @@ def test_a_prompt_gives_the_same_in_any_bucket(model: DiT, cache: Path) -> None:
     )
     length = torch.tensor(exact.tokens, dtype=torch.int32)
     assert_same(model, inputs, module(*wide.values(), length), None)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_exchanges_are_operators_of_the_graph(ranks: int, tmp_path: Path) -> None:
+    """Own counts outside of them, those of the whole sequence between them; one graph for all."""
+    config = dataclasses.replace(golden.dit(local=False).config, hidden_size=128, kv_heads=4)
+    model = DiT(config)
+    sharding = ref.Sharding.of(LAYOUTS[0].counts, ranks)
+    for rank in range(ranks):
+        own = sharding.own_counts(rank)
+        module, report = compiling.compile_forward(
+            model, config, own, torch.bfloat16, CPU, cache=tmp_path, sharding=sharding
+        )
+        assert report.from_cache == (rank > 0)
+        seen = Counter(
+            (str(node.target).removeprefix("magihuman.").removesuffix(".default"), tuple(argument))
+            for node in module.graph.nodes
+            for argument in node.args
+            if isinstance(argument, list) and len(argument) == 3
+        )
+        modality = len(config.modality_layers)
+        assert seen["qk_norm_rope", sharding.counts] == modality
+        assert seen["linear", own] == seen["linear_activation", own] == modality
+        names = Counter(str(node.target) for node in module.graph.nodes)
+        layers = config.num_layers
+        assert names["magihuman.rows_to_heads.default"] == layers
+        assert names["magihuman.heads_to_rows.default"] == layers
+        assert names["magihuman.gated_attention.default"] == layers
+        inputs = golden.inputs_of(model, dataclasses.replace(LAYOUTS[0], text=sharding.counts[2]))
+        for (name, value), rows in zip(inputs.items(), sharding.own(rank), strict=False):
+            inputs[name] = value[rows]
+        length = torch.tensor(LAYOUTS[0].tokens, dtype=torch.int32)
+        with exchange.apart():  # shapes; values are compared in tests/runtime/test_team.py
+            video, audio = module(*inputs.values(), length)
+        assert (len(video), len(audio)) == own[:2]
+    key = (config, torch.bfloat16, model)
+    assert store.key_of(*key, ranks=ranks) != store.key_of(*key)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -1,0 +1,154 @@
+"""What the processes of a team compute in tests: golden models in every form that can be shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import golden
+from magihuman.graphs import compile as compiling
+from magihuman.graphs import precision
+from magihuman.graphs.replay import CompiledForward
+from magihuman.kernels import reference as ref
+from magihuman.runtime import random_weights
+from magihuman.runtime.config import DiTConfig
+from magihuman.runtime.context_parallel import Shared, Transformer
+from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.team import Team
+
+# By name: whether it has frame-local layers, dtype of its linears, and whether it is rewritten,
+# with which attention.
+FORMS = {
+    "plain": (False, torch.bfloat16, None),
+    "fp32": (False, torch.float32, None),
+    "frame-local": (True, torch.bfloat16, None),
+    "rewritten": (False, torch.bfloat16, "bf16"),
+    "fp8": (False, torch.bfloat16, "fp8"),
+    "fp8-attn frame-local": (True, torch.bfloat16, "fp8-attn"),
+}
+BROKEN = "cannot be prepared on rank 1"
+DYING = "ends the process of rank 1"
+
+
+class Rewritten:
+    """The rewritten graph on the CPU, with the interface of `CompiledForward`."""
+
+    def __init__(self, model: DiT, attention: str, rank: int, ranks: int, cache: Path) -> None:
+        self._model, self._narrow = model, attention == "fp8-attn"
+        self._rank, self._ranks, self._cache = rank, ranks, cache
+
+    def sharding(self, video: int, audio: int, text: int) -> ref.Sharding:
+        return ref.Sharding.of((video, audio, text + 3), self._ranks)  # padding of a bucket
+
+    def prepare(self, video: int, audio: int, text: int, local: Any) -> None:
+        pass
+
+    def __call__(
+        self, video: Tensor, audio: Tensor, text: Tensor, rope: Tensor, local: Any
+    ) -> tuple[Tensor, ...]:
+        sharding = self.sharding(len(video), len(audio), len(text))
+        padded = text.new_full((sharding.counts[2], text.shape[1]), 5.0)
+        padded[: len(text)] = text
+        table = rope.new_zeros(sum(sharding.counts), rope.shape[1])
+        table[: len(rope)] = rope
+        own = [x[s] for x, s in zip((video, audio, padded), sharding.own(self._rank), strict=True)]
+        module, _ = compiling.compile_forward(
+            self._model, self._model.config, sharding.own_counts(self._rank), torch.bfloat16,
+            torch.device("cpu"), local=local, sharding=sharding if self._ranks > 1 else None,
+            fp8_attention=self._narrow, cache=self._cache,
+        )  # fmt: skip
+        return module(*own, table, torch.tensor(len(rope), dtype=torch.int32))
+
+
+class Broken(Rewritten):
+    def prepare(self, video: int, audio: int, text: int, local: Any) -> None:
+        if self._rank == 1:
+            raise torch.OutOfMemoryError("no room here")
+
+
+class Dying(Rewritten):
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        if self._rank == 1:
+            os._exit(7)
+        return super().__call__(*inputs)
+
+
+def model_of(name: str) -> DiT:
+    local, dtype, attention = FORMS[name]
+    model = golden.dit(local=local)
+    for layer in model.block.layers:
+        layer.dtype = dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype if parameter.ndim == 2 else torch.float32)
+    for name, parameter in golden.dit(local=local).named_parameters():  # outside the blocks
+        if not name.startswith("block."):
+            model.get_parameter(name).data = parameter.data
+    if attention is not None and attention != "bf16":
+        precision.quantize_model(model, precision.quantized_linears(model.config))
+    compiling.pad_weights(model, model.config)
+    return model
+
+
+def transformer(name: str, rank: int, ranks: int, cache: Path) -> Transformer:
+    kind = {BROKEN: Broken, DYING: Dying}.get(name, Rewritten)
+    model = model_of("rewritten" if kind is not Rewritten else name)
+    attention = "bf16" if kind is not Rewritten else FORMS[name][2]
+    if attention is None:
+        return Transformer(model)
+    return Transformer(model, kind(model, attention, rank, ranks, cache))
+
+
+def shared(team: Team, names: Sequence[str], cache: Path) -> Shared:
+    torch.set_num_threads(1)
+    return Shared(team, {name: transformer(name, team.rank, team.ranks, cache) for name in names})
+
+
+def follow(team: Team, payload: tuple[Sequence[str], Path]) -> None:
+    own = shared(team, *payload)
+    own.follow()
+    own.close()
+
+
+# On GPUs, by precision and size. "wide": few layers of the published width, so that all kernels run
+# as they do at full size; else the golden architecture.
+COMPILED = [
+    "bf16",
+    "bf16 frame-local",
+    "fp8-attn frame-local",
+    "bf16 wide",
+    "fp8 wide",
+    "fp8-attn wide",
+]
+WIDE = dataclasses.replace(DiTConfig(), num_layers=4, modality_layers=(0, 3), gelu7_layers=(0,))
+
+
+def compiled(name: str, device: torch.device, rank: int = 0, ranks: int = 1) -> Transformer:
+    kind, _, size = name.partition(" ")
+    if size == "wide":
+        model = random_weights.dit(WIDE, 0, device, torch.bfloat16, "wide")
+    else:
+        model = golden.dit(local=size == "frame-local").to(device)
+    if kind != "bf16":
+        precision.quantize_model(model, precision.quantized_linears(model.config))
+    narrow = kind == "fp8-attn"
+    forward = CompiledForward(
+        model, model.config, torch.bfloat16, device, fp8_attention=narrow, rank=rank, ranks=ranks
+    )
+    return Transformer(model, forward)
+
+
+def shared_on_gpus(team: Team, names: Sequence[str]) -> Shared:
+    made = {name: compiled(name, team.device, team.rank, team.ranks) for name in names}
+    return Shared(team, made, release=lambda: [t.compiled.release() for t in made.values()])
+
+
+def follow_on_gpus(team: Team, names: Sequence[str]) -> None:
+    own = shared_on_gpus(team, names)
+    own.follow()
+    own.close()
