@@ -33,6 +33,7 @@ Call = tuple[str, tuple[Any, ...]]  # what to do, with which arguments
 
 HOST = "127.0.0.1"
 START_S = 120  # for a fresh interpreter to import torch, on a busy machine
+MEET_S = 300  # for processes that have started to connect, and for one to wait amid an exchange
 VOTE_S = 1800  # for every process to read weights, or to compile
 CALL_S = 365 * 86400  # a follower waits for requests; that rank 0 has gone, its connection says
 END_S = 20
@@ -79,13 +80,12 @@ class Team:
         is_gpu = device.type == "cuda"
         # PyTorch would end this process once another's end shows in NCCL; `_watch` sees to that.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        vote = timedelta(seconds=VOTE_S)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
             rank=-1 if rank is None else rank,
             world_size=-1 if ranks is None else ranks,
             store=store,
-            timeout=vote,
+            timeout=timedelta(seconds=MEET_S),
         )
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._calls = dist.new_group(backend="gloo", timeout=timedelta(seconds=CALL_S))
@@ -167,7 +167,7 @@ class Team:
         failed = torch.tensor(int(error is not None))
         told: list[Any] = [None] * self.ranks
         with self.together():
-            vote = dist.all_reduce(failed, dist.ReduceOp.MAX, async_op=True)
+            vote = dist.all_reduce(failed, dist.ReduceOp.MAX, self._calls, async_op=True)
             vote.wait(timedelta(seconds=VOTE_S))
             if failed:
                 own = None if error is None else (is_out_of_memory(error), str(error))
