@@ -153,7 +153,10 @@ def rewrite(
     """Capture the whole forward and run every pass on it, at the context's token counts."""
     start = time.perf_counter()
     source = model
-    if quantized:  # the forward knows nothing of e4m3 weights: capture it over others, of no size
+    # The forward knows nothing of e4m3 weights, and a capture nothing of weights that share memory:
+    # it is made over others, of no size.
+    stands_in = bool(quantized) or _shares_memory(model)
+    if stands_in:
         context = dataclasses.replace(context, device=META)
         with META:
             source = type(model)(context.config, context.dtype)
@@ -182,11 +185,18 @@ def rewrite(
             )
         if fp8_attention:
             report.matches["attention_fp8"] = attention_fp8.run(module.graph)
+    if stands_in:
         module = fx.GraphModule(model, module.graph)  # a copy of the model's attributes it names
         module.graph.lint()
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _shares_memory(model: nn.Module) -> bool:
+    """Whether parameters are views of one another's memory."""
+    storages = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
+    return len(set(storages)) < len(storages)
 
 
 def specialize(

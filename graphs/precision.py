@@ -84,9 +84,15 @@ def dequantize(values: Tensor, scale: Tensor) -> Tensor:
     return weight
 
 
-def quantize_linear(linear: nn.Module, weight: Tensor) -> None:
-    """Give a linear this weight in fp8, and let go of the one it had."""
+def quantize_linear(linear: nn.Module, weight: Tensor, rest: torch.device | None = None) -> None:
+    """Give a linear this weight in fp8, and let go of the one it had.
+
+    rest: where the weight is to be, if not where it is quantised.
+    """
     values, scale = quantize(weight)
+    if rest is not None:  # with the zeros behind its rows, which a plain copy leaves out
+        whole = values.as_strided((len(values), values.stride(0)), values.stride())
+        values, scale = whole.to(rest)[:, : values.shape[1]], scale.to(rest)
     linear.weight = nn.Parameter(values, requires_grad=False)
     linear.register_buffer("weight_scale", scale)
 

@@ -3,23 +3,27 @@
 Text is last in the sequence, so a prompt is padded to a bucket and the kernels read the number of
 valid tokens from device memory: padded rows are computed and never read by valid ones.
 
-`captures.py` says which are kept.
+`captures.py` says which are kept. Where memory is short nothing is captured: a captured graph keeps
+its activations and wants its weights where they were.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from magihuman.graphs.addresses import addresses, check_addresses
 from magihuman.graphs.captures import Captures
 from magihuman.graphs.compile import Report, compile_forward, example_inputs, pad_weights
+from magihuman.graphs.layers import call_before_layers
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.recorded import Recorded, recorded
 from magihuman.kernels import exchange
@@ -28,6 +32,7 @@ from magihuman.kernels.reference import Counts, LocalAttention, Sharding
 log = logging.getLogger("magihuman")
 
 TEXT_BUCKET = 64  # text is padded to a multiple of this
+UNCAPTURED = 16  # sizes of which the rewritten graph is kept where none is captured
 
 
 class Size(NamedTuple):
@@ -71,6 +76,8 @@ class CompiledForward:
         fp8_attention: bool = False,
         budget_bytes: int | None = None,
         capturing: AbstractContextManager[Any] | None = None,
+        replays: bool = True,
+        before_layer: Callable[[int], None] | None = None,
         debug: bool = False,
         rank: int = 0,
         ranks: int = 1,
@@ -80,9 +87,12 @@ class CompiledForward:
         fp8_attention: in the layers whose projection to q, k and v is quantised.
         budget_bytes: of all captured graphs; by default a quarter of the memory free now. One graph
         is kept even where it passes the budget alone. capturing: entered while a size is timed and
-        captured, when nothing else may run on the device. debug: check before every replay that no
-        tensor has moved, and keep what was captured for `recorded`. rank: of this process among
-        `ranks` that share each sequence, the default group of torch.distributed.
+        captured, when nothing else may run on the device. replays: False launches kernels one by
+        one, and nothing is captured. before_layer: called, where nothing is captured, with the
+        number of each layer before it is launched, and with their number behind the last. debug:
+        check before every replay that no tensor has moved, and keep what was captured for
+        `recorded`. rank: of this process among `ranks` that share each sequence, the default group
+        of torch.distributed; where nothing is captured there is one.
         """
         pad_weights(model, config)
         self._model, self._config = model, config
@@ -90,6 +100,9 @@ class CompiledForward:
         self._fp8_attention, self._debug = fp8_attention, debug
         self._rank, self._ranks = rank, ranks
         self._captures = Captures[Size, _Captured](device, budget_bytes, capturing)
+        self._replays, self._before_layer = replays, before_layer
+        self._capturing = capturing or nullcontext()
+        self._uncaptured: dict[Size, tuple[fx.GraphModule, Report]] = {}
 
     def __call__(
         self,
@@ -105,6 +118,8 @@ class CompiledForward:
             torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
             MovedError: in debug, a weight, input or output is not where it was when captured.
         """
+        if not self._replays:
+            return self._launch(video, audio, text, rope, local)
         captured = self.prepare(video.shape[0], audio.shape[0], text.shape[0], local)
         if self._debug:
             check_addresses(captured.addresses, self._tensors(captured.inputs, captured.outputs))
@@ -123,7 +138,7 @@ class CompiledForward:
         self, video: int, audio: int, text: int, local: LocalAttention | None = None
     ) -> _Captured:
         """The graph for so many tokens of each modality, made now if need be."""
-        size = Size(self.sharding(video, audio, text).counts, local)
+        size = self._size(video, audio, text, local)
         if size not in self._captures.kept:
             context = self._context(size, torch.device("meta"))
             own_bytes = sum(tensor.nbytes for tensor in example_inputs(context).values())
@@ -136,6 +151,11 @@ class CompiledForward:
             )
         return self._captures.use(size)
 
+    def _size(
+        self, video: int, audio: int, text: int, local: LocalAttention | None = None
+    ) -> Size:
+        return Size(self.sharding(video, audio, text).counts, local)
+
     def sharding(self, video: int, audio: int, text: int) -> Sharding:
         """How so many tokens of each modality are padded and shared."""
         padded = (video, audio, -(-text // TEXT_BUCKET) * TEXT_BUCKET)
@@ -143,6 +163,8 @@ class CompiledForward:
 
     def reports(self) -> dict[Size, Report]:
         """What compiling did, for each shape kept."""
+        if not self._replays:
+            return {size: report for size, (_, report) in self._uncaptured.items()}
         return {size: captured.report for size, captured in self._captures.kept.items()}
 
     def recorded(self, video: int, audio: int, text: int) -> Recorded:
@@ -155,10 +177,40 @@ class CompiledForward:
         """Give every graph up; sizes are captured again when they are asked for."""
         self._captures.release()
 
-    def _capture(self, size: Size) -> _Captured:
-        captures, context = self._captures, self._context(size, self._device)
-        stream = captures.stream
-        module, report = compile_forward(
+    def _launch(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        local: LocalAttention | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The rewritten graph without capturing it: its activations are freed as it goes."""
+        size = self._size(video.shape[0], audio.shape[0], text.shape[0], local)
+        if size not in self._uncaptured:
+            with self._capturing:  # kernels and linears are timed
+                module, report = self._compile(size)
+            if self._before_layer is not None:
+                call_before_layers(module, self._config.num_layers, self._before_layer)
+            while len(self._uncaptured) >= UNCAPTURED:
+                del self._uncaptured[next(iter(self._uncaptured))]
+            self._uncaptured[size] = module, report
+        module, _ = self._uncaptured[size]
+        padding = (0, 0, 0, size.counts[2] - text.shape[0])
+        length = torch.tensor(rope.shape[0], dtype=torch.int32, device=self._device)
+        with torch.inference_mode():
+            v_video, v_audio = module(
+                video.contiguous(),
+                audio.contiguous(),
+                F.pad(text, padding),
+                F.pad(rope, padding),
+                length,
+            )
+        return v_video, v_audio
+
+    def _compile(self, size: Size) -> tuple[fx.GraphModule, Report]:
+        context = self._context(size, self._device)
+        return compile_forward(
             self._model,
             self._config,
             context.counts,
@@ -168,6 +220,11 @@ class CompiledForward:
             local=size.local,
             sharding=context.sharding,
         )
+
+    def _capture(self, size: Size) -> _Captured:
+        captures, context = self._captures, self._context(size, self._device)
+        stream = captures.stream
+        module, report = self._compile(size)
         start = time.perf_counter()
         inputs = {name: torch.zeros_like(t) for name, t in example_inputs(context).items()}
         inputs["length"].fill_(sum(context.attended))

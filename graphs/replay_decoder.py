@@ -29,6 +29,7 @@ Call = tuple[Sequence[int], bool, int, int]  # a decoder's arguments, the shape 
 SMALL = 512
 STRIDE = 16  # pixels of a latent's side
 COLORS = 3
+UNCAPTURED = 8  # sizes of which the graph is kept where none is captured
 ROOM = 1.03  # of the memory that a graph's tensors take, since they leave gaps
 
 
@@ -76,6 +77,7 @@ class CompiledDecoder:
         batch: int = 3,
         budget_bytes: int | None = None,
         capturing: AbstractContextManager[Any] | None = None,
+        replays: bool = True,
     ) -> None:
         """Decoder: in bf16 on the GPU; its weights are copied in another layout.
 
@@ -89,8 +91,10 @@ class CompiledDecoder:
                 graph is kept even where it passes the budget alone.
             capturing: entered while a size is captured, when nothing but the sound of the same
                 clip may run on the device.
+            replays: False launches kernels one by one, and nothing is captured: activations are
+                freed as it goes, and windows are decoded one at a time.
         """
-        self._batch = batch
+        self._batch, self._replays = batch if replays else 1, replays
         self._device = next(decoder.parameters()).device
         self._dtype = dtype
         self._modules: dict[bool, fx.GraphModule] = {}
@@ -100,26 +104,47 @@ class CompiledDecoder:
             self._modules[is_first], self.reports[is_first] = module, report
         _share_buffers(self._modules[True], self._modules[False])
         self._captures = Captures[Size, _Captured](self._device, budget_bytes, capturing)
+        self._uncaptured: dict[Size, tuple[fx.GraphModule, int]] = {}  # and bytes of its tensors
 
     def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor:
         """Decode a batch of windows of one kind.
 
         latents: [B, 48, T, H, W], of any strides; skip, kept: frames of each window that are not
-        wanted at its start, and wanted after that. Returns [B, kept, 16 H, 16 W, 3], overwritten by
-        the next call of the same size.
+        wanted at its start, and wanted after that. Returns [B, kept, 16 H, 16 W, 3], which the next
+        call of the same size may overwrite.
 
         Raises:
             torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
         """
-        captured = self._prepare(_size(latents.shape, is_first, skip, kept))
+        size = _size(latents.shape, is_first, skip, kept)
+        if not self._replays:
+            return self._launch(latents, size)
+        captured = self._prepare(size)
         captured.latents.copy_(latents)
         captured.graph.replay()
         return captured.pixels
+
+    def _launch(self, latents: Tensor, size: Size) -> Tensor:
+        """The rewritten graph without capturing it."""
+        if size not in self._uncaptured:
+            module = trim(self._modules[size.is_first], size.frames, size.skip, size.kept)
+            while len(self._uncaptured) >= UNCAPTURED:
+                del self._uncaptured[next(iter(self._uncaptured))]
+            self._uncaptured[size] = module, int(ROOM * peak_bytes(module, latents))
+        module, room = self._uncaptured[size]
+        weight: Tensor = module.get_buffer("conv_in.conv.weight")
+        with torch.inference_mode():
+            reserve(room, self._device)
+            x = latents.to(weight.dtype, memory_format=torch.channels_last_3d)
+            (pixels,) = module(x)
+        return pixels
 
     def prepare(self, calls: Iterable[Call]) -> None:
         """Capture what these calls need now, the largest first: a smaller one fits into the blocks
         of memory of a larger one, not the other way round.
         """
+        if not self._replays:
+            return
         sizes = {_size(*call) for call in calls}
         for size in sorted(sizes, key=lambda size: (size.latents, size.kept), reverse=True):
             self._prepare(size)

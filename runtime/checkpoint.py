@@ -156,11 +156,13 @@ def load_dit(
     linear_dtype: torch.dtype,
     on_read: OnRead = lambda done, total: None,
     quantized: Collection[str] = (),
+    rest: torch.device | None = None,
 ) -> DiT:
     """A DiT on the device. Shards are mapped one at a time and copied tensor by tensor.
 
     Block linears are converted to `linear_dtype`, and those in `quantized` from there to fp8 before
-    the next tensor is read; everything else is fp32, whatever is on disk.
+    the next tensor is read; everything else is fp32, whatever is on disk. rest: where the weights
+    are to be, if not on the device, which then only quantises.
     """
     with torch.device("meta"):
         model = DiT(dit_config(folder, variant), linear_dtype)
@@ -170,17 +172,17 @@ def load_dit(
     fp8 = {f"{name}.weight": model.get_submodule(name) for name in quantized}
     for linear in fp8.values():
         del linear.weight  # no room is made for what is never held
-    model = model.to_empty(device=device)
+    model = model.to_empty(device=rest or device)
     targets = model.state_dict()
     total, done = sum(info.size_bytes for info in found.values()), 0
     for file in sorted({info.file for info in found.values()}):
         with open_shard(file) as shard:
             for key in shard.keys():  # noqa: SIM118
-                value = shard.get_tensor(key).to(device)
+                value = shard.get_tensor(key)
                 if key in fp8:
-                    quantize_linear(fp8[key], value.to(linear_dtype))
+                    quantize_linear(fp8[key], value.to(device).to(linear_dtype), rest)
                 else:
-                    targets[key].copy_(value)
+                    targets[key].copy_(value if rest is not None else value.to(device))
                 done += found[key].size_bytes
                 on_read(done, total)
     return frozen(model)
@@ -208,6 +210,12 @@ def turbo_vae_files(folder: Path) -> tuple[Path, Path]:
     return _one(folder, TURBO_VAE_CONFIG, "*.json"), _one(folder, TURBO_VAE_WEIGHTS, "*.ckpt")
 
 
+def turbo_vae_config(folder: Path) -> TurboVAEConfig:
+    """Sizes of the decoder."""
+    path, _ = turbo_vae_files(folder)
+    return TurboVAEConfig.from_dict(read_json(path), str(path))
+
+
 def load_turbo_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> TurboVAE:
     """The decoder from its JSON and its training checkpoint.
 
@@ -215,8 +223,7 @@ def load_turbo_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Tu
     `aligned_feature_projection_heads` among it, belongs to training. Latent statistics are Wan
     2.2's, not the checkpoint's.
     """
-    config_path, weights_path = turbo_vae_files(folder)
-    config = TurboVAEConfig.from_dict(read_json(config_path), str(config_path))
+    config, (_, weights_path) = turbo_vae_config(folder), turbo_vae_files(folder)
     state = load_pickle(weights_path).get("ema_state_dict")
     if not isinstance(state, dict):
         raise CheckpointError(f"{weights_path} must hold an ema_state_dict")

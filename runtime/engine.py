@@ -25,6 +25,7 @@ from magihuman.runtime.errors import (
 from magihuman.runtime.failures import Failures, is_out_of_memory
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import Mp4Writer, check_output
+from magihuman.runtime.memory_plan import MemoryPlan
 from magihuman.runtime.queueing import Limits, Line, Station, Ticket
 from magihuman.runtime.request import (
     ProgressCallback,
@@ -69,6 +70,7 @@ class Engine:
         vae: how frames are decoded, "fast", "plain" or "tensorrt".
         rank: of this process among those of `context_parallel`; only rank 0 takes requests.
         hooks: that are told of requests and stages.
+        memory_plan: what is on the GPU in each stage, and what rests in host memory; None on a CPU.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class Engine:
         queue_limit: int,
         hooks: Sequence[Hooks],
         team: Team | None = None,
+        memory_plan: MemoryPlan | None = None,
     ) -> None:
+        self.memory_plan = memory_plan
         self.variant = variant.name
         self.sr = sr
         self.precision = precision
@@ -393,6 +397,8 @@ class Engine:
 
     def _encode_beside(self, run: Run, prepared: Prepared) -> Encoded | None:
         """While another request denoises; None where there is no memory to."""
+        if run.parts.residency.moves:  # the plan has stages one after another
+            return None
         if self.device.type == "cuda":
             with run.encoders():
                 if memory.free_bytes(self.device) < FREE_TO_ENCODE_BYTES:

@@ -98,6 +98,11 @@ class ImageVAE:
     def __init__(self, vae: Any) -> None:
         self._vae = vae
 
+    @property
+    def model(self) -> Any:
+        """The module that holds the weights."""
+        return self._vae
+
     @torch.inference_mode()
     def encode(self, image: Image.Image, width_px: int, height_px: int) -> Tensor:
         """Normalised latent at this size, fp32 [1, 48, 1, H / 16, W / 16]; the mean, unsampled."""

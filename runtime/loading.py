@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize_model
-from magihuman.graphs.support import why_not_decode
+from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.runtime import checkpoint, config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import VideoDecoder
@@ -29,26 +29,34 @@ from magihuman.runtime.errors import (
 )
 from magihuman.runtime.exported import is_exported
 from magihuman.runtime.hooks import Hooks
-from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae
+from magihuman.runtime.image import WEIGHTS_NAME, ImageVAE, load_image_vae
+from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT, MemoryPlan, Part
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
+from magihuman.runtime.placing import (
+    Placer,
+    check_host,
+    check_limit,
+    folder_parts,
+    limit_of,
+    plan_memory,
+    synthetic_parts,
+)
 from magihuman.runtime.run import Components
 from magihuman.runtime.team import PeerFailed, Team
 from magihuman.runtime.tensorrt import load_engines
-from magihuman.runtime.text import load_text_encoder
+from magihuman.runtime.text import TextEncoder, load_text_encoder
 from magihuman.runtime.transformer import (
     FP8_ATTENTION,
     FP8_PRECISIONS,
     Held,
     Wanted,
-    check_fit,
-    folder_bytes,
     plan,
 )
 
 log = logging.getLogger("magihuman")
-Part = TypeVar("Part")
+Made = TypeVar("Made")
 
 TURBO_FOLDER = "turbo_vae"
 TEXT_FOLDER = "t5gemma-9b-9b-ul2"
@@ -100,6 +108,7 @@ def load(
     text_encoder: PathLike | None = None,
     audio_vae: PathLike | None = None,
     image_vae: PathLike | None = None,
+    memory_limit_gb: float | None = None,
     on_load: OnLoad | None = None,
     queue_limit: int = 64,
     hooks: Sequence[Hooks] = (),
@@ -133,6 +142,10 @@ def load(
         turbo_vae, text_encoder, audio_vae, image_vae: paths of components that lie elsewhere than
             in `model`; for the last three also hub ids. Without an image encoder, requests with an
             image are refused.
+        memory_limit_gb: GiB of the GPU's memory to stay below, loading included, with clips of the
+            default sizes; by default what is free. What has no room rests in pinned host memory and
+            comes for its stage, whole or layer by layer; `Engine.memory_plan` tells. Where
+            everything has room nothing moves.
         on_load: called with (component, bytes done, bytes in all) while weights are read.
         queue_limit: requests that may wait for the one that runs; one more raises `QueueFull`.
         hooks: told of every request and stage, see `hooks.py`.
@@ -145,7 +158,8 @@ def load(
     Raises:
         InvalidRequestError: an argument is not one of those above.
         CheckpointError: a file is missing, damaged, or does not fit.
-        DeviceError: the device is not there, or too small for the weights.
+        DeviceError: the device is not there, or there is no way to run in its memory, or in the
+            limit; nothing large has been read then.
     """
     given = {name: value for name, value in locals().items() if name not in OF_RANK_0}
     is_synthetic = isinstance(model, random_weights.Synthetic)
@@ -179,7 +193,9 @@ def load(
         raise InvalidRequestError(
             f"variant must be {default!r}, as the synthetic model's, got {name!r}"
         )
+    check_limit(memory_limit_gb)
     target = pick_device(device)
+    limit_bytes = limit_of(memory_limit_gb, target)
     chosen = config.VARIANTS[name]
     upscaler = config.VARIANTS[f"{sr}_sr"] if sr else None
     # The published pipeline runs the image autoencoders in bf16; on the CPU fp32 is both exact and
@@ -202,7 +218,11 @@ def load(
         if isinstance(model, random_weights.Synthetic):
             base = plan(chosen, None, wanted)
             upscale = None if upscaler is None else plan(upscaler, None, wanted)
-            parts = _build_synthetic(model, base, upscale, target, vae_dtype, report)
+            placer = Placer(
+                _planned(lambda: synthetic_parts(vae_dtype), base, upscale, limit_bytes, wanted),
+                target,
+            )
+            parts = _build_synthetic(model, base, upscale, placer, vae_dtype, report)
         else:
             overrides = {
                 chosen.name: transformer,
@@ -216,9 +236,28 @@ def load(
             paths = find(model, chosen, upscaler, overrides, revision)
             base = plan(chosen, paths.dit, wanted)
             upscale = None if upscaler is None else plan(upscaler, paths.sr, wanted)
-            check_fit(base, upscale, folder_bytes(paths.text_encoder) // 2, target)
+            for held in filter(None, (base, upscale)):
+                held.scan()
             engines = Path(model) / TURBO_FOLDER if vae == "tensorrt" else None
-            parts = _read(paths, base, upscale, target, vae_dtype, engines, report)
+            width, is_engine = vae_dtype.itemsize, engines is not None
+            placer = Placer(
+                _planned(
+                    lambda: folder_parts(
+                        paths.turbo_vae,
+                        paths.text_encoder,
+                        paths.audio_vae,
+                        paths.image_vae,
+                        width,
+                        is_engine,
+                    ),
+                    base,
+                    upscale,
+                    limit_bytes,
+                    wanted,
+                ),
+                target,
+            )
+            parts = _read(paths, base, upscale, placer, vae_dtype, engines, report)
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceError(
@@ -230,19 +269,25 @@ def load(
             f" {parts.dit.config.text_channels}, got {parts.text_encoder.channels}; they belong"
             " to different models"
         )
+    parts.residency = placer.residency
     if compile:
-        parts.forward = compiled(parts.dit, base, target, debug, parts, team)
+        parts.forward = compiled(parts.dit, base, placer, BASE, debug, parts, team)
         if parts.sr_dit is not None and upscale is not None:
-            parts.sr_forward = compiled(parts.sr_dit, upscale, target, debug, parts, team)
+            parts.sr_forward = compiled(parts.sr_dit, upscale, placer, SR, debug, parts, team)
     if vae != "plain" and reason is None and isinstance(parts.turbo_vae, TurboVAE):
         from magihuman.graphs.replay_decoder import CompiledDecoder
 
         decoder = CompiledDecoder(
-            parts.turbo_vae.decoder, parts.turbo_vae.config, capturing=parts.encoding
+            parts.turbo_vae.decoder,
+            parts.turbo_vae.config,
+            capturing=parts.encoding,
+            replays=placer.replays,
         )
         parts.decoder = decoder
         parts.captured.append(decoder)
-    return Engine(parts, chosen, sr, base.precision, target, queue_limit, hooks, team)
+    return Engine(
+        parts, chosen, sr, base.precision, target, queue_limit, hooks, team, placer.plan
+    )
 
 
 def _check_context_parallel(ranks: object, vae: str | None) -> None:
@@ -299,20 +344,39 @@ def follow(team: Team, given: dict[str, Any]) -> None:
         engine.follow()
 
 
+def _planned(
+    others: Callable[[], list[Part]],
+    base: Held,
+    sr: Held | None,
+    limit_bytes: int | None,
+    wanted: Wanted,
+) -> MemoryPlan | None:
+    """Where weights will be; None on a CPU."""
+    if limit_bytes is None:
+        return None
+    reason = why_not(base.config, base.linear, wanted.device)
+    is_compiled = wanted.compile and reason is None
+    made = plan_memory(others(), base, sr, limit_bytes, is_compiled=is_compiled)
+    check_host(made)
+    if made.streamed:
+        log.info("resting in host memory between stages: %s", ", ".join(made.streamed))
+    return made
+
+
 def compiled(
     model: DiT,
     held: Held,
-    device: torch.device,
+    placer: Placer,
+    name: str,
     debug: bool,
     parts: Components,
     team: Team | None = None,
 ) -> Forward | None:
     """The compiled forward of a transformer, or None, with one log line, where there is none.
 
-    parts: that it will be one of.
+    parts: that it will be one of, under a name in the memory plan.
     """
-    from magihuman.graphs.support import why_not
-
+    device = placer.device
     reason = why_not(model.config, held.linear, device)
     if reason is not None:
         log.info("running the plain transformer: %s", reason)
@@ -326,6 +390,8 @@ def compiled(
         device,
         fp8_attention=held.precision == FP8_ATTENTION,
         capturing=parts.encoding,
+        replays=placer.replays and not placer.moves(name),
+        before_layer=placer.before_layer(name),
         debug=debug,
         rank=0 if team is None else team.rank,
         ranks=1 if team is None else team.ranks,
@@ -441,11 +507,13 @@ def _read(
     paths: Paths,
     base: Held,
     sr: Held | None,
-    device: torch.device,
+    placer: Placer,
     vae_dtype: torch.dtype,
     engines_of: Path | None,
     report: _Reporter,
 ) -> Components:
+    device = placer.device
+
     def turbo_vae() -> VideoDecoder:
         if engines_of is not None:
             return load_engines(paths.turbo_vae, engines_of, device)
@@ -456,27 +524,46 @@ def _read(
             )
         return checkpoint.load_turbo_vae(paths.turbo_vae, device, vae_dtype)
 
-    def dit(held: Held) -> DiT:
-        name = held.variant.name
-        return report.timed(name, lambda: held.read(device, report.reader(name)))
+    def dit(held: Held, name: str) -> DiT:
+        reader = report.reader(held.variant.name)
+        rest = placer.rest(name) if placer.moves(name) else None
+        made = held.read(device, reader, rest)
+        return _placed_dit(placer, name, made)
+
+    def audio_vae() -> AudioVAE:
+        made = AudioVAE(checkpoint.load_audio_vae(paths.audio_vae, placer.rest(AUDIO)))
+        placer.place(AUDIO, made.model)
+        return made
+
+    def image_vae() -> ImageVAE:
+        made = load_image_vae(_present(paths.image_vae), placer.rest(IMAGE), vae_dtype)
+        placer.place(IMAGE, made.model)
+        return made
+
+    def text_encoder() -> TextEncoder:
+        made = load_text_encoder(paths.text_encoder, placer.rest(TEXT), torch.bfloat16)
+        placer.place(TEXT, made.model, made.model.encoder.layers, made.model.encoder)
+        return made
 
     # Cheap components first, so that a damaged one is known before tens of gigabytes are read.
     return Components(
         turbo_vae=report.timed(TURBO_FOLDER, turbo_vae),
-        audio_vae=report.timed(
-            AUDIO_FOLDER, lambda: AudioVAE(checkpoint.load_audio_vae(paths.audio_vae, device))
-        ),
-        image_vae=None
-        if paths.image_vae is None
-        else report.timed(
-            IMAGE_FOLDER, lambda: load_image_vae(_present(paths.image_vae), device, vae_dtype)
-        ),
-        text_encoder=report.timed(
-            TEXT_FOLDER, lambda: load_text_encoder(paths.text_encoder, device, torch.bfloat16)
-        ),
-        dit=dit(base),
-        sr_dit=None if sr is None else dit(sr),
+        audio_vae=report.timed(AUDIO_FOLDER, audio_vae),
+        image_vae=None if paths.image_vae is None else report.timed(IMAGE_FOLDER, image_vae),
+        text_encoder=report.timed(TEXT_FOLDER, text_encoder),
+        dit=report.timed(base.variant.name, lambda: dit(base, BASE)),
+        sr_dit=None if sr is None else report.timed(sr.variant.name, lambda: dit(sr, SR)),
     )
+
+
+def _placed_dit(placer: Placer, name: str, model: DiT) -> DiT:
+    """Laid out as kernels want it before it comes to rest, since it is not moved after that."""
+    if placer.moves(name):
+        from magihuman.graphs.compile import pad_weights
+
+        pad_weights(model, model.config)
+        placer.place(name, model, list(model.block.layers), model.block)
+    return model
 
 
 def _present(path: Path | None) -> Path:
@@ -488,36 +575,54 @@ def _build_synthetic(
     model: random_weights.Synthetic,
     base: Held,
     sr: Held | None,
-    device: torch.device,
+    placer: Placer,
     vae_dtype: torch.dtype,
     report: _Reporter,
 ) -> Components:
-    seed = model.seed
+    seed, device = model.seed, placer.device
 
-    def build(held: Held) -> DiT:
+    def dit(held: Held, name: str) -> DiT:
+        if placer.moves(name):
+            made = random_weights.resting_dit(
+                held.config,
+                seed,
+                device,
+                held.linear,
+                held.variant.name,
+                held.quantized,
+                placer.rest(name),
+            )
+            return _placed_dit(placer, name, made)
         made = random_weights.full_dit(held.variant, seed, device, held.linear)
         quantize_model(made, held.quantized)
         return made
 
-    def dit(held: Held) -> DiT:
-        return report.timed(held.variant.name, lambda: build(held))
+    # Made on the device, whatever rests elsewhere afterwards: a CPU would take minutes.
+    def audio_vae() -> AudioVAE:
+        made = AudioVAE(random_weights.audio_vae(OobleckConfig(), seed, device))
+        placer.place(AUDIO, made.model)
+        return made
+
+    def image_vae() -> ImageVAE:
+        made = random_weights.image_vae(seed, device, vae_dtype)
+        placer.place(IMAGE, made.model)
+        return made
+
+    def text_encoder() -> TextEncoder:
+        made = random_weights.text_encoder(seed, device, torch.bfloat16)
+        placer.place(TEXT, made.model, made.model.encoder.layers, made.model.encoder)
+        return made
 
     return Components(
         turbo_vae=report.timed(
             TURBO_FOLDER,
             lambda: random_weights.turbo_vae(config.TurboVAEConfig(), seed, device, vae_dtype),
         ),
-        audio_vae=report.timed(
-            AUDIO_FOLDER, lambda: AudioVAE(random_weights.audio_vae(OobleckConfig(), seed, device))
-        ),
-        image_vae=report.timed(
-            IMAGE_FOLDER, lambda: random_weights.image_vae(seed, device, vae_dtype)
-        ),
-        text_encoder=report.timed(
-            TEXT_FOLDER, lambda: random_weights.text_encoder(seed, device, torch.bfloat16)
-        ),
-        dit=dit(base),
-        sr_dit=None if sr is None else dit(sr),
+        audio_vae=report.timed(AUDIO_FOLDER, audio_vae),
+        image_vae=report.timed(IMAGE_FOLDER, image_vae),
+        text_encoder=report.timed(TEXT_FOLDER, text_encoder),
+        dit=report.timed(base.variant.name, lambda: dit(base, BASE)),
+        sr_dit=None if sr is None else report.timed(sr.variant.name, lambda: dit(sr, SR)),
     )
 
 
@@ -533,7 +638,7 @@ class _Reporter:
     def __init__(self, on_load: OnLoad | None) -> None:
         self._on_load: OnLoad = on_load or (lambda component, done, of: None)
 
-    def timed(self, name: str, build: Callable[[], Part]) -> Part:
+    def timed(self, name: str, build: Callable[[], Made]) -> Made:
         self._on_load(name, 0, 0)
         start = time.perf_counter()
         part = build()

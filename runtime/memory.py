@@ -12,10 +12,18 @@ from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.request import MIN_SECONDS, Request
 from magihuman.runtime.tokens import Layout
 
-# Both from peaks on an H100 at full size, rounded up: 6.5 GiB for 14762 tokens of the transformer,
-# for each of them and each row of its widest linear; 6.9 GiB for decoding frames of 896x512.
+# From peaks on an H100 at full size, rounded up: 6.5 GiB for 14762 tokens of the transformer, for
+# each of them and each row of its widest linear; 7.6 GiB for decoding frames of 896x512, 34.6 GiB
+# for those of 1920x1088, and 4.5 and 19.7 GiB by the compiled decoder.
 BYTES_PER_TOKEN_ROW = 18
-BYTES_PER_PIXEL = 16 * 2**10
+BYTES_PER_PIXEL = 35 * 2**9
+BYTES_PER_PIXEL_COMPILED = 10 * 2**10
+# Estimates from the shapes: of an image's encoder at its widest; of the sound's decoder, whose last
+# blocks hold 128 channels of 51,200 samples a second in fp32, about eight times over; of the text
+# encoder over the longest prompt.
+BYTES_PER_IMAGE_PIXEL = 4 * 2**10
+BYTES_PER_SECOND_OF_SOUND = 51200 * 128 * 4 * 8
+TEXT_BYTES = 2**29
 SMALLER = tuple(step / 10 for step in range(9, 0, -1))
 
 
@@ -28,8 +36,17 @@ def working_bytes(request: Request, variant: config.Variant, sr: str | None, row
     tokens = max(
         Layout(plan.frames, *side, plan.audio, config.MAX_TEXT_TOKENS).tokens for side in sides
     )
-    width, height = plan.size_px
-    return max(tokens * rows * BYTES_PER_TOKEN_ROW, width * height * BYTES_PER_PIXEL)
+    return max(denoising_bytes(tokens, rows), decoding_bytes(*plan.size_px))
+
+
+def denoising_bytes(tokens: int, rows: int) -> int:
+    """Of a forward of the transformer. rows: as above."""
+    return tokens * rows * BYTES_PER_TOKEN_ROW
+
+
+def decoding_bytes(width: int, height: int, is_compiled: bool = False) -> int:
+    """Of one window of frames, in pixels."""
+    return width * height * (BYTES_PER_PIXEL_COMPILED if is_compiled else BYTES_PER_PIXEL)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,17 +8,19 @@ activations finite through all layers. What comes out of such a model is noise.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from magihuman.graphs.precision import quantize_linear
 from magihuman.runtime.checkpoint import frozen
 from magihuman.runtime.config import VARIANTS, DiTConfig, TurboVAEConfig, Variant
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.image import ImageVAE, wan_vae
-from magihuman.runtime.model.dit import DiT, Norm
+from magihuman.runtime.model.dit import DiT, Norm, Rope
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, Snake
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.quiet import quiet_diffusers
@@ -27,6 +29,7 @@ from magihuman.runtime.text import TextEncoder
 Module = TypeVar("Module", bound=nn.Module)
 
 WAN_BASE_DIM = 160  # width of the published image encoder
+CPU = torch.device("cpu")
 AUDIO_GAIN = 0.55  # snake adds up to 1 to every channel; keeps the waveform within about [-1, 1]
 
 
@@ -44,15 +47,25 @@ class Synthetic:
 
 def randomize(module: Module, seed: int, name: str = "") -> Module:
     """Fill every parameter in place: by fan-in, norms near their neutral value."""
-    owners = {id(p): owner for owner in module.modules() for p in owner.parameters(recurse=False)}
-    depth = max(1, sum(isinstance(owner, Norm) for owner in owners.values()) // 4)
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            generator = torch.Generator(parameter.device)
-            generator.manual_seed(zlib.crc32(f"{seed}:{name}:{key}".encode()))
-            scale, centre = _distribution(key, parameter, owners[id(parameter)], depth)
-            parameter.normal_(0.0, scale, generator=generator).add_(centre)
+    depth = _depth(module)
+    for key, parameter in module.named_parameters():
+        owner = module.get_submodule(key.rpartition(".")[0])
+        _fill(parameter, key, owner, depth, f"{seed}:{name}")
     return frozen(module)
+
+
+def _depth(module: nn.Module) -> int:
+    """Layers of a DiT, else 1: by its norms."""
+    return max(1, sum(isinstance(owner, Norm) for owner in module.modules()) // 4)
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, key: str, owner: nn.Module, depth: int, seed: str) -> None:
+    """Draw one tensor, of a generator of its own."""
+    generator = torch.Generator(parameter.device)
+    generator.manual_seed(zlib.crc32(f"{seed}:{key}".encode()))
+    scale, centre = _distribution(key, parameter, owner, depth)
+    parameter.normal_(0.0, scale, generator=generator).add_(centre)
 
 
 def _distribution(key: str, parameter: Tensor, owner: nn.Module, depth: int) -> tuple[float, float]:
@@ -82,6 +95,33 @@ def dit(
         return randomize(DiT(config, linear_dtype), seed, name)
 
 
+def resting_dit(
+    config: DiTConfig,
+    seed: int,
+    device: torch.device,
+    linear_dtype: torch.dtype,
+    name: str,
+    quantized: Collection[str] = (),
+    rest: torch.device = CPU,
+) -> DiT:
+    """As `dit`, with some linears in fp8, made tensor by tensor on a device and held elsewhere."""
+    with torch.device("meta"):
+        model = DiT(config, linear_dtype)
+    with torch.device(rest):
+        model.adapter.rope = Rope(config.rope_bands)
+    depth = _depth(model)
+    for key, parameter in list(model.named_parameters()):
+        path, _, last = key.rpartition(".")
+        owner = model.get_submodule(path)
+        value = torch.empty_like(parameter, device=device)
+        _fill(value, key, owner, depth, f"{seed}:{name}")
+        if path in quantized:
+            quantize_linear(owner, value, rest)
+        else:
+            setattr(owner, last, nn.Parameter(value.to(rest), requires_grad=False))
+    return frozen(model)
+
+
 def full_dit(variant: Variant, seed: int, device: torch.device, linear_dtype: torch.dtype) -> DiT:
     """A DiT of the published size."""
     return dit(variant.architecture(DiTConfig()), seed, device, linear_dtype, variant.name)
@@ -101,16 +141,37 @@ def audio_vae(config: OobleckConfig, seed: int, device: torch.device) -> Oobleck
         return randomize(Oobleck(config), seed, "audio_vae")
 
 
-def image_vae(seed: int, device: torch.device, dtype: torch.dtype) -> ImageVAE:
-    """A Wan VAE encoder of the published size."""
+def image_model() -> Any:
+    """A Wan VAE encoder of the published size, its weights as its constructor leaves them."""
     vae = wan_vae(WAN_BASE_DIM)
     del vae.decoder, vae.post_quant_conv
+    return vae
+
+
+def image_vae(seed: int, device: torch.device, dtype: torch.dtype) -> ImageVAE:
+    """A Wan VAE encoder of the published size."""
+    vae = image_model()
     with quiet_diffusers():
         return ImageVAE(randomize(vae.to(device), seed, "image_vae").to(dtype))
 
 
 def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte."""
+    before = torch.get_default_dtype()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                model = text_model()
+        finally:
+            torch.set_default_dtype(before)
+    return TextEncoder(byte_tokenizer(), frozen(model.to(dtype)))
+
+
+def text_model() -> Any:
+    """The encoder alone, on the default device and in the default dtype."""
     from transformers import T5GemmaConfig, T5GemmaEncoderModel
 
     sizes = {
@@ -122,17 +183,7 @@ def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEnc
         "head_dim": 256,
     }
     config = T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), is_encoder_decoder=False)
-    before = torch.get_default_dtype()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        try:
-            torch.set_default_dtype(dtype)
-            with torch.device(device):
-                model = T5GemmaEncoderModel(config)
-        finally:
-            torch.set_default_dtype(before)
-    return TextEncoder(byte_tokenizer(), frozen(model.to(dtype)))
+    return T5GemmaEncoderModel(config)
 
 
 def byte_tokenizer() -> Any:

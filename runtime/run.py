@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,7 +21,9 @@ from magihuman.runtime.decode import Decoder, Frames, Spread, VideoDecoder, deco
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.image import ImageVAE, open_image
 from magihuman.runtime.media import Mp4Writer
+from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.offload import Residency
 from magihuman.runtime.queueing import Limits
 from magihuman.runtime.request import Plan, Progress, ProgressCallback, Request
 from magihuman.runtime.tensorrt import TensorRTVAE
@@ -56,6 +58,7 @@ class Components:
     decoder: Decoder | None = None  # compiled, in place of the Turbo VAE's own
     spread: Spread | None = None  # decodes on several devices, in place of both
     captured: list[Captured] = field(default_factory=list)  # those of the last three that are there
+    residency: Residency = field(default_factory=Residency)  # which of them are brought for a stage
     # Held while anything is encoded, and while a graph is captured: kernels are timed then, and
     # the encoders keep state.
     encoding: threading.Lock = field(default_factory=threading.Lock)
@@ -146,24 +149,25 @@ class Run:
         plan, parts = prepared.plan, self.parts
         with self.encoders(), self.on_stream(parts.encode_stream):
             self.generator.manual_seed(self.request.seed)  # encoding may be done a second time
-            with self.stage("text"):
+            with self.stage("text", TEXT):
                 text = parts.text_encoder.encode(prepared.ids)
                 null_text = None
                 if plan.guidance is not None or plan.sr_guidance is not None:
                     null_ids, _ = parts.text_encoder.tokenize(self.request.negative_prompt)
                     null_text = parts.text_encoder.encode(null_ids)
-            with self.stage("audio"):
+            with self.stage("audio", *(() if prepared.samples is None else (AUDIO,))):
                 if prepared.samples is None:
                     audio = self.draw(1, plan.audio, config.AUDIO_CHANNELS)
                 else:
                     audio = parts.audio_vae.encode(prepared.samples, self.noise)
                     plan = plan.with_audio(audio.shape[1])
                 video = self.draw(1, config.LATENT_CHANNELS, plan.frames, plan.rows, plan.columns)
-            with self.stage("image"):
+            pictured = () if prepared.image is None else (IMAGE,)
+            with self.stage("image", *pictured):
                 image = self.encode_image(prepared.image, plan.rows, plan.columns)
             sr_image = None
             if plan.sr_rows is not None and plan.sr_columns is not None:
-                with self.stage("image_sr"):
+                with self.stage("image_sr", *pictured):
                     sr_image = self.encode_image(prepared.image, plan.sr_rows, plan.sr_columns)
         return Encoded(plan, text, null_text, audio, video, image, sr_image)
 
@@ -174,10 +178,10 @@ class Run:
             for tensor in given.tensors():  # made on another stream
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         texts = given.text, given.null_text
-        with self.stage("denoise"):
+        with self.stage("denoise", BASE):
             video, audio = self.run_base(given.plan, *texts, given.video, given.audio, given.image)
         if self.sr is not None:
-            with self.stage("super_resolve"):
+            with self.stage("super_resolve", SR):
                 video = self.run_sr(given.plan, *texts, video, audio, given.sr_image)
         return video, audio
 
@@ -201,6 +205,17 @@ class Run:
 
         on_window: called with the next frames, as they come, and the whole sound.
         """
+        with self.parts.residency.present(VIDEO, AUDIO):
+            return self.decode_both(video, audio, file, on_window)
+
+    def decode_both(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        file: Mp4Writer | None,
+        on_window: Callable[[Frames, Waveform], None] | None,
+    ) -> tuple[Frames, Waveform]:
+        """`decode`, with both decoders there."""
         parts = self.parts
 
         def frames(heard: Callable[[], Waveform]) -> Frames:
@@ -249,16 +264,19 @@ class Run:
         shape = (1, config.LATENT_CHANNELS, plan.frames)
         video = torch.zeros(*shape, plan.rows, plan.columns, device=self.device)
         for length in text_tokens:
-            with self.encoders():
+            with self.encoders(), parts.residency.present(TEXT):
                 text = parts.text_encoder.encode(torch.zeros(1, length, dtype=torch.long))
-            self.velocity(parts.dit, self.variant, video, audio, text, parts.forward)(video, audio)
+            with parts.residency.present(BASE):
+                velocity = self.velocity(parts.dit, self.variant, video, audio, text, parts.forward)
+                velocity(video, audio)
             if parts.sr_dit is not None and plan.sr_rows and plan.sr_columns:
                 large = torch.zeros(*shape, plan.sr_rows, plan.sr_columns, device=self.device)
                 variant = config.VARIANTS[f"{self.sr}_sr"]
-                velocity = self.velocity(
-                    parts.sr_dit, variant, large, audio, text, parts.sr_forward
-                )
-                velocity(large, audio)
+                with parts.residency.present(SR):
+                    velocity = self.velocity(
+                        parts.sr_dit, variant, large, audio, text, parts.sr_forward
+                    )
+                    velocity(large, audio)
         if self.sr is not None:
             video = torch.zeros(*shape, plan.sr_rows or 0, plan.sr_columns or 0, device=self.device)
         self.decode(video, audio)
@@ -395,11 +413,15 @@ class Run:
         stream.synchronize()
 
     @contextmanager
-    def stage(self, name: str, on_device: bool = True) -> Iterator[None]:
-        """Time a stage, for the clip and for hooks, its work on the device included."""
+    def stage(self, name: str, *parts: str, on_device: bool = True) -> Iterator[None]:
+        """Time a stage, for the clip and for hooks, its work on the device included.
+
+        parts: of the memory plan, that are on the device meanwhile.
+        """
         self.limits.check()
         start = time.perf_counter()
-        with self.span(name):
+        present = self.parts.residency.present(*parts) if on_device else nullcontext()
+        with self.span(name), present:
             yield
             if on_device and self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()

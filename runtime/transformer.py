@@ -14,7 +14,7 @@ from magihuman.graphs.support import why_not
 from magihuman.runtime import artifacts, checkpoint
 from magihuman.runtime.artifacts import Artifact
 from magihuman.runtime.config import DiTConfig, Precision, Variant
-from magihuman.runtime.errors import DeviceError, InvalidRequestError
+from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model.dit import DiT
 
 log = logging.getLogger("magihuman")
@@ -77,15 +77,18 @@ class Held:
         return found
 
     def read(
-        self, device: torch.device, on_read: checkpoint.OnRead = lambda done, total: None
+        self,
+        device: torch.device,
+        on_read: checkpoint.OnRead = lambda done, total: None,
+        rest: torch.device | None = None,
     ) -> DiT:
-        """The model on the device."""
+        """The model on the device, or, with its weights at rest, elsewhere."""
         if self.artifact is None:
             assert self.folder is not None
             return checkpoint.load_dit(
-                self.folder, self.variant, device, self.linear, on_read, self.quantized
+                self.folder, self.variant, device, self.linear, on_read, self.quantized, rest
             )
-        model = artifacts.load(self.artifact, device, on_read)
+        model = artifacts.load(self.artifact, rest or device, on_read)
         if self.why_bf16 is not None:
             log.warning(
                 "the fp8 weights of %s run as bf16, rounded as they are: %s",
@@ -167,6 +170,14 @@ def linears_in_fp8(config: DiTConfig, keep_bf16: KeepBf16) -> tuple[str, ...]:
 
 def dit_bytes(config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()) -> int:
     """Bytes of a DiT: block linears in `linear` or, with their scales, in fp8, the rest fp32."""
+    outside, layers = layered_bytes(config, linear, quantized)
+    return outside + sum(layers)
+
+
+def layered_bytes(
+    config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()
+) -> tuple[int, tuple[int, ...]]:
+    """As `dit_bytes`, of what is in no layer and of each layer."""
     with torch.device("meta"):
         state = DiT(config, linear).state_dict()
     held = {key: value.nbytes for key, value in state.items()}
@@ -174,29 +185,8 @@ def dit_bytes(config: DiTConfig, linear: torch.dtype, quantized: Collection[str]
     for name in quantized:
         held[f"{name}.weight"] = stored[f"{name}.weight"].size_bytes
         held[name + artifacts.SCALE] = stored[name + artifacts.SCALE].size_bytes
-    return sum(held.values())
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the weight files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def check_fit(base: Held, sr: Held | None, text_encoder_bytes: int, device: torch.device) -> None:
-    """Raise `DeviceError` where the weights alone exceed the GPU's free memory, `CheckpointError`
-    where files are damaged: before anything large is read.
-    """
-    for held in filter(None, (base, sr)):
-        held.scan()
-    if device.type != "cuda":
-        return
-    needed = {"transformer": base.device_bytes, "text encoder": text_encoder_bytes}
-    if sr is not None:
-        needed["super-resolution transformer"] = sr.device_bytes
-    free = torch.cuda.mem_get_info(device)[0]
-    if sum(needed.values()) > free:
-        parts = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in needed.items())
-        raise DeviceError(
-            f"the weights need {sum(needed.values()) / 2**30:.1f} GiB ({parts}) and {device} has"
-            f" {free / 2**30:.1f} GiB free; use a larger GPU, free this one, or load without sr"
-        )
+    layers = tuple(
+        sum(size for key, size in held.items() if key.startswith(f"block.layers.{layer}."))
+        for layer in range(config.num_layers)
+    )
+    return sum(held.values()) - sum(layers), layers

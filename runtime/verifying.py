@@ -140,6 +140,12 @@ def _verify(
         raise InvalidRequestError(
             f"the engine must be loaded with precision='bf16', got {engine.precision!r}"
         )
+    if engine.memory_plan is not None and engine.memory_plan.streamed:
+        raise InvalidRequestError(
+            "the engine's weights must all stay on the GPU to be compared, and"
+            f" {', '.join(engine.memory_plan.streamed)} rest in host memory between stages; use a"
+            " larger GPU, device='cpu', or load without memory_limit_gb"
+        )
     clips, measured = [], []
     with engine.hold(requests[0]) as run:
         dit = run.parts.dit

@@ -9,7 +9,6 @@ from magihuman import runtime
 from magihuman.graphs.precision import is_quantized, quantize_model, quantized_linears
 from magihuman.runtime import (
     CheckpointError,
-    DeviceError,
     InvalidRequestError,
     checkpoint,
     loading,
@@ -18,7 +17,6 @@ from magihuman.runtime import (
 )
 from magihuman.runtime.config import VARIANTS
 from magihuman.runtime.tiny import DIT
-from magihuman.runtime.transformer import Wanted
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -162,19 +160,6 @@ def test_fp8_attention_needs_its_own_kernel(tiny_dir, monkeypatch):
         InvalidRequestError, match=r"precision='fp8-attn' needs .* it has no kernel"
     ):
         runtime.load(tiny_dir, precision="fp8-attn", device="cpu")
-
-
-def test_an_fp8_transformer_fits_where_a_bf16_one_does_not(tiny_dir, capable, monkeypatch):
-    gpu = torch.device("cuda:0")
-    variant, folder = VARIANTS["distill"], tiny_dir / "distill"
-    fp8 = transformer.plan(variant, folder, Wanted(gpu, "fp8"))
-    bf16 = transformer.plan(variant, folder, Wanted(gpu))
-    free = (fp8.device_bytes + bf16.device_bytes) // 2
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    transformer.check_fit(fp8, None, 0, gpu)
-    for held, upscaler in ((bf16, None), (fp8, bf16)):
-        with pytest.raises(DeviceError, match=r"GiB free; use a larger GPU, free this one"):
-            transformer.check_fit(held, upscaler, 0, gpu)
 
 
 def test_a_damaged_file_is_known_before_anything_is_read(tiny_dir, tmp_path):

@@ -1,0 +1,333 @@
+"""What is on the device in each stage of a request, and what rests in host memory: arithmetic
+alone, over bytes that the caller gives.
+
+A part (a transformer, the text encoder, an autoencoder) stays on the device, or moves: it rests in
+host memory and is brought over for each of its stages. Of a part that moves and is made of layers,
+those that do not fit are streamed: they share a few slots, and are brought over again for every
+forward pass, the next one while this one is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from magihuman.runtime.errors import DeviceError
+
+GIB = 2**30
+# Names of the parts, also for people.
+TEXT, AUDIO, IMAGE, VIDEO = "text encoder", "audio autoencoder", "image encoder", "video decoder"
+BASE, SR = "transformer", "super-resolution transformer"
+LOAD = "load"  # the stage before all
+SLOTS = 2  # of streamed layers of like size: one is computed while the next is brought over
+COPY_BYTES_PER_S = 50e9  # from pinned memory over PCIe 5.0 x16
+# What the driver, the libraries and the code of kernels hold beside what PyTorch allocates, on an
+# H100; rounded up.
+CONTEXT_BYTES = 3 * 2**28
+HIDDEN_COST = 0.1  # of a copy's time, where computing hides it
+REPLAY_GAIN = 0.01  # of a forward's time, by replaying a captured graph
+LIKE = 1.1  # layers up to so many times the size of a class's smallest share its slots
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of a component's weights.
+
+    Attributes:
+        outside_bytes: of all that is in no layer.
+        layer_bytes: of the layers, in the order in which they run; none where the part is whole.
+        can_move: whether it may rest in host memory.
+        made_whole: whether it is on the device as a whole before it goes to rest.
+    """
+
+    name: str
+    outside_bytes: int
+    layer_bytes: tuple[int, ...] = ()
+    can_move: bool = True
+    made_whole: bool = False
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all weights."""
+        return self.outside_bytes + sum(self.layer_bytes)
+
+    def loaded_bytes(self, streamed: Collection[int]) -> int:
+        """On the device in a stage, with these layers streamed."""
+        resident = sum(b for i, b in enumerate(self.layer_bytes) if i not in streamed)
+        slots = sum(slot for slot, _ in rings(self.layer_bytes, streamed))
+        return self.outside_bytes + resident + slots
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage needs.
+
+    Attributes:
+        parts: names of those it runs.
+        working_bytes: activations.
+        forwards: how often it runs its layers.
+        forward_s: an estimate of how long it takes to do so once.
+        is_captured: whether it can run as a captured graph, which keeps the working memory.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    working_bytes: int
+    forwards: int = 1
+    forward_s: float = 0.0
+    is_captured: bool = False
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A stage in a plan.
+
+    Attributes:
+        weights: bytes on the device by part, slots included.
+        streamed: of each part, how many layers are streamed.
+        working_bytes: activations, those that captured graphs of other stages keep included.
+        copied_bytes: weights brought over in the stage.
+        extra_s: what that is expected to add to the stage, beside what computing hides.
+    """
+
+    name: str
+    weights: dict[str, int]
+    streamed: dict[str, int]
+    working_bytes: int
+    copied_bytes: int
+    extra_s: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all, with what the driver holds."""
+        return sum(self.weights.values()) + self.working_bytes + CONTEXT_BYTES
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where weights are, stage by stage.
+
+    Attributes:
+        limit_bytes: that every stage stays below, what the driver holds included.
+        streamed: of each part that moves, the layers that are streamed. Other parts stay.
+        replays: whether stages run as captured graphs, as far as their parts stay.
+        host_bytes: of pinned memory, for parts that move.
+    """
+
+    limit_bytes: int
+    streamed: Mapping[str, tuple[int, ...]]
+    replays: bool
+    stages: tuple[StageMemory, ...]
+    host_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the stage that needs most."""
+        return max(stage.total_bytes for stage in self.stages)
+
+    @property
+    def extra_s(self) -> float:
+        """What moving is expected to add to a request."""
+        return sum(stage.extra_s for stage in self.stages)
+
+    @property
+    def cost_s(self) -> float:
+        """By which plans are chosen: copies that are hidden are not free either."""
+        copied = sum(stage.copied_bytes for stage in self.stages)
+        return self.extra_s + HIDDEN_COST * copied / COPY_BYTES_PER_S
+
+
+@dataclass(frozen=True)
+class _Problem:
+    parts: Mapping[str, Part]
+    stages: Sequence[Stage]
+    loading_bytes: int
+    limit_bytes: int = field(default=0)
+
+    def solve(self, moving: Collection[str], replays: bool) -> MemoryPlan | None:
+        """The plan in which these parts move, with as few layers streamed as fit."""
+        staying = {n: p.total_bytes for n, p in self.parts.items() if n not in moving}
+        streamed: dict[str, tuple[int, ...]] = dict.fromkeys(moving, ())
+        for name in moving:
+            part = self.parts[name]
+            room = min(
+                (
+                    self.limit_bytes - self._needed(stage, staying, streamed, replays, name)
+                    for stage in self.stages
+                    if name in stage.parts
+                ),
+                default=self.limit_bytes,
+            )
+            fitting = (s for s in streamings(part.layer_bytes) if part.loaded_bytes(s) <= room)
+            found = next(fitting, None)
+            if found is None:
+                return None
+            streamed[name] = found
+        made = self.lay_out(staying, streamed, replays)
+        if any(stage.total_bytes > self.limit_bytes for stage in made):
+            return None
+        host_bytes = sum(self.parts[name].total_bytes for name in moving)
+        return MemoryPlan(self.limit_bytes, streamed, replays, made, host_bytes)
+
+    def lay_out(
+        self,
+        staying: Mapping[str, int],
+        streamed: Mapping[str, tuple[int, ...]],
+        replays: bool,
+    ) -> tuple[StageMemory, ...]:
+        """All stages; first comes loading, when what stays may be there already."""
+        whole = [self.parts[name].total_bytes for name in streamed if self.parts[name].made_whole]
+        load = Stage(LOAD, (), max(self.loading_bytes, *whole, 0))
+        stages = (load, *self.stages)
+        return tuple(self._stage(stage, staying, streamed, replays) for stage in stages)
+
+    def _needed(
+        self,
+        stage: Stage,
+        staying: Mapping[str, int],
+        streamed: Mapping[str, tuple[int, ...]],
+        replays: bool,
+        but: str,
+    ) -> int:
+        """In a stage, beside one of its parts."""
+        made = self._stage(stage, staying, streamed, replays)
+        return made.total_bytes - made.weights[but]
+
+    def _stage(
+        self,
+        stage: Stage,
+        staying: Mapping[str, int],
+        streamed: Mapping[str, tuple[int, ...]],
+        replays: bool,
+    ) -> StageMemory:
+        present = {name: streamed[name] for name in stage.parts if name in streamed}
+        loaded = {name: self.parts[name].loaded_bytes(layers) for name, layers in present.items()}
+        working = stage.working_bytes
+        if stage.name != LOAD:  # nothing is captured before the first request
+            working += sum(
+                other.working_bytes
+                for other in self.stages
+                if other is not stage and replays and self._is_kept(other, streamed)
+            )
+        costs = [self._moved(stage, name, layers) for name, layers in present.items()]
+        extra_s = sum(seconds for _, seconds in costs)
+        if stage.is_captured and not (replays and self._is_kept(stage, streamed)):
+            extra_s += REPLAY_GAIN * stage.forwards * stage.forward_s
+        counts = {name: len(layers) for name, layers in present.items() if layers}
+        copied = sum(size for size, _ in costs)
+        return StageMemory(stage.name, {**staying, **loaded}, counts, working, copied, extra_s)
+
+    def _is_kept(self, stage: Stage, streamed: Collection[str]) -> bool:
+        """Whether it is captured: a graph reads weights where they were when it was made. What
+        moves and has no layers is in no graph.
+        """
+        return stage.is_captured and not any(
+            name in streamed and self.parts[name].layer_bytes for name in stage.parts
+        )
+
+    def _moved(self, stage: Stage, name: str, layers: tuple[int, ...]) -> tuple[int, float]:
+        """Bytes brought over, and seconds beyond computing: the first forward runs while its layers
+        come, later ones while the streamed ones do.
+        """
+        part, later = self.parts[name], stage.forwards - 1
+        every = sum(part.layer_bytes[i] for i in layers)
+        extra_s = max(0.0, part.total_bytes / COPY_BYTES_PER_S - stage.forward_s)
+        extra_s += later * max(0.0, every / COPY_BYTES_PER_S - stage.forward_s)
+        return part.total_bytes + later * every, extra_s
+
+
+def make_plan(
+    parts: Sequence[Part], stages: Sequence[Stage], limit_bytes: int, loading_bytes: int = 0
+) -> MemoryPlan:
+    """The plan that is expected to cost least time within the limit.
+
+    Args:
+        parts: those that exist.
+        stages: in their order.
+        limit_bytes: of everything that the process holds on the device.
+        loading_bytes: working memory while parts are read.
+
+    Raises:
+        DeviceError: there is no plan; it tells the smallest limit for which there is one.
+    """
+    problem = _Problem({part.name: part for part in parts}, stages, loading_bytes, limit_bytes)
+    found = [
+        made
+        for moving in _subsets([part.name for part in parts if part.can_move])
+        for replays in (True, False)
+        if (made := problem.solve(moving, replays)) is not None
+    ]
+    if found:
+        return min(found, key=lambda made: (made.cost_s, len(made.streamed)))
+    least = _least(parts, stages, loading_bytes)
+    worst = max(least, key=lambda stage: stage.total_bytes)
+    raise DeviceError(
+        f"no way to run in {limit_bytes / GIB:.1f} GiB was found: with all that can rest in host"
+        f" memory resting there, the stage {worst.name} takes {worst.total_bytes / GIB:.1f} GiB,"
+        f" of which {sum(worst.weights.values()) / GIB:.1f} are weights,"
+        f" {worst.working_bytes / GIB:.1f} activations and {CONTEXT_BYTES / GIB:.1f} the driver's;"
+        f" give memory_limit_gb={_ceil_gb(worst.total_bytes):g} or more, load without sr or with a"
+        " smaller one, or use precision='fp8'"
+    )
+
+
+def rings(
+    layer_bytes: Sequence[int], streamed: Collection[int]
+) -> list[tuple[int, tuple[int, ...]]]:
+    """The slots of streamed layers: bytes of each, and the layers that take turns in it."""
+    return [
+        (max(layer_bytes[i] for i in layers), tuple(layers[slot::SLOTS]))
+        for same in classes(layer_bytes)
+        if (layers := [i for i in same if i in streamed])
+        for slot in range(min(SLOTS, len(layers)))
+    ]
+
+
+def classes(layer_bytes: Sequence[int]) -> list[list[int]]:
+    """Layers of like size, in order, the smaller ones first."""
+    found: list[list[int]] = []
+    for layer in sorted(range(len(layer_bytes)), key=lambda i: layer_bytes[i]):
+        if found and layer_bytes[layer] <= LIKE * layer_bytes[found[-1][0]]:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return [sorted(layers) for layers in found]
+
+
+def streamings(layer_bytes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Ways to choose the layers to stream, from none to all, each smaller on the device.
+
+    Small layers go first, whose slots take less. They lie evenly among the others, which are
+    computed while they come. Streaming no more layers than there are slots would save nothing.
+    """
+    yield ()
+    chosen: list[int] = []
+    for same in classes(layer_bytes):
+        for count in range(SLOTS + 1, len(same) + 1):
+            spread = [same[(2 * k + 1) * len(same) // (2 * count)] for k in range(count)]
+            yield tuple(sorted(chosen + spread))
+        if len(same) > SLOTS:
+            chosen += same
+
+
+def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    for count in range(len(names) + 1):
+        yield from combinations(names, count)
+
+
+def _least(
+    parts: Sequence[Part], stages: Sequence[Stage], loading_bytes: int
+) -> tuple[StageMemory, ...]:
+    """Stages with everything that can move resting, and every layer streamed."""
+    problem = _Problem({part.name: part for part in parts}, stages, loading_bytes)
+    staying = {part.name: part.total_bytes for part in parts if not part.can_move}
+    streamed = {
+        part.name: list(streamings(part.layer_bytes))[-1] for part in parts if part.can_move
+    }
+    return problem.lay_out(staying, streamed, False)
+
+
+def _ceil_gb(count: int) -> float:
+    """In GiB, rounded up to a tenth."""
+    return -(-10 * count // GIB) / 10

@@ -1,0 +1,301 @@
+"""The memory plan of a model: what its components weigh, what its stages need, and their moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from magihuman.runtime import checkpoint, config, memory, random_weights
+from magihuman.runtime.errors import DeviceError, InvalidRequestError
+from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key
+from magihuman.runtime.memory_plan import (
+    AUDIO,
+    BASE,
+    CONTEXT_BYTES,
+    GIB,
+    IMAGE,
+    SR,
+    TEXT,
+    VIDEO,
+    MemoryPlan,
+    Part,
+    Stage,
+    make_plan,
+)
+from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig
+from magihuman.runtime.model.turbo_vae import TurboVAE
+from magihuman.runtime.offload import Offloaded, Residency, call_before_layers
+from magihuman.runtime.request import Request
+from magihuman.runtime.tokens import Layout
+from magihuman.runtime.transformer import FP8_PRECISIONS, Held, layered_bytes
+
+CPU = torch.device("cpu")
+MARGIN_BYTES = GIB  # of a card, left free where no limit is given
+# Of products and of attention on an H100, for estimates; plain PyTorch reaches about half.
+FLOPS = {"bf16": 6e14, "fp8": 1e15, "fp8-attn": 1e15, "fp32": 5e13}
+ATTENTION_FLOPS = 5.5e14
+TEXT_LAYER = "layers."
+
+
+def plan_memory(
+    others: Sequence[Part],
+    base: Held,
+    sr: Held | None,
+    limit_bytes: int,
+    *,
+    is_compiled: bool,
+) -> MemoryPlan:
+    """The plan for clips of the default sizes.
+
+    Args:
+        others: all parts but the transformers.
+        base: the transformer.
+        sr: that for super-resolution.
+        limit_bytes: of everything that the process holds on the device.
+        is_compiled: whether the transformers and the video decoder run as captured graphs.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    parts = [*others, dit_part(BASE, base)]
+    if sr is not None:
+        parts.append(dit_part(SR, sr))
+    held = [base] if sr is None else [base, sr]
+    stages = stages_of(held, {part.name for part in parts}, is_compiled)
+    return make_plan(parts, stages, limit_bytes, max(reading_bytes(h) for h in held))
+
+
+def limit_of(memory_limit_gb: float | None, device: torch.device) -> int | None:
+    """Bytes that the process may hold on the device; None on a CPU.
+
+    Raises:
+        InvalidRequestError: the limit is no number above 0, or there is no GPU.
+    """
+    check_limit(memory_limit_gb)
+    if device.type != "cuda":
+        if memory_limit_gb is not None:
+            raise InvalidRequestError(
+                f"memory_limit_gb must go with a GPU, got {memory_limit_gb:g} with {device}"
+            )
+        return None
+    free = memory.free_bytes(device)
+    if memory_limit_gb is None:
+        return free + CONTEXT_BYTES - MARGIN_BYTES
+    return min(int(memory_limit_gb * GIB), free + CONTEXT_BYTES)
+
+
+def check_limit(memory_limit_gb: float | None) -> None:
+    """Raise `InvalidRequestError` for what is no limit."""
+    if memory_limit_gb is None:
+        return
+    is_number = isinstance(memory_limit_gb, (int, float)) and type(memory_limit_gb) is not bool
+    if not is_number or not math.isfinite(memory_limit_gb) or memory_limit_gb <= 0:
+        raise InvalidRequestError(
+            f"memory_limit_gb must be a number of GiB above 0, got {memory_limit_gb!r}"
+        )
+
+
+def check_host(plan: MemoryPlan) -> None:
+    """Raise `DeviceError` where what is to rest in host memory has no room there."""
+    free = memory.free_bytes(CPU)
+    if plan.host_bytes > free:
+        raise DeviceError(
+            f"{plan.host_bytes / GIB:.1f} GiB of weights are to rest in host memory"
+            f" ({', '.join(plan.streamed)}) and {free / GIB:.1f} GiB are free there; free host"
+            " memory, or give a larger memory_limit_gb"
+        )
+
+
+def dit_part(name: str, held: Held) -> Part:
+    """A transformer."""
+    outside, layers = layered_bytes(held.config, held.linear, held.quantized)
+    return Part(name, outside, layers)
+
+
+def reading_bytes(held: Held) -> int:
+    """Of the device while a transformer is read: its largest tensor as it is on disk, fp32 at most,
+    in bf16 and in fp8.
+    """
+    rows, columns = max(
+        (held.config.mlp_widths(layer) for layer in range(held.config.num_layers)),
+        key=lambda widths: widths[0],
+    )
+    experts = 3 if held.config.modality_layers else 1
+    return experts * max(rows, columns) * held.config.hidden_size * (4 + 2 + 1)
+
+
+def text_part(folder: Path) -> Part:
+    """The text encoder of a folder, from file headers."""
+    outside, layers = 0, dict[int, int]()
+    for key, info in checkpoint.scan(folder).items():
+        name = key.removeprefix("model.")
+        if not name.startswith("encoder."):
+            continue
+        size = 2 * math.prod(info.shape)  # read as bf16
+        name = name.removeprefix("encoder.")
+        if name.startswith(TEXT_LAYER):
+            layer = int(name.split(".")[1])
+            layers[layer] = layers.get(layer, 0) + size
+        else:
+            outside += size
+    return Part(TEXT, outside, tuple(layers[i] for i in sorted(layers)))
+
+
+def part_of(
+    name: str, model: nn.Module, width: int, layers: Sequence[nn.Module] = (), **options: bool
+) -> Part:
+    """A model whose elements take `width` bytes each; its weights need not be there."""
+    inside = tuple(width * sum(t.numel() for t in layer.parameters()) for layer in layers)
+    whole = width * sum(t.numel() for t in model.parameters())
+    return Part(name, whole - sum(inside), inside, **options)
+
+
+def small_parts(
+    turbo_vae: TurboVAE | int, audio_vae: Oobleck, image_vae: nn.Module | int | None, width: int
+) -> list[Part]:
+    """The autoencoders; an int is bytes. width: bytes of an element of all but that for sound.
+
+    The compiled decoder has its weights a second time, in another layout, and so stays.
+    """
+    if isinstance(turbo_vae, TurboVAE):
+        turbo_vae = 2 * part_of(VIDEO, turbo_vae, width).total_bytes
+    found = [Part(VIDEO, turbo_vae, can_move=False), part_of(AUDIO, audio_vae, 4)]
+    if isinstance(image_vae, nn.Module):
+        found.append(part_of(IMAGE, image_vae, width))
+    elif image_vae is not None:
+        found.append(Part(IMAGE, image_vae))
+    return found
+
+
+def folder_parts(
+    turbo_vae: Path, text: Path, audio: Path, image: Path | None, width: int, is_engine: bool
+) -> list[Part]:
+    """All parts but the transformers, from headers and configurations."""
+    with torch.device("meta"):
+        oobleck = Oobleck(checkpoint.oobleck_config(audio / "model_config.json"))
+        decoder: TurboVAE | int
+        if is_engine:
+            decoder = sum(f.stat().st_size for f in turbo_vae.iterdir() if f.is_file())
+        else:
+            decoder = TurboVAE(checkpoint.turbo_vae_config(turbo_vae))
+    picture = None
+    if image is not None:
+        weights = checkpoint.load_pickle(image / WEIGHTS_NAME if image.is_dir() else image)
+        picture = sum(width * t.numel() for key, t in weights.items() if diffusers_key(str(key)))
+    return [*small_parts(decoder, oobleck, picture, width), text_part(text)]
+
+
+def synthetic_parts(dtype: torch.dtype) -> list[Part]:
+    """All parts but the transformers, of random weights in the published sizes. dtype: of the
+    autoencoders for images.
+    """
+    with torch.device("meta"):
+        model = random_weights.text_model()
+        text = part_of(TEXT, model, 2, model.encoder.layers, made_whole=True)
+        small = small_parts(
+            TurboVAE(config.TurboVAEConfig()),
+            Oobleck(OobleckConfig()),
+            random_weights.image_model(),
+            dtype.itemsize,
+        )
+    return [*small, text]
+
+
+def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[Stage]:
+    """What a request of default size goes through: text, sound, image, denoising with the first of
+    `held`, super-resolution with the second, decoding.
+    """
+    base = held[0]
+    sr = held[1] if len(held) > 1 else None
+    request = Request("-")
+    plan = request.plan(base.variant, None if sr is None else sr.variant.name.removesuffix("_sr"))
+    width, height = plan.size_px
+    sound = int(request.seconds * memory.BYTES_PER_SECOND_OF_SOUND)
+    stages = [Stage("text", (TEXT,), memory.TEXT_BYTES), Stage("audio", (AUDIO,), sound)]
+    if IMAGE in parts:
+        stages.append(Stage("image", (IMAGE,), width * height * memory.BYTES_PER_IMAGE_PIXEL))
+    sizes = [(plan.rows, plan.columns)]
+    if plan.sr_rows is not None and plan.sr_columns is not None:
+        sizes.append((plan.sr_rows, plan.sr_columns))
+    names = (("denoise", BASE), ("super_resolve", SR))
+    for (name, part), one, size in zip(names, held, sizes, strict=False):
+        layout = Layout(plan.frames, *size, plan.audio, config.MAX_TEXT_TOKENS)
+        rows = max(one.config.mlp_widths(layer)[0] for layer in range(one.config.num_layers))
+        stages.append(
+            Stage(
+                name,
+                (part,),
+                memory.denoising_bytes(layout.tokens, rows),
+                forwards=one.variant.steps * (1 if one.variant.guidance is None else 2),
+                forward_s=forward_s(one, layout),
+                is_captured=is_compiled,
+            )
+        )
+    working = memory.decoding_bytes(width, height, is_compiled) + sound
+    return [*stages, Stage("decode", (VIDEO, AUDIO), working, is_captured=is_compiled)]
+
+
+def forward_s(held: Held, layout: Layout) -> float:
+    """Seconds of a forward on an H100, roughly: what copies can hide behind."""
+    arch, tokens = held.config, layout.tokens
+    linears = attention = 0.0
+    for layer in range(arch.num_layers):
+        up, down = arch.mlp_widths(layer)
+        weights = arch.hidden_size * (arch.qkv_rows + arch.hidden_size + up + down)
+        linears += 2.0 * tokens * weights
+        seen = tokens
+        if layer in arch.local_attention_layers:
+            seen = min(tokens, (2 * arch.frame_reach + 1) * layout.frame_tokens)
+        attention += 4.0 * tokens * seen * arch.hidden_size
+    precision = held.precision if held.quantized else "bf16"
+    rate = FLOPS[precision if precision in FP8_PRECISIONS else held.precision]
+    return linears / rate + attention / ATTENTION_FLOPS
+
+
+@dataclass
+class Placer:
+    """Brings parts to where a plan has them, as they are read."""
+
+    plan: MemoryPlan | None
+    device: torch.device
+    residency: Residency = field(default_factory=Residency)
+
+    @property
+    def replays(self) -> bool:
+        """Whether graphs are captured, over weights that stay."""
+        return self.plan is None or self.plan.replays
+
+    def moves(self, name: str) -> bool:
+        """Whether the part rests in host memory."""
+        return self.plan is not None and name in self.plan.streamed
+
+    def rest(self, name: str) -> torch.device:
+        """Where the part is read to."""
+        return CPU if self.moves(name) else self.device
+
+    def before_layer(self, name: str) -> Callable[[int], None] | None:
+        """What a part that moves and has been placed is to call."""
+        return self.residency[name].before_layer if self.moves(name) else None
+
+    def place(
+        self, name: str, model: nn.Module, layers: Sequence[nn.Module] = (), runs: Any = None
+    ) -> None:
+        """Let a part that moves rest in pinned memory, and come for its layers.
+
+        runs: the module that runs the layers.
+        """
+        if not self.moves(name):
+            return
+        assert self.plan is not None
+        part = Offloaded(model, layers, self.device, self.plan.streamed[name])
+        if layers:
+            call_before_layers(runs, layers, part.before_layer)
+        self.residency.add(name, part)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what was made there before it came to rest
