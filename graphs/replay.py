@@ -151,9 +151,7 @@ class CompiledForward:
             )
         return self._captures.use(size)
 
-    def _size(
-        self, video: int, audio: int, text: int, local: LocalAttention | None = None
-    ) -> Size:
+    def _size(self, video: int, audio: int, text: int, local: LocalAttention | None = None) -> Size:
         return Size(self.sharding(video, audio, text).counts, local)
 
     def sharding(self, video: int, audio: int, text: int) -> Sharding:
@@ -188,7 +186,9 @@ class CompiledForward:
         """The rewritten graph without capturing it: its activations are freed as it goes."""
         size = self._size(video.shape[0], audio.shape[0], text.shape[0], local)
         if size not in self._uncaptured:
-            with self._capturing:  # kernels and linears are timed
+            with self._capturing:
+                if self._device.type == "cuda":  # weights that still come would disturb timings
+                    torch.cuda.synchronize(self._device)
                 module, report = self._compile(size)
             if self._before_layer is not None:
                 call_before_layers(module, self._config.num_layers, self._before_layer)

@@ -13,16 +13,21 @@ import typer
 from rich.table import Column, Table
 
 from magihuman import runtime
+from magihuman.runtime.memory_plan import MemoryPlan
 from magihuman.runtime.terminal import (
     BAD_INPUT,
     Bar,
     JsonOption,
     KeepOption,
+    LimitOption,
     ModelOption,
+    PlanSrOption,
+    PlanVariantOption,
     PrecisionOption,
     err,
     keep_list,
     out,
+    print_plan,
     print_result,
     size_text,
     user_errors,
@@ -96,6 +101,7 @@ def generate(
     image_vae: Annotated[
         str | None, typer.Option(help="Path or hub id of the image encoder.")
     ] = None,
+    memory_limit_gb: LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make one clip and write it as an mp4 with sound."""
@@ -136,6 +142,7 @@ def generate(
                 text_encoder=text_encoder,
                 audio_vae=audio_vae,
                 image_vae=image_vae,
+                memory_limit_gb=memory_limit_gb,
                 on_load=bar.on_load,
             )
             load_s = time.perf_counter() - start
@@ -189,24 +196,35 @@ def tiny(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A model directory.")], as_json: JsonOption = False
+    folder: Annotated[Path, typer.Argument(help="A model directory.")],
+    variant: PlanVariantOption = "distill",
+    sr: PlanSrOption = None,
+    precision: PrecisionOption = None,
+    memory_limit_gb: LimitOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say what is in a model directory, what is missing or damaged, and what fits this GPU."""
+    """Say what is in a model directory, what is missing or damaged, what fits this GPU, and where
+    weights would be in each stage.
+    """
     with user_errors():
         import torch
 
-        from magihuman.runtime.report import fits, inspect_model
+        from magihuman.runtime.report import PlanAsked, fits, inspect_model
 
+        asked = PlanAsked(variant, sr, precision, memory_limit_gb)
         components = inspect_model(folder)
         memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
         lineups = {} if memory is None else fits(components, memory)
         damaged = [c for c in components if c.state not in ("ok", "missing")]
+        plan, reason = asked.of_folder(folder, components)
         if as_json:
             fields = [
                 {"name": c.name, **{k: v for k, v in vars(c).items() if k != "name"}}
                 for c in components
             ]
-            print(json.dumps({"components": fields, "gpu_bytes": memory, "fits": lineups}))
+            planned = {"error": reason} if plan is None else plan.as_dict()
+            facts = {"components": fields, "gpu_bytes": memory, "fits": lineups}
+            print(json.dumps({**facts, "memory_plan": planned}))
         else:
             table = Table(Column("component", no_wrap=True))
             for title in ("state", "tensors", "dtypes on disk", "disk", "on the device"):
@@ -227,6 +245,7 @@ def inspect(
                 out.print(f"{label}: {'fits' if ok else 'does not fit'} this GPU")
             if memory is None:
                 out.print("no GPU here: everything would run on the CPU")
+            _show_plan(plan, reason)
             for c in damaged:
                 err.print(f"{c.name}: {c.state}", style="red", markup=False, highlight=False)
         if damaged:
@@ -234,19 +253,38 @@ def inspect(
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
-    """Say what this machine has, which paths will be used, and why."""
+def doctor(
+    variant: PlanVariantOption = "distill",
+    sr: PlanSrOption = None,
+    precision: PrecisionOption = None,
+    memory_limit_gb: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine has, which paths will be used, and why, and where the weights of the
+    published sizes would be in each stage.
+    """
     with user_errors():
-        from magihuman.runtime.report import machine
+        from magihuman.runtime.report import PlanAsked, machine
 
+        asked = PlanAsked(variant, sr, precision, memory_limit_gb)
         facts = machine()
+        plan, reason = asked.of_published()
         if as_json:
-            print(json.dumps(facts))
+            planned = {"error": reason} if plan is None else plan.as_dict()
+            print(json.dumps({**facts, "memory_plan": planned}))
             return
         table = Table(show_header=False)
         for name, value in facts.items():
             table.add_row(name, value)
         out.print(table)
+        _show_plan(plan, reason)
+
+
+def _show_plan(plan: MemoryPlan | None, reason: str) -> None:
+    if plan is not None:
+        print_plan(plan)
+    else:
+        out.print(f"no memory plan: {reason}", markup=False, highlight=False)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -132,6 +133,7 @@ class Engine:
         if self._shared is not None:
             self._shared.close()
         self._parts = self._shared = None
+        gc.collect()  # models and what brings their weights over refer to each other
         if self.device.type == "cuda" and self._failures.first is None:
             torch.cuda.empty_cache()
 

@@ -30,7 +30,17 @@ from magihuman.runtime.errors import (
 from magihuman.runtime.exported import is_exported
 from magihuman.runtime.hooks import Hooks
 from magihuman.runtime.image import WEIGHTS_NAME, ImageVAE, load_image_vae
-from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT, MemoryPlan, Part
+from magihuman.runtime.memory_plan import (
+    AUDIO,
+    BASE,
+    GIB,
+    IMAGE,
+    SR,
+    TEXT,
+    MemoryPlan,
+    NoPlanError,
+    Part,
+)
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
@@ -142,10 +152,10 @@ def load(
         turbo_vae, text_encoder, audio_vae, image_vae: paths of components that lie elsewhere than
             in `model`; for the last three also hub ids. Without an image encoder, requests with an
             image are refused.
-        memory_limit_gb: GiB of the GPU's memory to stay below, loading included, with clips of the
-            default sizes; by default what is free. What has no room rests in pinned host memory and
-            comes for its stage, whole or layer by layer; `Engine.memory_plan` tells. Where
-            everything has room nothing moves.
+        memory_limit_gb: GiB (2^30 bytes) of the GPU's memory to stay below, loading included, with
+            clips of the default sizes; by default what is free. What has no room rests in pinned
+            host memory and comes for its stage, whole or layer by layer; `Engine.memory_plan`
+            tells. Where everything has room nothing moves.
         on_load: called with (component, bytes done, bytes in all) while weights are read.
         queue_limit: requests that may wait for the one that runs; one more raises `QueueFull`.
         hooks: told of every request and stage, see `hooks.py`.
@@ -209,19 +219,20 @@ def load(
             " it out"
         )
     if context_parallel != 1 and team is None:
-        _check_context_parallel(context_parallel, vae)
+        _check_context_parallel(context_parallel, vae, memory_limit_gb)
         return _load_together(context_parallel, target, given, on_load, hooks)
     wanted = Wanted(target, precision, keep_bf16, compile, context_parallel)
     report = _Reporter(on_load)
+
+    def placed(others: Callable[[], list[Part]]) -> Placer:
+        asked = memory_limit_gb is not None
+        return Placer(_planned(others, base, upscale, limit_bytes, asked, wanted), target)
 
     try:
         if isinstance(model, random_weights.Synthetic):
             base = plan(chosen, None, wanted)
             upscale = None if upscaler is None else plan(upscaler, None, wanted)
-            placer = Placer(
-                _planned(lambda: synthetic_parts(vae_dtype), base, upscale, limit_bytes, wanted),
-                target,
-            )
+            placer = placed(lambda: synthetic_parts(vae_dtype))
             parts = _build_synthetic(model, base, upscale, placer, vae_dtype, report)
         else:
             overrides = {
@@ -239,23 +250,15 @@ def load(
             for held in filter(None, (base, upscale)):
                 held.scan()
             engines = Path(model) / TURBO_FOLDER if vae == "tensorrt" else None
-            width, is_engine = vae_dtype.itemsize, engines is not None
-            placer = Placer(
-                _planned(
-                    lambda: folder_parts(
-                        paths.turbo_vae,
-                        paths.text_encoder,
-                        paths.audio_vae,
-                        paths.image_vae,
-                        width,
-                        is_engine,
-                    ),
-                    base,
-                    upscale,
-                    limit_bytes,
-                    wanted,
-                ),
-                target,
+            placer = placed(
+                lambda: folder_parts(
+                    paths.turbo_vae,
+                    paths.text_encoder,
+                    paths.audio_vae,
+                    paths.image_vae,
+                    vae_dtype.itemsize,
+                    is_engine=vae == "tensorrt",
+                )
             )
             parts = _read(paths, base, upscale, placer, vae_dtype, engines, report)
     except torch.cuda.OutOfMemoryError as error:
@@ -285,15 +288,18 @@ def load(
         )
         parts.decoder = decoder
         parts.captured.append(decoder)
-    return Engine(
-        parts, chosen, sr, base.precision, target, queue_limit, hooks, team, placer.plan
-    )
+    return Engine(parts, chosen, sr, base.precision, target, queue_limit, hooks, team, placer.plan)
 
 
-def _check_context_parallel(ranks: object, vae: str | None) -> None:
+def _check_context_parallel(ranks: object, vae: str | None, limit_gb: float | None) -> None:
     if type(ranks) is not int or ranks < 1:
         raise InvalidRequestError(
             f"context_parallel must be a whole number from 1 up, got {ranks!r}"
+        )
+    if limit_gb is not None:
+        raise InvalidRequestError(
+            f"memory_limit_gb must go with context_parallel=1, got {limit_gb!r} with {ranks}: GPUs"
+            " that work together hold all weights; leave one of the two out"
         )
     if vae == "tensorrt":
         raise InvalidRequestError(
@@ -349,14 +355,32 @@ def _planned(
     base: Held,
     sr: Held | None,
     limit_bytes: int | None,
+    is_limit_asked: bool,
     wanted: Wanted,
 ) -> MemoryPlan | None:
-    """Where weights will be; None on a CPU."""
+    """Where weights will be; None on a CPU. Without a limit that was asked for, what is free may
+    be too little for clips of the default sizes: there are smaller ones.
+    """
     if limit_bytes is None:
         return None
     reason = why_not(base.config, base.linear, wanted.device)
     is_compiled = wanted.compile and reason is None
-    made = plan_memory(others(), base, sr, limit_bytes, is_compiled=is_compiled)
+    parts, made, share = others(), None, 1.0
+    while made is None:
+        try:
+            made = plan_memory(parts, base, sr, limit_bytes, is_compiled=is_compiled, share=share)
+        except NoPlanError as error:
+            if is_limit_asked or share < 0.2:
+                raise
+            if share == 1.0:
+                log.warning("clips of the default size have no room, smaller ones may: %s", error)
+            share -= 0.1
+    if made.streamed and wanted.ranks > 1:
+        raise DeviceError(
+            f"GPUs that work together must each hold all weights, and {limit_bytes / GIB:.1f} GiB"
+            f" have no room for {', '.join(made.streamed)}; free memory, use context_parallel=1, or"
+            " load without sr or with precision='fp8'"
+        )
     check_host(made)
     if made.streamed:
         log.info("resting in host memory between stages: %s", ", ".join(made.streamed))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 from magihuman.runtime.errors import DeviceError
 
@@ -28,6 +29,10 @@ CONTEXT_BYTES = 3 * 2**28
 HIDDEN_COST = 0.1  # of a copy's time, where computing hides it
 REPLAY_GAIN = 0.01  # of a forward's time, by replaying a captured graph
 LIKE = 1.1  # layers up to so many times the size of a class's smallest share its slots
+
+
+class NoPlanError(DeviceError):
+    """There is no plan within a limit; the message tells the smallest for which there is one."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,18 @@ class MemoryPlan:
     def extra_s(self) -> float:
         """What moving is expected to add to a request."""
         return sum(stage.extra_s for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "limit_bytes": self.limit_bytes,
+            "peak_bytes": self.peak_bytes,
+            "host_bytes": self.host_bytes,
+            "extra_s": self.extra_s,
+            "replays": self.replays,
+            "moves": {name: list(layers) for name, layers in self.streamed.items()},
+            "stages": [{**vars(stage), "total_bytes": stage.total_bytes} for stage in self.stages],
+        }
 
     @property
     def cost_s(self) -> float:
@@ -249,7 +266,7 @@ def make_plan(
         loading_bytes: working memory while parts are read.
 
     Raises:
-        DeviceError: there is no plan; it tells the smallest limit for which there is one.
+        NoPlanError: there is none.
     """
     problem = _Problem({part.name: part for part in parts}, stages, loading_bytes, limit_bytes)
     found = [
@@ -262,7 +279,7 @@ def make_plan(
         return min(found, key=lambda made: (made.cost_s, len(made.streamed)))
     least = _least(parts, stages, loading_bytes)
     worst = max(least, key=lambda stage: stage.total_bytes)
-    raise DeviceError(
+    raise NoPlanError(
         f"no way to run in {limit_bytes / GIB:.1f} GiB was found: with all that can rest in host"
         f" memory resting there, the stage {worst.name} takes {worst.total_bytes / GIB:.1f} GiB,"
         f" of which {sum(worst.weights.values()) / GIB:.1f} are weights,"

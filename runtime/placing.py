@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ def plan_memory(
     limit_bytes: int,
     *,
     is_compiled: bool,
+    share: float = 1.0,
 ) -> MemoryPlan:
     """The plan for clips of the default sizes.
 
@@ -59,15 +61,19 @@ def plan_memory(
         sr: that for super-resolution.
         limit_bytes: of everything that the process holds on the device.
         is_compiled: whether the transformers and the video decoder run as captured graphs.
+        share: of the activations of such clips, for smaller ones.
 
     Raises:
-        DeviceError: there is none.
+        NoPlanError: there is none.
     """
     parts = [*others, dit_part(BASE, base)]
     if sr is not None:
         parts.append(dit_part(SR, sr))
     held = [base] if sr is None else [base, sr]
-    stages = stages_of(held, {part.name for part in parts}, is_compiled)
+    stages = [
+        dataclasses.replace(stage, working_bytes=int(share * stage.working_bytes))
+        for stage in stages_of(held, {part.name for part in parts}, is_compiled)
+    ]
     return make_plan(parts, stages, limit_bytes, max(reading_bytes(h) for h in held))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 
@@ -17,8 +19,8 @@ from magihuman.graphs.recorded import NoBindingsError, Recorded, bindings
 from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.kernels.reference import Counts
 from magihuman.runtime import checkpoint, random_weights
-from magihuman.runtime.config import VARIANTS, DiTConfig
-from magihuman.runtime.errors import CheckpointError, InvalidRequestError
+from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, VARIANTS, DiTConfig, Precision
+from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
 from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key, load_image_vae
 from magihuman.runtime.loading import (
     AUDIO_FOLDER,
@@ -27,15 +29,24 @@ from magihuman.runtime.loading import (
     TURBO_FOLDER,
     pick_device,
 )
+from magihuman.runtime.memory_plan import GIB, MemoryPlan, Part
+from magihuman.runtime.placing import (
+    check_limit,
+    folder_parts,
+    limit_of,
+    plan_memory,
+    synthetic_parts,
+)
 from magihuman.runtime.request import Request
 from magihuman.runtime.tokens import Layout
-from magihuman.runtime.transformer import Wanted, plan
+from magihuman.runtime.transformer import FP8_PRECISIONS, Held, Wanted, linears_in_fp8, plan
 
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "av", "scipy", "pillow",
     "huggingface_hub",
 )  # fmt: skip
 Tensors = list[tuple[str, int]]  # dtype and bytes of each
+WIDTH = 2  # bytes of an element of the autoencoders for images, bf16
 WORKSPACE_BYTES = 4 * 2**30  # activations of a 256p clip and the decoder's, rounded up
 
 
@@ -92,6 +103,82 @@ def fits(components: list[Component], memory_bytes: int) -> dict[str, bool]:
         for label, names in lineups.items()
         if ok.issuperset(names)
     }
+
+
+@dataclass(frozen=True)
+class PlanAsked:
+    """What a memory plan is asked for. Each answer is a plan, or None and why there is none."""
+
+    variant: str
+    sr: str | None
+    precision: str | None
+    memory_limit_gb: float | None
+
+    def __post_init__(self) -> None:
+        precisions = (None, *get_args(Precision))
+        for name, value, allowed in (
+            ("variant", self.variant, BASE_VARIANTS),
+            ("sr", self.sr, (None, *SR_SIZES)),
+            ("precision", self.precision, precisions),
+        ):
+            if value not in allowed:
+                raise InvalidRequestError(
+                    f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+                )
+        check_limit(self.memory_limit_gb)
+
+    @property
+    def _names(self) -> list[str]:
+        return [self.variant, *([f"{self.sr}_sr"] if self.sr else [])]
+
+    def of_folder(
+        self, root: Path, components: Sequence[Component]
+    ) -> tuple[MemoryPlan | None, str]:
+        """For the components of a model directory."""
+        state = {component.name: component.state for component in components}
+        for name in (*self._names, TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER):
+            if state[name] != "ok":
+                reason = "is missing" if state[name] == "missing" else "cannot be read"
+                return None, f"{name} {reason}"
+        image = root / IMAGE_FOLDER if state[IMAGE_FOLDER] == "ok" else None
+
+        def others() -> list[Part]:
+            decoder, text, audio = (root / n for n in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER))
+            return folder_parts(decoder, text, audio, image, WIDTH, is_engine=False)
+
+        return self._plan([self._held(name, root / name) for name in self._names], others)
+
+    def of_published(self) -> tuple[MemoryPlan | None, str]:
+        """For the published sizes."""
+        held = [self._held(name, None) for name in self._names]
+        return self._plan(held, lambda: synthetic_parts(torch.bfloat16))
+
+    def _held(self, name: str, folder: Path | None) -> Held:
+        """As it would be held where that is possible, whatever this machine can."""
+        precision = cast("Precision | None", self.precision)
+        one = plan(VARIANTS[name], folder, Wanted(torch.device("cpu"), "bf16", compile=False))
+        if precision in FP8_PRECISIONS:
+            names = linears_in_fp8(one.config, "none")
+            return dataclasses.replace(one, precision=precision, quantized=names)
+        return one if precision is None else dataclasses.replace(one, precision=precision)
+
+    def _plan(
+        self, held: list[Held], others: Callable[[], list[Part]]
+    ) -> tuple[MemoryPlan | None, str]:
+        device = pick_device(None)
+        if device.type == "cuda":
+            limit = limit_of(self.memory_limit_gb, device)
+            is_compiled = why_not(held[0].config, held[0].linear, device) is None
+        else:  # as on a GPU that compiles
+            limit = None if self.memory_limit_gb is None else int(self.memory_limit_gb * GIB)
+            is_compiled = True
+        if limit is None:
+            return None, "there is no GPU; --memory-limit-gb plans for one of so much memory"
+        sr = held[1] if len(held) > 1 else None
+        try:
+            return plan_memory(others(), held[0], sr, limit, is_compiled=is_compiled), ""
+        except DeviceError as error:
+            return None, str(error)
 
 
 def machine() -> dict[str, str]:

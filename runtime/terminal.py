@@ -12,9 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from magihuman import runtime
+from magihuman.runtime.memory_plan import MemoryPlan
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -36,6 +37,17 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option(
         help="bf16, fp32, fp8 or fp8-attn; by default that of a converted transformer, else bf16."
+    ),
+]
+PlanVariantOption = Annotated[str, typer.Option(help="For the memory plan: distill or base.")]
+PlanSrOption = Annotated[
+    str | None, typer.Option(help="For the memory plan: super-resolution, 540p or 1080p.")
+]
+LimitOption = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB of GPU memory to stay below; what has no room rests in host memory. By default"
+        " what is free."
     ),
 ]
 KeepOption = Annotated[
@@ -147,6 +159,36 @@ def print_result(
     out.print(table)
     out.print(
         f"{path}: {frames} frames of {width}x{height}, {video.duration_s:.2f} s, seed {video.seed}"
+    )
+
+
+def print_plan(plan: MemoryPlan) -> None:
+    """What is on the device in each stage, and what moving is expected to cost."""
+    title = f"memory plan within {size_text(plan.limit_bytes)}, estimated"
+    table = Table(Column("stage", no_wrap=True), title=title, title_justify="left")
+    for name in ("on the device", "activations", "sum", "brought over", "extra"):
+        table.add_column(name, justify="left" if name == "on the device" else "right")
+    for stage in plan.stages:
+        parts = [
+            f"{name} {size_text(size)}"
+            + (f" ({count} layers streamed)" if (count := stage.streamed.get(name)) else "")
+            for name, size in stage.weights.items()
+        ]
+        table.add_row(
+            stage.name,
+            ", ".join(parts),
+            size_text(stage.working_bytes),
+            size_text(stage.total_bytes),
+            size_text(stage.copied_bytes) if stage.copied_bytes else "",
+            f"{stage.extra_s:.2f} s" if stage.extra_s >= 0.005 else "",
+        )
+    out.print(table)
+    if not plan.streamed:
+        out.print("all weights stay on the device")
+        return
+    out.print(
+        f"{', '.join(plan.streamed)}: {size_text(plan.host_bytes)} rest in host memory;"
+        f" {plan.extra_s:.1f} s more for a clip are expected"
     )
 
 

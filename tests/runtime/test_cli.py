@@ -386,6 +386,61 @@ def test_doctor():
     assert result.exit_code == 0 and "free disk" in result.stdout
 
 
+# -- memory plans -----------------------------------------------------------------------------
+
+
+def test_inspect_plans_for_the_model_asked(tiny_dir):
+    options = ("--sr", "540p", "--memory-limit-gb", 12)
+    plan = json.loads(run("inspect", tiny_dir, *options, "--json").stdout)["memory_plan"]
+    assert plan["limit_bytes"] == 12 * 2**30 >= plan["peak_bytes"]
+    stages = {stage["name"]: stage for stage in plan["stages"]}
+    assert list(stages) == [
+        "load", "text", "audio", "image", "denoise", "super_resolve", "decode",
+    ]  # fmt: skip
+    assert plan["peak_bytes"] == max(stage["total_bytes"] for stage in plan["stages"])
+    shown = run("inspect", tiny_dir, *options).stdout
+    assert "memory plan within 12.0 GiB" in shown and "super_resolve" in shown
+    assert ("all weights stay" in shown) == (not plan["moves"])
+    plan = json.loads(run("inspect", tiny_dir, *options[:3], 9, "--json").stdout)["memory_plan"]
+    assert list(plan) == ["error"] and "the stage decode takes" in plan["error"]
+
+
+def test_inspect_plans_only_for_what_is_there(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir / "distill", tmp_path / "distill")
+    result = run("inspect", tmp_path, "--memory-limit-gb", 12)
+    assert f"no memory plan: {TURBO_FOLDER} is missing" in result.stdout
+
+
+def test_doctor_plans_for_the_published_sizes():
+    options = ("--sr", "1080p", "--precision", "bf16", "--memory-limit-gb", 40)
+    plan = json.loads(run("doctor", *options, "--json").stdout)["memory_plan"]
+    assert set(plan["moves"]) >= {"transformer", "super-resolution transformer", "text encoder"}
+    assert plan["host_bytes"] > 70 * 2**30 and not plan["replays"]
+    shown = run("doctor", *options).stdout
+    assert "streamed)" in shown and "rest in host memory" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--variant", "turbo"), "variant must be one of base, distill, got 'turbo'"),
+        (("--sr", "720p"), "sr must be one of None, 540p, 1080p, got '720p'"),
+        (("--memory-limit-gb", -1), "memory_limit_gb must be a number of GiB above 0, got -1.0"),
+    ],
+)
+def test_a_plan_of_what_is_not_there_is_refused(options, message):
+    result = run("doctor", *options)
+    assert result.exit_code == 2 and one_line(result.stderr) == message
+
+
+def test_a_limit_is_handed_to_load(tiny_dir, tmp_path):
+    out = tmp_path / "a.mp4"
+    options = ("--memory-limit-gb", 12, "--device", "cpu")
+    result = run("generate", "--model", tiny_dir, "-p", "hi", "-o", out, *options)
+    assert result.exit_code == 2
+    assert one_line(result.stderr) == "memory_limit_gb must go with a GPU, got 12 with cpu"
+
+
 def test_explain(tmp_path):
     page = tmp_path / "page.html"
     result = run("explain", "--seconds", "1", "--html", page, "--json")

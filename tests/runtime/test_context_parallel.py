@@ -145,6 +145,7 @@ def test_an_engine_whose_other_process_was_killed_says_so(shared) -> None:
     [
         ({"context_parallel": 0}, "whole number from 1 up, got 0"),
         ({"context_parallel": 2.0}, "whole number from 1 up, got 2.0"),
+        ({"context_parallel": 2, "memory_limit_gb": 20}, "memory_limit_gb must go with"),
         ({"context_parallel": 3}, "key/value heads, 2, got 3; use 1 or 2"),
         ({"context_parallel": 2, "vae": "tensorrt", "turbo_vae": "."}, "vae='tensorrt' must go"),
     ],

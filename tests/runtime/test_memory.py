@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from magihuman.runtime import memory
 from magihuman.runtime.config import VARIANTS, DiTConfig
 from magihuman.runtime.memory import advice, free_bytes, working_bytes
 from magihuman.runtime.request import Request
@@ -67,3 +68,11 @@ def test_where_the_estimate_and_the_failure_disagree():
 
 def test_free_memory_of_the_host():
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_pages_of_files_count_as_free(tmp_path, monkeypatch):
+    info = tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "MEMINFO", info)
+    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50  # where there is no such file
+    info.write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:  5000 kB\n")
+    assert free_bytes(torch.device("cpu")) == 5000 * 1024

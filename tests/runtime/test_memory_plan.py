@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from magihuman import runtime
-from magihuman.runtime import checkpoint, config, memory, memory_plan, placing, random_weights
+from magihuman.runtime import (
+    checkpoint,
+    config,
+    loading,
+    memory,
+    memory_plan,
+    placing,
+    random_weights,
+)
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
 from magihuman.runtime.loading import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.memory_plan import (
@@ -296,6 +304,25 @@ def test_the_limit_is_at_most_what_is_free(monkeypatch):
     assert placing.limit_of(40, gpu) == 40 * GIB
     assert placing.limit_of(80, gpu) == 70 * GIB + CONTEXT_BYTES
     assert placing.limit_of(None, gpu) < 70 * GIB + CONTEXT_BYTES
+
+
+def test_without_a_limit_what_has_no_room_is_only_a_warning(monkeypatch, others, caplog):
+    """The card may be too small for the default size, and large enough for others."""
+    monkeypatch.setattr(loading, "check_host", lambda plan: None)
+    monkeypatch.setattr(loading, "why_not", lambda *arguments: "none here")
+    wanted = Wanted(torch.device("cuda:0"), compile=False)
+
+    def asked(is_asked: bool) -> memory_plan.MemoryPlan:
+        pair = held("distill", "bf16"), held("1080p_sr", "bf16")
+        return loading._planned(lambda: others, *pair, 24 * GIB, is_asked, wanted)
+
+    with pytest.raises(memory_plan.NoPlanError, match=r"the stage decode takes 37"):
+        asked(True)
+    made = asked(False)
+    assert set(made.streamed) >= {TEXT, BASE, SR} and made.peak_bytes <= 24 * GIB
+    decode = next(stage for stage in made.stages if stage.name == "decode")
+    assert 15 * GIB < decode.working_bytes < 24 * GIB
+    assert "clips of the default size have no room" in caplog.text
 
 
 def test_host_memory_must_have_room(monkeypatch, others):

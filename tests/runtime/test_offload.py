@@ -105,7 +105,7 @@ def test_the_schedule_is_needed():
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("streamed", SPLITS)
+@pytest.mark.parametrize("streamed", [(0, 1, 2, 3, 4), (1, 2, 3)])
 def test_a_compiled_model_that_moves_computes_the_same(fp8, streamed, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(replay.Captures, "__init__", lambda *arguments: None)
@@ -113,6 +113,8 @@ def test_a_compiled_model_that_moves_computes_the_same(fp8, streamed, monkeypatc
     stays = dit(fp8)
     inputs = golden.inputs_of(stays, LAYOUT)
     expected = CompiledForward(stays, DIT, torch.bfloat16, CPU, replays=False)(**inputs)
+    if streamed == (1, 2, 3):  # capture it anew, over weights that share memory
+        monkeypatch.setattr("magihuman.graphs.store.CACHE", tmp_path / "other")
     model = dit(fp8)
     part = moved(model, streamed)
     forward = CompiledForward(

@@ -1,0 +1,150 @@
+"""Weights that rest in pinned memory and come for their stages, with the tiny checkpoint."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from magihuman import runtime
+from magihuman.runtime import loading
+from magihuman.runtime.memory_plan import AUDIO, BASE, GIB, IMAGE, SR, TEXT, MemoryPlan
+from magihuman.runtime.offload import Offloaded
+
+DEVICE = torch.device("cuda")
+# One window of the decoder: where nothing is captured, windows are decoded one at a time, and a
+# convolution over three may sum in another order.
+JOB = {
+    "seconds": 0.2, "width": 64, "height": 64, "sr_width": 96, "sr_height": 96, "steps": 3,
+    "sr_steps": 3, "negative_prompt": "static",
+}  # fmt: skip
+EVERY = dict.fromkeys((AUDIO, IMAGE, TEXT, BASE, SR), ())
+SPLITS = {
+    "whole": EVERY,
+    "some layers": {**EVERY, TEXT: (0, 1), BASE: (1, 2, 3), SR: (0, 2, 4)},
+    "all layers": {**EVERY, BASE: (0, 1, 2, 3, 4), SR: (0, 1, 2, 3, 4)},
+    "a few parts": {TEXT: (), SR: (1, 2, 3)},
+}
+
+
+@pytest.fixture
+def load(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    @contextmanager
+    def loaded(streamed: dict, **options) -> Iterator[runtime.Engine]:
+        plan = MemoryPlan(0, streamed, not streamed, (), 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(loading, "_planned", lambda *arguments: plan)
+            engine = runtime.load(tiny_dir, sr="540p", device="cuda", **options)
+        with engine:
+            yield engine
+
+    return loaded
+
+
+def same(a: runtime.Video, b: runtime.Video) -> bool:
+    return np.array_equal(a.frames, b.frames) and np.array_equal(a.audio, b.audio)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "fp8"}, {"compile": False, "vae": "plain"}], ids=str
+)
+def test_clips_are_those_of_an_engine_where_nothing_moves(load, split, options) -> None:
+    """Compiled and plain, kernels launched one by one in place of a replay: the same bits."""
+    with load({}, **options) as stays:
+        expected = [stays.generate("hello", seed=seed, **JOB) for seed in (1, 2)]
+    with load(SPLITS[split], **options) as engine:
+        for seed in (1, 2, 1):
+            assert same(engine.generate("hello", seed=seed, **JOB), expected[(seed - 1) % 2])
+        guided = engine.generate("hello", sr_guidance=2.0, **JOB)
+        assert same(guided, engine.generate("hello", sr_guidance=2.0, **JOB))
+
+
+def test_nothing_of_it_stays_on_the_device(load) -> None:
+    with load(EVERY) as engine:
+        residency = engine._parts.residency
+        groups = [
+            group
+            for part in residency._moving.values()
+            for group in (part._outside, *part._layers)
+            if group.size_bytes
+        ]
+        assert all(group.host.is_pinned() for group in groups)
+        for name in ("dit", "sr_dit"):
+            model = getattr(engine._parts, name)
+            assert {p.device.type for p in model.parameters()} == {"cpu"}
+        engine.generate("hello", **JOB)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            engine.generate("hello", **JOB)
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() <= before + 2**20
+        assert {p.device.type for p in engine._parts.dit.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("stage", ["denoise", "super_resolve", "decode_video"])
+def test_a_cancelled_request_leaves_the_next_its_weights(load, stage) -> None:
+    with load(SPLITS["some layers"]) as engine:
+        expected = engine.generate("hello", **JOB)
+        cancel = threading.Event()
+
+        def stop(progress: runtime.Progress) -> None:
+            if progress.stage == stage and progress.step >= 1:
+                cancel.set()
+
+        with pytest.raises(runtime.Cancelled):
+            engine.generate("hello", on_progress=stop, cancel=cancel, **JOB)
+        assert same(engine.generate("hello", **JOB), expected)
+
+
+def test_slow_copies_are_waited_for(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy comes a few milliseconds late, long after the layer before it is done."""
+    with load({}) as stays:
+        expected = stays.generate("hello", **JOB)
+    with load(SPLITS["all layers"]) as engine:
+        from magihuman.runtime.offload import Copies
+
+        add = Copies.add
+
+        def late(self, to, source):
+            with torch.cuda.stream(self._stream):
+                torch.cuda._sleep(5_000_000)
+            return add(self, to, source)
+
+        monkeypatch.setattr(Copies, "add", late)
+        assert same(engine.generate("hello", **JOB), expected)
+
+
+def test_slots_are_not_overwritten_early(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is computed milliseconds late, long after the copy into its slot was issued."""
+    with load({}) as stays:
+        expected = stays.generate("hello", **JOB)
+    before = Offloaded.before_layer
+
+    def late(self, layer: int) -> None:
+        before(self, layer)
+        torch.cuda._sleep(5_000_000)
+
+    monkeypatch.setattr(Offloaded, "before_layer", late)
+    with load(SPLITS["all layers"]) as engine:
+        assert same(engine.generate("hello", **JOB), expected)
+
+
+def test_a_limit_is_planned_for_and_kept(tiny_dir: Path) -> None:
+    with runtime.load(tiny_dir, device="cuda", memory_limit_gb=8) as engine:
+        plan = engine.memory_plan
+        assert plan is not None and plan.peak_bytes <= 8 * GIB
+        torch.cuda.reset_peak_memory_stats()
+        engine.generate("hello", seconds=0.2, width=64, height=64, steps=1)
+        assert torch.cuda.max_memory_reserved() < 8 * GIB
+    with pytest.raises(runtime.DeviceError, match=r"no way to run in 0\.5 GiB was found"):
+        runtime.load(tiny_dir, device="cuda", memory_limit_gb=0.5)
