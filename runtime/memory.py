@@ -16,8 +16,9 @@ from magihuman.runtime.tokens import Layout
 
 # From peaks on an H100 at full size, rounded up: 6.5 GiB for 14762 tokens of the transformer, for
 # each of them and each row of its widest linear; 7.6 GiB for decoding frames of 896x512, 34.6 GiB
-# for those of 1920x1088, and 4.5 and 19.7 GiB by the compiled decoder.
+# for those of 1920x1088. Compiled: 1.3 and, for 65706 tokens, 6.8 GiB; 4.5 and 19.7 GiB.
 BYTES_PER_TOKEN_ROW = 18
+BYTES_PER_TOKEN_ROW_COMPILED = 4.5
 BYTES_PER_PIXEL = 35 * 2**9
 BYTES_PER_PIXEL_COMPILED = 10 * 2**10
 # Estimates from the shapes: of an image's encoder at its widest; of the sound's decoder, whose last
@@ -42,9 +43,10 @@ def working_bytes(request: Request, variant: config.Variant, sr: str | None, row
     return max(denoising_bytes(tokens, rows), decoding_bytes(*plan.size_px))
 
 
-def denoising_bytes(tokens: int, rows: int) -> int:
+def denoising_bytes(tokens: int, rows: int, is_compiled: bool = False) -> int:
     """Of a forward of the transformer. rows: as above."""
-    return tokens * rows * BYTES_PER_TOKEN_ROW
+    per_row = BYTES_PER_TOKEN_ROW_COMPILED if is_compiled else BYTES_PER_TOKEN_ROW
+    return int(tokens * rows * per_row)
 
 
 def decoding_bytes(width: int, height: int, is_compiled: bool = False) -> int:

@@ -237,7 +237,7 @@ def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[
             Stage(
                 name,
                 (part,),
-                memory.denoising_bytes(layout.tokens, rows),
+                memory.denoising_bytes(layout.tokens, rows, is_compiled),
                 forwards=one.variant.steps * (1 if one.variant.guidance is None else 2),
                 forward_s=forward_s(one, layout),
                 is_captured=is_compiled,
