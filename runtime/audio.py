@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +25,20 @@ MIN_DRIVING_S = 0.2
 MAX_DRIVING_S = 3600.0
 
 
-def open_driving_audio(path: str | os.PathLike[str], seconds: float) -> tuple[Waveform, str | None]:
+def open_driving_audio(
+    path: str | os.PathLike[str],
+    seconds: float,
+    *,
+    limit_s: float = MAX_DRIVING_S,
+    formats: Sequence[str] | None = None,
+) -> tuple[Waveform, str | None]:
     """Mono samples at 51.2 kHz, cut to `seconds`, and a note where lengths differ.
 
-    Any sample rate, mono or stereo. Raises `InvalidRequestError` for what cannot be decoded or is
-    shorter than 0.2 s.
+    Any sample rate, mono or stereo. limit_s, formats: see `read_audio`. Raises
+    `InvalidRequestError` for what cannot be decoded or is shorter than 0.2 s.
     """
     rate = config.LATENT_AUDIO_RATE_HZ
-    samples = read_audio(path, rate, limit_s=MAX_DRIVING_S)
+    samples = read_audio(path, rate, limit_s, formats)
     duration_s = len(samples) / rate
     if duration_s < MIN_DRIVING_S:
         raise InvalidRequestError(

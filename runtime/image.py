@@ -21,13 +21,20 @@ MAX_PIXELS = 100_000_000
 RES_BLOCKS = 2  # per level of the encoder; the level's downsampler has the next number
 
 
-def open_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
+def open_image(
+    source: str | os.PathLike[str] | Image.Image,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
     """An RGB image, turned upright by its EXIF tag, transparency laid over white. Decodes it whole.
 
-    Raises `InvalidRequestError` for what is missing, empty, damaged, too large or no image.
+    max_pixels: refused above, before it is decoded. formats: Pillow's names of those to read, by
+    default all, some of which are left to other programs. Raises `InvalidRequestError` for what is
+    missing, empty, damaged, too large or no image.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, "the one given")
+        return _upright_rgb(source, "the one given", max_pixels)
     if not isinstance(source, (str, os.PathLike)):
         raise InvalidRequestError(
             f"image must be a path or a PIL image, got a {type(source).__name__}"
@@ -39,20 +46,21 @@ def open_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
     try:
         if path.stat().st_size == 0:
             raise InvalidRequestError(f"image must not be empty, got {path} of 0 bytes")
-        with open(path, "rb") as file, Image.open(file) as image:
-            return _upright_rgb(image, str(path))
+        with open(path, "rb") as file, Image.open(file, formats=formats) as image:
+            return _upright_rgb(image, str(path), max_pixels)
     except UnidentifiedImageError:
-        raise InvalidRequestError(
-            f"image must be in a format Pillow reads (PNG, JPEG, WebP, ...), got {path}"
-        ) from None
+        kinds = "a format Pillow reads (PNG, JPEG, WebP, ...)"
+        if formats is not None:
+            kinds = f"one of the formats {', '.join(formats)}"
+        raise InvalidRequestError(f"image must be in {kinds}, got {path}") from None
     except (OSError, Image.DecompressionBombError) as error:
         raise InvalidRequestError(f"image {path} cannot be read: {error}") from error
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    if not 0 < image.width * image.height <= MAX_PIXELS:
+def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    if not 0 < image.width * image.height <= max_pixels:
         raise InvalidRequestError(
-            f"image must have 1 to {MAX_PIXELS} pixels, got {image.width}x{image.height}; scale it"
+            f"image must have 1 to {max_pixels} pixels, got {image.width}x{image.height}; scale it"
         )
     if image.mode == "F":
         raise InvalidRequestError(

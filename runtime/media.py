@@ -7,7 +7,7 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,9 +40,15 @@ LIMITED_RANGE = 1
 
 
 def read_audio(
-    path: str | os.PathLike[str], sample_rate_hz: int, limit_s: float
+    path: str | os.PathLike[str],
+    sample_rate_hz: int,
+    limit_s: float,
+    formats: Sequence[str] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Decode a sound file to mono float32 at this rate; what lies beyond `limit_s` is not read."""
+    """Decode a sound file to mono float32 at this rate; what lies beyond `limit_s` is not read.
+
+    formats: FFmpeg's names of those to read, by default all, of which playlists open other files.
+    """
     import av
 
     if not isinstance(path, (str, os.PathLike)):
@@ -55,8 +61,9 @@ def read_audio(
         raise InvalidRequestError(f"audio must not be empty, got {source} of 0 bytes")
     blocks: list[npt.NDArray[np.float32]] = []
     samples = 0
+    options = {} if formats is None else {"format_whitelist": ",".join(formats)}
     try:
-        with av.open(str(source)) as container:
+        with av.open(str(source), container_options=options) as container:
             if not container.streams.audio:
                 raise InvalidRequestError(
                     f"audio must have a sound track, got {source} without one"

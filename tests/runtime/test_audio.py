@@ -75,6 +75,21 @@ def test_reading_stops_at_the_limit(tmp_path):
     assert 1.0 <= len(read_audio(path, RATE, limit_s=1.0)) / RATE < 1.2
 
 
+def test_callers_choose_formats(tmp_path):
+    """As a server does, since a playlist that a stranger uploads would open files of the server."""
+    voice = write_sine(tmp_path / "voice.wav", 48000, seconds=0.5)
+    playlist = tmp_path / "list.m3u8"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{voice}\n#EXT-X-ENDLIST\n")
+    chosen = ("wav", "mp3")
+    assert len(read_audio(voice, RATE, 10, chosen)) == pytest.approx(0.5 * RATE, abs=2)
+    with pytest.raises(InvalidRequestError, match="must be in a format FFmpeg reads"):
+        read_audio(playlist, RATE, 10, chosen)
+    (tmp_path / "one.concat").write_text(f"ffconcat version 1.0\nfile '{voice.name}'\n")
+    assert len(read_audio(tmp_path / "one.concat", RATE, 10)) > 0  # what happens without
+    with pytest.raises(InvalidRequestError, match="must be in a format FFmpeg reads"):
+        read_audio(tmp_path / "one.concat", RATE, 10, chosen)
+
+
 def test_a_sound_track_of_a_video_will_do(engine, tmp_path):
     video = engine.generate("hi", seconds=0.4, width=64, height=64, steps=1)
     samples, _ = open_driving_audio(video.save(tmp_path / "clip.mp4"), 0.4)

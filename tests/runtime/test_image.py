@@ -109,6 +109,20 @@ def test_a_size_out_of_range_is_refused(size):
         open_image(Image.new("1", size))
 
 
+def test_callers_choose_formats_and_a_smaller_limit(tmp_path):
+    """As a server does with what strangers upload."""
+    image = Image.new("RGB", (20, 10), "red")
+    for name in ("a.png", "a.gif", "a.eps"):
+        image.save(tmp_path / name)
+    chosen = {"formats": ("PNG", "JPEG"), "max_pixels": 200}
+    assert open_image(tmp_path / "a.png", **chosen).size == (20, 10)
+    for name in ("a.gif", "a.eps"):
+        with pytest.raises(InvalidRequestError, match="one of the formats PNG, JPEG, got"):
+            open_image(tmp_path / name, **chosen)
+    with pytest.raises(InvalidRequestError, match="must have 1 to 199 pixels, got 20x10"):
+        open_image(tmp_path / "a.png", max_pixels=199)
+
+
 def test_a_decompression_bomb_is_refused_unread(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     with pytest.raises(InvalidRequestError, match=r"bomb.png cannot be read: .*400000000 pixels"):
