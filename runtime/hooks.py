@@ -102,7 +102,10 @@ class PrometheusHooks:
             registry=registry,
         )
         self._running = Gauge(
-            "magihuman_requests_in_progress", "Requests that have not ended.", registry=registry
+            "magihuman_requests_in_progress",
+            "Requests that have not ended.",
+            registry=registry,
+            multiprocess_mode="livesum",  # of a dead process, nothing is in progress
         )
 
     @contextmanager

@@ -1,0 +1,52 @@
+"""Errors as clients get them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastapi.responses import JSONResponse
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer of 400 or above."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers = headers
+
+    def response(self) -> JSONResponse:
+        """With the status and headers."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        # What clients sent can come back in a message, with halves of surrogate pairs in it.
+        message = self.message.encode("utf-8", "backslashreplace").decode()
+        detail = {
+            "message": message,
+            "type": TYPES.get(self.status, kind),
+            "param": self.param,
+            "code": self.code,
+        }
+        return JSONResponse({"error": detail}, self.status, headers=self.headers)
+
+
+def invalid(message: str, param: str | None = None) -> ApiError:
+    """The body can be read, and what it asks for cannot be served."""
+    return ApiError(422, "invalid_value", message, param)
+
+
+def too_large(limit_bytes: int) -> ApiError:
+    """More body than may be."""
+    return ApiError(
+        413,
+        "body_too_large",
+        f"the body must have no more than {limit_bytes} bytes; send a smaller image or sound",
+    )

@@ -1,0 +1,198 @@
+"""The line in front of the engines: who waits, who is made, what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing, nullcontext, suppress
+from pathlib import Path
+
+from magihuman.runtime.serving.messages import EngineLost, Failed, Made, Make, Report, Work
+from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.store import Job, Status, Store
+
+log = logging.getLogger("magihuman")
+
+SWEEP_S = 5.0
+PAUSE_S = 1.0  # before another engine is asked
+FIRST_GUESS_S = 10.0  # how long a video takes, before one has been made
+# Percent at which a stage begins and ends; with super-resolution that takes most of the time.
+SHARES = {
+    False: {"denoise": (0, 80), "decode_video": (80, 99)},
+    True: {"denoise": (0, 25), "super_resolve": (25, 85), "decode_video": (85, 99)},
+}
+
+
+class LineFull(Exception):  # noqa: N818 - an outcome, not a fault
+    """As many videos wait as may."""
+
+
+class Draining(Exception):  # noqa: N818 - a state
+    """The server is about to stop and takes no more."""
+
+
+class Jobs:
+    """Gives the jobs of a store to engines, first in, first out. For one event loop.
+
+    Attributes:
+        is_draining: whether new jobs are refused, because the server is about to stop.
+        requeued: jobs put back in line because their engine had gone.
+    """
+
+    def __init__(self, settings: Settings, make: Make, slots: int) -> None:
+        """slots: jobs given to engines at once; at each of them one is made, one gets ready."""
+        self.is_draining = False
+        self.requeued = 0
+        self._settings, self._make = settings, make
+        self._store = Store(settings.folder, settings.keep_s)
+        self._slots = asyncio.Semaphore(slots)
+        # One at a time, so that a job that kills engines cannot take the same others with it twice.
+        self._second_try = asyncio.Lock()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._last_s = FIRST_GUESS_S
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Take up what waits, and remove what has expired from now on."""
+        for job in self._store.queued():
+            self._launch(job)
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    def count(self) -> dict[Status, int]:
+        """Jobs by status."""
+        jobs = self._store.jobs.values()
+        return {status: sum(job.status is status for job in jobs) for status in Status}
+
+    def get(self, name: str) -> Job | None:
+        """The job of this id."""
+        return self._store.jobs.get(name)
+
+    def video(self, job: Job) -> Path:
+        """See `Store.video`."""
+        return self._store.video(job)
+
+    @property
+    def retry_after_s(self) -> int:
+        """When a place in line may be free: how long the last video took."""
+        return max(1, min(600, round(self._last_s)))
+
+    def check_room(self) -> None:
+        """Raise `LineFull` or `Draining` where no job could be added."""
+        if self.is_draining:
+            raise Draining
+        if not self._has_room():
+            raise LineFull
+
+    async def add(self, job: Job, fill: Callable[[Path], None]) -> None:
+        """Write the job and put it in line, even where whoever asks has gone meanwhile.
+
+        fill: puts the uploads into the folder given, or raises; runs in a thread of its own.
+        """
+        await asyncio.shield(asyncio.create_task(self._add(job, fill)))
+
+    async def _add(self, job: Job, fill: Callable[[Path], None]) -> None:
+        def write() -> None:
+            with self._store.create(job) as folder:
+                fill(folder)
+
+        await asyncio.to_thread(write)
+        has_room = self._has_room()
+        self._store.jobs[job.id] = job
+        if not has_room:  # others have come meanwhile
+            self._store.remove(job)
+            raise LineFull
+        if not self.is_draining:  # else it is on disk for the next start
+            self._launch(job)
+
+    def remove(self, job: Job) -> None:
+        """Forget a job; what is being made of it is cancelled."""
+        self._store.remove(job)
+        task = self._tasks.get(job.id)
+        if task is not None:
+            task.cancel()
+
+    async def drain(self, bound_s: float) -> None:
+        """Take no more jobs, let those being made end within so many seconds; all others stay."""
+        self.is_draining = True
+        made = []
+        for name, task in self._tasks.items():
+            job = self.get(name)
+            if job is not None and job.is_running:
+                made.append(task)
+            else:
+                task.cancel()
+        if made:
+            await asyncio.wait(made, timeout=bound_s)
+        await self.close()
+
+    async def close(self) -> None:
+        """Give up what is being made; it is queued again on disk."""
+        self.is_draining = True
+        tasks = [*self._tasks.values(), *filter(None, [self._sweeper])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _has_room(self) -> bool:
+        return self.count()[Status.QUEUED] < self._settings.limits.queued
+
+    def _launch(self, job: Job) -> None:
+        task = asyncio.create_task(self._run(job))
+        self._tasks[job.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(job.id))
+
+    async def _run(self, job: Job) -> None:
+        while job.status is Status.QUEUED:
+            try:
+                async with self._second_try if job.attempts else nullcontext(), self._slots:
+                    await self._attempt(job)
+            except EngineLost as lost:
+                log.warning("%s has lost its engine: %s", job.id, lost)
+                self.requeued += 1
+                if job.is_running:
+                    self._store.back_in_line(job, is_its_fault=True)
+                await asyncio.sleep(PAUSE_S)
+            except asyncio.CancelledError:
+                if job.id in self._store.jobs and job.is_running:
+                    self._store.back_in_line(job, is_its_fault=False)
+                raise
+            except Exception:
+                log.exception("%s has failed", job.id)
+                with suppress(OSError):  # as a full disk, which may be why
+                    self._fail_with(job)
+
+    def _fail_with(self, job: Job) -> None:
+        message = "something went wrong in the server; its log has the details"
+        self._store.fail(job, "internal_error", message)
+
+    async def _attempt(self, job: Job) -> None:
+        store = self._store
+        work = Work(store.request(job), store.video(job), self._settings.timeout_s)
+        start = time.monotonic()
+        async with aclosing(self._make(work)) as events:
+            async for event in events:
+                match event:
+                    case Report():
+                        if job.status is Status.QUEUED:
+                            store.begin(job)
+                        job.stage = event.stage
+                        job.progress = self._percent(event, job.progress)
+                    case Made():
+                        self._last_s = time.monotonic() - start
+                        store.complete(job, event.timings_s, event.warnings)
+                        return
+                    case Failed():
+                        store.fail(job, event.code, event.message)
+                        return
+        raise EngineLost("it said nothing of the end")
+
+    def _percent(self, report: Report, before: int) -> int:
+        first, last = SHARES[self._settings.sr is not None].get(report.stage, (before, before))
+        return int(first + (last - first) * report.step / report.of) if report.of else before
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._store.expire()

@@ -1,0 +1,56 @@
+"""What passes between the part that speaks HTTP and an engine, which can be another process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from magihuman.runtime.request import Request
+
+
+@dataclass(frozen=True)
+class Work:
+    """One video to make.
+
+    Attributes:
+        save: the mp4 to write, whole or not at all.
+        deadline_s: from when the engine has it.
+    """
+
+    request: Request
+    save: Path
+    deadline_s: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Steps finished of how many; the first says that an engine has begun."""
+
+    stage: str
+    step: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """The file is there."""
+
+    timings_s: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no file, and another try would not help."""
+
+    code: str
+    message: str
+
+
+class EngineLost(Exception):  # noqa: N818 - a state, not a fault of this request
+    """The engine has gone, with what it was making; another can make it again."""
+
+
+Event = Report | Made | Failed
+Make = Callable[[Work], AsyncGenerator[Event, None]]  # may raise EngineLost

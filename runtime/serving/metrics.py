@@ -1,0 +1,79 @@
+"""What Prometheus reads: this process's own figures, and those of the engines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from magihuman.runtime.serving.jobs import Jobs
+
+FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own
+
+
+class JobsCollector(Collector):
+    """Jobs by status, as they are when asked."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+
+    def collect(self) -> Iterator[Metric]:
+        """Of `Jobs`."""
+        held = GaugeMetricFamily("magihuman_videos", "Videos kept, by status.", labels=["status"])
+        for status, count in self._jobs.count().items():
+            held.add_metric([status.value], count)
+        yield held
+        yield CounterMetricFamily(
+            "magihuman_videos_requeued",
+            "Videos put back in line because their engine had gone.",
+            value=self._jobs.requeued,
+        )
+
+
+class Metrics:
+    """Of the process that speaks HTTP."""
+
+    def __init__(self, jobs: Jobs, engines: Callable[[], bytes]) -> None:
+        """engines: their own figures, as text."""
+        self._registry = CollectorRegistry()
+        self._registry.register(JobsCollector(jobs))
+        self._engines = engines
+        self._answers = Counter(
+            "magihuman_http_requests",
+            "Answers, by method, route and status.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+
+    def count(self, method: str, route: str, status: int) -> None:
+        """One more answer."""
+        self._answers.labels(method, route, str(status)).inc()
+
+    def text(self) -> bytes:
+        """For Prometheus."""
+        return generate_latest(self._registry) + self._engines()
+
+
+def of_processes(folder: Path) -> bytes:
+    """The sum of what processes with `FOLDER_VARIABLE` have written there, also of ended ones."""
+    for file in folder.glob("gauge_live*_*.db"):
+        process = int(file.stem.rpartition("_")[2])
+        if not _is_running(process):
+            multiprocess.mark_process_dead(process, str(folder))
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry, str(folder))
+    return generate_latest(registry)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,48 @@
+"""What a server is told once, at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may send.
+
+    Attributes:
+        body_bytes: of a request, uploads included.
+        prompt_chars: of the prompt, and of the negative one.
+        queued: videos that may wait.
+        image_pixels: of a reference image, read from its header before it is decoded.
+        audio_s: of a driving voice, decoded no further than that.
+    """
+
+    body_bytes: int = 32 * 2**20
+    prompt_chars: int = 10_000
+    queued: int = 64
+    image_pixels: int = 32_000_000
+    audio_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the part that speaks HTTP and keeps the videos.
+
+    Attributes:
+        folder: where jobs and videos are kept.
+        model: the name that clients see.
+        variant, sr: of the engines, to check requests before they wait.
+        keep_s: how long a finished video is kept.
+        timeout_s: a video that takes longer, from when an engine has it, fails.
+        token_sha256: of the bearer token; None lets everybody in.
+    """
+
+    folder: Path
+    model: str
+    variant: str = "distill"
+    sr: str | None = None
+    keep_s: float = 24 * 3600.0
+    timeout_s: float | None = None
+    token_sha256: bytes | None = None
+    limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,232 @@
+"""Jobs and their videos on disk: a folder for each, which a restart finds as they were.
+
+    video_0123.../job.json    what was asked for, and how far it is
+    video_0123.../image       the reference image and the voice as uploaded, until the job has ended
+    video_0123.../audio
+    video_0123.../video.mp4   there once it is whole
+
+Every change is a rename, so that a process killed at any moment leaves no half-written state.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from magihuman.runtime.errors import OutputError
+from magihuman.runtime.folders import atomic_folder, write_json
+from magihuman.runtime.media import atomic_path
+from magihuman.runtime.request import Request
+
+log = logging.getLogger("magihuman")
+
+STATE, IMAGE, AUDIO, VIDEO = "job.json", "image", "audio", "video.mp4"
+PREFIX = "video_"
+REMOVED = ".removed-"
+MAX_ATTEMPTS = 2
+
+
+class Status(StrEnum):
+    """Of a job."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+@dataclass
+class Job:
+    """A video, asked for or made. Times are seconds since 1970.
+
+    Attributes:
+        options: fields of `Request` beside the prompt and the files.
+        attempts: how often an engine has begun it.
+        error: `code` and `message`, where it has failed.
+        stage, progress: what an engine is doing, and how much is done, in percent; not kept.
+    """
+
+    prompt: str
+    options: dict[str, Any]
+    id: str = field(default_factory=lambda: PREFIX + secrets.token_hex(16))
+    status: Status = Status.QUEUED
+    created_at: float = field(default_factory=time.time)
+    started_at: float | None = None
+    completed_at: float | None = None
+    expires_at: float | None = None
+    attempts: int = 0
+    timings_s: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: dict[str, str] | None = None
+    stage: str | None = None
+    progress: int = 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether an engine has it."""
+        return self.status is Status.IN_PROGRESS
+
+
+class Store:
+    """The jobs in a folder. For one thread, but for `create`."""
+
+    def __init__(self, folder: Path, keep_s: float) -> None:
+        """Read what is there; jobs that were being made are queued again, see `back_in_line`."""
+        self.jobs: dict[str, Job] = {}
+        self._folder, self._keep_s = folder, keep_s
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in self._folder.iterdir():
+            if place.name.startswith((".magihuman-", REMOVED)):
+                shutil.rmtree(place, ignore_errors=True)
+        for place in self._folder.glob(f"{PREFIX}*"):
+            job = _read(place)
+            if job is not None:
+                self.jobs[job.id] = job
+                self._recover(job)
+
+    def queued(self) -> list[Job]:
+        """Those that wait, oldest first."""
+        waiting = (job for job in self.jobs.values() if job.status is Status.QUEUED)
+        return sorted(waiting, key=lambda job: job.created_at)
+
+    def video(self, job: Job) -> Path:
+        """The mp4, there once the job is completed."""
+        return self._folder / job.id / VIDEO
+
+    def request(self, job: Job) -> Request:
+        """What an engine is to make."""
+        return request_of(job, self._folder / job.id)
+
+    @contextmanager
+    def create(self, job: Job) -> Iterator[Path]:
+        """A folder for its uploads, the job's own once the context ends well. In any thread."""
+        with atomic_folder(self._folder / job.id) as draft:
+            yield draft
+            write_json(draft / STATE, _kept(job))
+
+    def begin(self, job: Job) -> None:
+        """An engine has taken it."""
+        job.status, job.started_at = Status.IN_PROGRESS, time.time()
+        job.attempts += 1
+        self._save(job)
+
+    def complete(self, job: Job, timings_s: dict[str, float], warnings: tuple[str, ...]) -> None:
+        """Its video is there."""
+        job.status, job.progress = Status.COMPLETED, 100
+        job.timings_s, job.warnings = dict(timings_s), list(warnings)
+        self._end(job)
+
+    def fail(self, job: Job, code: str, message: str) -> None:
+        """There will be none."""
+        job.status, job.error = Status.FAILED, {"code": code, "message": message}
+        self._end(job)
+
+    def back_in_line(self, job: Job, is_its_fault: bool) -> None:
+        """Its engine has gone. Queued again, unless this has happened before.
+
+        is_its_fault: whether this counts; it does not where the server itself gave the job up.
+        """
+        if is_its_fault and job.attempts >= MAX_ATTEMPTS:
+            self.fail(
+                job,
+                "engine_lost",
+                f"the process that made this video ended unexpectedly, {job.attempts} times in a"
+                " row; ask for a shorter or smaller one, or look at the server's log",
+            )
+            return
+        if not is_its_fault:
+            job.attempts -= 1
+        job.status, job.started_at, job.stage, job.progress = Status.QUEUED, None, None, 0
+        self._save(job)
+
+    def remove(self, job: Job) -> None:
+        """Forget it and all its files. Whoever is writing one of them has his error."""
+        del self.jobs[job.id]
+        gone = self._folder / f"{REMOVED}{job.id}"
+        with suppress(FileNotFoundError):  # removed by hand
+            (self._folder / job.id).rename(gone)  # at once, whatever is being written into it
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def expire(self) -> None:
+        """Remove what has been kept for long enough."""
+        now = time.time()
+        for job in list(self.jobs.values()):
+            if job.expires_at is not None and job.expires_at <= now:
+                self.remove(job)
+
+    def _recover(self, job: Job) -> None:
+        is_made = self.video(job).exists()  # whole, or it would not have its name
+        if job.status is Status.IN_PROGRESS and is_made:
+            self.complete(job, job.timings_s, tuple(job.warnings))
+        elif job.status is Status.IN_PROGRESS:
+            self.back_in_line(job, is_its_fault=True)
+        elif job.status is Status.COMPLETED and not is_made:
+            self.fail(job, "lost", "the video's file has been removed from the server's folder")
+
+    def _end(self, job: Job) -> None:
+        job.stage, job.completed_at = None, time.time()
+        job.expires_at = job.completed_at + self._keep_s
+        self._save(job)
+        for name in (IMAGE, AUDIO):
+            (self._folder / job.id / name).unlink(missing_ok=True)
+
+    def _save(self, job: Job) -> None:
+        with atomic_path(self._folder / job.id / STATE) as temporary:
+            write_json(temporary, _kept(job))
+
+
+def request_of(job: Job, folder: Path) -> Request:
+    """What is to be made, with the uploads in a folder. Raises `InvalidRequestError`."""
+    image, audio = (place if place.exists() else None for place in (folder / IMAGE, folder / AUDIO))
+    return Request(prompt=job.prompt, image=image, audio=audio, **job.options)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder to oneself. Raises `OutputError` where another server has it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"the folder must be of one server alone, and another has {folder}; stop it,"
+                    " or name another folder"
+                ) from None
+            yield
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"the folder {folder} cannot be written to: {error.strerror or error}"
+        ) from error
+
+
+def _kept(job: Job) -> dict[str, object]:
+    values = asdict(job)
+    del values["stage"], values["progress"]
+    return values
+
+
+def _read(place: Path) -> Job | None:
+    try:
+        values = json.loads((place / STATE).read_text(encoding="utf-8"))
+        job = Job(**values | {"status": Status(values["status"])})
+        if job.id != place.name:
+            raise ValueError(f"is of {job.id}")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("%s is left alone: its %s cannot be used (%s)", place, STATE, error)
+        return None
+    job.progress = 100 if job.status is Status.COMPLETED else 0
+    return job

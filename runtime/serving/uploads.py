@@ -1,0 +1,181 @@
+"""The body of a new video: read, checked, and put on disk. Nothing in it is trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+
+from magihuman.runtime import config
+from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.serving.errors import ApiError, invalid
+from magihuman.runtime.serving.schema import AUDIO_FIELD, FILES, IMAGE_FIELD, VideoOptions
+from magihuman.runtime.serving.settings import Limits, Settings
+from magihuman.runtime.serving.store import AUDIO, IMAGE, Job, request_of
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+# FFmpeg's own names; none of them opens other files or addresses, as playlists do.
+AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg", "aac", "mov", "matroska")
+NAMES = {IMAGE_FIELD: IMAGE, AUDIO_FIELD: AUDIO}
+FORM, JSON = "multipart/form-data", "application/json"
+MAX_FIELDS = 32
+
+
+@dataclass(frozen=True)
+class NewVideo:
+    """A job that can be written, with what was uploaded for it."""
+
+    job: Job
+    uploads: dict[str, BinaryIO]
+    settings: Settings
+
+    def fill(self, folder: Path) -> None:
+        """Put the uploads into the folder, once, and refuse what cannot be used. Takes its time."""
+        for name, upload in self.uploads.items():
+            with upload, (folder / NAMES[name]).open("wb") as file:
+                shutil.copyfileobj(upload, file)
+        limits = self.settings.limits
+        if IMAGE_FIELD in self.uploads:
+            _check(folder / IMAGE, IMAGE_FIELD, lambda path: _open_image(path, limits))
+        if AUDIO_FIELD in self.uploads:
+            _check(folder / AUDIO, AUDIO_FIELD, lambda path: _open_audio(path, limits))
+
+
+async def read(request: Request, settings: Settings) -> NewVideo:
+    """Raises `ApiError` for whatever is wrong with it, but for what is in its files."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == JSON:
+        body = await request.body()
+        return await asyncio.to_thread(_from_json, body, settings)
+    if kind == FORM:
+        return await _from_form(request, settings)
+    raise ApiError(
+        415, "unsupported_media_type", f"the body must be {FORM} or {JSON}, got {kind or 'neither'}"
+    )
+
+
+def _from_json(body: bytes, settings: Settings) -> NewVideo:
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "malformed_body", f"the body must be JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise invalid(f"the body must be a JSON object, got a {type(values).__name__}")
+    uploads: dict[str, BinaryIO] = {}
+    for name in FILES:
+        if name in values:
+            uploads[name] = io.BytesIO(_data_url(values.pop(name), name))
+    return _checked(values, uploads, settings, is_strict=True)
+
+
+async def _from_form(request: Request, settings: Settings) -> NewVideo:
+    longest = 4 * settings.limits.prompt_chars + 1024  # bytes of one field
+    try:
+        form = await request.form(
+            max_files=len(FILES), max_fields=MAX_FIELDS, max_part_size=longest
+        )
+    except (MultiPartException, ValueError, LookupError) as error:
+        raise ApiError(400, "malformed_body", f"the body must be a form: {error}") from None
+    try:
+        return _from_fields(form, settings)
+    except ApiError:
+        await form.close()
+        raise
+
+
+def _from_fields(form: FormData, settings: Settings) -> NewVideo:
+    values: dict[str, Any] = {}
+    uploads: dict[str, BinaryIO] = {}
+    for name, value in form.multi_items():
+        if name in values or name in uploads:
+            raise invalid(f"{name} must be given once", name)
+        if isinstance(value, UploadFile):
+            if name not in FILES:
+                raise invalid(f"{name} must be a field of the form, got a file", name)
+            uploads[name] = value.file
+        elif name in FILES:
+            uploads[name] = io.BytesIO(_data_url(value, name))
+        else:
+            values[name] = value
+    return _checked(values, uploads, settings, is_strict=False)
+
+
+def _data_url(value: object, name: str) -> bytes:
+    head, comma, content = value.partition(",") if isinstance(value, str) else ("", "", "")
+    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        raise invalid(
+            f"{name} must be a file of a form, or a data URL (data:...;base64,...); addresses are"
+            " not fetched",
+            name,
+        )
+    try:
+        return base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise invalid(f"{name} must be base64: {error}", name) from None
+
+
+def _checked(
+    values: Mapping[str, Any], uploads: dict[str, BinaryIO], settings: Settings, is_strict: bool
+) -> NewVideo:
+    """is_strict: whether numbers must be numbers; in a form they are text."""
+    limits = settings.limits
+    try:
+        options = VideoOptions.model_validate(values, strict=is_strict)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(map(str, first["loc"])) or None
+        raise invalid(f"{name}: {first['msg']}", name) from None
+    if options.model not in (None, settings.model):
+        message = f"model must be {settings.model!r}, the one served, got {options.model!r}"
+        raise ApiError(404, "model_not_found", message, "model")
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(options, name)
+        if text is not None and len(text) > limits.prompt_chars:
+            raise invalid(
+                f"{name} must have no more than {limits.prompt_chars} characters, got {len(text)}",
+                name,
+            )
+    job = Job(options.prompt, options.fields())
+    try:
+        request_of(job, Path()).plan(config.VARIANTS[settings.variant], settings.sr)
+    except InvalidRequestError as error:
+        raise invalid(str(error)) from None
+    return NewVideo(job, uploads, settings)
+
+
+def _check(path: Path, name: str, open_it: Callable[[Path], object]) -> None:
+    try:
+        open_it(path)
+    except InvalidRequestError as error:
+        raise invalid(str(error).replace(str(path), "the upload"), name) from None
+    except Exception as error:  # decoders meet damaged files with all kinds
+        raise invalid(f"{name} cannot be decoded: {error}", name) from None
+
+
+def _open_image(path: Path, limits: Limits) -> None:
+    from magihuman.runtime.image import open_image
+
+    open_image(path, max_pixels=limits.image_pixels, formats=IMAGE_FORMATS)
+
+
+def _open_audio(path: Path, limits: Limits) -> None:
+    from magihuman.runtime.audio import open_driving_audio
+
+    end_s = limits.audio_s + 1  # decoded no further, and enough to see that it is too long
+    samples, _ = open_driving_audio(path, end_s, limit_s=end_s, formats=AUDIO_FORMATS)
+    if len(samples) > limits.audio_s * config.LATENT_AUDIO_RATE_HZ:
+        raise InvalidRequestError(
+            f"audio must be no longer than {limits.audio_s:g} s, got more; cut it"
+        )

@@ -1,0 +1,640 @@
+"""The server's parts in one process, with an engine and real HTTP; all but Ray."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import socket
+import struct
+import threading
+import zlib
+
+import av
+import httpx
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from sounds import write_sine
+from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
+
+from magihuman.runtime.serving.messages import EngineLost, Report
+from magihuman.runtime.serving.settings import Limits, Settings
+from magihuman.runtime.serving.store import Job, Store
+
+LIMITS = Limits(body_bytes=200_000, prompt_chars=100, queued=3, image_pixels=10_000, audio_s=2)
+
+
+@pytest.fixture
+def settings(tmp_path) -> Settings:
+    return Settings(tmp_path / "videos", "tiny", token_sha256=TOKEN_SHA256, limits=LIMITS)
+
+
+@pytest.fixture
+def local(settings, replica, serve_here):
+    with serve_here(settings, replica) as running:
+        yield running
+
+
+def error_of(answer: httpx.Response, status: int) -> dict:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert set(answer.json()) == {"error"}
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+def as_json(local, **values) -> httpx.Response:
+    return local.http.post("/v1/videos", json={"prompt": "hi", **values})
+
+
+def data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# -- a video from beginning to end ------------------------------------------------------------
+
+
+def test_a_video_is_what_the_engine_makes(local, replica, face, voice, tmp_path):
+    asked = {"prompt": "A woman says: hello!", "seconds": "0.36", "size": "64x96", "seed": "7"}
+    asked |= {"num_inference_steps": "2", "model": "tiny"}
+    with face.open("rb") as image, voice.open("rb") as sound:
+        answer = local.post(asked, input_reference=image, audio=sound)
+    made = answer.json()
+    assert answer.status_code == 200
+    assert re.fullmatch("video_[0-9a-f]{32}", made["id"])
+    assert (made["object"], made["model"], made["progress"]) == ("video", "tiny", 0)
+    assert made["status"] in ("queued", "in_progress") and made["error"] is None
+    assert (made["seconds"], made["size"], made["seed"]) == ("0.36", "64x96", 7)
+    done = local.when(made["id"], "completed")
+    assert done["progress"] == 100 and done["stage"] is None
+    assert done["created_at"] <= done["started_at"] <= done["completed_at"] < done["expires_at"]
+    assert {"text", "denoise", "decode_video", "write"} <= set(done["timings_s"])
+    content = local.content(made["id"])
+    assert content.headers["content-type"] == "video/mp4"
+    options = {"seconds": 0.36, "width": 64, "height": 96, "seed": 7, "steps": 2}
+    replica._engine.generate(
+        "A woman says: hello!", image=face, audio=voice, save=tmp_path / "own.mp4", **options
+    )
+    assert content.content == (tmp_path / "own.mp4").read_bytes()
+
+
+def test_json_says_the_same_as_a_form(local, face, voice):
+    with face.open("rb") as image, voice.open("rb") as sound:
+        one = local.create(SMALL, input_reference=image, audio=sound)
+    answer = as_json(
+        local,
+        seconds=0.2,
+        size="32x32",
+        num_inference_steps=1,
+        input_reference=data_url("image/png", face.read_bytes()),
+        audio=data_url("audio/wav", voice.read_bytes()),
+    )
+    other = answer.json()["id"]
+    for name in (one, other):
+        local.when(name, "completed")
+    assert local.content(one).content == local.content(other).content
+
+
+def test_progress_goes_up(local):
+    name = local.create({**SMALL, "num_inference_steps": "60"})
+    seen = []
+
+    def is_done() -> bool:
+        video = local.get(name)
+        seen.append((video["progress"], video["stage"]))
+        return video["status"] == "completed"
+
+    until(is_done)
+    progress = [percent for percent, _ in seen]
+    assert progress == sorted(progress) and progress[-1] == 100
+    assert len({p for p, stage in seen if stage == "denoise"}) > 3  # not only its ends
+
+
+def test_warnings_reach_the_client(local):
+    done = local.when(local.create({**SMALL, "size": "40x32"}), "completed")
+    assert any("steps of 32 pixels" in note for note in done["warnings"])
+
+
+def test_parts_of_the_content(local):
+    name = local.create()
+    local.when(name, "completed")
+    whole = local.content(name)
+    part = local.content(name, Range="bytes=100-199")
+    assert (part.status_code, part.content) == (206, whole.content[100:200])
+    assert part.headers["content-range"] == f"bytes 100-199/{len(whole.content)}"
+    assert local.content(name, Range="bytes=-10").content == whole.content[-10:]
+    assert local.content(name, Range=f"bytes={len(whole.content)}-").status_code == 416
+    with av.open(io.BytesIO(whole.content)) as file:
+        assert file.streams.video[0].frames == 5 and len(file.streams.audio) == 1
+
+
+def test_videos_are_made_in_the_order_they_were_asked_for(local):
+    running = local.create(LONG)
+    local.when(running, "in_progress")
+    names = [local.create({**SMALL, "seed": str(seed)}) for seed in range(3)]
+    local.delete(running)
+    ends = [local.when(name, "completed")["completed_at"] for name in names]
+    assert ends == sorted(ends)
+
+
+# -- removing ---------------------------------------------------------------------------------
+
+
+def test_removing_cancels_what_runs_and_what_waits(local, settings, replica):
+    names = [local.create(LONG) for _ in range(4)]
+    local.when(names[0], "in_progress")
+    assert local.get(names[3])["status"] == "queued"
+    for name in reversed(names):
+        local.delete(name)
+        error_of(local.http.get(f"/v1/videos/{name}"), 404)
+        error_of(local.http.delete(f"/v1/videos/{name}"), 404)
+    until(lambda: replica._engine.queue_length == 0, 20)  # 1000 steps would take longer
+    assert list(settings.folder.iterdir()) == []
+    local.when(local.create(), "completed")
+
+
+def test_removing_a_finished_one(local, settings):
+    name = local.create()
+    local.when(name, "completed")
+    local.delete(name)
+    assert error_of(local.content(name), 404)["code"] == "video_not_found"
+    assert list(settings.folder.iterdir()) == []
+
+
+def test_finished_ones_expire(settings, replica, serve_here, monkeypatch):
+    monkeypatch.setattr("magihuman.runtime.serving.jobs.SWEEP_S", 0.05)
+    brief = Settings(settings.folder, "tiny", keep_s=0.5, token_sha256=TOKEN_SHA256)
+    with serve_here(brief, replica) as local:
+        name = local.create()
+        until(lambda: local.http.get(f"/v1/videos/{name}").status_code == 404)
+        assert list(settings.folder.iterdir()) == []
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+def test_there_is_nothing_to_play_before_the_end(local):
+    name = local.create(LONG)
+    error = error_of(local.content(name), 409)
+    assert (error["code"], error["param"]) == ("not_completed", "video_id")
+    local.delete(name)
+
+
+def test_a_full_line(local):
+    names = [local.create(LONG) for _ in range(2)]  # both are with the engine
+    for name in names:
+        local.when(name, "in_progress")
+    names += [local.create(LONG) for _ in range(3)]
+    answer = local.post()
+    assert error_of(answer, 429)["type"] == "rate_limit_error"
+    assert int(answer.headers["retry-after"]) >= 1
+    for name in names:
+        local.delete(name)
+    local.when(local.create(), "completed")
+
+
+TOKENLESS = [
+    {},
+    {"Authorization": ""},
+    {"Authorization": "Bearer"},
+    {"Authorization": "Bearer wrong"},
+    {"Authorization": BEARER["Authorization"] + "x"},
+    {"Authorization": BEARER["Authorization"][:-1]},
+    {"Authorization": BEARER["Authorization"].replace("Bearer", "Basic")},
+    {"Authorization": b"Bearer \xff\xfe"},
+]
+
+
+@pytest.mark.parametrize("headers", TOKENLESS, ids=range(len(TOKENLESS)))
+def test_wrong_tokens(local, headers):
+    name = "video_" + "0" * 32
+    with httpx.Client(base_url=local.url, headers=headers) as stranger:
+        for method, path in (
+            ("POST", "/v1/videos"),
+            ("GET", f"/v1/videos/{name}"),
+            ("GET", f"/v1/videos/{name}/content"),
+            ("DELETE", f"/v1/videos/{name}"),
+            ("GET", "/metrics"),
+        ):
+            answer = stranger.request(method, path)
+            assert error_of(answer, 401)["type"] == "authentication_error"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for path in ("/", "/health", "/ready", "/openapi.json"):
+            assert stranger.get(path).status_code == 200
+
+
+def test_without_a_token_everybody_is_let_in(settings, replica, serve_here):
+    with (
+        serve_here(Settings(settings.folder, "tiny"), replica) as local,
+        httpx.Client(base_url=local.url) as stranger,
+    ):
+        assert stranger.get("/v1/videos/none").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": " \n"}, "prompt"),
+        ({"prompt": "x" * 101}, "prompt"),
+        ({"prompt": "hi", "negative_prompt": "x" * 101}, "negative_prompt"),
+        ({"prompt": "hi", "seconds": "0.1"}, "seconds"),
+        ({"prompt": "hi", "seconds": "61"}, "seconds"),
+        ({"prompt": "hi", "seconds": "nan"}, "seconds"),
+        ({"prompt": "hi", "seconds": "five"}, "seconds"),
+        ({"prompt": "hi", "size": "31x32"}, "size"),
+        ({"prompt": "hi", "size": "32x4097"}, "size"),
+        ({"prompt": "hi", "size": "480"}, "size"),
+        ({"prompt": "hi", "seed": "-1"}, "seed"),
+        ({"prompt": "hi", "seed": str(2**63)}, "seed"),
+        ({"prompt": "hi", "num_inference_steps": "0"}, "num_inference_steps"),
+        ({"prompt": "hi", "quality": "high"}, "quality"),
+        ({"prompt": "hi", "audio": "http://127.0.0.1/voice.wav"}, "audio"),
+        ({"prompt": "hi", "input_reference": "file:///etc/passwd"}, "input_reference"),
+        ({"prompt": "hi", "input_reference": "data:image/png;base64,%%"}, "input_reference"),
+        ({"prompt": "hi", "input_reference": "data:image/png;base64,"}, "input_reference"),
+    ],
+)
+def test_values_that_cannot_be_served(local, settings, fields, param):
+    parts = {name: (None, value) for name, value in fields.items()} or {"x": (None, "y")}
+    assert error_of(local.http.post("/v1/videos", files=parts), 422)["param"] == param
+    assert error_of(local.http.post("/v1/videos", json=fields), 422)["param"] == param
+    assert list(settings.folder.iterdir()) == []
+
+
+def test_what_the_engine_would_refuse_is_refused_before_it_waits(local):
+    error = error_of(as_json(local, guidance_scale=3), 422)
+    assert "must stay unset for the distill variant" in error["message"]
+
+
+def test_another_model(local):
+    assert error_of(as_json(local, model="sora-2"), 404)["code"] == "model_not_found"
+
+
+def test_numbers_in_json_must_be_numbers(local):
+    assert error_of(as_json(local, seed="7"), 422)["param"] == "seed"
+    assert error_of(as_json(local, seed=True), 422)["param"] == "seed"
+    name = as_json(local, seconds="0.2", size="32x32", num_inference_steps=1).json()["id"]
+    assert local.get(name)["seconds"] == "0.2"  # as OpenAI's clients send it
+    local.when(name, "completed")
+
+
+def test_a_field_given_twice(local):
+    parts = [("prompt", (None, "a")), ("prompt", (None, "b"))]
+    assert error_of(local.http.post("/v1/videos", files=parts), 422)["param"] == "prompt"
+
+
+def test_a_file_where_a_field_belongs(local, face):
+    parts = {"prompt": ("face.png", face.read_bytes())}
+    assert error_of(local.http.post("/v1/videos", files=parts), 422)["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+        b'{"seed": ' + b"9" * 5000 + b"}",
+    ],
+    ids=range(5),
+)
+def test_bodies_that_are_no_json(local, body):
+    headers = {"Content-Type": "application/json"}
+    answer = local.http.post("/v1/videos", content=body, headers=headers)
+    assert error_of(answer, 400)["code"] == "malformed_body"
+
+
+@pytest.mark.parametrize("body", ["[]", "1", "null", '"prompt"'])
+def test_json_that_is_no_object(local, body):
+    headers = {"Content-Type": "application/json; charset=utf-8"}
+    error_of(local.http.post("/v1/videos", content=body, headers=headers), 422)
+
+
+def test_halves_of_surrogate_pairs(local):
+    headers = {"Content-Type": "application/json"}
+    for body in (r'{"prompt": "\ud800"}', r'{"prompt": "hi", "\ud800": 1}'):
+        error_of(local.http.post("/v1/videos", content=body, headers=headers), 422)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("multipart/form-data", b"prompt=hi"),
+        ("multipart/form-data; boundary=x", b"prompt=hi"),
+        ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\nhi"),
+    ],
+    ids=range(3),
+)  # fmt: skip
+def test_bodies_that_are_no_form(local, kind, body):
+    answer = local.http.post("/v1/videos", content=body, headers={"Content-Type": kind})
+    assert answer.status_code in (400, 422), answer.text
+
+
+def test_too_many_files_and_fields(local, face):
+    parts = [("input_reference", ("a.png", b"x"))] * 3
+    error_of(local.http.post("/v1/videos", files=parts), 400)
+    error_of(local.http.post("/v1/videos", files=[(f"f{i}", (None, "")) for i in range(40)]), 400)
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded"])
+def test_other_kinds_of_bodies(local, kind):
+    answer = local.http.post("/v1/videos", content=b"prompt=hi", headers={"Content-Type": kind})
+    assert error_of(answer, 415)["code"] == "unsupported_media_type"
+
+
+def test_bodies_beyond_the_limit(local, settings):
+    content = b"x" * (LIMITS.body_bytes + 1)
+    error_of(local.http.post("/v1/videos", content=content), 413)
+    assert error_of(local.post(SMALL, input_reference=content), 413)["code"] == "body_too_large"
+
+    def without_a_length():
+        yield b'{"prompt": "'
+        for _ in range(20):
+            yield b"x" * 20_000
+
+    headers = {"Content-Type": "application/json"}
+    error_of(local.http.post("/v1/videos", content=without_a_length(), headers=headers), 413)
+    assert list(settings.folder.iterdir()) == []
+
+
+def test_pages_of_others_cannot_post(local):
+    for headers in (
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "https://example.org"},
+        {"Origin": "null"},
+    ):
+        answer = local.http.post("/v1/videos", json={"prompt": "hi"}, headers=headers)
+        assert error_of(answer, 403)["code"] == "forbidden_origin"
+    for headers in ({"Sec-Fetch-Site": "same-origin"}, {"Origin": local.url}):
+        answer = local.http.post("/v1/videos", json={}, headers=headers)
+        assert error_of(answer, 422)["param"] == "prompt"
+
+
+def test_paths_and_methods_that_are_not_there(local):
+    assert error_of(local.http.get("/v1/nothing"), 404)["code"] == "not_found"
+    assert error_of(local.http.put("/v1/videos"), 405)["code"] == "method_not_allowed"
+    for name in ("video_", "..", "..%2F..%2Fetc%2Fpasswd", "%00", "video_" + "0" * 32):
+        error_of(local.http.get(f"/v1/videos/{name}"), 404)
+
+
+# -- uploads ----------------------------------------------------------------------------------
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that says to be so large, with no pixels in it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def text_bomb() -> bytes:
+    """A small PNG with 100 MB of compressed text."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    content = b"k\0\0" + zlib.compress(b"x" * 100_000_000, 9)
+    chunk = struct.pack(">I", len(content)) + b"zTXt" + content
+    chunk += struct.pack(">I", zlib.crc32(b"zTXt" + content))
+    whole = buffer.getvalue()
+    return whole[:33] + chunk + whole[33:]  # after the header
+
+
+def saved(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"no image", "must be in one of the formats PNG, JPEG, WEBP, got the upload"),
+        (b"", "must not be empty"),
+        (png(200, 100), "1 to 10000 pixels, got 200x100"),
+        (png(30_000, 30_000), "exceeds limit"),
+        (png(50, 50), "cannot be decoded"),
+        (saved("PNG")[:60], "cannot be"),
+        (text_bomb(), "cannot be"),
+        (saved("GIF"), "must be in one of the formats"),
+        (saved("EPS"), "must be in one of the formats"),  # would start another program
+    ],
+    ids=range(9),
+)
+def test_images_that_are_none(local, settings, content, says):
+    error = error_of(local.post(SMALL, input_reference=content), 422)
+    assert error["param"] == "input_reference" and says in error["message"]
+    assert str(settings.folder) not in error["message"]
+    assert list(settings.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_images_that_are_some(local, kind):
+    local.when(local.create(SMALL, input_reference=saved(kind)), "completed")
+
+
+def test_sounds_that_are_none(local, settings, tmp_path):
+    target = write_sine(tmp_path / "target.wav", seconds=0.4)
+    playlists = [
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{target}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile '{target}'\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/x.ts\n#EXT-X-ENDLIST\n",
+    ]
+    brief = write_sine(tmp_path / "brief.wav", seconds=0.1).read_bytes()
+    long = write_sine(tmp_path / "long.mp3", seconds=4).read_bytes()
+    for content, says in [
+        (b"no sound" * 100, "must be in a format"),
+        (b"", "must not be empty"),
+        (brief, "at least 0.2 s"),
+        (long, "no longer than 2 s"),
+        *((text.encode(), "must be in a format") for text in playlists),
+    ]:
+        error = error_of(local.post(SMALL, audio=content), 422)
+        assert error["param"] == "audio" and says in error["message"], error
+        assert str(settings.folder) not in error["message"]
+        assert str(target) not in error["message"]
+    assert list(settings.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["wav", "mp3", "flac"])
+def test_sounds_that_are_some(local, kind, tmp_path):
+    content = write_sine(tmp_path / f"voice.{kind}", seconds=0.5).read_bytes()
+    local.when(local.create(SMALL, audio=content), "completed")
+
+
+def test_a_client_that_goes_away_leaves_nothing(local, settings):
+    host, port = local.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        lines = [
+            "POST /v1/videos HTTP/1.1",
+            f"Host: {host}",
+            f"Authorization: {BEARER['Authorization']}",
+            "Content-Type: application/json",
+            "Content-Length: 1000",
+        ]
+        connection.sendall("\r\n".join([*lines, "", '{"prompt": "']).encode())
+    local.when(local.create(), "completed")
+    assert len(list(settings.folder.iterdir())) == 1
+
+
+# -- failures, restarts -----------------------------------------------------------------------
+
+
+def test_a_deadline(settings, replica, serve_here):
+    hurried = Settings(settings.folder, "tiny", timeout_s=0.5, token_sha256=TOKEN_SHA256)
+    with serve_here(hurried, replica) as local:
+        failed = local.when(local.create(LONG), "failed")
+        assert failed["error"]["code"] == "deadline_exceeded"
+        assert error_of(local.content(failed["id"]), 409)["code"] == "not_completed"
+
+
+def test_an_unexpected_error_is_told_without_its_details(local, replica, monkeypatch):
+    def fail(latents):
+        raise ValueError("a secret")
+
+    monkeypatch.setattr(replica._engine._parts.audio_vae, "decode", fail)
+    failed = local.when(local.create(), "failed")
+    assert failed["error"]["code"] == "internal_error"
+    assert "secret" not in failed["error"]["message"] and "log" in failed["error"]["message"]
+    monkeypatch.undo()
+    local.when(local.create(), "completed")
+
+
+def lost_times(replica, times: int):
+    """The engine's own `make`, which is lost in the midst of its first so many videos."""
+    left = [times]
+
+    async def make(work):
+        if left[0] > 0:
+            left[0] -= 1
+            yield Report("denoise", 1, 2)
+            raise EngineLost("as if killed")
+        async for event in replica.make(work):
+            yield event
+
+    return make
+
+
+def test_a_lost_engine(settings, replica, serve_here, monkeypatch):
+    monkeypatch.setattr("magihuman.runtime.serving.jobs.PAUSE_S", 0.1)
+    with serve_here(settings, replica, lost_times(replica, 1)) as local:
+        name = local.create()
+        local.when(name, "completed")
+        assert local.jobs[0].requeued == 1
+    with serve_here(settings, replica, lost_times(replica, 2)) as local:
+        failed = local.when(local.create(), "failed")
+        assert failed["error"]["code"] == "engine_lost"
+        assert "2 times in a row" in failed["error"]["message"]
+        assert local.get(name)["status"] == "completed"  # of the server before
+
+
+def test_a_restart_takes_up_what_waited(settings, replica, serve_here):
+    with serve_here(settings, replica) as local:
+        done = local.create()
+        local.when(done, "completed")
+        content = local.content(done).content
+        names = [local.create({**SMALL, "num_inference_steps": "60"}) for _ in range(4)]
+        local.when(names[0], "in_progress")
+    kept = Store(settings.folder, settings.keep_s).jobs
+    assert [kept[name].attempts for name in names] == [0] * 4
+    with serve_here(settings, replica) as local:
+        assert local.content(done).content == content
+        for name in names:
+            local.when(name, "completed")
+
+
+def test_draining(settings, replica, serve_here):
+    with serve_here(settings, replica) as local:
+        running = local.create({**SMALL, "num_inference_steps": "100"})
+        local.when(running, "in_progress")
+        beside = local.create(LONG)
+        local.when(beside, "in_progress")
+        waiting = local.create()
+        drain = threading.Thread(target=lambda: local.run(local.jobs[0].drain(3)))
+        drain.start()
+        until(lambda: local.http.get("/ready").status_code == 503)
+        assert local.http.get("/ready").json() == {"status": "draining"}
+        answer = local.post()
+        assert error_of(answer, 503)["code"] == "draining" and "retry-after" in answer.headers
+        drain.join()
+        assert local.get(running)["status"] == "completed"
+        assert local.get(beside)["status"] == local.get(waiting)["status"] == "queued"
+        assert local.http.get("/health").status_code == 200
+
+
+def test_a_video_asked_for_as_draining_begins_is_kept(settings, replica, serve_here):
+    with serve_here(settings, replica) as local:
+        jobs = local.jobs[0]
+
+        def fill(folder) -> None:
+            jobs.is_draining = True
+
+        async def add():
+            job = Job("hi", {"seconds": 0.2, "width": 32, "height": 32, "seed": 1, "steps": 1})
+            await jobs.add(job, fill)
+            return job
+
+        name = local.run(add()).id
+        assert local.get(name)["status"] == "queued"
+    with serve_here(settings, replica) as local:
+        local.when(name, "completed")
+
+
+# -- metrics, the description -----------------------------------------------------------------
+
+
+def samples(local) -> dict[tuple, float]:
+    answer = local.http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_metrics(local):
+    before = samples(local)
+    name = local.create()
+    local.when(name, "completed")
+    error_of(local.http.get("/v1/videos/none"), 404)
+    after = samples(local)
+
+    def more(*key) -> float:
+        return after[key] - before.get(key, 0)
+
+    assert after["magihuman_videos", "completed"] == 1
+    assert after["magihuman_videos", "queued"] == 0
+    assert after["magihuman_videos_requeued_total",] == 0
+    assert more("magihuman_requests_total", "done") == 1
+    assert more("magihuman_stage_seconds_count", "denoise") == 1
+    assert more("magihuman_http_requests_total", "/v1/videos", "200", "POST") == 1
+    assert more("magihuman_http_requests_total", "/v1/videos/{video_id}", "404", "GET") == 1
+
+
+def test_the_description(local):
+    described = local.http.get("/openapi.json").json()
+    assert set(described["paths"]) == {
+        "/health", "/ready", "/metrics", "/v1/videos", "/v1/videos/{video_id}",
+        "/v1/videos/{video_id}/content",
+    }  # fmt: skip
+    body = described["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
+    assert set(body) == {"multipart/form-data", "application/json"}
+    for kind in body.values():
+        assert kind["schema"]["properties"]["prompt"]["maxLength"] == LIMITS.prompt_chars
+    assert "HTTPValidationError" not in json.dumps(described)
+
+
+def test_the_page_is_one_file(local):
+    page = local.http.get("/")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.text)

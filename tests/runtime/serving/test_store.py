@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from magihuman.runtime import InvalidRequestError, OutputError
+from magihuman.runtime.serving.store import MAX_ATTEMPTS, Job, Status, Store, locked
+
+OPTIONS = {"seconds": 0.2, "width": 32, "height": 32, "seed": 7}
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "videos", keep_s=100)
+
+
+def added(store: Store, **uploads: bytes) -> Job:
+    job = Job("hi", dict(OPTIONS))
+    with store.create(job) as folder:
+        for name, content in uploads.items():
+            (folder / name).write_bytes(content)
+    store.jobs[job.id] = job
+    return job
+
+
+def again(store: Store) -> Store:
+    """As a restart finds it."""
+    return Store(store._folder, keep_s=100)
+
+
+def files(store: Store) -> set[str]:
+    return {str(p.relative_to(store._folder)) for p in store._folder.rglob("*") if p.is_file()}
+
+
+def test_a_job_is_found_as_it_was(store):
+    job = added(store, image=b"1", audio=b"2")
+    (found,) = again(store).jobs.values()
+    assert found == job and found is not job
+    request = again(store).request(found)
+    assert (request.prompt, request.seed, request.seconds) == ("hi", 7, 0.2)
+    assert (request.image.read_bytes(), request.audio.read_bytes()) == (b"1", b"2")
+
+
+def test_the_folder_is_for_nobody_else(store):
+    assert store._folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_job_that_cannot_be_filled_leaves_nothing(store):
+    def fill(folder) -> None:
+        (folder / "image").write_bytes(b"1")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"), store.create(Job("hi", {})) as folder:
+        fill(folder)
+    assert list(store._folder.iterdir()) == []
+
+
+def test_what_a_kill_left_behind_is_removed(store):
+    job = added(store)
+    for name in (".magihuman-1234", f".removed-{job.id}"):
+        (store._folder / name).mkdir()
+        (store._folder / name / "image").write_bytes(b"1")
+    again(store)
+    assert files(store) == {f"{job.id}/job.json"}
+
+
+def test_finished_ones_keep_their_video_and_lose_their_uploads(store):
+    job = added(store, image=b"1", audio=b"2")
+    store.begin(job)
+    store.video(job).write_bytes(b"mp4")
+    store.complete(job, {"text": 0.5}, ("a note",))
+    assert files(store) == {f"{job.id}/job.json", f"{job.id}/video.mp4"}
+    (found,) = again(store).jobs.values()
+    assert found.status is Status.COMPLETED and found.progress == 100
+    assert (found.timings_s, found.warnings) == ({"text": 0.5}, ["a note"])
+    assert found.expires_at == found.completed_at + 100
+
+
+def test_waiting_ones_keep_their_order(store):
+    jobs = [added(store) for _ in range(5)]
+    jobs[2].created_at -= 1000
+    store._save(jobs[2])
+    ids = [job.id for job in again(store).queued()]
+    assert ids == [jobs[i].id for i in (2, 0, 1, 3, 4)]
+
+
+def test_an_interrupted_one_is_queued_again_and_then_fails(store):
+    job = added(store)
+    for _ in range(MAX_ATTEMPTS - 1):
+        store.begin(job)
+        store = again(store)
+        (job,) = store.queued()
+    store.begin(job)
+    (job,) = again(store).jobs.values()
+    assert job.status is Status.FAILED and job.error["code"] == "engine_lost"
+    assert again(store).queued() == []
+
+
+def test_what_the_server_itself_gave_up_does_not_count(store):
+    job = added(store)
+    for _ in range(2 * MAX_ATTEMPTS):
+        store.begin(job)
+        store.back_in_line(job, is_its_fault=False)
+    assert (job.status, job.attempts) == (Status.QUEUED, 0)
+
+
+def test_a_video_whose_server_died_before_it_could_say_so_is_completed(store):
+    job = added(store)
+    store.begin(job)
+    store.video(job).write_bytes(b"whole")  # a rename put it there
+    (found,) = again(store).jobs.values()
+    assert found.status is Status.COMPLETED
+
+
+def test_a_video_that_was_taken_away_has_failed(store):
+    job = added(store)
+    store.begin(job)
+    store.video(job).write_bytes(b"mp4")
+    store.complete(job, {}, ())
+    store.video(job).unlink()
+    (found,) = again(store).jobs.values()
+    assert (found.status, found.error["code"]) == (Status.FAILED, "lost")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"status": "mad"}', '{"id": "x"}'])
+def test_a_state_that_cannot_be_read_stops_nobody(store, content, caplog):
+    job, other = added(store), added(store)
+    (store._folder / job.id / "job.json").write_text(content)
+    assert list(again(store).jobs) == [other.id]
+    assert "is left alone" in caplog.text and f"{job.id}/job.json" in files(store)
+
+
+def test_a_state_under_another_name_is_left_alone(store):
+    job = added(store)
+    (store._folder / job.id).rename(store._folder / "video_other")
+    assert again(store).jobs == {}
+
+
+def test_expiry(store):
+    jobs = [added(store) for _ in range(3)]
+    for job in jobs[:2]:
+        store.fail(job, "x", "y")
+    jobs[0].expires_at = time.time() - 1
+    store.expire()
+    assert set(store.jobs) == set(again(store).jobs) == {jobs[1].id, jobs[2].id}
+
+
+def test_removal_while_a_file_is_being_written(store):
+    job = added(store)
+    with (store._folder / job.id / ".magihuman-x.mp4").open("wb") as file:
+        store.remove(job)
+        file.write(b"still")
+    assert list(store._folder.iterdir()) == [] and store.jobs == {}
+
+
+def test_two_servers_cannot_share_a_folder(tmp_path):
+    folder = tmp_path / "a" / "videos"
+    refused = pytest.raises(OutputError, match="of one server alone")
+    with locked(folder), refused, locked(folder):
+        pass
+    with locked(folder):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written to"), locked(tmp_path / "file" / "x"):
+        pass
+
+
+def test_a_request_that_is_none_says_so(store):
+    with pytest.raises(InvalidRequestError, match="seconds must be"):
+        store.request(Job("hi", {"seconds": 0}))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from magihuman.runtime.serving.store import Job, Store
+store = Store(Path(sys.argv[1]), 100)
+while True:
+    job = Job("hi", {"seconds": 0.2})
+    with store.create(job) as folder:
+        (folder / "image").write_bytes(b"1" * 1000)
+    store.jobs[job.id] = job
+    store.begin(job)
+    store.video(job).write_bytes(b"mp4")
+    store.complete(job, {}, ())
+    print(job.id, flush=True)
+"""
+
+
+def test_killed_at_any_moment_no_finished_job_is_lost(tmp_path):
+    finished: list[str] = []
+    for round_s in (0.3, 0.1, 0.02):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            finished.append(writer.stdout.readline().strip())
+            time.sleep(round_s)
+            os.kill(writer.pid, signal.SIGKILL)
+            said = writer.stdout.read()
+        finished += [line for line in said.split("\n")[:-1] if line]  # the last may be half a line
+        found = Store(tmp_path, 100).jobs
+        assert {found[name].status for name in finished} == {Status.COMPLETED}
+        for place in tmp_path.iterdir():
+            state = json.loads((place / "job.json").read_text())  # whole, whatever it says
+            assert state["id"] == place.name
+    assert len(finished) >= 3

@@ -1,0 +1,70 @@
+"""What a client of the server does, over HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+TOKEN = "a token of this test"
+TOKEN_SHA256 = hashlib.sha256(TOKEN.encode()).digest()
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+SMALL = {"prompt": "hi", "seconds": "0.2", "size": "32x32", "num_inference_steps": "1"}
+# Many steps, each of some milliseconds: it runs for as long as a test needs, and ends when told.
+LONG = {**SMALL, "num_inference_steps": "1000"}
+
+
+def until(condition: Callable[[], Any], within_s: float = 60) -> Any:
+    end = time.monotonic() + within_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+    return found
+
+
+@dataclass
+class Client:
+    """With the token."""
+
+    http: httpx.Client
+
+    def post(self, fields: dict[str, Any] | None = None, **files: Any) -> httpx.Response:
+        parts = {name: (None, value) for name, value in (fields or SMALL).items()}
+        return self.http.post("/v1/videos", files={**parts, **files})
+
+    def create(self, fields: dict[str, Any] | None = None, **files: Any) -> str:
+        answer = self.post(fields, **files)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["id"]
+
+    def get(self, name: str) -> dict[str, Any]:
+        answer = self.http.get(f"/v1/videos/{name}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def delete(self, name: str) -> None:
+        assert self.http.delete(f"/v1/videos/{name}").json() == {
+            "id": name,
+            "object": "video.deleted",
+            "deleted": True,
+        }
+
+    def when(self, name: str, status: str, within_s: float = 60) -> dict[str, Any]:
+        """The video, once it has this status."""
+        seen: list[dict[str, Any]] = []
+
+        def has_it() -> bool:
+            seen.append(self.get(name))
+            is_other_end = seen[-1]["status"] in ("completed", "failed")
+            assert seen[-1]["status"] == status or not is_other_end, seen[-1]
+            return seen[-1]["status"] == status
+
+        until(has_it, within_s)
+        return seen[-1]
+
+    def content(self, name: str, **headers: str) -> httpx.Response:
+        return self.http.get(f"/v1/videos/{name}/content", headers=headers)
