@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from magihuman import runtime
 from magihuman.runtime.memory_plan import MemoryPlan
+from magihuman.runtime.serve_command import serve
 from magihuman.runtime.terminal import (
     BAD_INPUT,
     Bar,
@@ -40,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command()(serve)
 app.command()(verify)
 
 

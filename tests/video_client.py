@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-TOKEN = "a token of this test"
+TOKEN = "the-token-of-these-tests"
 TOKEN_SHA256 = hashlib.sha256(TOKEN.encode()).digest()
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 SMALL = {"prompt": "hi", "seconds": "0.2", "size": "32x32", "num_inference_steps": "1"}

@@ -14,6 +14,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from magihuman.runtime.folders import version
@@ -85,7 +86,13 @@ def create_app(
             return Health(status="starting")
         return Health(status="ok")
 
-    @app.get("/metrics", responses=_errors(401), tags=["server"], **closed)
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}, **_errors(401)},
+        tags=["server"],
+        **closed,
+    )
     async def prometheus() -> Response:
         """For Prometheus."""
         return Response(metrics().text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -299,9 +306,10 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def of_starlette(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        return ApiError(
-            error.status_code, code, str(error.detail), headers=error.headers
-        ).response()
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(sorted(_allowed(request)))
+        return ApiError(error.status_code, code, str(error.detail), headers=headers).response()
 
     @app.exception_handler(RequestValidationError)
     async def of_fastapi(request: Request, error: RequestValidationError) -> Response:
@@ -313,3 +321,13 @@ def _handle_errors(app: FastAPI) -> None:
         return ApiError(
             500, "internal_error", "something went wrong in the server; its log has the details"
         ).response()
+
+
+def _allowed(request: Request) -> set[str]:
+    """The methods of all routes of a path; Starlette itself names those of the first alone."""
+    return {
+        method
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }

@@ -149,7 +149,7 @@ class Jobs:
                 async with self._second_try if job.attempts else nullcontext(), self._slots:
                     await self._attempt(job)
             except EngineLost as lost:
-                log.warning("%s has lost its engine: %s", job.id, lost)
+                log.warning("%s has lost its engine: %s", job.id, str(lost).partition("\n")[0])
                 self.requeued += 1
                 if job.is_running:
                     self._store.back_in_line(job, is_its_fault=True)

@@ -35,7 +35,7 @@ Seconds = Annotated[
                 {"type": "number", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
                 {"type": "string", "pattern": NUMBER},
             ],
-            "description": "Of the clip, 0.2 to 60.",
+            "description": "Of the clip.",
         }
     ),
 ]
@@ -164,6 +164,7 @@ def body_schema(limits: Limits) -> dict[str, Any]:
         made = VideoOptions.model_json_schema()
         for name in ("prompt", "negative_prompt"):
             _text(made["properties"][name])["maxLength"] = limits.prompt_chars
+        made["properties"]["seconds"]["anyOf"][0]["maximum"] = limits.seconds
         for name, description in FILES.items():
             made["properties"][name] = {**files, "description": description}
         return made

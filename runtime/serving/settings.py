@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -14,6 +16,7 @@ class Limits:
         body_bytes: of a request, uploads included.
         prompt_chars: of the prompt, and of the negative one.
         queued: videos that may wait.
+        seconds, pixels: of a clip; pixels are width times height, before super-resolution.
         image_pixels: of a reference image, read from its header before it is decoded.
         audio_s: of a driving voice, decoded no further than that.
     """
@@ -21,6 +24,8 @@ class Limits:
     body_bytes: int = 32 * 2**20
     prompt_chars: int = 10_000
     queued: int = 64
+    seconds: float = MAX_SECONDS
+    pixels: int = MAX_SIDE_PX**2
     image_pixels: int = 32_000_000
     audio_s: float = 300.0
 

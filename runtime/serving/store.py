@@ -32,7 +32,7 @@ log = logging.getLogger("magihuman")
 
 STATE, IMAGE, AUDIO, VIDEO = "job.json", "image", "audio", "video.mp4"
 PREFIX = "video_"
-REMOVED = ".removed-"
+REMOVED, LOCK = ".removed-", ".lock"
 MAX_ATTEMPTS = 2
 
 
@@ -192,25 +192,31 @@ def request_of(job: Job, folder: Path) -> Request:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder to oneself. Raises `OutputError` where another server has it."""
+def locked(folder: Path, wait_s: float) -> Iterator[None]:
+    """The folder to oneself, made if need be; a process that dies gives it up.
+
+    wait_s: for a server that has just been killed. Raises `OutputError` where another has it.
+    """
+    end_s = time.monotonic() + wait_s
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"the folder must be of one server alone, and another has {folder}; stop it,"
-                    " or name another folder"
-                ) from None
+        with (folder / LOCK).open("w") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end_s:
+                        raise OutputError(
+                            f"the folder must be of one server alone, and another has {folder};"
+                            " stop it, or name another folder"
+                        ) from None
+                    time.sleep(0.1)
             yield
+    except OutputError:
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(
-            f"the folder {folder} cannot be written to: {error.strerror or error}"
-        ) from error
+        raise OutputError(f"the folder {folder} cannot be written to: {error.strerror}") from error
 
 
 def _kept(job: Job) -> dict[str, object]:

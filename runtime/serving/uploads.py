@@ -147,7 +147,20 @@ def _checked(
                 f"{name} must have no more than {limits.prompt_chars} characters, got {len(text)}",
                 name,
             )
-    job = Job(options.prompt, options.fields())
+    fields = options.fields()
+    if fields["seconds"] > limits.seconds:
+        raise invalid(
+            f"seconds must be no more than {limits.seconds:g} on this server, got"
+            f" {fields['seconds']:g}",
+            "seconds",
+        )
+    if fields["width"] * fields["height"] > limits.pixels:
+        raise invalid(
+            f"size must be of no more than {limits.pixels} pixels on this server, got"
+            f" {options.size}",
+            "size",
+        )
+    job = Job(options.prompt, fields)
     try:
         request_of(job, Path()).plan(config.VARIANTS[settings.variant], settings.sr)
     except InvalidRequestError as error:

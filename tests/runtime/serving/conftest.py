@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,7 @@ import uvicorn
 from PIL import Image
 from prometheus_client import generate_latest
 from sounds import write_sine
-from video_client import BEARER, Client, until
+from video_client import BEARER, TOKEN, Client, until
 
 from magihuman.runtime.serving.api import create_app
 from magihuman.runtime.serving.jobs import Jobs
@@ -94,3 +99,99 @@ def voice(tmp_path_factory) -> Path:
 def serve_here():
     """See `served`."""
     return served
+
+
+@dataclass
+class Server(Client):
+    """`magihuman serve` in processes of its own."""
+
+    command: list[str]
+    log: Path
+    url: str
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns once it is ready."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                env={**os.environ, "MAGIHUMAN_TOKEN": TOKEN},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+        def is_ready() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            with suppress(httpx.TransportError):
+                return self.http.get("/ready").status_code == 200
+            return False
+
+        until(is_ready, 180)
+
+    def processes(self, of: str = "") -> list[int]:
+        """Those of the server and of its Ray whose command has this in it."""
+        listed = subprocess.run(
+            ["ps", "-eo", "pid=,sid=,args="], capture_output=True, text=True, check=True
+        )
+        found = [line.split(None, 2) for line in listed.stdout.splitlines()]
+        return [int(pid) for pid, sid, args in found if int(sid) == self.process.pid and of in args]
+
+    def folder(self) -> Path:
+        """Where it keeps its videos."""
+        return Path(self.command[self.command.index("--folder") + 1])
+
+    def clear(self) -> None:
+        """Remove all videos."""
+        for place in self.folder().glob("video_*"):
+            self.http.delete(f"/v1/videos/{place.name}")
+
+    def kill(self, of: str) -> None:
+        """As the kernel does when memory runs out."""
+        (pid,) = self.processes(of)
+        os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(120)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def server(one_server) -> Server:
+    """The server, running. Tests leave no video of theirs being made."""
+    if one_server.process is None or one_server.process.poll() is not None:
+        one_server.start()
+    return one_server
+
+
+@pytest.fixture(scope="session")
+def one_server(tiny_dir, tmp_path_factory) -> Iterator[Server]:
+    """One for all tests, since it takes its time to start."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = {
+        "--model": tiny_dir,
+        "--folder": folder / "videos",
+        "--port": port,
+        "--device": "cpu",
+        "--max-upload-mib": 1,
+        "--max-prompt-chars": 200,
+        "--max-seconds": 2,
+        "--max-pixels": 256 * 256,
+        "--timeout-seconds": 60,
+    }
+    command = [sys.executable, "-m", "magihuman.runtime.cli", "serve"]
+    command += [str(part) for option in options.items() for part in option]
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, headers=BEARER, timeout=60) as http:
+        made = Server(http, command, folder / "log", url)
+        yield made
+        with suppress(httpx.TransportError):
+            made.clear()
+        made.end()

@@ -23,7 +23,15 @@ from magihuman.runtime.serving.messages import EngineLost, Report
 from magihuman.runtime.serving.settings import Limits, Settings
 from magihuman.runtime.serving.store import Job, Store
 
-LIMITS = Limits(body_bytes=200_000, prompt_chars=100, queued=3, image_pixels=10_000, audio_s=2)
+LIMITS = Limits(
+    body_bytes=200_000,
+    prompt_chars=100,
+    queued=3,
+    image_pixels=10_000,
+    audio_s=2,
+    seconds=10,
+    pixels=512 * 512,
+)
 
 
 @pytest.fixture
@@ -244,6 +252,8 @@ def test_without_a_token_everybody_is_let_in(settings, replica, serve_here):
         ({"prompt": "hi", "negative_prompt": "x" * 101}, "negative_prompt"),
         ({"prompt": "hi", "seconds": "0.1"}, "seconds"),
         ({"prompt": "hi", "seconds": "61"}, "seconds"),
+        ({"prompt": "hi", "seconds": "10.1"}, "seconds"),
+        ({"prompt": "hi", "size": "512x513"}, "size"),
         ({"prompt": "hi", "seconds": "nan"}, "seconds"),
         ({"prompt": "hi", "seconds": "five"}, "seconds"),
         ({"prompt": "hi", "size": "31x32"}, "size"),
@@ -380,6 +390,8 @@ def test_pages_of_others_cannot_post(local):
 def test_paths_and_methods_that_are_not_there(local):
     assert error_of(local.http.get("/v1/nothing"), 404)["code"] == "not_found"
     assert error_of(local.http.put("/v1/videos"), 405)["code"] == "method_not_allowed"
+    answer = local.http.put("/v1/videos/none")
+    assert error_of(answer, 405) and answer.headers["allow"] == "DELETE, GET"
     for name in ("video_", "..", "..%2F..%2Fetc%2Fpasswd", "%00", "video_" + "0" * 32):
         error_of(local.http.get(f"/v1/videos/{name}"), 404)
 

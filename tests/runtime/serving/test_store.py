@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -162,15 +163,28 @@ def test_removal_while_a_file_is_being_written(store):
 def test_two_servers_cannot_share_a_folder(tmp_path):
     folder = tmp_path / "a" / "videos"
     refused = pytest.raises(OutputError, match="of one server alone")
-    with locked(folder), refused, locked(folder):
+    with locked(folder, 0), refused, locked(folder, 0.1):
         pass
-    with locked(folder):
+    with locked(folder, 0):
         pass
+
+
+def test_a_server_waits_for_the_one_before(tmp_path):
+    script = "import sys, time; from pathlib import Path\n"
+    script += "from magihuman.runtime.serving.store import locked\n"
+    script += "with locked(Path(sys.argv[1]), 0): print('has it', flush=True); time.sleep(60)\n"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"has it\n"
+        threading.Timer(0.3, other.kill).start()
+        with locked(tmp_path, 60):
+            assert other.wait(10) == -signal.SIGKILL
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot be written to"), locked(tmp_path / "file" / "x"):
+    place = tmp_path / "file" / "x"
+    with pytest.raises(OutputError, match="cannot be written to"), locked(place, 0):
         pass
 
 

@@ -1,0 +1,218 @@
+"""The server on Ray Serve: one process that speaks HTTP and keeps the jobs, one for each engine.
+
+The first goes on answering while engines compute, and while they die and are replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from magihuman.runtime.errors import DeviceError
+from magihuman.runtime.serving.api import create_app
+from magihuman.runtime.serving.jobs import Jobs
+from magihuman.runtime.serving.messages import EngineLost, Event, Make, Work
+from magihuman.runtime.serving.metrics import FOLDER_VARIABLE, Metrics, of_processes
+from magihuman.runtime.serving.replica import EngineReplica
+from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.store import locked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fastapi import FastAPI
+
+log = logging.getLogger("magihuman")
+
+APPLICATION, API, ENGINE = "magihuman", "api", "engine"
+REQUESTS_PER_ENGINE = 2  # one on the device, one that gets ready beside it
+CLIENTS = 1000  # answered at once
+OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by the disk
+STATUS_AGE_S = 1.0
+LOCK_WAIT_S = 60.0  # for the process before, where Serve has just given it up
+METRICS_FOLDER = ".metrics"
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engines to run.
+
+    Attributes:
+        options: of `runtime.load`.
+        warmup: sizes as for `Engine.warmup`.
+        on_gpu: whether each needs a GPU, which is then its own.
+        min_replicas, max_replicas: as many as the line needs.
+    """
+
+    options: dict[str, Any]
+    warmup: tuple[tuple[int, int, float], ...]
+    on_gpu: bool
+    min_replicas: int
+    max_replicas: int
+
+
+class Replica(EngineReplica):
+    """An engine in a process of its own, which ends where the engine has failed for good."""
+
+    async def make(self, work: Work) -> AsyncGenerator[Event, None]:
+        """See `EngineReplica.make`; whoever called is told of the end by Ray."""
+        try:
+            async with aclosing(super().make(work)) as events:
+                async for event in events:
+                    yield event
+        except EngineLost:
+            log.exception("the engine has failed for good, and its process ends")
+            os._exit(1)
+
+
+class Api:
+    """The process that speaks HTTP."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, engines: DeploymentHandle[Any], settings: Settings, slots: int
+    ) -> None:
+        self._lock = ExitStack()  # held until the process ends
+        self._lock.enter_context(locked(settings.folder, LOCK_WAIT_S))
+        self.jobs = Jobs(settings, _remote(engines), slots)
+        folder = settings.folder / METRICS_FOLDER
+        self.metrics = Metrics(self.jobs, lambda: of_processes(folder))
+        self._asked_s, self._is_ready = -STATUS_AGE_S, False
+        self.jobs.start()
+
+    async def drain(self, bound_s: float) -> None:
+        """See `Jobs.drain`."""
+        await self.jobs.drain(bound_s)
+
+    async def is_ready(self) -> bool:
+        """Whether an engine runs. Serve is asked once a second at most."""
+        if time.monotonic() - self._asked_s >= STATUS_AGE_S:
+            self._asked_s = time.monotonic()
+            self._is_ready = await asyncio.to_thread(_is_running)
+        return self._is_ready
+
+
+def application(settings: Settings, engines: Engines) -> serve.Application:
+    """What `serve.run` takes."""
+    threads = max(1, (os.cpu_count() or 1) // engines.max_replicas)
+    variables = {
+        FOLDER_VARIABLE: str(settings.folder / METRICS_FOLDER),
+        "OMP_NUM_THREADS": str(threads),  # Ray would have it be one
+    }
+    replica = serve.deployment(
+        name=ENGINE,
+        ray_actor_options={
+            "num_cpus": 0,
+            "num_gpus": 1 if engines.on_gpu else 0,
+            "runtime_env": {"env_vars": variables},
+        },
+        max_ongoing_requests=REQUESTS_PER_ENGINE,
+        autoscaling_config={
+            "min_replicas": engines.min_replicas,
+            "max_replicas": engines.max_replicas,
+            "target_ongoing_requests": 1,
+        },
+        health_check_period_s=5,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=5,  # they are idle then
+    )(Replica)
+
+    def build() -> FastAPI:
+        def api() -> Api:
+            return serve.get_replica_context().servable_object  # type: ignore[return-value]
+
+        return create_app(
+            settings, lambda: api().jobs, lambda: api().is_ready(), lambda: api().metrics
+        )
+
+    ingress = serve.deployment(
+        name=API,
+        num_replicas=1,  # it alone has the jobs
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=CLIENTS,
+        graceful_shutdown_timeout_s=5,
+    )(serve.ingress(build)(Api))
+    slots = REQUESTS_PER_ENGINE * engines.max_replicas
+    bound = replica.bind(engines.options, engines.warmup)
+    return ingress.bind(bound, settings, slots)
+
+
+def run(
+    settings: Settings,
+    engines: Engines,
+    host: str,
+    port: int,
+    drain_s: float,
+    wait: Callable[[], None],
+) -> None:
+    """Serve until `wait` returns or raises, then let what is being made end.
+
+    wait: called once the server is ready.
+    """
+    shutil.rmtree(settings.folder / METRICS_FOLDER, ignore_errors=True)
+    (settings.folder / METRICS_FOLDER).mkdir(parents=True)
+    with _ray():
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port},
+            logging_config=quiet,
+        )
+        handle = serve.run(application(settings, engines), name=APPLICATION, logging_config=quiet)
+        try:
+            wait()
+        finally:
+            handle.drain.remote(drain_s).result(timeout_s=drain_s + 30)
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """A cluster of this process's own, on this machine alone."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+    )
+    try:
+        yield
+    except (RayError, RayServeException, RuntimeError) as error:
+        raise DeviceError(f"the server cannot run: {error}") from error
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _remote(engines: DeploymentHandle[Any]) -> Make:
+    streaming = engines.options(stream=True)
+
+    async def make(work: Work) -> AsyncGenerator[Event, None]:
+        response = cast("DeploymentResponseGenerator[Event]", streaming.make.remote(work))
+        try:
+            async for event in response:
+                yield event
+        except (RayError, RayServeException) as error:
+            raise EngineLost(str(error)) from error
+        except BaseException:
+            response.cancel()
+            raise
+
+    return make
+
+
+def _is_running() -> bool:
+    states = serve.status().applications[APPLICATION].deployments[ENGINE].replica_states
+    return any(state == "RUNNING" and count > 0 for state, count in states.items())

@@ -1,0 +1,163 @@
+"""`magihuman serve` from outside: Ray, processes that are killed, restarts."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+from video_client import LONG, SMALL, TOKEN, until
+
+from magihuman.runtime import serve_command
+from magihuman.runtime.cli import app
+
+pytest.importorskip("ray", reason="the extra [serve] is not installed")
+
+# Decoding alone takes an engine seconds: long enough to be killed in the midst of it.
+SLOW = {"prompt": "hi", "seconds": "2", "size": "128x128", "num_inference_steps": "200"}
+
+
+def test_all_verbs(server, face, voice):
+    assert server.http.get("/health").json() == {"status": "ok"}
+    with face.open("rb") as image, voice.open("rb") as sound:
+        name = server.create(SMALL, input_reference=image, audio=sound)
+    done = server.when(name, "completed")
+    assert done["progress"] == 100 and done["timings_s"]["denoise"] > 0
+    whole = server.content(name)
+    assert whole.headers["content-type"] == "video/mp4" and whole.content[4:8] == b"ftyp"
+    part = server.content(name, Range="bytes=0-99")
+    assert (part.status_code, part.content) == (206, whole.content[:100])
+    server.delete(name)
+    assert server.http.get(f"/v1/videos/{name}").status_code == 404
+
+
+def test_removing_a_running_one_frees_its_engine(server):
+    names = [server.create(LONG) for _ in range(3)]
+    server.when(names[0], "in_progress")
+    for name in names:
+        server.delete(name)
+    server.when(server.create(), "completed", within_s=10)  # each of them would take longer
+
+
+def test_strangers_are_told_nothing(server):
+    name = server.create()
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {TOKEN}x"}):
+        with httpx.Client(base_url=server.url, headers=headers) as stranger:
+            assert stranger.get("/ready").status_code == 200
+            assert stranger.get("/metrics").status_code == 401
+            assert stranger.post("/v1/videos", json={"prompt": "hi"}).status_code == 401
+            assert stranger.get(f"/v1/videos/{name}/content").status_code == 401
+            assert stranger.delete(f"/v1/videos/{name}").status_code == 401
+    server.when(name, "completed")
+
+
+def test_uploads_that_are_too_large_or_damaged(server):
+    def without_a_length():
+        for _ in range(100):
+            yield b"x" * 50_000
+
+    headers = {"Content-Type": "application/json"}
+    for content in (b"x" * 5_000_000, without_a_length()):
+        answer = server.http.post("/v1/videos", content=content, headers=headers)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+    assert server.post(SMALL, input_reference=b"no image").status_code == 422
+    assert server.post(SMALL, audio=b"no sound").status_code == 422
+
+
+def test_metrics_of_engines_and_of_the_server(server):
+    server.when(server.create(), "completed")
+    text = server.http.get("/metrics").text
+    assert 'magihuman_requests_total{outcome="done"}' in text
+    assert 'magihuman_stage_seconds_count{stage="denoise"}' in text
+    assert 'magihuman_videos{status="completed"}' in text
+
+
+def test_an_engine_killed_while_it_makes_a_video(server):
+    """The video is put back in line once; a second time it fails and says why."""
+    finished = server.create()
+    server.when(finished, "completed")
+    content = server.content(finished).content
+    twice = server.create(SLOW)
+    for _ in range(2):
+        server.when(twice, "in_progress", within_s=120)
+        until(lambda: server.get(twice)["stage"] == "denoise")
+        server.kill("ray::ServeReplica:magihuman:engine")
+        until(lambda: server.get(twice)["status"] in ("queued", "failed"))
+        assert server.content(finished).content == content  # answered while no engine runs
+    failed = server.get(twice)
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "engine_lost")
+    assert "ended unexpectedly, 2 times in a row" in failed["error"]["message"]
+    server.when(server.create(), "completed", within_s=120)
+    assert "magihuman_videos_requeued_total 2.0" in server.http.get("/metrics").text
+
+
+def test_everything_killed_and_started_again(server):
+    finished = server.create()
+    server.when(finished, "completed")
+    content = server.content(finished).content
+    running = server.create(SLOW)
+    server.when(running, "in_progress")
+    waiting = [server.create({**SMALL, "seed": str(seed)}) for seed in range(3)]
+    server.process.kill()  # the processes of its Ray follow
+    server.process.wait(60)
+    server.start()
+    assert server.content(finished).content == content
+    for name in (running, *waiting):
+        server.when(name, "completed")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "nowhere"], "model must be a directory"),
+        (["--port", "{port}"], "must be able to listen on 127.0.0.1 port {port}"),
+        (["--folder", "{folder}"], "must be of one server alone, and another has {folder}"),
+        (["--min-replicas", "2", "--max-replicas", "1"], "--max-replicas must be from"),
+        (["--device", "tpu"], "--device must be cpu, or cuda"),
+        (["--warmup", "480x272"], "--warmup must be WIDTHxHEIGHTxSECONDS"),
+        (["--warmup", "1x1x1"], "width must be a whole number from 32"),
+        (["--variant", "540p_sr"], "--variant must be one of"),
+        (["--keep-hours", "-1"], "--keep-hours must be 0 to 1000000"),
+        (["--max-seconds", "61"], "--max-seconds must be 0.2 to 60"),
+        (["--timeout-seconds", "0"], "--timeout-seconds must be above 0"),
+        (["--token-file", "nowhere"], "--token-file must be a text file"),
+        (["--token-file", "{empty}"], "must be printable ASCII without spaces, and not empty"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_arguments(server, tiny_dir, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.setattr(serve_command, "WAIT_S", 0.1)
+    (tmp_path / "empty").write_text("\n")
+    known = {
+        "port": server.url.rpartition(":")[2],
+        "folder": server.folder(),
+        "empty": tmp_path / "empty",
+    }
+    command = ["serve", "--model", tiny_dir, "--device", "cpu", "--folder", tmp_path / "videos"]
+    command += [argument.format(**known) for argument in arguments]
+    result = CliRunner().invoke(app, [str(part) for part in command])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1 and says.format(**known) in result.stderr
+
+
+def test_told_to_stop_it_lets_what_runs_end_and_keeps_the_rest(server):
+    running = server.create({**SMALL, "num_inference_steps": "300"})
+    beside = server.create(LONG)
+    server.when(running, "in_progress")
+    server.when(beside, "in_progress")
+    waiting = server.create()
+    server.delete(beside)
+    server.when(waiting, "in_progress")
+    last = [server.create({**SMALL, "seed": str(seed)}) for seed in range(2)]
+    server.process.terminate()
+    refused = until(lambda: (answer := server.post()).status_code == 503 and answer, within_s=10)
+    assert refused.json()["error"]["code"] == "draining" and "retry-after" in refused.headers
+    assert server.process.wait(120) == 0
+    folder = server.folder()
+    states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/job.json")}
+    assert states[running]["status"] == states[waiting]["status"] == "completed"
+    assert [(states[name]["status"], states[name]["attempts"]) for name in last] == [
+        ("queued", 0)
+    ] * 2
