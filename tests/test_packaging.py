@@ -77,6 +77,7 @@ def test_every_module_is_in_the_wheel_and_nothing_else(names):
     }
     assert {name for name in names if name.endswith(".py")} == wanted
     assert {"magihuman/kernels/reference.py", "magihuman/export/onnx.py"} <= wanted
+    assert "magihuman/runtime/serving/page.html" in names
     assert not any("test" in name or "benchmark" in name for name in names)
 
 
@@ -109,8 +110,9 @@ def test_the_runtime_has_its_commands_without_the_export(installed, tmp_path):
     assert "generate" in help_text and "export" not in help_text
 
 
-def test_importing_the_command_imports_no_torch(installed, tmp_path):
-    code = "import sys, magihuman.export.cli; print({'torch', 'onnx'} & set(sys.modules))"
+def test_importing_the_command_imports_nothing_large(installed, tmp_path):
+    large = "{'torch', 'onnx', 'ray', 'fastapi'}"
+    code = f"import sys, magihuman.export.cli; print({large} & set(sys.modules))"
     assert python("-c", code, path=[installed], cwd=tmp_path).strip() == "set()"
 
 

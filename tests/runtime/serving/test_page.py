@@ -151,7 +151,7 @@ def test_cancelling(known, server):
 
 def test_refusals_are_shown(known, tmp_path):
     (tmp_path / "face.png").write_text("no image")
-    known.fill(prompt="hi", image=tmp_path / "face.png")
+    known.fill(prompt="hi", seconds=1, size="64x64", image=tmp_path / "face.png")
     known.at("make").click()
     until(lambda: known.is_shown("refused"))
     assert "must be in one of the formats PNG, JPEG, WEBP" in known.at("refused").text

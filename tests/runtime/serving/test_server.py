@@ -15,7 +15,7 @@ from magihuman.runtime.cli import app
 pytest.importorskip("ray", reason="the extra [serve] is not installed")
 
 # Decoding alone takes an engine seconds: long enough to be killed in the midst of it.
-SLOW = {"prompt": "hi", "seconds": "2", "size": "128x128", "num_inference_steps": "200"}
+SLOW = {"prompt": "hi", "seconds": "2", "size": "128x128", "num_inference_steps": "100"}
 
 
 def test_all_verbs(server, face, voice):
