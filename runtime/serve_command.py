@@ -216,9 +216,12 @@ def _gpus(device: str | None) -> int:
 
 
 def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]]) -> None:
-    """What can be refused before processes are started: files that are not there, sizes."""
+    """What can be refused before processes are started: sizes, files missing or damaged."""
+    import torch
+
     from magihuman.runtime import config
     from magihuman.runtime.loading import TURBO_FOLDER, find
+    from magihuman.runtime.transformer import Wanted, plan
 
     variant, sr = options["variant"], options["sr"]
     if variant not in config.BASE_VARIANTS or sr not in (None, *config.SR_SIZES):
@@ -233,7 +236,13 @@ def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]
     upscaler = None if sr is None else config.VARIANTS[f"{sr}_sr"]
     if upscaler is not None:
         overrides[upscaler.name] = options["sr_transformer"]
-    find(options["model"], config.VARIANTS[variant], upscaler, overrides, options["revision"])
+    chosen = config.VARIANTS[variant]
+    paths = find(options["model"], chosen, upscaler, overrides, options["revision"])
+    # Headers alone are read, and no GPU is touched: its memory belongs to the engines.
+    headers = Wanted(torch.device("cpu"), None, None, False)
+    plan(chosen, paths.dit, headers).scan()
+    if upscaler is not None:
+        plan(upscaler, paths.sr, headers).scan()
 
 
 def _check_port(host: str, port: int) -> None:

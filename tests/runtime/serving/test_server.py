@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import httpx
 import pytest
@@ -112,6 +114,7 @@ def test_everything_killed_and_started_again(server):
     ("arguments", "says"),
     [
         (["--model", "nowhere"], "model must be a directory"),
+        (["--model", "{damaged}"], "is damaged or cut short"),
         (["--port", "{port}"], "must be able to listen on 127.0.0.1 port {port}"),
         (["--folder", "{folder}"], "must be of one server alone, and another has {folder}"),
         (["--min-replicas", "2", "--max-replicas", "1"], "--max-replicas must be from"),
@@ -134,7 +137,9 @@ def test_bad_arguments(server, tiny_dir, tmp_path, monkeypatch, arguments, says)
         "port": server.url.rpartition(":")[2],
         "folder": server.folder(),
         "empty": tmp_path / "empty",
+        "damaged": shutil.copytree(tiny_dir, tmp_path / "damaged"),
     }
+    os.truncate(tmp_path / "damaged" / "distill" / "model.safetensors", 1000)
     command = ["serve", "--model", tiny_dir, "--device", "cpu", "--folder", tmp_path / "videos"]
     command += [argument.format(**known) for argument in arguments]
     result = CliRunner().invoke(app, [str(part) for part in command])
