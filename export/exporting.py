@@ -37,7 +37,7 @@ from magihuman.runtime.folders import (
     version,
     write_json,
 )
-from magihuman.runtime.loading import AUDIO_FOLDER, TURBO_FOLDER
+from magihuman.runtime.locating import AUDIO_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.turbo_vae import TurboVAE, window_kinds
 
 SIZES = ("480x256",)

@@ -36,7 +36,7 @@ from magihuman.runtime.exported import (
     read_manifest,
 )
 from magihuman.runtime.folders import write_json
-from magihuman.runtime.loading import AUDIO_FOLDER, TURBO_FOLDER
+from magihuman.runtime.locating import AUDIO_FOLDER, TURBO_FOLDER
 from magihuman.runtime.media import atomic_path
 from magihuman.runtime.model.turbo_vae import window_kinds
 from magihuman.runtime.tensorrt import TensorRTVAE, device_sm

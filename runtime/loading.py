@@ -1,24 +1,19 @@
-"""Find the model's files, check that they fit the device, and assemble an engine."""
+"""Check what is asked for, find and read the model, and assemble an engine."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 
-from magihuman.graphs.precision import KEEP_NONE, KeepBf16, quantize_model
+from magihuman.graphs.precision import KEEP_NONE, KeepBf16
 from magihuman.graphs.support import why_not, why_not_decode
-from magihuman.runtime import checkpoint, config, random_weights
-from magihuman.runtime.audio import AudioVAE
-from magihuman.runtime.decode import VideoDecoder
+from magihuman.runtime import building, config, random_weights
 from magihuman.runtime.denoise import Forward
 from magihuman.runtime.engine import Engine
 from magihuman.runtime.errors import (
@@ -27,22 +22,24 @@ from magihuman.runtime.errors import (
     InvalidRequestError,
     MagiHumanError,
 )
-from magihuman.runtime.exported import is_exported
 from magihuman.runtime.hooks import Hooks
-from magihuman.runtime.image import WEIGHTS_NAME, ImageVAE, load_image_vae
+from magihuman.runtime.locating import (
+    AUDIO_FOLDER,
+    IMAGE_FOLDER,
+    TEXT_FOLDER,
+    TURBO_FOLDER,
+    PathLike,
+    find,
+)
 from magihuman.runtime.memory_plan import (
-    AUDIO,
     BASE,
     GIB,
-    IMAGE,
     SR,
-    TEXT,
     MemoryPlan,
     NoPlanError,
     Part,
 )
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.placing import (
     Placer,
@@ -55,8 +52,6 @@ from magihuman.runtime.placing import (
 )
 from magihuman.runtime.run import Components
 from magihuman.runtime.team import PeerFailed, Team
-from magihuman.runtime.tensorrt import load_engines
-from magihuman.runtime.text import TextEncoder, load_text_encoder
 from magihuman.runtime.transformer import (
     FP8_ATTENTION,
     FP8_PRECISIONS,
@@ -68,37 +63,7 @@ from magihuman.runtime.transformer import (
 log = logging.getLogger("magihuman")
 Made = TypeVar("Made")
 
-TURBO_FOLDER = "turbo_vae"
-TEXT_FOLDER = "t5gemma-9b-9b-ul2"
-AUDIO_FOLDER = "stable-audio-open-1.0"
-IMAGE_FOLDER = "Wan2.2-TI2V-5B"
-HUB_IDS = {
-    TEXT_FOLDER: "google/t5gemma-9b-9b-ul2",
-    AUDIO_FOLDER: "stabilityai/stable-audio-open-1.0",
-    IMAGE_FOLDER: "Wan-AI/Wan2.2-TI2V-5B",
-}
-HUB_FILES = {
-    TEXT_FOLDER: ["*.json", "*.safetensors", "tokenizer.model"],
-    AUDIO_FOLDER: ["model_config.json", "model.safetensors"],
-    IMAGE_FOLDER: [WEIGHTS_NAME],
-}
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-
 OF_RANK_0 = ("team", "device", "on_load", "hooks")  # arguments of `load` that are not the others'
-OnLoad = Callable[[str, int, int], None]  # (component, bytes done, of how many)
-PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Paths:
-    """Where each component lies."""
-
-    dit: Path
-    turbo_vae: Path
-    text_encoder: Path
-    audio_vae: Path
-    image_vae: Path | None
-    sr: Path | None
 
 
 def load(
@@ -119,7 +84,7 @@ def load(
     audio_vae: PathLike | None = None,
     image_vae: PathLike | None = None,
     memory_limit_gb: float | None = None,
-    on_load: OnLoad | None = None,
+    on_load: building.OnLoad | None = None,
     queue_limit: int = 64,
     hooks: Sequence[Hooks] = (),
     debug: bool = False,
@@ -222,7 +187,7 @@ def load(
         _check_context_parallel(context_parallel, vae, memory_limit_gb)
         return _load_together(context_parallel, target, given, on_load, hooks)
     wanted = Wanted(target, precision, keep_bf16, compile, context_parallel)
-    report = _Reporter(on_load)
+    report = building.Reporter(on_load)
 
     def placed(others: Callable[[], list[Part]]) -> Placer:
         asked = memory_limit_gb is not None
@@ -233,7 +198,7 @@ def load(
             base = plan(chosen, None, wanted)
             upscale = None if upscaler is None else plan(upscaler, None, wanted)
             placer = placed(lambda: synthetic_parts(vae_dtype))
-            parts = _build_synthetic(model, base, upscale, placer, vae_dtype, report)
+            parts = building.synthesize(model, base, upscale, placer, vae_dtype, report)
         else:
             overrides = {
                 chosen.name: transformer,
@@ -260,7 +225,7 @@ def load(
                     is_engine=vae == "tensorrt",
                 )
             )
-            parts = _read(paths, base, upscale, placer, vae_dtype, engines, report)
+            parts = building.read(paths, base, upscale, placer, vae_dtype, engines, report)
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceError(
@@ -312,7 +277,7 @@ def _load_together(
     ranks: int,
     first: torch.device,
     given: dict[str, Any],
-    on_load: OnLoad | None,
+    on_load: building.OnLoad | None,
     hooks: Sequence[Hooks],
 ) -> Engine:
     """`load` in every process of a team. first: the device of rank 0."""
@@ -444,231 +409,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return target
 
 
-def find(
-    model: PathLike,
-    variant: config.Variant,
-    sr: config.Variant | None,
-    overrides: dict[str, PathLike | None],
-    revision: str | None = None,
-) -> Paths:
-    """Locate every component, downloading what a hub id names. Errors name all that is missing."""
-    root = Path(model)
-    wanted = [variant.name, TURBO_FOLDER, *([sr.name] if sr else [])]
-    is_hub = not root.exists() and HUB_ID.fullmatch(os.fspath(model)) is not None
-    if is_hub:
-        patterns = [f"{name}/*" for name in wanted if overrides.get(name) is None]
-        root = _download(os.fspath(model), patterns, revision)
-    elif not root.is_dir():
-        raise CheckpointError(
-            f"model must be a directory with the published folders or a hub id (owner/name), got"
-            f" {os.fspath(model)}"
-        )
-
-    found: dict[str, Path | None] = {}
-    for name in (*wanted, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER):
-        override = overrides.get(name)
-        if override is None:
-            place = root / name
-            if not place.exists() and is_hub and name in HUB_IDS:
-                place = _third_party(name, place)
-        else:
-            place = Path(override)
-            if not place.exists() and name in HUB_IDS and HUB_ID.fullmatch(os.fspath(override)):
-                place = _download(os.fspath(override), HUB_FILES[name], None)
-        found[name] = place if place.exists() else None
-        if found[name] is None and override is not None:
-            raise CheckpointError(
-                f"{name} must be at the path given, {place}, which does not exist"
-            )
-    missing = [name for name, place in found.items() if place is None and name != IMAGE_FOLDER]
-    if missing:
-        raise CheckpointError(
-            f"{root} lacks {', '.join(missing)}; download what is missing or give its path"
-        )
-
-    def required(name: str) -> Path:
-        place = found[name]
-        assert place is not None
-        return place
-
-    return Paths(
-        dit=required(variant.name),
-        turbo_vae=required(TURBO_FOLDER),
-        text_encoder=required(TEXT_FOLDER),
-        audio_vae=required(AUDIO_FOLDER),
-        image_vae=found[IMAGE_FOLDER],
-        sr=required(sr.name) if sr else None,
-    )
-
-
-def _third_party(name: str, place: Path) -> Path:
-    """A third-party model from its own repository; the image encoder is optional there too."""
-    try:
-        return _download(HUB_IDS[name], HUB_FILES[name], None)
-    except CheckpointError as error:
-        if name != IMAGE_FOLDER:
-            raise
-        log.warning("no image encoder, so requests with an image will be refused: %s", error)
-        return place
-
-
-def _download(repo: str, patterns: list[str], revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{repo} is not in the local Hugging Face cache and cannot be downloaded (offline"
-            " mode, or no network); go online once, or give a directory"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{repo} cannot be downloaded: {error}") from error
-
-
-def _read(
-    paths: Paths,
-    base: Held,
-    sr: Held | None,
-    placer: Placer,
-    vae_dtype: torch.dtype,
-    engines_of: Path | None,
-    report: _Reporter,
-) -> Components:
-    device = placer.device
-
-    def turbo_vae() -> VideoDecoder:
-        if engines_of is not None:
-            return load_engines(paths.turbo_vae, engines_of, device)
-        if is_exported(paths.turbo_vae):
-            raise CheckpointError(
-                f"{paths.turbo_vae} must hold the published decoder, got an exported one; load it"
-                " with vae='tensorrt'"
-            )
-        return checkpoint.load_turbo_vae(paths.turbo_vae, device, vae_dtype)
-
-    def dit(held: Held, name: str) -> DiT:
-        reader = report.reader(held.variant.name)
-        rest = placer.rest(name) if placer.moves(name) else None
-        made = held.read(device, reader, rest)
-        return _placed_dit(placer, name, made)
-
-    def audio_vae() -> AudioVAE:
-        made = AudioVAE(checkpoint.load_audio_vae(paths.audio_vae, placer.rest(AUDIO)))
-        placer.place(AUDIO, made.model)
-        return made
-
-    def image_vae() -> ImageVAE:
-        made = load_image_vae(_present(paths.image_vae), placer.rest(IMAGE), vae_dtype)
-        placer.place(IMAGE, made.model)
-        return made
-
-    def text_encoder() -> TextEncoder:
-        made = load_text_encoder(paths.text_encoder, placer.rest(TEXT), torch.bfloat16)
-        placer.place(TEXT, made.model, made.model.encoder.layers, made.model.encoder)
-        return made
-
-    # Cheap components first, so that a damaged one is known before tens of gigabytes are read.
-    return Components(
-        turbo_vae=report.timed(TURBO_FOLDER, turbo_vae),
-        audio_vae=report.timed(AUDIO_FOLDER, audio_vae),
-        image_vae=None if paths.image_vae is None else report.timed(IMAGE_FOLDER, image_vae),
-        text_encoder=report.timed(TEXT_FOLDER, text_encoder),
-        dit=report.timed(base.variant.name, lambda: dit(base, BASE)),
-        sr_dit=None if sr is None else report.timed(sr.variant.name, lambda: dit(sr, SR)),
-    )
-
-
-def _placed_dit(placer: Placer, name: str, model: DiT) -> DiT:
-    """Laid out as kernels want it before it comes to rest, since it is not moved after that."""
-    if placer.moves(name):
-        from magihuman.graphs.compile import pad_weights
-
-        pad_weights(model, model.config)
-        placer.place(name, model, list(model.block.layers), model.block)
-    return model
-
-
-def _present(path: Path | None) -> Path:
-    assert path is not None
-    return path
-
-
-def _build_synthetic(
-    model: random_weights.Synthetic,
-    base: Held,
-    sr: Held | None,
-    placer: Placer,
-    vae_dtype: torch.dtype,
-    report: _Reporter,
-) -> Components:
-    seed, device = model.seed, placer.device
-
-    def dit(held: Held, name: str) -> DiT:
-        if placer.moves(name):
-            made = random_weights.resting_dit(
-                held.config,
-                seed,
-                device,
-                held.linear,
-                held.variant.name,
-                held.quantized,
-                placer.rest(name),
-            )
-            return _placed_dit(placer, name, made)
-        made = random_weights.full_dit(held.variant, seed, device, held.linear)
-        quantize_model(made, held.quantized)
-        return made
-
-    # Made on the device, whatever rests elsewhere afterwards: a CPU would take minutes.
-    def audio_vae() -> AudioVAE:
-        made = AudioVAE(random_weights.audio_vae(OobleckConfig(), seed, device))
-        placer.place(AUDIO, made.model)
-        return made
-
-    def image_vae() -> ImageVAE:
-        made = random_weights.image_vae(seed, device, vae_dtype)
-        placer.place(IMAGE, made.model)
-        return made
-
-    def text_encoder() -> TextEncoder:
-        made = random_weights.text_encoder(seed, device, torch.bfloat16)
-        placer.place(TEXT, made.model, made.model.encoder.layers, made.model.encoder)
-        return made
-
-    return Components(
-        turbo_vae=report.timed(
-            TURBO_FOLDER,
-            lambda: random_weights.turbo_vae(config.TurboVAEConfig(), seed, device, vae_dtype),
-        ),
-        audio_vae=report.timed(AUDIO_FOLDER, audio_vae),
-        image_vae=report.timed(IMAGE_FOLDER, image_vae),
-        text_encoder=report.timed(TEXT_FOLDER, text_encoder),
-        dit=report.timed(base.variant.name, lambda: dit(base, BASE)),
-        sr_dit=None if sr is None else report.timed(sr.variant.name, lambda: dit(sr, SR)),
-    )
-
-
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         options = ", ".join(repr(item) for item in allowed)
         raise InvalidRequestError(f"{name} must be one of {options}, got {value!r}")
-
-
-class _Reporter:
-    """Passes reading progress on and logs how long each component took."""
-
-    def __init__(self, on_load: OnLoad | None) -> None:
-        self._on_load: OnLoad = on_load or (lambda component, done, of: None)
-
-    def timed(self, name: str, build: Callable[[], Made]) -> Made:
-        self._on_load(name, 0, 0)
-        start = time.perf_counter()
-        part = build()
-        log.info("loaded %s in %.1f s", name, time.perf_counter() - start)
-        self._on_load(name, 1, 1)
-        return part
-
-    def reader(self, name: str) -> checkpoint.OnRead:
-        return lambda done, of: self._on_load(name, done, of)

@@ -22,13 +22,8 @@ from magihuman.runtime import checkpoint, random_weights
 from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, VARIANTS, DiTConfig, Precision
 from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
 from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key, load_image_vae
-from magihuman.runtime.loading import (
-    AUDIO_FOLDER,
-    IMAGE_FOLDER,
-    TEXT_FOLDER,
-    TURBO_FOLDER,
-    pick_device,
-)
+from magihuman.runtime.loading import pick_device
+from magihuman.runtime.locating import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.memory_plan import GIB, MemoryPlan, Part
 from magihuman.runtime.placing import (
     check_limit,

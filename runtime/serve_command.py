@@ -220,7 +220,7 @@ def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]
     import torch
 
     from magihuman.runtime import config
-    from magihuman.runtime.loading import TURBO_FOLDER, find
+    from magihuman.runtime.locating import TURBO_FOLDER, find
     from magihuman.runtime.transformer import Wanted, plan
 
     variant, sr = options["variant"], options["sr"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from magihuman.graphs.precision import KEEP_NONE, KeepBf16
 from magihuman.kernels.reference import LocalAttention
-from magihuman.runtime import config, loading, quality
+from magihuman.runtime import building, config, loading, locating, quality
 from magihuman.runtime.decode import decode_frames
 from magihuman.runtime.engine import Engine
 from magihuman.runtime.errors import InvalidRequestError
@@ -46,7 +46,7 @@ Latents = tuple[Tensor, Tensor]
 
 
 def verify(
-    model: Engine | loading.PathLike,
+    model: Engine | locating.PathLike,
     prompts: Sequence[str],
     *,
     precision: config.Precision = "fp8",
@@ -58,9 +58,9 @@ def verify(
     seed: int = 42,
     thresholds: Thresholds | None = None,
     variant: str = "distill",
-    transformer: loading.PathLike | None = None,
+    transformer: locating.PathLike | None = None,
     device: str | torch.device | None = None,
-    on_load: loading.OnLoad | None = None,
+    on_load: building.OnLoad | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Report:
     """Compare fp8, simulated, with bf16: each linear, each layer, latents, frames and sound.
@@ -110,9 +110,9 @@ def verify(
 
 
 def _check_keep(
-    model: loading.PathLike,
+    model: locating.PathLike,
     variant: str,
-    folder: loading.PathLike | None,
+    folder: locating.PathLike | None,
     device: str | torch.device | None,
     keep_bf16: KeepBf16,
 ) -> None:
@@ -122,7 +122,7 @@ def _check_keep(
             f"variant must be one of {', '.join(config.BASE_VARIANTS)}, got {variant!r}"
         )
     chosen = config.VARIANTS[variant]
-    paths = loading.find(model, chosen, None, {variant: folder})
+    paths = locating.find(model, chosen, None, {variant: folder})
     wanted = Wanted(loading.pick_device(device), "bf16", None, compile=False)
     linears_in_fp8(plan(chosen, paths.dit, wanted).config, keep_bf16)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from magihuman.graphs.precision import linears, quantize_model, quantized_linears
 from magihuman.runtime import CheckpointError, checkpoint, config, random_weights
 from magihuman.runtime.config import VARIANTS, DiTConfig
-from magihuman.runtime.loading import AUDIO_FOLDER, TEXT_FOLDER, TURBO_FOLDER
+from magihuman.runtime.locating import AUDIO_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.text import load_text_encoder
 from magihuman.runtime.tiny import DIT

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from magihuman import runtime
 from magihuman.runtime import report
 from magihuman.runtime.cli import app
-from magihuman.runtime.loading import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
+from magihuman.runtime.locating import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 
 SMALL = ("--seconds", "0.2", "--width", "64", "--height", "64", "--steps", "2")
 SR = ("--sr", "540p", "--sr-width", "96", "--sr-height", "96", "--sr-steps", "2")

@@ -19,7 +19,7 @@ from magihuman.runtime import (
     Progress,
     Request,
 )
-from magihuman.runtime.loading import TEXT_FOLDER
+from magihuman.runtime.locating import TEXT_FOLDER
 from magihuman.runtime.text import TextEncoder, load_text_encoder
 
 # 9 frames, 3 latent ones; a short negative prompt, of which the tiny tokenizer makes few tokens.

@@ -16,7 +16,7 @@ from magihuman.runtime.image import (
     to_tensor,
     wan_vae,
 )
-from magihuman.runtime.loading import IMAGE_FOLDER
+from magihuman.runtime.locating import IMAGE_FOLDER
 from magihuman.runtime.tiny import WAN_BASE_DIM, published_wan_key
 
 CPU = torch.device("cpu")

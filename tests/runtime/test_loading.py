@@ -19,9 +19,10 @@ from magihuman.runtime import (
     DeviceError,
     InvalidRequestError,
     loading,
+    locating,
     random_weights,
 )
-from magihuman.runtime.loading import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
+from magihuman.runtime.locating import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.tiny import DIT
 
 SMALL = {"seconds": 0.2, "width": 64, "height": 64, "steps": 1}
@@ -160,7 +161,7 @@ def test_components_may_lie_elsewhere(tiny_dir, tmp_path):
 
 def test_the_image_encoder_may_be_given_as_a_file(tiny_dir, tmp_path):
     folder = copy_without(tiny_dir, tmp_path, IMAGE_FOLDER)
-    file = tiny_dir / IMAGE_FOLDER / loading.WEIGHTS_NAME
+    file = tiny_dir / IMAGE_FOLDER / locating.WEIGHTS_NAME
     with runtime.load(folder, image_vae=file, device="cpu") as engine:
         engine.generate("hi", image=Image.new("RGB", (64, 64)), **SMALL)
 
@@ -247,7 +248,7 @@ def from_hub(tiny_dir, tmp_path_factory) -> dict:
     first, second = "1" * 40, "2" * 40
     cache(root, "someone/model", first, "main", tiny_dir, "distill", TURBO_FOLDER)
     cache(root, "someone/model", second, "v2", tiny_dir, "base", TURBO_FOLDER)
-    for name, repo in loading.HUB_IDS.items():
+    for name, repo in locating.HUB_IDS.items():
         cache(root, repo, first, "main", tiny_dir / name)
     cache(root, "someone/encoder", first, "main", tiny_dir / TEXT_FOLDER)
     environment = {**os.environ, "HF_HUB_CACHE": str(root), "HF_HUB_OFFLINE": "1"}
@@ -295,12 +296,12 @@ def test_of_the_hub_models_only_the_image_encoder_may_be_absent(monkeypatch, tmp
     def refuse(repo, patterns, revision):
         raise CheckpointError(f"{repo} is not there")
 
-    monkeypatch.setattr(loading, "_download", refuse)
+    monkeypatch.setattr(locating, "_download", refuse)
     absent = tmp_path / "absent"
-    assert loading._third_party(loading.IMAGE_FOLDER, absent) == absent
+    assert locating._third_party(IMAGE_FOLDER, absent) == absent
     assert "requests with an image will be refused" in caplog.text
     with pytest.raises(CheckpointError, match="stable-audio-open"):
-        loading._third_party(loading.AUDIO_FOLDER, absent)
+        locating._third_party(AUDIO_FOLDER, absent)
 
 
 def test_the_fast_decoder_is_refused_where_it_cannot_run(tiny_dir):

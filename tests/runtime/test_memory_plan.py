@@ -19,7 +19,7 @@ from magihuman.runtime import (
     random_weights,
 )
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
-from magihuman.runtime.loading import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
+from magihuman.runtime.locating import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.memory_plan import (
     AUDIO,
     BASE,
