@@ -401,7 +401,7 @@ def test_inspect_plans_for_the_model_asked(tiny_dir):
     shown = run("inspect", tiny_dir, *options).stdout
     assert "memory plan within 12.0 GiB" in shown and "super_resolve" in shown
     assert ("all weights stay" in shown) == (not plan["moves"])
-    plan = json.loads(run("inspect", tiny_dir, *options[:3], 9, "--json").stdout)["memory_plan"]
+    plan = json.loads(run("inspect", tiny_dir, *options[:3], 4, "--json").stdout)["memory_plan"]
     assert list(plan) == ["error"] and "the stage decode takes" in plan["error"]
 
 
@@ -414,8 +414,8 @@ def test_inspect_plans_only_for_what_is_there(tiny_dir, tmp_path):
 def test_doctor_plans_for_the_published_sizes():
     options = ("--sr", "1080p", "--precision", "bf16", "--memory-limit-gb", 40)
     plan = json.loads(run("doctor", *options, "--json").stdout)["memory_plan"]
-    assert set(plan["moves"]) >= {"transformer", "super-resolution transformer", "text encoder"}
-    assert plan["host_bytes"] > 70 * 2**30 and not plan["replays"]
+    assert set(plan["moves"]) >= {"transformer", "super-resolution transformer"}
+    assert plan["host_bytes"] > 55 * 2**30 and not plan["replays"]
     shown = run("doctor", *options).stdout
     assert "streamed)" in shown and "rest in host memory" in shown
 

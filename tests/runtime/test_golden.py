@@ -79,7 +79,7 @@ def test_layers_given_the_layer_before() -> None:
     for index, layer in enumerate(model.block.layers):
         counts = (layer.has_modality_weights and layout.counts) or None
         _, normed = add_norm(x, None, layer.attention.pre_norm.weight, counts, torch.bfloat16)
-        attention = layer.attention(normed, rope, counts, None, None)
+        attention = layer.attention(normed, rope, counts, None, None, None)
         if order is None:
             order = matching_rows(attention.float(), data["layer0.attention"].float())
         golden_attention = data[f"layer{index}.attention"][order]
