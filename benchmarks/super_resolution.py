@@ -258,10 +258,7 @@ def measure_precision(
         show(f"{size} {name}", found)
         if arguments.plain and name == "bf16":
             found |= plain_step(stage, forward_sr)
-            show(
-                f"{size} plain",
-                [found[key] for key in ("plain_step_s", "compiled_step_s", "error")],
-            )
+            show(f"{size} plain", [found[key] for key in ("plain_step_s", "error")])
         del forward_sr, stage, local
         release()
 
