@@ -1,0 +1,98 @@
+"""Whole requests at full size, warm: seconds from prompt to a finished mp4, and to the first frames
+of a stream.
+
+    python benchmarks/prompt_to_mp4.py [--folder RESULTS] [--precisions fp8 fp8-attn bf16]
+
+Random weights, 480x256, 5 s, 300 text tokens; every component is resident. Pictures of random
+weights are noise, which is the most work there is for the mp4 encoder. Rows are from one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import environment
+from magihuman import runtime
+from measure import LAYOUT, PROMPT, release
+
+REPEATS = 5
+SIZE = (480, 256, 5.0)
+PRECISIONS = ("fp8", "fp8-attn", "bf16")
+GIB = 2**30
+
+
+def median_stages(all_timings: list[dict[str, float]]) -> dict[str, float]:
+    """Of each stage."""
+    return {
+        name: statistics.median(timings[name] for timings in all_timings) for name in all_timings[0]
+    }
+
+
+def measure(precision: Any, folder: Path) -> dict[str, Any]:
+    """One engine: requests that write a file, then streams that write none."""
+    start = time.perf_counter()
+    engine = runtime.load(runtime.synthetic("distill"), precision=precision)
+    torch.cuda.synchronize()
+    load_s = time.perf_counter() - start
+    with engine:
+        start = time.perf_counter()
+        engine.warmup([SIZE], [LAYOUT.text])
+        warmup_s = time.perf_counter() - start
+        path = folder / "clip.mp4"
+        requests = []
+        for seed in range(1 + REPEATS):
+            path.unlink(missing_ok=True)
+            start = time.perf_counter()
+            video = engine.generate(PROMPT, seed=seed, save=path)
+            requests.append((time.perf_counter() - start, video.timings_s))
+            assert path.stat().st_size > 0
+        streams = []
+        for seed in range(1 + REPEATS):
+            start = time.perf_counter()
+            with engine.generate_stream(PROMPT, seed=seed) as stream:
+                chunk = next(stream)
+                streams.append((time.perf_counter() - start, len(chunk.frames)))
+                assert sum(len(chunk.frames) for chunk in stream) + streams[-1][1] == len(
+                    video.frames
+                )
+        return {
+            "load_s": load_s,
+            "warmup_s": warmup_s,
+            "first_request_s": requests[0][0],
+            "prompt_to_mp4_s": statistics.median(seconds for seconds, _ in requests[1:]),
+            "all_s": [seconds for seconds, _ in requests[1:]],
+            "stages_s": median_stages([stages for _, stages in requests[1:]]),
+            "mp4_bytes": path.stat().st_size,
+            "first_frames_s": statistics.median(seconds for seconds, _ in streams[1:]),
+            "first_frames": streams[-1][1],
+            "frames": list(video.frames.shape),
+            "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        }
+
+
+def main() -> None:
+    """Measure and write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {"text_tokens": LAYOUT.text, "sequence_tokens": LAYOUT.tokens}
+    with tempfile.TemporaryDirectory() as scratch:
+        for precision in arguments.precisions:
+            torch.cuda.reset_peak_memory_stats()
+            figures[precision] = measure(precision, Path(scratch))
+            release()
+            print(precision, json.dumps(figures[precision]), flush=True)
+            environment.write("prompt_to_mp4", figures, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
