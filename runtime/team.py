@@ -80,6 +80,10 @@ class Team:
         is_gpu = device.type == "cuda"
         # PyTorch would end this process once another's end shows in NCCL; `_watch` sees to that.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        # NCCL would map what a captured exchange reads and writes into the other processes. They
+        # would keep the memory of graphs that are given up, a buffer at an address used before
+        # would be taken for the one that was there, and captured exchanges are known to hang.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
             rank=-1 if rank is None else rank,
