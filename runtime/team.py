@@ -105,6 +105,8 @@ class Team:
     def join(cls, ranks: int, device: torch.device) -> Self:
         """The team of processes that torchrun has started, as many as were asked for."""
         _refuse_second()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what loading launches goes there, as in `serve`
         team = cls(device)
         if team.ranks != ranks:
             team.close()
