@@ -276,7 +276,8 @@ def _end(workers: Sequence[subprocess.Popen[bytes]], patience_s: float = 0) -> N
         except subprocess.TimeoutExpired:
             worker.kill()
         if worker.stdin is not None:
-            worker.stdin.close()
+            with suppress(BrokenPipeError):  # of what it has not read
+                worker.stdin.close()
         worker.wait()
 
 
