@@ -102,8 +102,10 @@ class Shared:
             try:
                 calls[name](*arguments)
             except Exception as error:
+                if is_cuda_error(error):  # leaving in order would wait for this GPU
+                    self.team.lose(f"rank {self.team.rank} failed for good: {error}")
                 # Else all have agreed that it cannot be done, and rank 0 tells its caller.
-                if self.team.lost is not None or is_cuda_error(error):
+                if self.team.lost is not None:
                     raise
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -293,7 +294,14 @@ def serve() -> None:
     store.set(f"here {rank}", "")
     team = Team(torch.device(device), rank, ranks, store)
     module, function = target.split(":")
-    getattr(import_module(module), function)(team, payload)
+    try:
+        getattr(import_module(module), function)(team, payload)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # At once: an orderly end may wait for a GPU that waits for another, while rank 0 waits for
+        # this process to end.
+        os._exit(1)
 
 
 def _end_with_parent() -> None:

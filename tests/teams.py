@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ FORMS = {
 }
 BROKEN = "cannot be prepared on rank 1"
 DYING = "ends the process of rank 1"
+FAILING = "fails on rank 1 amid an exchange, where something keeps the process from ending"
 
 
 class Rewritten:
@@ -79,8 +82,19 @@ class Dying(Rewritten):
         return super().__call__(*inputs)
 
 
+class Failing(Rewritten):
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        if self._rank == 1:
+            threading.Thread(target=time.sleep, args=(600,)).start()
+            raise RuntimeError("amid an exchange")
+        return super().__call__(*inputs)
+
+
+OTHERS = {BROKEN: Broken, DYING: Dying, FAILING: Failing}
+
+
 def model_of(name: str) -> DiT:
-    local, dtype, attention = FORMS[name]
+    local, dtype, attention = FORMS["rewritten" if name in OTHERS else name]
     model = golden.dit(local=local)
     for layer in model.block.layers:
         layer.dtype = dtype
@@ -96,9 +110,8 @@ def model_of(name: str) -> DiT:
 
 
 def transformer(name: str, rank: int, ranks: int, cache: Path) -> Transformer:
-    kind = {BROKEN: Broken, DYING: Dying}.get(name, Rewritten)
-    model = model_of("rewritten" if kind is not Rewritten else name)
-    attention = "bf16" if kind is not Rewritten else FORMS[name][2]
+    model = model_of(name)
+    kind, attention = OTHERS.get(name, Rewritten), FORMS.get(name, FORMS["rewritten"])[2]
     if attention is None:
         return Transformer(model)
     return Transformer(model, kind(model, attention, rank, ranks, cache))

@@ -52,14 +52,14 @@ def velocities(
 
 def test_a_process_that_ends_amid_an_exchange_is_named(cache: Path) -> None:
     """At once, and for good; the others are ended, and a new team can be made."""
-    for name in (teams.DYING, "plain"):
+    for name, code in ((teams.DYING, 7), (teams.FAILING, 1), ("plain", 0)):
         shared = start([name], cache)
         try:
             if name == "plain":
                 velocities(name, LAYOUTS[0], shared.forward(name))
                 continue
             for _ in range(2):
-                with pytest.raises(PeerLost, match="the process of rank 1 ended with code 7"):
+                with pytest.raises(PeerLost, match=f"the process of rank 1 ended with code {code}"):
                     velocities("plain", LAYOUTS[0], shared.forward(name))
             with pytest.raises(PeerLost, match="rank 1"):
                 shared.team.check()
