@@ -92,7 +92,7 @@ class CompiledForward:
         number of each layer before it is launched, and with their number behind the last. debug:
         check before every replay that no tensor has moved, and keep what was captured for
         `recorded`. rank: of this process among `ranks` that share each sequence, the default group
-        of torch.distributed; where nothing is captured there is one.
+        of torch.distributed.
         """
         pad_weights(model, config)
         self._model, self._config = model, config
@@ -120,7 +120,7 @@ class CompiledForward:
         """
         if not self._replays:
             return self._launch(video, audio, text, rope, local)
-        captured = self.prepare(video.shape[0], audio.shape[0], text.shape[0], local)
+        captured = self._kept(self._size(video.shape[0], audio.shape[0], text.shape[0], local))
         if self._debug:
             check_addresses(captured.addresses, self._tensors(captured.inputs, captured.outputs))
         fixed = captured.inputs
@@ -136,9 +136,16 @@ class CompiledForward:
 
     def prepare(
         self, video: int, audio: int, text: int, local: LocalAttention | None = None
-    ) -> _Captured:
-        """The graph for so many tokens of each modality, made now if need be."""
+    ) -> None:
+        """Make the graph for so many tokens of each modality, if need be."""
         size = self._size(video, audio, text, local)
+        if self._replays:
+            self._kept(size)
+        else:
+            self._rewritten(size)
+
+    def _kept(self, size: Size) -> _Captured:
+        """The captured graph of a size, made now if need be."""
         if size not in self._captures.kept:
             context = self._context(size, torch.device("meta"))
             own_bytes = sum(tensor.nbytes for tensor in example_inputs(context).values())
@@ -169,7 +176,7 @@ class CompiledForward:
         """The nodes of the graph for so many tokens of each modality, in debug only."""
         if not self._debug:
             raise ValueError("what was captured is kept in debug only; give debug=True")
-        return recorded(self.prepare(video, audio, text).graph)
+        return recorded(self._kept(self._size(video, audio, text)).graph)
 
     def release(self) -> None:
         """Give every graph up; sizes are captured again when they are asked for."""
@@ -185,6 +192,21 @@ class CompiledForward:
     ) -> tuple[Tensor, Tensor]:
         """The rewritten graph without capturing it: its activations are freed as it goes."""
         size = self._size(video.shape[0], audio.shape[0], text.shape[0], local)
+        module = self._rewritten(size)
+        padding = (0, 0, 0, size.counts[2] - text.shape[0])
+        own = Sharding(size.counts, self._ranks).own(self._rank)
+        streams = (video, audio, F.pad(text, padding))
+        length = torch.tensor(rope.shape[0], dtype=torch.int32, device=self._device)
+        with torch.inference_mode():
+            v_video, v_audio = module(
+                *(stream[rows].contiguous() for stream, rows in zip(streams, own, strict=True)),
+                F.pad(rope, padding),
+                length,
+            )
+        return v_video, v_audio
+
+    def _rewritten(self, size: Size) -> fx.GraphModule:
+        """The graph of a size that is not captured, made now if need be."""
         if size not in self._uncaptured:
             with self._capturing:
                 if self._device.type == "cuda":  # weights that still come would disturb timings
@@ -192,21 +214,20 @@ class CompiledForward:
                 module, report = self._compile(size)
             if self._before_layer is not None:
                 call_before_layers(module, self._config.num_layers, self._before_layer)
+            if self._ranks > 1:  # kernels compile, memory is found, before others are waited for
+                with torch.inference_mode(), exchange.apart():
+                    module(*self._zeros(size).values())
             while len(self._uncaptured) >= UNCAPTURED:
                 del self._uncaptured[next(iter(self._uncaptured))]
             self._uncaptured[size] = module, report
-        module, _ = self._uncaptured[size]
-        padding = (0, 0, 0, size.counts[2] - text.shape[0])
-        length = torch.tensor(rope.shape[0], dtype=torch.int32, device=self._device)
-        with torch.inference_mode():
-            v_video, v_audio = module(
-                video.contiguous(),
-                audio.contiguous(),
-                F.pad(text, padding),
-                F.pad(rope, padding),
-                length,
-            )
-        return v_video, v_audio
+        return self._uncaptured[size][0]
+
+    def _zeros(self, size: Size) -> dict[str, Tensor]:
+        """Inputs of the graph of a size, all tokens of it valid."""
+        context = self._context(size, self._device)
+        inputs = {name: torch.zeros_like(t) for name, t in example_inputs(context).items()}
+        inputs["length"].fill_(sum(context.attended))
+        return inputs
 
     def _compile(self, size: Size) -> tuple[fx.GraphModule, Report]:
         context = self._context(size, self._device)
@@ -222,12 +243,11 @@ class CompiledForward:
         )
 
     def _capture(self, size: Size) -> _Captured:
-        captures, context = self._captures, self._context(size, self._device)
+        captures = self._captures
         stream = captures.stream
         module, report = self._compile(size)
         start = time.perf_counter()
-        inputs = {name: torch.zeros_like(t) for name, t in example_inputs(context).items()}
-        inputs["length"].fill_(sum(context.attended))
+        inputs = self._zeros(size)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.inference_mode(), torch.cuda.stream(stream):
             with exchange.apart():  # kernels compile, libraries choose before anything is recorded
@@ -242,7 +262,7 @@ class CompiledForward:
         captures.pool = graph.pool()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         report.seconds["graph"] = time.perf_counter() - start
-        log.info("compiled %s tokens in %.1f s", context.counts, sum(report.seconds.values()))
+        log.info("compiled %s tokens in %.1f s", size.counts, sum(report.seconds.values()))
         own = Sharding(size.counts, self._ranks).own(self._rank)
         captured = _Captured(graph, module, inputs, (outputs[0], outputs[1]), report, own)
         if self._debug:

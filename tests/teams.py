@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import golden
 from magihuman.graphs import compile as compiling
-from magihuman.graphs import precision
+from magihuman.graphs import precision, replay, store
 from magihuman.graphs.replay import CompiledForward
 from magihuman.kernels import reference as ref
 from magihuman.runtime import random_weights
@@ -37,6 +38,7 @@ FORMS = {
 BROKEN = "cannot be prepared on rank 1"
 DYING = "ends the process of rank 1"
 FAILING = "fails on rank 1 amid an exchange, where something keeps the process from ending"
+LAUNCHED = "rewritten, and launched kernel by kernel"
 
 
 class Rewritten:
@@ -90,7 +92,23 @@ class Failing(Rewritten):
         return super().__call__(*inputs)
 
 
-OTHERS = {BROKEN: Broken, DYING: Dying, FAILING: Failing}
+class Launched(CompiledForward):
+    """Where memory is too short for graphs to be captured."""
+
+    def __init__(self, model: DiT, attention: str, rank: int, ranks: int, cache: Path) -> None:
+        cpu = torch.device("cpu")
+        with mock.patch.object(replay.Captures, "__init__", return_value=None):
+            super().__init__(
+                model, model.config, torch.bfloat16, cpu, replays=False, rank=rank, ranks=ranks
+            )
+        self._cache = cache
+
+    def _compile(self, size: replay.Size) -> Any:
+        with mock.patch.object(store, "CACHE", self._cache):
+            return super()._compile(size)
+
+
+OTHERS = {BROKEN: Broken, DYING: Dying, FAILING: Failing, LAUNCHED: Launched}
 
 
 def model_of(name: str) -> DiT:
@@ -129,9 +147,10 @@ def follow(team: Team, payload: tuple[Sequence[str], Path]) -> None:
 
 
 # On GPUs, by precision and size. "wide": few layers of the published width, so that all kernels run
-# as they do at full size; else the golden architecture.
+# as they do at full size; else the golden architecture. "launched": without capturing anything.
 COMPILED = [
     "bf16",
+    "bf16 launched",
     "bf16 frame-local",
     "fp8-attn frame-local",
     "bf16 wide",
@@ -151,8 +170,9 @@ def compiled(name: str, device: torch.device, rank: int = 0, ranks: int = 1) -> 
         precision.quantize_model(model, precision.quantized_linears(model.config))
     narrow = kind == "fp8-attn"
     forward = CompiledForward(
-        model, model.config, torch.bfloat16, device, fp8_attention=narrow, rank=rank, ranks=ranks
-    )
+        model, model.config, torch.bfloat16, device, fp8_attention=narrow,
+        replays=size != "launched", rank=rank, ranks=ranks,
+    )  # fmt: skip
     return Transformer(model, forward)
 
 

@@ -76,12 +76,12 @@ def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture(scope="module")
 def team(cache):
     """Of golden models in every form."""
-    shared = start([*teams.FORMS, teams.BROKEN], cache)
+    shared = start([*teams.FORMS, teams.BROKEN, teams.LAUNCHED], cache)
     yield shared
     shared.close()
 
 
-@pytest.mark.parametrize("name", teams.FORMS)
+@pytest.mark.parametrize("name", [*teams.FORMS, teams.LAUNCHED])
 def test_forwards_are_those_of_one_process(team, cache: Path, name: str) -> None:
     alone = teams.transformer(name, 0, 1, cache).compiled
     for layout in LAYOUTS:
