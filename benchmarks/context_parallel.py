@@ -3,8 +3,9 @@
     python benchmarks/context_parallel.py [--folder RESULTS] [--precision bf16 fp8 fp8-attn]
 
 Random weights at full size, 5 s, 300 text tokens: 480x256 (N = 4,266), and a step of
-super-resolution at 896x512 (N = 14,762). Milliseconds are of rank 0, from a call to velocities on
-its GPU: calls, inputs and the gathering included.
+super-resolution at 896x512 (N = 14,762). Milliseconds are of rank 0 for one of a few forwards in a
+row, as the loops call them, to velocities on its GPU: calls, inputs and the gathering included.
+Kernels that exchange also wait for the other GPU. The JSON is written anew with every result.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ import torch
 
 import environment
 from magihuman.graphs import precision as fp8
+from magihuman.graphs.compile import compile_forward
 from magihuman.graphs.replay import CompiledForward
+from magihuman.kernels.reference import Sharding
 from magihuman.runtime import config, denoise, random_weights, tokens
 from magihuman.runtime.context_parallel import Shared, Transformer
 from magihuman.runtime.model.dit import DiT
@@ -36,18 +39,23 @@ LAYOUTS = {
     "480x256": LAYOUT,
     "896x512": tokens.Layout(frames=32, rows=32, columns=56, audio=126, text=300),
 }
-ROUNDS = 5
+CALLS, ROUNDS = 3, 3  # forwards in a row, and how often they are timed
 WARM_S = 0.5  # before each timing, on the GPUs that it is of
 EXCHANGE = ("nccl", "_pack_heads", "_unpack_heads")
 LINK_BYTES = 2**28
+LONG = ("kernels_ms", "compile")  # figures that are written only
 
 
-def build(precision: str, device: torch.device) -> DiT:
-    """Full-size weights, the same in every process."""
-    model = random_weights.dit(config.DiTConfig(), 0, device, torch.bfloat16, "distill")
-    if precision != "bf16":
-        fp8.quantize_model(model, fp8.quantized_linears(model.config))
-    return model
+def build(team: Team, precisions: Sequence[str]) -> dict[str, DiT]:
+    """Full-size weights, the same in every process; once for all precisions in fp8."""
+    made: dict[bool, DiT] = {}
+    for is_narrow in sorted({precision != "bf16" for precision in precisions}):
+        model = random_weights.dit(config.DiTConfig(), 0, team.device, torch.bfloat16, "distill")
+        if is_narrow:
+            fp8.quantize_model(model, fp8.quantized_linears(model.config))
+            release()
+        made[is_narrow] = model
+    return {precision: made[precision != "bf16"] for precision in precisions}
 
 
 def compiled(model: DiT, precision: str, team: Team | None = None) -> CompiledForward:
@@ -63,17 +71,43 @@ def compiled(model: DiT, precision: str, team: Team | None = None) -> CompiledFo
     )
 
 
-def shared(team: Team, model: DiT, precision: str) -> Shared:
-    """What this process computes of a forward."""
-    forward = compiled(model, precision, team)
-    return Shared(team, {"dit": Transformer(model, forward)}, release=forward.release)
+def rewrite(team: Team, model: DiT, precision: str) -> None:
+    """Leave a rewritten graph in the cache of all processes: that for two GPUs from rank 0, and
+    meanwhile that for one from rank 1. Each takes one core 20 s.
+    """
+    sharding = Sharding.of(LAYOUT.counts, RANKS)
+    compile_forward(
+        model,
+        model.config,
+        LAYOUT.counts if team.rank else sharding.own_counts(0),
+        torch.bfloat16,
+        team.device,
+        attention_backend="gluon",  # any, of all that is left open: nothing is measured for this
+        linear_route="library",
+        fp8_attention=precision == FP8_ATTENTION,
+        sharding=None if team.rank else sharding,
+    )
 
 
-def follow(team: Team, precision: str) -> None:
+def join(team: Team, precisions: Sequence[str]) -> tuple[Shared, dict[str, Transformer]]:
+    """What this process computes of a forward in each precision."""
+    models = team.agree(partial(build, team, precisions))
+    own = {name: Transformer(m, compiled(m, name, team)) for name, m in models.items()}
+    team.agree(lambda: [rewrite(team, model, name) for name, model in models.items()])
+
+    def give_up() -> None:
+        for transformer in own.values():
+            assert transformer.compiled is not None
+            transformer.compiled.release()
+
+    return Shared(team, own, release=give_up), own
+
+
+def follow(team: Team, precisions: Sequence[str]) -> None:
     """The second process."""
-    own = shared(team, build(precision, team.device), precision)
-    own.follow()
-    own.close()
+    shared, _ = join(team, precisions)
+    shared.follow()
+    shared.close()
 
 
 def link_gb_per_s() -> float:
@@ -81,89 +115,116 @@ def link_gb_per_s() -> float:
     source = torch.zeros(LINK_BYTES, dtype=torch.uint8, device="cuda:0")
     target = torch.empty_like(source, device="cuda:1")
     timed = Timed(lambda: target.copy_(source), torch.device("cuda"))
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS + 1):
         timed()
     return LINK_BYTES / min(timed.times_ms) / 1e6
 
 
-def heated_ms(run: Callable[[], object]) -> float:
-    """Device milliseconds of a call once the card is as warm as it makes it."""
-    timed = Timed(run, torch.device("cuda"))
+def heated_ms(run: Callable[[], object]) -> list[float]:
+    """Device milliseconds of a call, several times, once the card is as warm as it makes it."""
+
+    def several() -> None:
+        for _ in range(CALLS):
+            run()
+
+    timed = Timed(several, torch.device("cuda"))
     end = time.perf_counter() + WARM_S
     while time.perf_counter() < end:
-        timed()
-    timed.times_ms.clear()
+        run()
+        torch.cuda.synchronize()
     for _ in range(ROUNDS):
         timed()
-    return statistics.median(timed.times_ms)
+    return [ms / CALLS for ms in timed.times_ms]
 
 
-def measure(precision: str) -> dict[str, Any]:
-    """Every size on one GPU and on two."""
-    devices = [torch.device("cuda", rank) for rank in range(RANKS)]
-    start = time.perf_counter()
-    team = Team.start(devices, "context_parallel:follow", precision)
-    model = build(precision, devices[0])
-    together = shared(team, model, precision)
+def exchanges(run: Callable[[], object]) -> dict[str, Any]:
+    """What the kernels of rank 0 take, and which share of it those that exchange."""
+    kernels = kernels_ms(run)
+    parts = {part: sum(ms for kernel, ms in kernels if part in kernel.lower()) for part in EXCHANGE}
+    share = sum(parts.values()) / sum(ms for _, ms in kernels)
+    return {"exchange_ms": parts, "exchange_share": share, "kernels_ms": by_kernel(kernels)}
+
+
+def reports(forward: CompiledForward) -> dict[str, Any]:
+    """What compiling did, by size."""
+    return {str(size.counts): dataclasses.asdict(r) for size, r in forward.reports().items()}
+
+
+class Results:
+    """Figures, printed and written as they come."""
+
+    def __init__(self, folder: Path) -> None:
+        self.figures: dict[str, Any] = {}
+        self._folder, self._start = folder, time.perf_counter()
+
+    def add(self, *path: str, **values: Any) -> None:
+        """Under these names."""
+        place = self.figures
+        for name in path:
+            place = place.setdefault(name, {})
+        place.update(values)
+        elapsed_s = time.perf_counter() - self._start
+        shown = {name: value for name, value in values.items() if name not in LONG}
+        print(f"{elapsed_s:.0f} s", *path, json.dumps(shown), flush=True)
+        environment.write("context_parallel", self.figures, self._folder)
+
+
+def measure(precision: str, together: Shared, own: Transformer, results: Results) -> None:
+    """Every size on two GPUs and on one."""
+    model, device = own.model, next(own.model.parameters()).device
+    assert own.compiled is not None
     alone = compiled(model, precision)
-    figures: dict[str, Any] = {}
-    try:
-        for name, layout in LAYOUTS.items():
-            video, sound, text = example(layout, model.config.text_channels, devices[0])
-            runs: dict[str, Callable[[], Any]] = {}
-            for gpus, forward in (("1 GPU", alone), ("2 GPUs", together.forward("dit"))):
-                velocity = denoise.velocity_of(model, layout, text, "v2", forward)
-                runs[gpus] = partial(velocity, video, sound)
-            made = {gpus: run() for gpus, run in runs.items()}
+    for name, layout in LAYOUTS.items():
+        video, sound, text = example(layout, model.config.text_channels, device)
+        made, best = {}, {}
+        for gpus, forward in (("2 GPUs", together.forward(precision)), ("1 GPU", alone)):
+            velocity = denoise.velocity_of(model, layout, text, "v2", forward)
+            run = partial(velocity, video, sound)
+            start = time.perf_counter()
+            made[gpus] = run()
             torch.cuda.synchronize()
-            print(
-                precision, name, f"compiled after {time.perf_counter() - start:.0f} s", flush=True
-            )
-            times = {gpus: [heated_ms(run) for _ in range(2)] for gpus, run in runs.items()}
-            kernels = kernels_ms(runs["2 GPUs"])
-            exchange = {
-                part: sum(ms for kernel, ms in kernels if part in kernel.lower())
-                for part in EXCHANGE
-            }
-            best = {gpus: min(pair) for gpus, pair in times.items()}
-            figures[name] = {
-                "tokens": layout.tokens,
-                "ms": best,
-                "ms_twice": times,
-                "ratio": best["1 GPU"] / best["2 GPUs"],
-                "error": [error(a, b) for a, b in zip(made["2 GPUs"], made["1 GPU"], strict=True)],
-                "exchange_ms": exchange,
-                "exchange_share": sum(exchange.values()) / sum(ms for _, ms in kernels),
-                "kernels_ms": by_kernel(kernels),
-            }
-            print(precision, name, json.dumps(figures[name]), flush=True)
-        figures["compile"] = {
-            str(size): dataclasses.asdict(report) for size, report in alone.reports().items()
-        }
-    finally:
-        alone.release()
-        together.close()
-    return figures
+            first_s, times = time.perf_counter() - start, heated_ms(run)
+            best[gpus] = statistics.median(times)
+            results.add(precision, name, gpus, first_s=first_s, ms=best[gpus], all_ms=times)
+            if gpus == "2 GPUs":
+                results.add(precision, name, gpus, **exchanges(run))
+        results.add(
+            precision,
+            name,
+            tokens=layout.tokens,
+            ratio=best["1 GPU"] / best["2 GPUs"],
+            error=[error(a, b) for a, b in zip(made["2 GPUs"], made["1 GPU"], strict=True)],
+        )
+    seconds = {"2 GPUs": reports(own.compiled), "1 GPU": reports(alone)}
+    results.add(precision, compile=seconds)
+    alone.release()
+    together.release()
 
 
 def main() -> None:
-    """Measure and write one JSON, anew after each precision."""
+    """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=environment.RESULTS)
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp8"])
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {
-        "gpus": [torch.cuda.get_device_name(rank) for rank in range(RANKS)],
-        "link_gb_per_s": link_gb_per_s(),
-        "peer_access": torch.cuda.can_device_access_peer(0, 1),
-        "nccl": list(torch.cuda.nccl.version()),
-    }
-    print(json.dumps(figures), flush=True)
-    for precision in arguments.precision:
-        with torch.inference_mode():
-            figures[precision] = measure(precision)
-        release()
-        print(environment.write("context_parallel", figures, arguments.folder), flush=True)
+    results = Results(arguments.folder)
+    results.add(
+        gpus=[torch.cuda.get_device_name(rank) for rank in range(RANKS)],
+        link_gb_per_s=link_gb_per_s(),
+        peer_access=torch.cuda.can_device_access_peer(0, 1),
+        nccl=list(torch.cuda.nccl.version()),
+    )
+    devices = [torch.device("cuda", rank) for rank in range(RANKS)]
+    team = Team.start(devices, "context_parallel:follow", arguments.precision)
+    results.add(team=RANKS)
+    with torch.inference_mode():
+        together, own = join(team, arguments.precision)
+        results.add(built=list(own))
+        try:
+            for precision, transformer in own.items():
+                measure(precision, together, transformer, results)
+        finally:
+            together.close()
 
 
 if __name__ == "__main__":
