@@ -64,10 +64,12 @@ def read(
     vae_dtype: torch.dtype,
     engines_of: Path | None,
     report: Reporter,
+    follows: bool = False,
 ) -> Components:
     """All components from their files.
 
-    engines_of: the model's folder where the video decoder is one of exported engines.
+    engines_of: the model's folder where the video decoder is one of exported engines. follows:
+    another engine, and so without what only that one runs.
     """
     device = placer.device
 
@@ -105,9 +107,11 @@ def read(
     # Cheap components first, so that a damaged one is known before tens of gigabytes are read.
     return Components(
         turbo_vae=report.timed(TURBO_FOLDER, turbo_vae),
-        audio_vae=report.timed(AUDIO_FOLDER, audio_vae),
-        image_vae=None if paths.image_vae is None else report.timed(IMAGE_FOLDER, image_vae),
-        text_encoder=report.timed(TEXT_FOLDER, text_encoder),
+        audio_vae=None if follows else report.timed(AUDIO_FOLDER, audio_vae),
+        image_vae=(
+            None if follows or paths.image_vae is None else report.timed(IMAGE_FOLDER, image_vae)
+        ),
+        text_encoder=None if follows else report.timed(TEXT_FOLDER, text_encoder),
         dit=report.timed(base.variant.name, lambda: dit(base, BASE)),
         sr_dit=None if sr is None else report.timed(sr.variant.name, lambda: dit(sr, SR)),
     )
@@ -135,8 +139,9 @@ def synthesize(
     placer: Placer,
     vae_dtype: torch.dtype,
     report: Reporter,
+    follows: bool = False,
 ) -> Components:
-    """All components at full size, of random weights."""
+    """All components at full size, of random weights; follows: as for `read`."""
     seed, device = model.seed, placer.device
 
     def dit(held: Held, name: str) -> DiT:
@@ -176,9 +181,9 @@ def synthesize(
             TURBO_FOLDER,
             lambda: random_weights.turbo_vae(config.TurboVAEConfig(), seed, device, vae_dtype),
         ),
-        audio_vae=report.timed(AUDIO_FOLDER, audio_vae),
-        image_vae=report.timed(IMAGE_FOLDER, image_vae),
-        text_encoder=report.timed(TEXT_FOLDER, text_encoder),
+        audio_vae=None if follows else report.timed(AUDIO_FOLDER, audio_vae),
+        image_vae=None if follows else report.timed(IMAGE_FOLDER, image_vae),
+        text_encoder=None if follows else report.timed(TEXT_FOLDER, text_encoder),
         dit=report.timed(base.variant.name, lambda: dit(base, BASE)),
         sr_dit=None if sr is None else report.timed(sr.variant.name, lambda: dit(sr, SR)),
     )

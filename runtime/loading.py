@@ -35,6 +35,7 @@ from magihuman.runtime.memory_plan import (
     BASE,
     GIB,
     SR,
+    VIDEO,
     MemoryPlan,
     NoPlanError,
     Part,
@@ -126,8 +127,9 @@ def load(
         hooks: told of every request and stage, see `hooks.py`.
         debug: before every replay of a captured graph, check that no weight has moved in memory.
         context_parallel: GPUs of this host that work on each request together, from `device` on; it
-            must divide the transformer's key/value heads. Each holds all weights. In a process that
-            torchrun started, those that it started with it; else processes are started here.
+            must divide the transformer's key/value heads. Each holds the transformers and the video
+            decoder, the first all else too. In a process that torchrun started, those that it
+            started with it; else processes are started here.
         team: of which this process is one, where `load` starts it; not for callers.
 
     Raises:
@@ -188,17 +190,21 @@ def load(
         return _load_together(context_parallel, target, given, on_load, hooks)
     wanted = Wanted(target, precision, keep_bf16, compile, context_parallel)
     report = building.Reporter(on_load)
+    follows = team is not None and team.rank > 0
 
     def placed(others: Callable[[], list[Part]]) -> Placer:
+        def own() -> list[Part]:
+            return [part for part in others() if not follows or part.name == VIDEO]
+
         asked = memory_limit_gb is not None
-        return Placer(_planned(others, base, upscale, limit_bytes, asked, wanted), target)
+        return Placer(_planned(own, base, upscale, limit_bytes, asked, wanted), target)
 
     try:
         if isinstance(model, random_weights.Synthetic):
             base = plan(chosen, None, wanted)
             upscale = None if upscaler is None else plan(upscaler, None, wanted)
             placer = placed(lambda: synthetic_parts(vae_dtype))
-            parts = building.synthesize(model, base, upscale, placer, vae_dtype, report)
+            parts = building.synthesize(model, base, upscale, placer, vae_dtype, report, follows)
         else:
             overrides = {
                 chosen.name: transformer,
@@ -225,17 +231,17 @@ def load(
                     is_engine=vae == "tensorrt",
                 )
             )
-            parts = building.read(paths, base, upscale, placer, vae_dtype, engines, report)
+            parts = building.read(paths, base, upscale, placer, vae_dtype, engines, report, follows)
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceError(
             f"{target} ran out of memory while loading; free it, or load without sr: {error}"
         ) from error
-    if parts.text_encoder.channels != parts.dit.config.text_channels:
+    encoder, channels = parts.text_encoder, parts.dit.config.text_channels
+    if encoder is not None and encoder.channels != channels:
         raise CheckpointError(
-            "the text encoder's width must be the transformer's text_channels,"
-            f" {parts.dit.config.text_channels}, got {parts.text_encoder.channels}; they belong"
-            " to different models"
+            f"the text encoder's width must be the transformer's text_channels, {channels}, got"
+            f" {encoder.channels}; they belong to different models"
         )
     parts.residency = placer.residency
     if compile:

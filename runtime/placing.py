@@ -214,8 +214,8 @@ def synthetic_parts(dtype: torch.dtype) -> list[Part]:
 
 
 def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[Stage]:
-    """What a request of default size goes through: text, sound, image, denoising with the first of
-    `held`, super-resolution with the second, decoding.
+    """What a request of default size goes through, as far as the parts are there: text, sound,
+    image, denoising with the first of `held`, super-resolution with the second, decoding.
     """
     base = held[0]
     sr = held[1] if len(held) > 1 else None
@@ -223,7 +223,11 @@ def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[
     plan = request.plan(base.variant, None if sr is None else sr.variant.name.removesuffix("_sr"))
     width, height = plan.size_px
     sound = int(request.seconds * memory.BYTES_PER_SECOND_OF_SOUND)
-    stages = [Stage("text", (TEXT,), memory.TEXT_BYTES), Stage("audio", (AUDIO,), sound)]
+    stages = []
+    if TEXT in parts:
+        stages.append(Stage("text", (TEXT,), memory.TEXT_BYTES))
+    if AUDIO in parts:
+        stages.append(Stage("audio", (AUDIO,), sound))
     if IMAGE in parts:
         stages.append(Stage("image", (IMAGE,), width * height * memory.BYTES_PER_IMAGE_PIXEL))
     sizes = [(plan.rows, plan.columns)]
@@ -244,7 +248,8 @@ def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[
             )
         )
     working = memory.decoding_bytes(width, height, is_compiled) + sound
-    return [*stages, Stage("decode", (VIDEO, AUDIO), working, is_captured=is_compiled)]
+    decoders = tuple(name for name in (VIDEO, AUDIO) if name in parts)
+    return [*stages, Stage("decode", decoders, working, is_captured=is_compiled)]
 
 
 def forward_s(held: Held, layout: Layout) -> float:

@@ -45,12 +45,12 @@ class Captured(Protocol):
 
 @dataclass
 class Components:
-    """The loaded models of an engine."""
+    """The loaded models of an engine: where it follows another, those alone that both run."""
 
     dit: DiT
     turbo_vae: VideoDecoder
-    text_encoder: TextEncoder
-    audio_vae: AudioVAE
+    text_encoder: TextEncoder | None
+    audio_vae: AudioVAE | None
     image_vae: ImageVAE | None = None
     sr_dit: DiT | None = None
     forward: denoise.Forward | None = None  # compiled, in place of the transformer's own
@@ -115,6 +115,18 @@ class Run:
         self.generator = torch.Generator(device)
         self.generator.manual_seed(request.seed)
 
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Which every engine has that takes requests."""
+        assert self.parts.text_encoder is not None
+        return self.parts.text_encoder
+
+    @property
+    def audio_vae(self) -> AudioVAE:
+        """Likewise."""
+        assert self.parts.audio_vae is not None
+        return self.parts.audio_vae
+
     def prepare(self) -> Prepared:
         """Everything that can be wrong with a request, found before any work on the device."""
         request = self.request
@@ -134,7 +146,7 @@ class Run:
         if request.audio is not None:
             samples, note = open_driving_audio(request.audio, request.seconds)
             plan = plan.with_note(note)
-        ids, note = self.parts.text_encoder.tokenize(request.prompt)
+        ids, note = self.text_encoder.tokenize(request.prompt)
         plan = plan.with_note(note)
         for warning in plan.warnings:
             log.warning(warning)
@@ -150,16 +162,16 @@ class Run:
         with self.encoders(), self.on_stream(parts.encode_stream):
             self.generator.manual_seed(self.request.seed)  # encoding may be done a second time
             with self.stage("text", TEXT):
-                text = parts.text_encoder.encode(prepared.ids)
+                text = self.text_encoder.encode(prepared.ids)
                 null_text = None
                 if plan.guidance is not None or plan.sr_guidance is not None:
-                    null_ids, _ = parts.text_encoder.tokenize(self.request.negative_prompt)
-                    null_text = parts.text_encoder.encode(null_ids)
+                    null_ids, _ = self.text_encoder.tokenize(self.request.negative_prompt)
+                    null_text = self.text_encoder.encode(null_ids)
             with self.stage("audio", *(() if prepared.samples is None else (AUDIO,))):
                 if prepared.samples is None:
                     audio = self.draw(1, plan.audio, config.AUDIO_CHANNELS)
                 else:
-                    audio = parts.audio_vae.encode(prepared.samples, self.noise)
+                    audio = self.audio_vae.encode(prepared.samples, self.noise)
                     plan = plan.with_audio(audio.shape[1])
                 video = self.draw(1, config.LATENT_CHANNELS, plan.frames, plan.rows, plan.columns)
             pictured = () if prepared.image is None else (IMAGE,)
@@ -239,7 +251,7 @@ class Run:
         @torch.inference_mode()
         def sound() -> Waveform:
             with self.on_stream(parts.sound_stream):
-                wave = parts.audio_vae.decode(audio)
+                wave = self.audio_vae.decode(audio)
             if file is not None:
                 file.add_sound(wave)
             return wave
@@ -265,7 +277,7 @@ class Run:
         video = torch.zeros(*shape, plan.rows, plan.columns, device=self.device)
         for length in text_tokens:
             with self.encoders(), parts.residency.present(TEXT):
-                text = parts.text_encoder.encode(torch.zeros(1, length, dtype=torch.long))
+                text = self.text_encoder.encode(torch.zeros(1, length, dtype=torch.long))
             with parts.residency.present(BASE):
                 velocity = self.velocity(parts.dit, self.variant, video, audio, text, parts.forward)
                 velocity(video, audio)

@@ -240,7 +240,7 @@ def _clip(run: Run, probe: _Probe, label: str, on_progress: ProgressCallback | N
     """One request in bf16 and in fp8."""
     prepared = run.prepare()
     plan, ids = prepared.plan, prepared.ids
-    encoder = run.parts.text_encoder
+    encoder = run.text_encoder
     text, null_text = encoder.encode(ids), None
     if plan.guidance is not None:
         null_text = encoder.encode(encoder.tokenize(run.request.negative_prompt)[0])
@@ -261,7 +261,7 @@ def _clip(run: Run, probe: _Probe, label: str, on_progress: ProgressCallback | N
         video, audio = run.run_base(plan, text, null_text, video, audio, None)
         trails.append([*probe.latents, (video.cpu(), audio.cpu())])
         frames.append(decode_frames(run.parts.turbo_vae, video))
-        waves.append(run.parts.audio_vae.decode(audio))
+        waves.append(run.audio_vae.decode(audio))
     bf16, fp8 = frames
     steps = list(zip(*trails, strict=True))
     shown = np.linspace(0, len(bf16) - 1, SHOWN_FRAMES).round().astype(int)

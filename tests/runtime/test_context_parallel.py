@@ -28,6 +28,8 @@ with runtime.load(sys.argv[1], device="cpu", context_parallel=2) as engine:
         engine.generate("a man nods", seconds=0.2, width=64, height=64, steps=1, save=sys.argv[2])
         engine.follow()  # returns at once
     else:
+        parts = engine._parts
+        assert parts.text_encoder is parts.audio_vae is parts.image_vae is None
         try:
             engine.generate("a man nods")
         except runtime.InvalidRequestError as error:

@@ -94,6 +94,14 @@ def test_line_ups_of_the_published_model(others, precision, sr, limit_gib, movin
         assert made.replays and made.extra_s == 0 and made.host_bytes == 0
 
 
+def test_a_process_that_follows_needs_no_encoders(others):
+    """And fits where they have no room."""
+    own = [part for part in others if part.name == VIDEO]
+    made = planned(own, "bf16", "540p", 78)
+    assert [stage.name for stage in made.stages] == ["load", "denoise", "super_resolve", "decode"]
+    assert not made.streamed and set(made.stages[-1].weights) == {VIDEO, BASE, SR}
+
+
 @pytest.mark.parametrize(
     ("precision", "sr"), [("bf16", None), ("bf16", "1080p"), ("fp8", "540p"), ("fp8", "1080p")]
 )
