@@ -30,8 +30,9 @@ types: $(VENV)/.installed
 imports: $(VENV)/.installed
 	$(BIN)/lint-imports --no-cache
 
+# Two workers of one thread each; a file's tests stay together, for what they share.
 unit: $(VENV)/.installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 demo: $(VENV)/.installed
 	$(BIN)/magihuman tiny out/tiny-model
