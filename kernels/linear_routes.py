@@ -179,7 +179,7 @@ def fastest(
     names = list(TILES) if scale is not None else [LIBRARY, *TILES]
     if not weight.is_cuda or 2 * rows * weight.numel() < SMALL_FLOPS:
         return names[0]
-    x = torch.randn(rows, weight.stride(0), device=device).to(torch.bfloat16)
+    x = torch.randn(rows, weight.stride(0), device=device, dtype=torch.bfloat16)
     x[:, weight.shape[1] :] = 0
     if scale is None and why_not(x, weight, epilogue, counts) is not None:
         return LIBRARY
@@ -188,8 +188,7 @@ def fastest(
         is_activation = epilogue in STATIC_SCALES
         out_dtype = FP8 if is_activation and scale is not None else out_dtypes(epilogue)[0]
         compile_tiles(TILES.values(), epilogue, scale is not None, out_dtype)
-        stream = torch.zeros(rows, columns_of(weight, counts), device=device)
-        run = _runner(epilogue, x, weight, counts, padded, scale, stream)
+        run = _runner(epilogue, x, weight, counts, padded, scale)
         return _milliseconds(run, names, device)
 
     precision = "" if scale is None else " fp8"
@@ -204,9 +203,12 @@ def _runner(
     counts: Counts | None,
     padded: int,
     scale: Tensor | None,
-    stream: Tensor,
 ) -> Callable[[str], object]:
     """A call by a given route. x: as wide as the weight's rows are laid out."""
+    # Only an addition has a stream: where memory is limited there is no room for one as wide as
+    # what goes into an activation.
+    columns = columns_of(weight, counts) if epilogue == "add" else 0
+    stream = torch.zeros(x.shape[0], columns, device=x.device)
     if scale is None:
         if epilogue == "add":
             return lambda route: linear_add(stream, x, weight, counts, route)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from magihuman.kernels import attention_backends as backends
 
 pytest.importorskip("triton")
-from magihuman.kernels import measured
+from magihuman.kernels import linear_routes, measured
+from magihuman.kernels.matmul_sm90 import Epilogue
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -49,6 +51,47 @@ def test_reasons(
         found = backends.why_not(name, dim, GPU)
         assert found is None if reason is None else reason in str(found)
     assert "fa3-fwd is not installed" in str(backends.why_not("fa3", dim, GPU))
+
+
+def test_a_kernel_without_room_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's mask of rows x rows takes 9 GB at 1080p, which a limit may not leave."""
+    times: dict[str, float] = {"gluon": 2.0, "triton": 1.0}
+
+    def milliseconds(name: str, *shape: object) -> float:
+        if name not in times:
+            raise torch.OutOfMemoryError("tried to allocate 8.07 GiB")
+        return times[name]
+
+    monkeypatch.setattr(measured, "CACHE", tmp_path)
+    monkeypatch.setattr(measured, "machine_key", lambda device: {"gpu": "one"})
+    monkeypatch.setattr(backends, "usable", lambda dim, device: ["gluon", "triton", "cudnn"])
+    monkeypatch.setattr(backends, "_milliseconds", milliseconds)
+    assert backends.fastest(66_000, 40, 8, 128, GPU) == "triton"
+    times.clear()
+    with pytest.raises(torch.OutOfMemoryError, match=r"8\.07 GiB"):
+        backends.fastest(66_001, 40, 8, 128, GPU)
+
+
+@pytest.mark.parametrize("epilogue", ["store", "gelu7", "swiglu7", "add"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_measuring_a_product_takes_no_more_than_it_computes(
+    epilogue: Epilogue, fp8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only an addition has a stream: one in fp32 beside an activation would pass a limit."""
+    made: list[int] = []
+    zeros = torch.zeros
+    monkeypatch.setattr(
+        torch, "zeros", lambda *shape, **options: made.append(prod(shape)) or zeros(*shape)
+    )
+    monkeypatch.setattr(
+        linear_routes, "quantize_rows", lambda x: (x.to(torch.float8_e4m3fn), x.float()[:, 0])
+    )
+    x, weight = torch.ones(3, 16, dtype=torch.bfloat16), torch.ones(32, 16)
+    scale = torch.ones(32) if fp8 else None
+    linear_routes._runner(epilogue, x, weight, None, 32, scale)
+    assert sum(made) == (3 * 32 if epilogue == "add" else 0)
 
 
 def test_measurements_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
