@@ -36,10 +36,10 @@ class _Walk(fx.Interpreter):
         return made
 
 
-def reserve(size_bytes: int, device: torch.device) -> None:
-    """Let the allocator have one free block of this size to cut from.
+def reserve(size_bytes: int, device: torch.device) -> Tensor:
+    """One block of this size, for the allocator to cut from once the caller lets go of it.
 
     Tensors that grow from one operator to the next would each need memory of their own: what
     smaller ones leave is in pieces.
     """
-    torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    return torch.empty(size_bytes, dtype=torch.uint8, device=device)

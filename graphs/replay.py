@@ -33,6 +33,9 @@ log = logging.getLogger("magihuman")
 
 TEXT_BUCKET = 64  # text is padded to a multiple of this
 UNCAPTURED = 16  # sizes of which the rewritten graph is kept where none is captured
+# Tokens from which a forward without a graph takes seconds, against which it costs nothing to get
+# memory anew, and gigabytes for a tensor.
+LARGE = 2**15
 
 
 class Size(NamedTuple):
@@ -203,6 +206,9 @@ class CompiledForward:
                 F.pad(rope, padding),
                 length,
             )
+        if sum(size.counts) >= LARGE and self._device.type == "cuda":
+            # Or small tensors that live on would be cut from the blocks of the large ones.
+            torch.cuda.empty_cache()
         return v_video, v_audio
 
     def _rewritten(self, size: Size) -> fx.GraphModule:

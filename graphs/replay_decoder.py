@@ -51,6 +51,11 @@ class Size(NamedTuple):
         """In all."""
         return self.batch * self.frames * self.rows * self.columns
 
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """The shape of what is kept."""
+        return self.batch, self.kept, STRIDE * self.rows, STRIDE * self.columns, COLORS
+
 
 @dataclass
 class _Captured:
@@ -134,9 +139,16 @@ class CompiledDecoder:
         module, room = self._uncaptured[size]
         weight: Tensor = module.get_buffer("conv_in.conv.weight")
         with torch.inference_mode():
-            reserve(room, self._device)
+            block = reserve(room, self._device)
+            pixels = torch.empty(size.pixels, dtype=self._dtype, device=self._device)
+            del block  # after the pixels, which live on, lie elsewhere
             x = latents.to(weight.dtype, memory_format=torch.channels_last_3d)
-            (pixels,) = module(x)
+            pixels.copy_(module(x)[0])
+            del x
+        if self._device.type == "cuda":
+            # Or the caller's next tensors would be cut from the block, and the next window's
+            # find no room beside what is left of it.
+            torch.cuda.empty_cache()
         return pixels
 
     def prepare(self, calls: Iterable[Call]) -> None:
@@ -175,9 +187,8 @@ class CompiledDecoder:
             dtype=weight.dtype,
             device=self._device,
         ).contiguous(memory_format=torch.channels_last_3d)
-        shape = (size.batch, size.kept, *(STRIDE * n for n in (size.rows, size.columns)), COLORS)
-        pixels = torch.empty(shape, dtype=self._dtype, device=self._device)  # outside the pool,
-        # which is whole again for the next size when this one's graph is done
+        # Outside the pool, which is whole again for the next size when this one's graph is done.
+        pixels = torch.empty(size.pixels, dtype=self._dtype, device=self._device)
         room = int(ROOM * peak_bytes(module, latents))
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.inference_mode(), torch.cuda.stream(stream):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 import golden
+from magihuman.graphs import replay_decoder
 from magihuman.graphs.compile import CompileError, Report
 from magihuman.graphs.compile_decoder import compile_decoder
 from magihuman.graphs.passes.trim import trim
-from magihuman.graphs.replay_decoder import _share_buffers
+from magihuman.graphs.replay_decoder import CompiledDecoder, _share_buffers
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import TurboVAEConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
@@ -191,6 +192,23 @@ def test_weights_are_laid_out_once_and_shared(vae: TurboVAE) -> None:
     assert len(shared["conv_out.conv.weight"]) == 16  # 12, filled up
     for name, value in vae.state_dict().items():  # the plain decoder is left as it was
         assert torch.equal(value, before[name]) and value.is_contiguous()
+
+
+def test_windows_without_a_captured_graph(vae: TurboVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels lie in memory of their own: that of the next window is another."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(replay_decoder.Captures, "__init__", lambda *arguments: None)
+    decoder = CompiledDecoder(vae.decoder, vae.config, replays=False)
+    z = torch.randn(2, 48, 3, 2, 4)
+    with torch.inference_mode():
+        first, second = (decoder(one[None], True, 1, 5) for one in z)
+        expected = [ref.to_uint8(vae.decoder(one[None], True)[:, :, 1:6]) for one in z]
+    assert first.untyped_storage().nbytes() == first.nbytes  # not a view of what was trimmed
+    for ours, theirs in zip((first, second), expected, strict=True):
+        assert ours.shape == theirs.shape
+        # A value next to a whole number may be truncated to either side of it.
+        assert (ours.int() - theirs.int()).abs().max() <= 1
+        assert (ours != theirs).float().mean() <= 1e-3
 
 
 def test_a_model_that_drifts_from_the_reference_is_refused(
