@@ -26,6 +26,9 @@ COPY_BYTES_PER_S = 50e9  # from pinned memory over PCIe 5.0 x16
 # What the driver, the libraries and the code of kernels hold beside what PyTorch allocates, on an
 # H100; rounded up.
 CONTEXT_BYTES = 3 * 2**28
+# What PyTorch allocates beside weights and activations: cuBLAS's workspaces, latents, embeddings,
+# and what rounding blocks up leaves.
+SLACK_BYTES = 2**28
 HIDDEN_COST = 0.1  # of a copy's time, where computing hides it
 REPLAY_GAIN = 0.01  # of a forward's time, by replaying a captured graph
 LIKE = 1.1  # layers up to so many times the size of a class's smallest share its slots
@@ -73,7 +76,7 @@ class Stage:
         working_bytes: activations.
         forwards: how often it runs its layers.
         forward_s: an estimate of how long it takes to do so once.
-        is_captured: whether it can run as a captured graph, which keeps the working memory.
+        graph_bytes: of the activations, what captured graphs keep; 0 where it cannot run as such.
     """
 
     name: str
@@ -81,7 +84,7 @@ class Stage:
     working_bytes: int
     forwards: int = 1
     forward_s: float = 0.0
-    is_captured: bool = False
+    graph_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class StageMemory:
     Attributes:
         weights: bytes on the device by part, slots included.
         streamed: of each part, how many layers are streamed.
-        working_bytes: activations, those that captured graphs of other stages keep included.
+        working_bytes: activations, and those that captured graphs keep.
         copied_bytes: weights brought over in the stage.
         extra_s: what that is expected to add to the stage, beside what computing hides.
     """
@@ -106,7 +109,8 @@ class StageMemory:
     @property
     def total_bytes(self) -> int:
         """Of all, with what the driver holds."""
-        return sum(self.weights.values()) + self.working_bytes + CONTEXT_BYTES
+        held = sum(self.weights.values()) + self.working_bytes
+        return held + SLACK_BYTES + CONTEXT_BYTES
 
 
 @dataclass(frozen=True)
@@ -221,15 +225,14 @@ class _Problem:
         present = {name: streamed[name] for name in stage.parts if name in streamed}
         loaded = {name: self.parts[name].loaded_bytes(layers) for name, layers in present.items()}
         working = stage.working_bytes
-        if stage.name != LOAD:  # nothing is captured before the first request
-            working += sum(
-                other.working_bytes
-                for other in self.stages
-                if other is not stage and replays and self._is_kept(other, streamed)
-            )
+        if stage.name != LOAD and replays:  # nothing is captured before the first request
+            # The stage's own too: before another size of it is captured, it runs without a graph,
+            # beside those it has.
+            kept = (other for other in self.stages if self._is_kept(other, streamed))
+            working += sum(other.graph_bytes for other in kept)
         costs = [self._moved(stage, name, layers) for name, layers in present.items()]
         extra_s = sum(seconds for _, seconds in costs)
-        if stage.is_captured and not (replays and self._is_kept(stage, streamed)):
+        if stage.graph_bytes and not (replays and self._is_kept(stage, streamed)):
             extra_s += REPLAY_GAIN * stage.forwards * stage.forward_s
         counts = {name: len(layers) for name, layers in present.items() if layers}
         copied = sum(size for size, _ in costs)
@@ -239,7 +242,7 @@ class _Problem:
         """Whether it is captured: a graph reads weights where they were when it was made. What
         moves and has no layers is in no graph.
         """
-        return stage.is_captured and not any(
+        return stage.graph_bytes > 0 and not any(
             name in streamed and self.parts[name].layer_bytes for name in stage.parts
         )
 
@@ -276,15 +279,16 @@ def make_plan(
         if (made := problem.solve(moving, replays)) is not None
     ]
     if found:
-        return min(found, key=lambda made: (made.cost_s, len(made.streamed)))
+        return min(found, key=lambda made: (made.cost_s, len(made.streamed), made.peak_bytes))
     least = _least(parts, stages, loading_bytes)
     worst = max(least, key=lambda stage: stage.total_bytes)
     raise NoPlanError(
         f"no way to run in {limit_bytes / GIB:.1f} GiB was found: with all that can rest in host"
         f" memory resting there, the stage {worst.name} takes {worst.total_bytes / GIB:.1f} GiB,"
         f" of which {sum(worst.weights.values()) / GIB:.1f} are weights,"
-        f" {worst.working_bytes / GIB:.1f} activations and {CONTEXT_BYTES / GIB:.1f} the driver's;"
-        f" give memory_limit_gb={_ceil_gb(worst.total_bytes):g} or more, load without sr or with a"
+        f" {(worst.working_bytes + SLACK_BYTES) / GIB:.1f} activations and"
+        f" {CONTEXT_BYTES / GIB:.1f} the driver's; give"
+        f" memory_limit_gb={_ceil_gb(worst.total_bytes):g} or more, load without sr or with a"
         " smaller one, or use precision='fp8'"
     )
 

@@ -71,7 +71,11 @@ def plan_memory(
         parts.append(dit_part(SR, sr))
     held = [base] if sr is None else [base, sr]
     stages = [
-        dataclasses.replace(stage, working_bytes=int(share * stage.working_bytes))
+        dataclasses.replace(
+            stage,
+            working_bytes=int(share * stage.working_bytes),
+            graph_bytes=int(share * stage.graph_bytes),
+        )
         for stage in stages_of(held, {part.name for part in parts}, is_compiled)
     ]
     return make_plan(parts, stages, limit_bytes, max(reading_bytes(h) for h in held))
@@ -237,19 +241,21 @@ def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[
     for (name, part), one, size in zip(names, held, sizes, strict=False):
         layout = Layout(plan.frames, *size, plan.audio, config.MAX_TEXT_TOKENS)
         rows = max(one.config.mlp_widths(layer)[0] for layer in range(one.config.num_layers))
+        working = memory.denoising_bytes(layout.tokens, rows, is_compiled)
         stages.append(
             Stage(
                 name,
                 (part,),
-                memory.denoising_bytes(layout.tokens, rows, is_compiled),
+                working,
                 forwards=one.variant.steps * (1 if one.variant.guidance is None else 2),
                 forward_s=forward_s(one, layout),
-                is_captured=is_compiled,
+                graph_bytes=working if is_compiled else 0,
             )
         )
-    working = memory.decoding_bytes(width, height, is_compiled) + sound
+    window = memory.decoding_bytes(width, height, is_compiled)
     decoders = tuple(name for name in (VIDEO, AUDIO) if name in parts)
-    return [*stages, Stage("decode", decoders, working, is_captured=is_compiled)]
+    kept = window if is_compiled else 0
+    return [*stages, Stage("decode", decoders, window + sound, graph_bytes=kept)]
 
 
 def forward_s(held: Held, layout: Layout) -> float:

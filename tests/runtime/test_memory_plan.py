@@ -27,6 +27,7 @@ from magihuman.runtime.memory_plan import (
     GIB,
     IMAGE,
     LOAD,
+    SLACK_BYTES,
     SLOTS,
     SR,
     TEXT,
@@ -41,6 +42,7 @@ from magihuman.runtime.tiny import DIT
 from magihuman.runtime.transformer import Held, Wanted, linears_in_fp8, plan
 
 CPU = torch.device("cpu")
+OUTSIDE = CONTEXT_BYTES + SLACK_BYTES
 BF16 = torch.bfloat16
 
 
@@ -81,8 +83,8 @@ def test_the_parts_of_the_published_model(others):
         ("bf16", None, 78, set()),
         ("fp8", "540p", 78, set()),  # both transformers and all else
         ("bf16", "540p", 78, {SR}),  # 0.6 s, behind a forward of 0.7 s
-        ("fp8", "1080p", 78, {BASE}),
-        ("bf16", "1080p", 40, {BASE, SR}),
+        ("fp8", "1080p", 78, set()),  # without captured graphs, for which there is no room
+        ("bf16", "1080p", 40, {TEXT, BASE, SR}),
         ("fp8", "540p", 24, {TEXT, BASE, SR}),
     ],
 )
@@ -91,7 +93,8 @@ def test_line_ups_of_the_published_model(others, precision, sr, limit_gib, movin
     assert set(made.streamed) >= moving and (moving or not made.streamed)
     assert made.peak_bytes <= limit_gib * GIB
     if not moving:
-        assert made.replays and made.extra_s == 0 and made.host_bytes == 0
+        assert made.host_bytes == 0 and made.replays == (sr != "1080p")
+        assert made.extra_s == (0 if made.replays else pytest.approx(0.3, abs=0.1))
 
 
 def test_a_process_that_follows_needs_no_encoders(others):
@@ -126,7 +129,7 @@ def test_plans_over_many_limits(others, precision, sr):
         assert made.stages[0].name == LOAD
         for stage in made.stages:
             assert stage.total_bytes == (
-                sum(stage.weights.values()) + stage.working_bytes + CONTEXT_BYTES
+                sum(stage.weights.values()) + stage.working_bytes + OUTSIDE
             )
             assert stage.total_bytes <= made.limit_bytes
             for name, size in stage.weights.items():
@@ -155,14 +158,16 @@ def test_the_smallest_limit_that_is_named_works(others):
 
 
 def test_captured_graphs_keep_their_activations():
-    """All stages bear them, or none is captured."""
+    """All stages bear them, or none is captured. A stage runs beside its own when it captures
+    another size, and what no graph keeps counts once.
+    """
     part = Part("a", GIB)
-    stages = [Stage(name, ("a",), 2 * GIB, 1, 1.0, is_captured=True) for name in ("x", "y")]
-    wide = make_plan([part], stages, 5 * GIB + CONTEXT_BYTES)
+    stages = [Stage(name, ("a",), 2 * GIB, 1, 1.0, graph_bytes=GIB) for name in ("x", "y")]
+    wide = make_plan([part], stages, 5 * GIB + OUTSIDE)
     assert wide.replays and [stage.working_bytes for stage in wide.stages] == [0, 4 * GIB, 4 * GIB]
     assert wide.extra_s == 0 and not wide.streamed
-    narrow = make_plan([part], stages, 5 * GIB + CONTEXT_BYTES - 1)
-    assert not narrow.replays and not narrow.streamed and narrow.peak_bytes < 4 * GIB
+    narrow = make_plan([part], stages, 5 * GIB + OUTSIDE - 1)
+    assert not narrow.replays and not narrow.streamed and narrow.peak_bytes == 3 * GIB + OUTSIDE
     assert narrow.extra_s == pytest.approx(0.02)  # a hundredth of two seconds
 
 
@@ -170,13 +175,13 @@ def test_a_part_of_layers_that_moves_is_in_no_graph():
     part = Part("a", 0, (GIB, GIB))
     other = Part("b", GIB)
     stages = [
-        Stage("x", ("a",), GIB, 1, 1.0, is_captured=True),
-        Stage("y", ("b",), GIB, 1, 1.0, is_captured=True),
+        Stage("x", ("a",), GIB, 1, 1.0, graph_bytes=GIB),
+        Stage("y", ("b",), GIB, 1, 1.0, graph_bytes=GIB),
     ]
-    made = make_plan([part, other], stages, 4 * GIB + CONTEXT_BYTES)
+    made = make_plan([part, other], stages, 4 * GIB + OUTSIDE)
     assert made.streamed == {"a": (), "b": ()} and made.replays
     # b has no layers, and so is in no graph; the stage of a runs as it is, and keeps nothing.
-    assert [stage.working_bytes for stage in made.stages] == [0, 2 * GIB, GIB]
+    assert [stage.working_bytes for stage in made.stages] == [0, 2 * GIB, 2 * GIB]
 
 
 def test_seconds_of_moving():
@@ -184,9 +189,9 @@ def test_seconds_of_moving():
     size = int(memory_plan.COPY_BYTES_PER_S / 10)  # a tenth of a second each
     part = Part("a", 0, (size,) * 10)
     stages = [Stage("x", ("a",), 0, forwards=3, forward_s=0.2), Stage("y", (), 9 * size)]
-    whole = make_plan([part], stages, 10 * size + CONTEXT_BYTES)
+    whole = make_plan([part], stages, 10 * size + OUTSIDE)
     assert whole.streamed == {"a": ()} and whole.extra_s == pytest.approx(1.0 - 0.2)
-    made = make_plan([part], [stages[0]], 6 * size + CONTEXT_BYTES)
+    made = make_plan([part], [stages[0]], 6 * size + OUTSIDE)
     assert len(made.streamed["a"]) == 6  # 4 stay, 2 slots
     assert made.extra_s == pytest.approx(1.0 - 0.2 + 2 * (0.6 - 0.2))
     assert made.stages[1].copied_bytes == (10 + 2 * 6) * size
@@ -196,7 +201,7 @@ def test_what_is_made_whole_has_to_fit_once():
     part = Part("a", 4 * GIB, made_whole=True)
     stages = [Stage("x", ("a",), 0), Stage("y", (), 3 * GIB)]
     assert make_plan([part], stages, 5 * GIB).stages[0].working_bytes == 4 * GIB
-    with pytest.raises(DeviceError, match=r"the stage load takes 4\.8 GiB"):
+    with pytest.raises(DeviceError, match=r"the stage load takes 5\.0 GiB"):
         make_plan([part], stages, 4 * GIB)
 
 
@@ -336,7 +341,7 @@ def test_without_a_limit_what_has_no_room_is_only_a_warning(monkeypatch, others,
 def test_host_memory_must_have_room(monkeypatch, others):
     made = planned(others, "bf16", "1080p", 40)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 50 * GIB)
-    with pytest.raises(DeviceError, match=r"5\d\.\d GiB of weights .* and 50\.0 GiB are free"):
+    with pytest.raises(DeviceError, match=r"74\.\d GiB of weights .* and 50\.0 GiB are free"):
         placing.check_host(made)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 90 * GIB)
     placing.check_host(made)
