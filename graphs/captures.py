@@ -101,9 +101,13 @@ class Captures(Generic[Key, Graph]):
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated: the device's free memory and PyTorch's unused blocks."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    """What can still be allocated: the device's free memory, as far as this process may have it,
+    and PyTorch's unused blocks.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return max(0, min(free, allowed)) + reserved - torch.cuda.memory_allocated(device)
 
 
 def pool_bytes(pool: Any) -> int:

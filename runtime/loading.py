@@ -43,6 +43,7 @@ from magihuman.runtime.memory_plan import (
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.placing import (
+    Cap,
     Placer,
     check_host,
     check_limit,
@@ -197,7 +198,10 @@ def load(
             return [part for part in others() if not follows or part.name == VIDEO]
 
         asked = memory_limit_gb is not None
-        return Placer(_planned(own, base, upscale, limit_bytes, asked, wanted), target)
+        placer = Placer(_planned(own, base, upscale, limit_bytes, asked, wanted), target)
+        if memory_limit_gb is not None:
+            placer.residency.cap = Cap(target, int(memory_limit_gb * GIB))
+        return placer
 
     try:
         if isinstance(model, random_weights.Synthetic):

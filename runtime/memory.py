@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from magihuman.graphs import captures
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.request import MIN_SECONDS, Request
@@ -57,8 +58,7 @@ def decoding_bytes(width: int, height: int, is_compiled: bool = False) -> int:
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated there."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return captures.free_bytes(device)
     try:  # pages of files that can be let go of count as free
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
     except OSError:  # not on Linux

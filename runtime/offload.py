@@ -289,6 +289,7 @@ class Residency:
 
     def __init__(self) -> None:
         self._moving: dict[str, Offloaded] = {}
+        self.cap: object = None  # held for as long as the engine has its parts
 
     @property
     def moves(self) -> bool:

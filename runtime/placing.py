@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,21 @@ def limit_of(memory_limit_gb: float | None, device: torch.device) -> int | None:
     free = memory.free_bytes(device)
     if memory_limit_gb is None:
         return free + CONTEXT_BYTES - MARGIN_BYTES
-    return min(int(memory_limit_gb * GIB), free + CONTEXT_BYTES)
+    held = torch.cuda.memory_allocated(device)  # by others in this process
+    return min(int(memory_limit_gb * GIB) - held, free + CONTEXT_BYTES)
+
+
+class Cap:
+    """For as long as it lives, PyTorch is refused what passes a limit; cached blocks go first."""
+
+    def __init__(self, device: torch.device, limit_bytes: int) -> None:
+        """limit_bytes: of everything that the process holds on the device."""
+        total = torch.cuda.mem_get_info(device)[1]
+        before = torch.cuda.get_per_process_memory_fraction(device)
+        share = min(before, (limit_bytes - CONTEXT_BYTES) / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+        lift = weakref.finalize(self, torch.cuda.set_per_process_memory_fraction, before, device)
+        lift.atexit = False
 
 
 def check_limit(memory_limit_gb: float | None) -> None:

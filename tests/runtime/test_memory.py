@@ -70,6 +70,19 @@ def test_free_memory_of_the_host():
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
 
 
+def test_what_a_limit_leaves_is_free(monkeypatch):
+    """Of a device with 60 of 80 GiB free, PyTorch has 15, of which 5 are unused."""
+    counts = {"mem_get_info": (60 * GIB, 80 * GIB), "memory_reserved": 15 * GIB}
+    counts |= {"memory_allocated": 10 * GIB}
+    for name, count in counts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, count=count: count)
+    for share, expected in ((1.0, 65), (0.5, 30), (0.125, 5)):
+        monkeypatch.setattr(
+            torch.cuda, "get_per_process_memory_fraction", lambda device, share=share: share
+        )
+        assert free_bytes(torch.device("cuda:0")) == expected * GIB
+
+
 def test_pages_of_files_count_as_free(tmp_path, monkeypatch):
     info = tmp_path / "meminfo"
     monkeypatch.setattr(memory, "MEMINFO", info)

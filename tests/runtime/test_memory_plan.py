@@ -317,6 +317,24 @@ def test_the_limit_is_at_most_what_is_free(monkeypatch):
     assert placing.limit_of(40, gpu) == 40 * GIB
     assert placing.limit_of(80, gpu) == 70 * GIB + CONTEXT_BYTES
     assert placing.limit_of(None, gpu) < 70 * GIB + CONTEXT_BYTES
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
+    assert placing.limit_of(40, gpu) == 37 * GIB  # somebody in this process has the rest
+
+
+def test_a_cap_holds_for_as_long_as_it_lives(monkeypatch):
+    """PyTorch gets what the limit leaves beside what the driver holds."""
+    share = {"now": 1.0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share["now"])
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda fraction, device: share.update(now=fraction),
+    )
+    cap = placing.Cap(torch.device("cuda:0"), 40 * GIB)
+    assert share["now"] * 80 * GIB == 40 * GIB - CONTEXT_BYTES
+    del cap
+    assert share["now"] == 1.0
 
 
 def test_without_a_limit_what_has_no_room_is_only_a_warning(monkeypatch, others, caplog):
