@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
-from magihuman.graphs.precision import quantize_model
 from magihuman.runtime import checkpoint, config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import VideoDecoder
@@ -87,7 +87,7 @@ def read(
         reader = report.reader(held.variant.name)
         rest = placer.rest(name) if placer.moves(name) else None
         made = held.read(device, reader, rest)
-        return _placed_dit(placer, name, made)
+        return _placed_dit(placer, name, made, made.block.layers)
 
     def audio_vae() -> AudioVAE:
         made = AudioVAE(checkpoint.load_audio_vae(paths.audio_vae, placer.rest(AUDIO)))
@@ -117,13 +117,23 @@ def read(
     )
 
 
-def _placed_dit(placer: Placer, name: str, model: DiT) -> DiT:
-    """Laid out as kernels want it before it comes to rest, since it is not moved after that."""
-    if placer.moves(name):
-        from magihuman.graphs.compile import pad_weights
+def _placed_dit(placer: Placer, name: str, model: DiT, made: Iterable[nn.Module]) -> DiT:
+    """Laid out as kernels want it before it comes to rest, since it is not moved after that.
 
-        pad_weights(model, model.config)
-        placer.place(name, model, list(model.block.layers), model.block)
+    made: its layers, which may get their weights when they are asked for.
+    """
+    if not placer.moves(name):
+        for _ in made:
+            pass
+        return model
+    from magihuman.graphs.compile import pad_weights
+
+    def padded() -> Iterator[nn.Module]:
+        for layer in made:
+            pad_weights(layer, model.config)
+            yield layer
+
+    placer.place(name, model, list(model.block.layers), model.block, padded())
     return model
 
 
@@ -145,20 +155,10 @@ def synthesize(
     seed, device = model.seed, placer.device
 
     def dit(held: Held, name: str) -> DiT:
-        if placer.moves(name):
-            made = random_weights.resting_dit(
-                held.config,
-                seed,
-                device,
-                held.linear,
-                held.variant.name,
-                held.quantized,
-                placer.rest(name),
-            )
-            return _placed_dit(placer, name, made)
-        made = random_weights.full_dit(held.variant, seed, device, held.linear)
-        quantize_model(made, held.quantized)
-        return made
+        made, layers = random_weights.dit_by_layer(
+            held.config, seed, device, held.linear, held.variant.name, held.quantized
+        )
+        return _placed_dit(placer, name, made, layers)
 
     # Made on the device, whatever rests elsewhere afterwards: a CPU would take minutes.
     def audio_vae() -> AudioVAE:

@@ -8,9 +8,10 @@ to its last. Copies have streams of their own, and layers wait for their own byt
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,25 +99,29 @@ class HostMemory:
     """
 
     def __init__(self, size: int, pin: bool) -> None:
-        whole = torch.empty(size + 2 * PAGE, dtype=torch.uint8)
-        start = -whole.data_ptr() % PAGE
-        self.run = whole[start : start + size]
         if not pin or size == 0:
+            self.run = torch.empty(size, dtype=torch.uint8)
             return
-        cudart = torch.cuda.cudart()
         pages = -(-size // PAGE) * PAGE
-        status = int(cudart.cudaHostRegister(self.run.data_ptr(), pages, PORTABLE))
+        mapped = mmap.mmap(-1, pages, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without large pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        whole.zero_()  # from all threads: registering would have one fetch page after page
+        self.run = whole[:size]
+        cudart = torch.cuda.cudart()
+        status = int(cudart.cudaHostRegister(whole.data_ptr(), pages, PORTABLE))
         if status != 0:
             raise DeviceError(
                 f"{pages / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {status});"
                 " free host memory, or give a larger memory_limit_gb, with which less rests there"
             )
         # `whole` is held until it has been unregistered, whoever else still has a view of it.
-        weakref.finalize(self, _unregister, cudart, whole, start).atexit = False
+        weakref.finalize(self, _unregister, cudart, whole).atexit = False
 
 
-def _unregister(cudart: Any, whole: Tensor, start: int) -> None:
-    cudart.cudaHostUnregister(whole.data_ptr() + start)
+def _unregister(cudart: Any, whole: Tensor) -> None:
+    cudart.cudaHostUnregister(whole.data_ptr())
 
 
 class Copies:
@@ -171,7 +176,7 @@ class Offloaded:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[nn.Module],
+        layers: Iterable[nn.Module],
         device: torch.device,
         streamed: Collection[int] = (),
     ) -> None:
@@ -179,17 +184,21 @@ class Offloaded:
 
         Args:
             model: whose parameters and buffers are moved, wherever they are.
-            layers: of the model, in the order in which they run; may be none.
+            layers: of the model, in the order in which they run; may be none. One may get its
+                weights when it is asked for.
             device: that computes.
             streamed: the layers that take turns in slots, by index.
         """
         self._device = device
         pin = device.type == "cuda"
-        inside = [list(_tensors(layer)) for layer in layers]
-        known = {id(tensor) for tensors in inside for tensor in tensors}
+        inside: list[nn.Module] = []
+        self._layers: list[Group] = []
         with _outside_inference():
+            for layer in layers:
+                self._layers.append(Group(_tensors(layer), pin))
+                inside.append(layer)
+            known = {id(tensor) for layer in inside for tensor in _tensors(layer)}
             self._outside = Group((t for t in _tensors(model) if id(t) not in known), pin)
-            self._layers = [Group(tensors, pin) for tensors in inside]
         sizes = [group.size_bytes for group in self._layers]
         self._rings = memory_plan.rings(sizes, streamed)
         self._next = {

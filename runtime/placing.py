@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,16 +316,22 @@ class Placer:
         return self.residency[name].before_layer if self.moves(name) else None
 
     def place(
-        self, name: str, model: nn.Module, layers: Sequence[nn.Module] = (), runs: Any = None
+        self,
+        name: str,
+        model: nn.Module,
+        layers: Sequence[nn.Module] = (),
+        runs: Any = None,
+        made: Iterable[nn.Module] | None = None,
     ) -> None:
         """Let a part that moves rest in pinned memory, and come for its layers.
 
-        runs: the module that runs the layers.
+        runs: the module that runs the layers. made: the layers, where they get their weights when
+        they are asked for.
         """
         if not self.moves(name):
             return
         assert self.plan is not None
-        part = Offloaded(model, layers, self.device, self.plan.streamed[name])
+        part = Offloaded(model, made or layers, self.device, self.plan.streamed[name])
         if layers:
             call_before_layers(runs, layers, part.before_layer)
         self.residency.add(name, part)

@@ -8,7 +8,7 @@ activations finite through all layers. What comes out of such a model is noise.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,7 +29,6 @@ from magihuman.runtime.text import TextEncoder
 Module = TypeVar("Module", bound=nn.Module)
 
 WAN_BASE_DIM = 160  # width of the published image encoder
-CPU = torch.device("cpu")
 AUDIO_GAIN = 0.55  # snake adds up to 1 to every channel; keeps the waveform within about [-1, 1]
 
 
@@ -95,31 +94,43 @@ def dit(
         return randomize(DiT(config, linear_dtype), seed, name)
 
 
-def resting_dit(
+def dit_by_layer(
     config: DiTConfig,
     seed: int,
     device: torch.device,
     linear_dtype: torch.dtype,
     name: str,
     quantized: Collection[str] = (),
-    rest: torch.device = CPU,
-) -> DiT:
-    """As `dit`, with some linears in fp8, made tensor by tensor on a device and held elsewhere."""
+) -> tuple[DiT, Iterator[nn.Module]]:
+    """As `dit`, with some linears in fp8, and its layers, each of which gets its weights when it is
+    asked for: so it can go elsewhere before the next is made.
+    """
     with torch.device("meta"):
         model = DiT(config, linear_dtype)
-    with torch.device(rest):
+    with torch.device(device):
         model.adapter.rope = Rope(config.rope_bands)
     depth = _depth(model)
-    for key, parameter in list(model.named_parameters()):
-        path, _, last = key.rpartition(".")
-        owner = model.get_submodule(path)
-        value = torch.empty_like(parameter, device=device)
-        _fill(value, key, owner, depth, f"{seed}:{name}")
-        if path in quantized:
-            quantize_linear(owner, value, rest)
-        else:
-            setattr(owner, last, nn.Parameter(value.to(rest), requires_grad=False))
-    return frozen(model)
+
+    def make(prefix: str, module: nn.Module) -> None:
+        for own in [key for key, parameter in module.named_parameters() if parameter.is_meta]:
+            path, _, last = own.rpartition(".")
+            owner = module.get_submodule(path)
+            value = torch.empty_like(owner.get_parameter(last), device=device)
+            _fill(value, prefix + own, owner, depth, f"{seed}:{name}")
+            if (prefix + own).removesuffix(".weight") in quantized:
+                quantize_linear(owner, value)
+            else:
+                setattr(owner, last, nn.Parameter(value, requires_grad=False))
+
+    def layers() -> Iterator[nn.Module]:
+        for index, layer in enumerate(model.block.layers):
+            make(f"block.layers.{index}.", layer)
+            yield layer
+
+    for path, module in model.named_children():
+        if module is not model.block:
+            make(f"{path}.", module)
+    return frozen(model), layers()
 
 
 def full_dit(variant: Variant, seed: int, device: torch.device, linear_dtype: torch.dtype) -> DiT:

@@ -269,7 +269,8 @@ def test_weights_that_rest_are_those_that_stay(tiny_dir, quantized, monkeypatch)
     one = Held(config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, "bf16", names)
     device = CPU if quantized else torch.device("meta")  # holds no values
     read = one.read(device, rest=CPU)
-    made = random_weights.resting_dit(DIT, 0, CPU, BF16, "distill", names)
+    made, layers = random_weights.dit_by_layer(DIT, 0, CPU, BF16, "distill", names)
+    assert list(layers) == list(made.block.layers)
     for other in (read, made):
         expected = one.read(CPU).state_dict()
         assert other.state_dict().keys() == expected.keys()

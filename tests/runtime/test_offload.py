@@ -21,7 +21,7 @@ from magihuman.graphs.layers import LayersMixedError, call_before_layers
 from magihuman.graphs.replay import CompiledForward
 from magihuman.runtime import memory_plan, offload, random_weights, tokens
 from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT, MemoryPlan
-from magihuman.runtime.offload import Group, Offloaded
+from magihuman.runtime.offload import PAGE, Group, HostMemory, Offloaded
 from magihuman.runtime.placing import Placer
 from magihuman.runtime.tiny import DIT
 
@@ -182,6 +182,70 @@ def test_a_tensor_keeps_its_layout(tensor):
         assert torch.equal(tensor.as_strided((3, 20), (20, 1)), behind)
     group.rest()
     assert torch.equal(tensor, expected) and torch.equal(other, torch.ones(5, dtype=torch.uint8))
+
+
+def test_layers_come_to_rest_before_the_next_is_made():
+    """So that a device needs room for one, whatever the model takes."""
+    expected = random_weights.dit(DIT, 0, CPU, torch.bfloat16, "distill")
+    model, layers = random_weights.dit_by_layer(DIT, 0, CPU, torch.bfloat16, "distill")
+    every = list(model.block.layers)
+    made = []
+
+    def watched() -> Iterator[torch.nn.Module]:
+        for layer in layers:
+            made.append(layer)
+            resting = [p for other in made[:-1] for p in other.parameters()]
+            assert not any(p.is_meta for p in layer.parameters())
+            assert all(p.untyped_storage().nbytes() > p.nbytes for p in resting)  # a group's
+            coming = [p for other in every[len(made) :] for p in other.parameters()]
+            assert all(p.is_meta for p in coming)
+            yield layer
+
+    part = Offloaded(model, watched(), CPU, (1, 2, 3))
+    assert made == every and len(part._layers) == len(every)
+    with part.present():
+        assert model.state_dict().keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+class Cudart:
+    """Stands in for the calls that pin memory, which need a driver."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.pinned = status, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        if self.status == 0:
+            self.pinned[address] = size
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.pinned[address]
+        return 0
+
+
+@pytest.mark.parametrize("size", [1, 4096, 3 * 2**20 + 5])
+def test_pinned_memory_is_whole_pages_of_its_own(size, monkeypatch):
+    """Not rounded up to a power of two, and let go of with the group that has it."""
+    cudart = Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    one, other = (HostMemory(size, pin=True) for _ in range(2))
+    assert one.run.shape == (size,) and one.run.dtype == torch.uint8
+    assert set(cudart.pinned) == {one.run.data_ptr(), other.run.data_ptr()}
+    assert all(at % PAGE == 0 for at in cudart.pinned)
+    assert set(cudart.pinned.values()) == {-(-size // PAGE) * PAGE}
+    view = one.run.fill_(7)
+    del one
+    assert set(cudart.pinned) == {other.run.data_ptr()}
+    assert (view == 7).all()  # whoever still has a view of it
+    assert HostMemory(0, pin=True).run.numel() == 0 and len(cudart.pinned) == 1
+
+
+def test_memory_that_cannot_be_pinned_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(status=2))
+    with pytest.raises(runtime.DeviceError, match=r"cannot be pinned \(CUDA error 2\)"):
+        HostMemory(2**20, pin=True)
 
 
 # -- an engine --------------------------------------------------------------------------------
