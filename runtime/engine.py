@@ -312,6 +312,7 @@ class Engine:
     ) -> Call:
         """Check what costs nothing to check, and take a place in line."""
         self._check_rank()
+        path = None if save is None else Path(save)  # what can raise, before there is a place
         try:
             limits = Limits(cancel, deadline_s)
             request = request_of(prompt, options)
@@ -320,7 +321,7 @@ class Engine:
             with self._span(REQUEST, self._line.join(Limits(), error).number):
                 raise
         ticket = self._line.join(limits)
-        call = Call(request, ticket, None if save is None else Path(save), on_progress)
+        call = Call(request, ticket, path, on_progress)
         if ticket.refusal is not None:
             self._serve(call)
         return call

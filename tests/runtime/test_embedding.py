@@ -187,6 +187,13 @@ def test_waiting_requests_end_at_once(fresh):
     assert first.end().video is not None
 
 
+@pytest.mark.parametrize("method", ["generate", "generate_stream"])
+def test_what_is_no_path_takes_no_place_in_line(fresh, method):
+    with pytest.raises(TypeError):
+        getattr(fresh, method)("hi", **SMALL, save=1)
+    assert fresh.queue_length == 0
+
+
 def test_who_waits_for_a_capture_leaves_at_once(fresh):
     """Nothing is encoded while a graph is captured, which can take a minute."""
     with fresh._parts.encoding, pytest.raises(DeadlineExceeded):
