@@ -23,7 +23,7 @@ from magihuman.runtime.errors import (
     InvalidRequestError,
     MagiHumanError,
 )
-from magihuman.runtime.failures import Failures, is_out_of_memory
+from magihuman.runtime.failures import Failures, forget, is_out_of_memory
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import Mp4Writer, check_output
 from magihuman.runtime.memory_plan import MemoryPlan
@@ -342,6 +342,13 @@ class Engine:
 
     def _serve(self, call: Call, emit: Emit | None = None) -> Video:
         """From its place in line to the finished clip, in the thread of the caller."""
+        try:
+            return self._make(call, emit)
+        except BaseException as error:
+            forget(error)  # futures and services keep errors for longer than tensors may stay
+            raise
+
+    def _make(self, call: Call, emit: Emit | None) -> Video:
         ticket = call.ticket
         with ticket, self._span(REQUEST, ticket.number), self._on_device(), ExitStack() as files:
             ticket.check()

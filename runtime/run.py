@@ -230,7 +230,8 @@ class Run:
         """`decode`, with both decoders there."""
         parts = self.parts
 
-        def frames(heard: Callable[[], Waveform]) -> Frames:
+        # An argument, not closed over: `failures.forget` cannot take that from an error.
+        def frames(latents: Tensor, heard: Callable[[], Waveform]) -> Frames:
             def add(window: Frames, planes: Frames | None) -> None:
                 if file is not None:
                     file.add(window, planes)
@@ -241,7 +242,7 @@ class Run:
                 is_heard = file is not None or on_window is not None
                 return decode_frames(
                     parts.turbo_vae,
-                    video,
+                    latents,
                     self.reporter("decode_video"),
                     parts.decoder,
                     add if is_heard else None,
@@ -259,12 +260,12 @@ class Run:
         if parts.sound_stream is None:
             with self.stage("decode_audio"):
                 wave = sound()
-            return frames(lambda: wave), wave
+            return frames(video, lambda: wave), wave
         parts.sound_stream.wait_stream(torch.cuda.current_stream(self.device))
         # Leaving the pool waits for the sound, also where decoding frames raises.
         with ThreadPoolExecutor(1, "sound") as pool:
             decoding = pool.submit(sound)
-            pictures = frames(decoding.result)
+            pictures = frames(video, decoding.result)
             with self.stage("decode_audio"):
                 return pictures, decoding.result()
 

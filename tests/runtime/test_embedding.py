@@ -460,6 +460,20 @@ def test_out_of_memory_lets_go_of_what_filled_it(fresh, monkeypatch):
     assert sizes[0]() is None and caught.value is not None  # though the error is still held
 
 
+@pytest.mark.parametrize("is_awaited", [False, True])
+def test_errors_that_are_kept_keep_no_tensors(fresh, monkeypatch, is_awaited):
+    latents = []
+
+    def fail(latent):
+        latents.append(weakref.ref(latent))
+        raise ValueError("its own")
+
+    monkeypatch.setattr(fresh._parts.turbo_vae, "windows", fail)
+    with pytest.raises(ValueError, match="its own") as caught:
+        asyncio.run(fresh.agenerate("hi", **SMALL)) if is_awaited else fresh.generate("hi", **SMALL)
+    assert latents[0]() is None and caught.value is not None
+
+
 def test_what_has_no_memory_to_encode_beside_others_encodes_alone(fresh, monkeypatch):
     expected, calls = fresh.generate("hi", **SMALL), []
     encode = fresh._parts.text_encoder.__class__.encode
