@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import shutil
 import tempfile
 import threading
@@ -148,12 +149,11 @@ def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name in the same folder, renamed to `path` on success and removed otherwise."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".magihuman-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".magihuman-{secrets.token_hex(8)}{path.suffix}"
+    # The umask applies by itself; to read it would change it for all threads meanwhile.
+    temporary.touch(0o666, exist_ok=False)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -237,6 +237,16 @@ def test_permissions_follow_the_umask(tmp_path, mask, mode):
         os.umask(before)
 
 
+def test_the_umask_is_not_touched_for_a_moment(tmp_path, monkeypatch):
+    """It is the process's: files of other threads would be open to everybody meanwhile."""
+
+    def touched(mask: int) -> int:
+        raise AssertionError("the umask was set")
+
+    monkeypatch.setattr(os, "umask", touched)
+    clip(smooth_frames(2)).save(tmp_path / "clip.mp4")
+
+
 # -- refused before anything is made ----------------------------------------------------------
 
 
