@@ -200,7 +200,7 @@ class Mp4Writer:
         self._parts: queue.SimpleQueue[_Frames | _Sound | _End] = queue.SimpleQueue()
         self._muxing = threading.Lock()  # pictures and sound come from two threads
         self._error: BaseException | None = None
-        self._is_finished = False
+        self._is_finished = self._is_given_up = False
         self._thread = threading.Thread(target=self._run, name="mp4", daemon=True)
         self._thread.start()
 
@@ -214,6 +214,7 @@ class Mp4Writer:
         trace: TracebackType | None,
     ) -> None:
         if not self._is_finished:
+            self._is_given_up = True  # what waits to be encoded is not
             self._parts.put(_End(is_wanted=False))
             self._thread.join()
 
@@ -286,6 +287,8 @@ class Mp4Writer:
                     encoding = pool.submit(self._add_sound, container, sound, part.samples)
                     continue
                 for frame in _pictures(part):
+                    if self._is_given_up:
+                        raise _GivenUpError
                     self._mux(container, picture.encode(frame))
                 done += len(part.pixels)
                 if done == self._frames:

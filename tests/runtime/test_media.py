@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from sounds import loudest_hz, sine
 
 from magihuman.kernels import reference as ref
-from magihuman.runtime import OutputError, Video
+from magihuman.runtime import OutputError, Video, media
 from magihuman.runtime.media import Mp4Writer, _Frames, _pictures, atomic_path, check_output
 
 FPS, RATE = 25, 44100
@@ -378,3 +379,22 @@ def test_an_error_of_the_thread_reaches_the_caller(tmp_path):
         with pytest.raises(OutputError, match="could not be written"):
             writer.finish()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_gives_up_does_not_wait_for_frames_in_line(tmp_path, monkeypatch):
+    encoded, goes_on, pictures = [], threading.Event(), media._pictures
+
+    def slow(part):
+        for frame in pictures(part):
+            encoded.append(frame)
+            yield frame
+            assert goes_on.wait(60)
+
+    monkeypatch.setattr(media, "_pictures", slow)
+    video = clip()
+    with writer_of(video, tmp_path / "clip.mp4") as writer:
+        writer.add(video.frames)
+        while not encoded:
+            time.sleep(0.001)
+        threading.Timer(0.5, goes_on.set).start()  # long after the end of the context begins
+    assert len(encoded) == 2  # and not all 25
