@@ -35,6 +35,7 @@ CONTAINER = {"movflags": "+faststart", "max_interleave_delta": "0"}
 AUDIO_ENCODER = {"aac_coder": "fast"}
 AUDIO_BIT_RATE = 192_000
 AUDIO_BLOCK = 1024
+MAX_BLOCK_VALUES = 2**26  # 256 MiB of floats; what is recorded has some 10,000 in a block
 BITS_PER_PIXEL = 2  # far above what H.264 needs at this quality, for the check of free space
 BT709 = 1  # code point of ITU-T H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
@@ -71,6 +72,7 @@ def read_audio(
                 )
             resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
             for frame in _decoded(container):
+                _check_block(frame, sample_rate_hz, source)
                 for out in resampler.resample(frame):
                     block = _mono(out)
                     blocks.append(block)
@@ -91,6 +93,18 @@ def read_audio(
             f"audio must be finite, got {source} with NaN or infinite samples"
         )
     return wave
+
+
+def _check_block(frame: Any, sample_rate_hz: int, source: Path) -> None:
+    """Of few bytes a decoder can make many, and of samples at 1 Hz the resampler many more."""
+    channels, given_hz = frame.layout.nb_channels, frame.sample_rate
+    values = frame.samples * channels * max(1.0, sample_rate_hz / max(1, given_hz))
+    if values > MAX_BLOCK_VALUES:
+        raise InvalidRequestError(
+            f"audio must come in blocks of no more than {MAX_BLOCK_VALUES} values at"
+            f" {sample_rate_hz} Hz, got {source} with {frame.samples} samples of {channels}"
+            f" channels at {given_hz} Hz; save it at 8000 Hz or more, in mono or stereo"
+        )
 
 
 def _mono(frame: Any) -> npt.NDArray[np.float32]:
@@ -157,12 +171,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_mp4(video: Video, path: Path) -> Path:

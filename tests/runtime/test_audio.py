@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,20 @@ def test_surround_sound_is_averaged(tmp_path):
 def test_reading_stops_at_the_limit(tmp_path):
     path = write_sine(tmp_path / "voice.wav", 48000, seconds=4.0)
     assert 1.0 <= len(read_audio(path, RATE, limit_s=1.0)) / RATE < 1.2
+
+
+def test_a_few_bytes_do_not_become_gigabytes(tmp_path):
+    """A block of 2000 samples at 1 Hz would be half an hour, and blocks can be of 65535."""
+    path = tmp_path / "slow.flac"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("flac", rate=1, layout="mono", options={"frame_size": "2000"})
+        block = np.zeros((1, 2000), np.int16)
+        frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 1, 0, Fraction(1)
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+    assert path.stat().st_size < 10_000
+    with pytest.raises(InvalidRequestError, match="2000 samples of 1 channels at 1 Hz"):
+        read_audio(path, RATE, 10)
 
 
 def test_callers_choose_formats(tmp_path):
