@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from magihuman.runtime.serving.jobs import Jobs
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own
 
 
@@ -51,7 +52,8 @@ class Metrics:
 
     def count(self, method: str, route: str, status: int) -> None:
         """One more answer."""
-        self._answers.labels(method, route, str(status)).inc()
+        known = method if method in METHODS else "other"  # clients may send any word
+        self._answers.labels(known, route, str(status)).inc()
 
     def text(self) -> bytes:
         """For Prometheus."""

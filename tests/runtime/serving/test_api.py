@@ -633,6 +633,14 @@ def test_metrics(local):
     assert more("magihuman_http_requests_total", "/v1/videos/{video_id}", "404", "GET") == 1
 
 
+def test_words_that_clients_choose_are_no_labels(local):
+    """There would be no end to them."""
+    for word in ("BREW", "WHEN"):
+        local.metrics[0].count(word, "other", 405)
+    key = ("magihuman_http_requests_total", "405", "other", "other")
+    assert samples(local)[key] == 2
+
+
 def test_the_description(local):
     described = local.http.get("/openapi.json").json()
     assert set(described["paths"]) == {
