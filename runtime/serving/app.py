@@ -41,6 +41,9 @@ APPLICATION, API, ENGINE = "magihuman", "api", "engine"
 REQUESTS_PER_ENGINE = 2  # one on the device, one that gets ready beside it
 CLIENTS = 1000  # answered at once
 OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by the disk
+# For what an engine makes when fewer are needed: Serve stops the newest, busy or not. When the
+# server stops, all are idle by then.
+ENDING_S = 3600.0
 STATUS_AGE_S = 1.0
 LOCK_WAIT_S = 60.0  # for the process before, where Serve has just given it up
 METRICS_FOLDER = ".metrics"
@@ -126,7 +129,7 @@ def application(settings: Settings, engines: Engines) -> serve.Application:
         },
         health_check_period_s=5,
         health_check_timeout_s=60,
-        graceful_shutdown_timeout_s=5,  # they are idle then
+        graceful_shutdown_timeout_s=ENDING_S,
     )(Replica)
 
     def build() -> FastAPI:

@@ -147,6 +147,16 @@ def test_bad_arguments(server, tiny_dir, tmp_path, monkeypatch, arguments, says)
     assert result.stderr.count("\n") == 1 and says.format(**known) in result.stderr
 
 
+def test_engines_that_are_too_many_may_end_what_they_make(tmp_path):
+    """Serve stops the newest, busy or not, once few have been enough for ten minutes."""
+    from magihuman.runtime.serving.app import Engines, application
+    from magihuman.runtime.serving.settings import Settings
+
+    made = application(Settings(tmp_path, "tiny"), Engines({}, (), False, 1, 2))
+    engine = made._bound_deployment.init_args[0]._bound_deployment
+    assert engine._deployment_config.graceful_shutdown_timeout_s >= 3600
+
+
 def test_told_to_stop_it_lets_what_runs_end_and_keeps_the_rest(server):
     running = server.create({**SMALL, "num_inference_steps": "300"})
     beside = server.create(LONG)
