@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -184,6 +185,9 @@ def run(
 def _ray() -> Iterator[None]:
     """A cluster of this process's own, on this machine alone."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray listens on all interfaces and runs what it is told; by default it would keep its token in
+    # the home folder, which a service may not have, and share it with all its clusters.
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     ray.init(
         address="local",
         include_dashboard=False,

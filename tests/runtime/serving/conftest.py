@@ -115,7 +115,8 @@ class Server(Client):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
-                env={**os.environ, "MAGIHUMAN_TOKEN": TOKEN},
+                # As that of a service that has no home of its own.
+                env={**os.environ, "MAGIHUMAN_TOKEN": TOKEN, "HOME": "/proc/none"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
