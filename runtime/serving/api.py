@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from typing import Annotated, Any
 
@@ -14,6 +16,7 @@ from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,6 +42,7 @@ PAGE_POLICY = (
     " frame-ancestors 'none'"
 )
 DRAIN_RETRY_S = 30
+BODY_S = 300.0  # for a body, which has a place in line meanwhile; 32 MiB at 0.9 Mbit/s
 BEARER = HTTPBearer(auto_error=False, description="The server's token, where it has one.")
 
 
@@ -100,19 +104,17 @@ def create_app(
     @app.post(
         "/v1/videos",
         response_model=VideoObject,
-        responses=_errors(400, 401, 403, 404, 413, 415, 422, 429, 503),
+        responses=_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
         openapi_extra={"requestBody": body_schema(settings.limits)},
         tags=["videos"],
         **closed,
     )
     async def create(request: Request) -> VideoObject:
         """Ask for a video; it waits in line."""
-        _check_room(jobs())
-        new = await uploads.read(request, settings)
+        with _place(jobs()):
+            new = await _read(request, settings)
         try:
             await jobs().add(new.job, new.fill)
-        except LineFull:
-            raise _line_full(jobs()) from None
         except OSError as error:
             raise ApiError(
                 503,
@@ -275,11 +277,30 @@ def _found(jobs: Jobs, video_id: str) -> Job:
     return job
 
 
-def _check_room(jobs: Jobs) -> None:
+def _not_found() -> ApiError:
+    return ApiError(404, "video_not_found", "there is no such video, or no more", "video_id")
+
+
+async def _read(request: Request, settings: Settings) -> uploads.NewVideo:
     try:
-        jobs.check_room()
+        async with asyncio.timeout(BODY_S):
+            return await uploads.read(request, settings)
+    except TimeoutError:
+        message = f"the body must be sent within {BODY_S:g} s; send a smaller image or sound"
+        raise ApiError(408, "body_too_slow", message) from None
+    except ClientDisconnect:  # nobody is told, and it is no fault of the server
+        raise ApiError(400, "malformed_body", "the body must be sent to its end") from None
+
+
+@contextmanager
+def _place(jobs: Jobs) -> Iterator[None]:
+    try:
+        with jobs.arriving():
+            yield
     except LineFull:
-        raise _line_full(jobs) from None
+        message = "as many videos wait as may; try again later"
+        wait = retry(jobs.retry_after_s)
+        raise ApiError(429, "queue_full", message, headers=wait) from None
     except Draining:
         raise ApiError(
             503,
@@ -287,11 +308,6 @@ def _check_room(jobs: Jobs) -> None:
             "the server is about to stop and takes no more; try again later",
             headers=retry(DRAIN_RETRY_S),
         ) from None
-
-
-def _line_full(jobs: Jobs) -> ApiError:
-    message = "as many videos wait as may; try again later"
-    return ApiError(429, "queue_full", message, headers=retry(jobs.retry_after_s))
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:

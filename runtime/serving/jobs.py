@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from contextlib import aclosing, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager, nullcontext
 from pathlib import Path
 
 from magihuman.runtime.serving.messages import EngineLost, Failed, Made, Make, Report, Work
@@ -17,6 +17,7 @@ log = logging.getLogger("magihuman")
 
 SWEEP_S = 5.0
 PAUSE_S = 1.0  # before another engine is asked
+WRITERS = 4  # uploads decoded at once, each of which can take 0.6 GB
 FIRST_GUESS_S = 10.0  # how long a video takes, before one has been made
 # Percent at which a stage begins and ends; with super-resolution that takes most of the time.
 SHARES = {
@@ -48,6 +49,8 @@ class Jobs:
         self._settings, self._make = settings, make
         self._store = Store(settings.folder, settings.keep_s)
         self._slots = asyncio.Semaphore(slots)
+        self._writers = asyncio.Semaphore(WRITERS)
+        self._arriving = 0  # have a place in line, and are not in the store yet
         # One at a time, so that a job that kills engines cannot take the same others with it twice.
         self._second_try = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -78,18 +81,28 @@ class Jobs:
         """When a place in line may be free: how long the last video took."""
         return max(1, min(600, round(self._last_s)))
 
-    def check_room(self) -> None:
-        """Raise `LineFull` or `Draining` where no job could be added."""
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A place in line for a job that is being read; `add`, called at once after, takes it.
+
+        Raises `LineFull` or `Draining` where there is none.
+        """
         if self.is_draining:
             raise Draining
-        if not self._has_room():
+        if self.count()[Status.QUEUED] + self._arriving >= self._settings.limits.queued:
             raise LineFull
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
 
     async def add(self, job: Job, fill: Callable[[Path], None]) -> None:
         """Write the job and put it in line, even where whoever asks has gone meanwhile.
 
         fill: puts the uploads into the folder given, or raises; runs in a thread of its own.
         """
+        self._arriving += 1
         await asyncio.shield(asyncio.create_task(self._add(job, fill)))
 
     async def _add(self, job: Job, fill: Callable[[Path], None]) -> None:
@@ -97,12 +110,12 @@ class Jobs:
             with self._store.create(job) as folder:
                 fill(folder)
 
-        await asyncio.to_thread(write)
-        has_room = self._has_room()
+        try:
+            async with self._writers:
+                await asyncio.to_thread(write)
+        finally:
+            self._arriving -= 1
         self._store.jobs[job.id] = job
-        if not has_room:  # others have come meanwhile
-            self._store.remove(job)
-            raise LineFull
         if not self.is_draining:  # else it is on disk for the next start
             self._launch(job)
 
@@ -134,9 +147,6 @@ class Jobs:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _has_room(self) -> bool:
-        return self.count()[Status.QUEUED] < self._settings.limits.queued
 
     def _launch(self, job: Job) -> None:
         task = asyncio.create_task(self._run(job))

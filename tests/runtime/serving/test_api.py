@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import errno
 import io
 import json
 import re
 import socket
 import struct
 import threading
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import av
 import httpx
@@ -19,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sounds import write_sine
 from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
 
+from magihuman.runtime.serving.jobs import WRITERS
 from magihuman.runtime.serving.messages import EngineLost, Report
 from magihuman.runtime.serving.settings import Limits, Settings
 from magihuman.runtime.serving.store import Job, Store
@@ -483,9 +489,11 @@ def test_sounds_that_are_some(local, kind, tmp_path):
     local.when(local.create(SMALL, audio=content), "completed")
 
 
-def test_a_client_that_goes_away_leaves_nothing(local, settings):
+@contextmanager
+def half_sent(local) -> Iterator[socket.socket]:
+    """A client whose body does not come to its end."""
     host, port = local.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         lines = [
             "POST /v1/videos HTTP/1.1",
             f"Host: {host}",
@@ -494,8 +502,55 @@ def test_a_client_that_goes_away_leaves_nothing(local, settings):
             "Content-Length: 1000",
         ]
         connection.sendall("\r\n".join([*lines, "", '{"prompt": "']).encode())
+        yield connection
+
+
+def test_a_client_that_goes_away_leaves_nothing(local, settings):
+    with half_sent(local):
+        until(lambda: local.jobs[0]._arriving == 1)
     local.when(local.create(), "completed")
     assert len(list(settings.folder.iterdir())) == 1
+    until(lambda: local.jobs[0]._arriving == 0)
+    counted = {key[1:] for key in samples(local) if key[0] == "magihuman_http_requests_total"}
+    assert ("/v1/videos", "400", "POST") in counted  # and not as a fault of the server
+
+
+def test_bodies_that_are_being_sent_have_a_place_in_line(local):
+    with ExitStack() as clients:
+        for _ in range(LIMITS.queued):
+            clients.enter_context(half_sent(local))
+        until(lambda: local.jobs[0]._arriving == LIMITS.queued)
+        assert error_of(local.post(), 429)["code"] == "queue_full"
+    until(lambda: local.jobs[0]._arriving == 0)
+    local.when(local.create(), "completed")
+
+
+def test_a_body_that_takes_too_long(local, monkeypatch):
+    monkeypatch.setattr("magihuman.runtime.serving.api.BODY_S", 0.2)
+    with half_sent(local) as connection:
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    until(lambda: local.jobs[0]._arriving == 0)
+
+
+def test_few_uploads_are_decoded_at_once(local):
+    decoding, most = [], []
+
+    def fill(folder) -> None:
+        decoding.append(folder)
+        most.append(len(decoding))
+        time.sleep(0.05)
+        decoding.remove(folder)
+
+    async def add() -> list[str]:
+        options = {"seconds": 0.2, "width": 32, "height": 32, "seed": 1, "steps": 1}
+        jobs = [Job("hi", options) for _ in range(3 * WRITERS)]
+        await asyncio.gather(*(local.jobs[0].add(job, fill) for job in jobs))
+        return [job.id for job in jobs]
+
+    for name in local.run(add()):
+        local.delete(name)
+    assert max(most) == WRITERS
 
 
 # -- failures, restarts -----------------------------------------------------------------------
