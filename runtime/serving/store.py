@@ -176,13 +176,19 @@ class Store:
     def _end(self, job: Job) -> None:
         job.stage, job.completed_at = None, time.time()
         job.expires_at = job.completed_at + self._keep_s
-        self._save(job)
-        for name in (IMAGE, AUDIO):
-            (self._folder / job.id / name).unlink(missing_ok=True)
+        if self._save(job):  # else another start would make it without them
+            for name in (IMAGE, AUDIO):
+                (self._folder / job.id / name).unlink(missing_ok=True)
 
-    def _save(self, job: Job) -> None:
-        with atomic_path(self._folder / job.id / STATE) as temporary:
-            write_json(temporary, _kept(job))
+    def _save(self, job: Job) -> bool:
+        """Whether the disk has taken it. A full one holds nothing up: memory has the state."""
+        try:
+            with atomic_path(self._folder / job.id / STATE) as temporary:
+                write_json(temporary, _kept(job))
+        except OSError:
+            log.exception("the state of %s, %s, could not be written", job.id, job.status.value)
+            return False
+        return True
 
 
 def request_of(job: Job, folder: Path) -> Request:

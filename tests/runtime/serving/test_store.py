@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -135,6 +136,25 @@ def test_a_state_that_cannot_be_read_stops_nobody(store, content, caplog):
     (store._folder / job.id / "job.json").write_text(content)
     assert list(again(store).jobs) == [other.id]
     assert "is left alone" in caplog.text and f"{job.id}/job.json" in files(store)
+
+
+def test_a_full_disk_loses_nothing(store, monkeypatch):
+    made, failed = (added(store, image=b"1") for _ in range(2))
+    for job in (made, failed):
+        store.begin(job)
+    store.video(made).write_bytes(b"whole")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("magihuman.runtime.serving.store.atomic_path", full)
+        store.complete(made, {}, ())
+        store.fail(failed, "disk", "the disk is full")
+        assert (made.status, failed.status) == (Status.COMPLETED, Status.FAILED)
+        assert again(store).jobs[made.id].status is Status.COMPLETED  # it starts all the same
+    (waiting,) = again(store).queued()
+    assert waiting.id == failed.id and again(store).request(waiting).image.read_bytes() == b"1"
 
 
 def test_a_state_under_another_name_is_left_alone(store):
