@@ -159,8 +159,11 @@ def create_app(
                 f"the video must be completed, and is {job.status.value}",
                 "video_id",
             )
+        path = jobs().video(job)
+        if not path.exists():  # removed by hand
+            raise _not_found()
         return FileResponse(
-            jobs().video(job),
+            path,
             media_type="video/mp4",
             filename=f"{job.id}.mp4",
             content_disposition_type="inline",
@@ -273,7 +276,7 @@ def _token_check(expected: bytes | None) -> Callable[..., Awaitable[None]]:
 def _found(jobs: Jobs, video_id: str) -> Job:
     job = jobs.get(video_id)
     if job is None:
-        raise ApiError(404, "video_not_found", "there is no such video, or no more", "video_id")
+        raise _not_found()
     return job
 
 

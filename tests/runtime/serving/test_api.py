@@ -187,6 +187,29 @@ def test_finished_ones_expire(settings, replica, serve_here, monkeypatch):
         assert list(settings.folder.iterdir()) == []
 
 
+def test_expiry_goes_on_where_one_cannot_be_removed(settings, replica, serve_here, monkeypatch):
+    monkeypatch.setattr("magihuman.runtime.serving.jobs.SWEEP_S", 0.05)
+    expire, failures = Store.expire, [OSError("not now")]
+
+    def fail_once(store) -> None:
+        if failures:
+            raise failures.pop()
+        expire(store)
+
+    monkeypatch.setattr(Store, "expire", fail_once)
+    brief = Settings(settings.folder, "tiny", keep_s=0.1, token_sha256=TOKEN_SHA256)
+    with serve_here(brief, replica) as local:
+        name = local.create()
+        until(lambda: local.http.get(f"/v1/videos/{name}").status_code == 404)
+
+
+def test_a_file_that_was_removed_by_hand(local, settings):
+    name = local.create()
+    local.when(name, "completed")
+    (settings.folder / name / "video.mp4").unlink()
+    assert error_of(local.content(name), 404)["code"] == "video_not_found"
+
+
 # -- refusals ---------------------------------------------------------------------------------
 
 
@@ -602,6 +625,20 @@ def test_a_lost_engine(settings, replica, serve_here, monkeypatch):
         assert failed["error"]["code"] == "engine_lost"
         assert "2 times in a row" in failed["error"]["message"]
         assert local.get(name)["status"] == "completed"  # of the server before
+
+
+def test_states_that_the_disk_does_not_take_hold_nothing_up(
+    settings, replica, serve_here, monkeypatch
+):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("magihuman.runtime.serving.jobs.PAUSE_S", 0.1)
+    monkeypatch.setattr("magihuman.runtime.serving.store.atomic_path", full)
+    with serve_here(settings, replica, lost_times(replica, 1)) as local:
+        name = local.create()
+        local.when(name, "completed")
+        assert local.content(name).status_code == 200
 
 
 def test_a_restart_takes_up_what_waited(settings, replica, serve_here):
