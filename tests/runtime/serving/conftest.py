@@ -113,6 +113,7 @@ class Server(Client):
     def start(self) -> None:
         """Returns once it is ready."""
         with self.log.open("ab") as log:
+            before = log.tell()
             self.process = subprocess.Popen(
                 self.command,
                 # As that of a service that has no home of its own.
@@ -124,6 +125,8 @@ class Server(Client):
 
         def is_ready() -> bool:
             assert self.process.poll() is None, self.log.read_text()
+            if b"serving at" not in self.log.read_bytes()[before:]:
+                return False  # what answers may be left of one that was killed
             with suppress(httpx.TransportError):
                 return self.http.get("/ready").status_code == 200
             return False
