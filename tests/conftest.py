@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -11,6 +12,12 @@ from pathlib import Path
 import pytest
 
 from magihuman import runtime
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """Closing an engine collects cycles, and it is not to look at all libraries each time."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
