@@ -289,7 +289,7 @@ def test_closing_a_stream_cancels_it(fresh, tmp_path):
 
 def test_an_exception_of_the_consumer_frees_the_device(fresh):
     def consume() -> None:
-        with fresh.generate_stream("hi", **{**LONG, "seconds": 20.0}) as chunks:
+        with fresh.generate_stream("hi", **{**LONG, "seconds": 5.0}) as chunks:
             for _ in chunks:
                 raise KeyError
 
@@ -380,7 +380,7 @@ def test_cancelling_the_task_cancels_the_request(fresh, is_stream):
 
 def test_leaving_an_awaited_stream_early_frees_the_device(fresh):
     async def run() -> None:
-        async with fresh.agenerate_stream("hi", **{**LONG, "seconds": 20.0}) as chunks:
+        async with fresh.agenerate_stream("hi", **{**LONG, "seconds": 5.0}) as chunks:
             async for _ in chunks:
                 break
         assert fresh.queue_length == 0

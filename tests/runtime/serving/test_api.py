@@ -646,7 +646,7 @@ def test_a_restart_takes_up_what_waited(settings, replica, serve_here):
         done = local.create()
         local.when(done, "completed")
         content = local.content(done).content
-        names = [local.create({**SMALL, "num_inference_steps": "60"}) for _ in range(4)]
+        names = [local.create({**SMALL, "num_inference_steps": steps}) for steps in ("99", *"111")]
         local.when(names[0], "in_progress")
     kept = Store(settings.folder, settings.keep_s).jobs
     assert [kept[name].attempts for name in names] == [0] * 4

@@ -99,7 +99,7 @@ def test_everything_killed_and_started_again(server):
     finished = server.create()
     server.when(finished, "completed")
     content = server.content(finished).content
-    running = server.create(SLOW)
+    running = server.create({**SMALL, "num_inference_steps": "300"})
     server.when(running, "in_progress")
     waiting = [server.create({**SMALL, "seed": str(seed)}) for seed in range(3)]
     server.process.kill()  # the processes of its Ray follow
