@@ -17,6 +17,7 @@ from magihuman import runtime
 @pytest.fixture(autouse=True, scope="module")
 def frozen_heap() -> None:
     """Closing an engine collects cycles, and it is not to look at all libraries each time."""
+    gc.collect()  # what is frozen stays
     gc.freeze()
 
 
