@@ -130,6 +130,7 @@ def serve(
             keep_s=keep_hours * 3600,
             timeout_s=timeout_seconds,
             token_sha256=token,
+            is_local=host in LOOPBACK and token is None,
             limits=Limits(
                 body_bytes=max_upload_mib * 2**20,
                 prompt_chars=max_prompt_chars,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -191,6 +192,7 @@ class Frame:
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Callable[[], Metrics]) -> None:
         self._app, self._metrics = app, metrics
         self._limit = settings.limits.body_bytes
+        self._is_local = settings.is_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -237,7 +239,25 @@ class Frame:
         if method not in ("GET", "HEAD") and _is_foreign(headers):
             message = "requests from pages of other origins are refused"
             return ApiError(403, "forbidden_origin", message)
+        if self._is_local and not _is_plain(headers.get(b"host", b"").decode("latin-1")):
+            message = (
+                "a server without a token must be called localhost or by its address, or, by a"
+                " proxy, with such a Host; give it a token to call it by another name"
+            )
+            return ApiError(403, "forbidden_host", message)
         return None
+
+
+def _is_plain(host: str) -> bool:
+    """Whether it is localhost or an address, neither of which another page can be served under."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if name.lower() == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_foreign(headers: dict[bytes, bytes]) -> bool:

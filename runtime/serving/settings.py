@@ -41,6 +41,8 @@ class Settings:
         keep_s: how long a finished video is kept.
         timeout_s: a video that takes longer, from when an engine has it, fails.
         token_sha256: of the bearer token; None lets everybody in.
+        is_local: whether it is for this machine alone, and must be called localhost or by an
+            address: a page whose own name is made to lead here calls it by that name.
     """
 
     folder: Path
@@ -50,4 +52,5 @@ class Settings:
     keep_s: float = 24 * 3600.0
     timeout_s: float | None = None
     token_sha256: bytes | None = None
+    is_local: bool = False
     limits: Limits = field(default_factory=Limits)

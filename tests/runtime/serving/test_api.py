@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import errno
 import io
 import json
@@ -414,6 +415,16 @@ def test_pages_of_others_cannot_post(local):
     for headers in ({"Sec-Fetch-Site": "same-origin"}, {"Origin": local.url}):
         answer = local.http.post("/v1/videos", json={}, headers=headers)
         assert error_of(answer, 422)["param"] == "prompt"
+
+
+def test_a_server_for_one_machine_has_no_other_name(settings, replica, serve_here):
+    here = dataclasses.replace(settings, token_sha256=None, is_local=True)
+    with serve_here(here, replica) as local:
+        for host in ("example.org", "example.org:8000", "localhost.example.org", "1.2.3.4.x"):
+            answer = local.http.get("/v1/videos/none", headers={"Host": host})
+            assert error_of(answer, 403)["code"] == "forbidden_host"
+        for host in ("localhost", "LocalHost:8000", "127.0.0.1:8000", "[::1]:8000", "192.168.0.7"):
+            assert error_of(local.http.get("/v1/videos/none", headers={"Host": host}), 404)
 
 
 def test_paths_and_methods_that_are_not_there(local):
