@@ -1,0 +1,75 @@
+"""The nano world: clips of a speaking face, made by formulas, and captions that describe them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captions import Clip, attributes, draw
+from faces import IRISES, SKINS, render, sway
+from voice import Sound, freely, speak
+
+SIZE_PX = 160
+FPS = 25
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips with their picture and sound, on one device.
+
+    frames: [B, 3, T, H, W] fp32 in 0 .. 1, T = 4 n + 1; matters: [B, 1, T, H, W], weights of the
+    pixels; sound: of A frames, at 51.2 kHz.
+    """
+
+    clips: list[Clip]
+    frames: Tensor
+    matters: Tensor
+    sound: Sound
+
+
+def make(
+    count: int,
+    audio: int,
+    rng: random.Random,
+    generator: torch.Generator,
+    *,
+    free_voice: float = 0.0,
+    height: int = SIZE_PX,
+    width: int = SIZE_PX,
+    clips: list[Clip] | None = None,
+) -> Batch:
+    """`count` clips of `audio` audio latents, on the generator's device.
+
+    free_voice: of this share the sound is not what the caption says, but as of `freely`.
+    """
+    device = generator.device
+    clips = [draw(rng) for _ in range(count)] if clips is None else clips
+    looks = attributes(clips, device)
+    for name, colours in (("skin", SKINS), ("iris", IRISES)):
+        looks[name] = torch.randint(len(colours), (count,), device=device, generator=generator)
+    sound = voices(looks, audio, generator, free_voice)
+    frames = (audio - 1) // 4 * 4 + 1
+    mouth = [track[:, :frames] for track in (sound.opening, sound.rounding, sound.spread)]
+    motion = sway(count, frames, mouth[0], looks["gaze"], generator)
+    pixels, matters = render(looks, motion, *mouth, height, width)
+    return Batch(clips, pixels, matters, sound)
+
+
+def voices(
+    looks: dict[str, Tensor], audio: int, generator: torch.Generator, free_voice: float
+) -> Sound:
+    """The sound of clips, `audio` frames of it."""
+    sound = speak(looks["syllables"], looks["person"], audio, generator)
+    count = round(free_voice * len(sound.wave))
+    if not count:
+        return sound
+    free = freely(Sound(*(track[:count] for track in sound)), generator)
+    return Sound(*(torch.cat((a, b[count:])) for a, b in zip(free, sound, strict=True)))
+
+
+def as_stereo(sound: Sound) -> Tensor:
+    """[B, 2, samples], as the autoencoder takes it."""
+    return sound.wave[:, None].expand(-1, 2, -1)
