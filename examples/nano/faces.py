@@ -44,7 +44,7 @@ SKINS = ((250, 216, 190), (238, 190, 152), (206, 148, 106), (150, 98, 66), (104,
 IRISES = ((92, 58, 36), (64, 110, 74), (66, 118, 176), (50, 40, 36), (110, 112, 118))
 MOUTH = (74, 18, 30)
 MAN, CHILD = 1, 2
-SHORT, LONG, CURLY, BUN = range(4)
+MIDDLE = (-0.52, 0.52, -0.5, 0.55)  # left, right, top and bottom of where features lie
 
 
 class Motion(NamedTuple):
@@ -58,18 +58,35 @@ class Motion(NamedTuple):
 
 
 class Area:
-    """A part of the canvas [B, 3, T, h, w], with its coordinates [h, 1] and [w]."""
+    """A part of the canvas [B, 3, T, h, w], with its coordinates x [w] and y [h, 1].
 
-    def __init__(self, pixels: Tensor, x: Tensor, y: Tensor, pixel: float) -> None:
-        self.pixels, self.x, self.y, self.pixel = pixels, x, y, pixel
+    left, top: coordinates of its first pixel's centre.
+    """
+
+    def __init__(self, pixels: Tensor, pixel: float, left: float, top: float) -> None:
+        self.pixels, self.pixel, self.left, self.top = pixels, pixel, left, top
+        height, width = pixels.shape[-2:]
+        self.x = left + pixel * torch.arange(width, device=pixels.device)
+        self.y = (top + pixel * torch.arange(height, device=pixels.device))[:, None]
 
     def part(self, left: float, right: float, top: float, bottom: float) -> Area:
         """The pixels within; what is drawn there changes the whole."""
-        rows = ((self.y[:, 0] >= top) & (self.y[:, 0] <= bottom)).nonzero()[:, 0]
-        columns = ((self.x >= left) & (self.x <= right)).nonzero()[:, 0]
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        columns = slice(int(columns[0]), int(columns[-1]) + 1)
-        return Area(self.pixels[..., rows, columns], self.x[columns], self.y[rows], self.pixel)
+        pixels = self.of(self.pixels, left, right, top, bottom)
+        rows, columns = self._first(top, self.top), self._first(left, self.left)
+        return Area(
+            pixels, self.pixel, self.left + columns * self.pixel, self.top + rows * self.pixel
+        )
+
+    def of(self, values: Tensor, left: float, right: float, top: float, bottom: float) -> Tensor:
+        """That part of values [..., h, w] for all of this area's pixels."""
+        rows = slice(self._first(top, self.top), self._first(bottom, self.top))
+        columns = slice(self._first(left, self.left), self._first(right, self.left))
+        return values[..., rows, columns]
+
+    def _first(self, limit: float, start: float) -> int:
+        if math.isinf(limit):
+            return 0 if limit < 0 else 1 << 30
+        return max(0, math.ceil((limit - start) / self.pixel - 1e-6))
 
     def cover(self, distance: Tensor) -> Tensor:
         """How much of each pixel lies within a shape. distance: [B, T, h, w], negative inside."""
@@ -98,16 +115,15 @@ def render(
     """
     device, (batch, frames) = opening.device, opening.shape
     pixel = 2 / height
-    y = ((torch.arange(height, device=device) + 0.5) * pixel - 1)[:, None]
-    x = (torch.arange(width, device=device) + 0.5) * pixel - width / height
+    corner = (pixel / 2 - width / height, pixel / 2 - 1)
     colours = _colours(looks, device)
     person, style = looks["person"], looks["style"]
     is_man, is_child = (_column((person == kind).float()) for kind in (MAN, CHILD))
 
-    sheen = 1.05 - 0.13 * (x.square() * 0.8 + (y + 0.2).square())
+    area = Area(torch.empty(batch, 3, frames, height, width, device=device), pixel, *corner)
+    sheen = 1.05 - 0.13 * (area.x.square() * 0.8 + (area.y + 0.2).square())
     ground = colours["background"][:, :, None, None, None] * sheen
-    pixels = ground.expand(-1, -1, frames, -1, -1).clamp(0, 1).clone()
-    area = Area(pixels, x, y, pixel)
+    area.pixels.copy_(ground.clamp(0, 1).expand_as(area.pixels))
 
     # The head's own coordinates: u to its left and v down from its centre; features turn with it.
     head_x, head_y = _column(motion.x), _column(motion.y) - 0.12 + 0.03 * is_child
@@ -131,7 +147,7 @@ def render(
     area.lay(colours["cheek"], 0.35 * cheeks * face_cover)
     _draw_hair_in_front(area, u, v, hair, colours, is_man)
 
-    middle = area.part(-0.52, 0.52, -0.5, 0.55)
+    middle = area.part(*MIDDLE)
     u, v = head(middle)
     u = u - turn
     _draw_eyes(middle, u, v, looks["gaze"], motion.shut, colours, is_man)
@@ -142,8 +158,8 @@ def render(
     matters = torch.ones(batch, 1, frames, height, width, device=device)
     near = 5 * torch.exp(-(u.square() / 0.05 + (v - 0.27).square() / 0.02))
     near = near + 3 * torch.exp(-((u.abs() - 0.18).square() / 0.015 + (v + 0.06).square() / 0.01))
-    Area(matters, x, y, pixel).part(-0.52, 0.52, -0.5, 0.55).pixels.add_(near[:, None])
-    return pixels.clamp_(0, 1), matters
+    area.of(matters, *MIDDLE).add_(near[:, None])
+    return area.pixels.clamp_(0, 1), matters
 
 
 class _Frame:
@@ -182,7 +198,7 @@ def _draw_body(
     is_child: Tensor,
     colours: dict[str, Tensor],
 ) -> None:
-    bottom = area.part(float(area.x[0]), float(area.x[-1]), 0.1, 1.0)
+    bottom = area.part(-math.inf, math.inf, 0.1, 1.0)
     x, y = bottom.x - 0.35 * head_x, bottom.y
     broad = 0.80 + 0.10 * is_man - 0.12 * is_child
     shoulders = _ellipse(x, y - 1.12, broad, 0.56)
@@ -208,10 +224,9 @@ def _draw_hair_in_front(
     colours: dict[str, Tensor],
     is_man: Tensor,
 ) -> None:
-    top = area.part(-0.75, 0.75, -1.0, 0.35)
-    rows = slice(0, len(top.y))
-    first = int((area.x < -0.75).sum())
-    u, v = (z[..., rows, first : first + len(top.x)] for z in (u, v))
+    where = (-0.75, 0.75, -1.0, 0.35)
+    top = area.part(*where)
+    u, v = (area.of(z, *where) for z in (u, v))
     short, long, curly, bun = hair
     ripple = curly * 0.022 * torch.sin(13 * torch.atan2(v + 0.1, u) + 1)
     cap = _ellipse(u, v + 0.06, 0.455 + 0.05 * curly + ripple, 0.475 + 0.05 * curly + ripple)
@@ -237,8 +252,9 @@ def _draw_eyes(
     colours: dict[str, Tensor],
     is_man: Tensor,
 ) -> None:
-    eyes = area.part(-0.5, 0.5, -0.5, 0.15)
-    u, v = u[..., : len(eyes.y), _inner(area, eyes)], v[..., : len(eyes.y), _inner(area, eyes)]
+    where = (-0.5, 0.5, -0.5, 0.15)
+    eyes = area.part(*where)
+    u, v = (area.of(z, *where) for z in (u, v))
     side = u.abs() - 0.18
     open_ = 1 - _column(shut)
     white = _ellipse(side, v + 0.06, 0.086, 0.054 * open_ + 0.002)
@@ -275,9 +291,9 @@ def _draw_mouth(
     spread: Tensor,
     colours: dict[str, Tensor],
 ) -> None:
-    mouth = area.part(-0.5, 0.5, 0.0, 0.55)
-    rows, columns = slice(len(area.y) - len(mouth.y), None), _inner(area, mouth)
-    u, v = u[..., rows, columns], v[..., rows, columns]
+    where = (-0.5, 0.5, 0.0, 0.55)
+    mouth = area.part(*where)
+    u, v = (area.of(z, *where) for z in (u, v))
     open_, rounded = _column(opening), _column(rounding)
     wide = 0.135 + 0.025 * smile + 0.02 * _column(spread) - 0.065 * rounded
     high = 0.006 + (0.105 - 0.015 * rounded) * open_
@@ -291,11 +307,6 @@ def _draw_mouth(
     mouth.lay(colours["tongue"], mouth.cover(tongue) * cover)
     teeth = v + high * 0.45 + 0.004
     mouth.lay(colours["teeth"], mouth.cover(teeth) * cover * (open_ * 4).clamp(max=1))
-
-
-def _inner(area: Area, part: Area) -> slice:
-    first = int((area.x < part.x[0]).sum())
-    return slice(first, first + len(part.x))
 
 
 def _colours(looks: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -354,14 +365,12 @@ def _box(
     return outside + torch.maximum(dx, dy).clamp(max=0) - corner
 
 
-def sway(
-    batch: int, frames: int, loudness: Tensor, gaze: Tensor, generator: torch.Generator
-) -> Motion:
+def sway(loudness: Tensor, gaze: Tensor, generator: torch.Generator) -> Motion:
     """How a head moves: slowly about its place, with its speech, towards what it looks at.
 
     loudness: [B, T]; the eyes shut for a fifth of a second now and then.
     """
-    device = loudness.device
+    device, (batch, frames) = loudness.device, loudness.shape
     phase = 2 * math.pi * torch.rand(batch, 1, device=device, generator=generator)
     at = torch.rand(batch, 1, device=device, generator=generator)
     time = torch.arange(frames, device=device) / 25

@@ -37,13 +37,14 @@ def make(
     generator: torch.Generator,
     *,
     free_voice: float = 0.0,
-    height: int = SIZE_PX,
-    width: int = SIZE_PX,
+    size_px: int = SIZE_PX,
     clips: list[Clip] | None = None,
+    shown: tuple[int, int] | None = None,
 ) -> Batch:
     """`count` clips of `audio` audio latents, on the generator's device.
 
     free_voice: of this share the sound is not what the caption says, but as of `freely`.
+    shown: the first frame drawn and how many; by default all.
     """
     device = generator.device
     clips = [draw(rng) for _ in range(count)] if clips is None else clips
@@ -51,10 +52,12 @@ def make(
     for name, colours in (("skin", SKINS), ("iris", IRISES)):
         looks[name] = torch.randint(len(colours), (count,), device=device, generator=generator)
     sound = voices(looks, audio, generator, free_voice)
-    frames = (audio - 1) // 4 * 4 + 1
-    mouth = [track[:, :frames] for track in (sound.opening, sound.rounding, sound.spread)]
-    motion = sway(count, frames, mouth[0], looks["gaze"], generator)
-    pixels, matters = render(looks, motion, *mouth, height, width)
+    first, frames = shown or (0, (audio - 1) // 4 * 4 + 1)
+    mouth = [
+        track[:, first : first + frames] for track in (sound.opening, sound.rounding, sound.spread)
+    ]
+    motion = sway(mouth[0], looks["gaze"], generator)
+    pixels, matters = render(looks, motion, *mouth, size_px, size_px)
     return Batch(clips, pixels, matters, sound)
 
 

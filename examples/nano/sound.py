@@ -1,0 +1,180 @@
+"""The sound autoencoder: a small Oobleck, its latents normalised."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import world
+from captions import attributes, draw
+from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME
+from magihuman.runtime.loading import AUDIO_FOLDER
+from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig
+from magihuman.runtime.tiny import unfold_weight_norm
+from training import Average, Run, Standardized, finish, load, save, write_json
+from voice import FRAME
+
+CONFIG = OobleckConfig(channels=8, multiples=(1, 2, 4, 8, 8))
+FRAMES = 32  # of a training clip
+CLIP_FRAMES = 101  # of the sound from which clips are cut
+NOISE = 0.08
+ENCODER_STD = 0.05  # of the noise that the bottleneck adds to a given voice
+LEARNING_RATE = 2e-3
+BATCH = 32
+WINDOWS = (128, 512, 2048, 4096)
+
+
+class SoundAutoencoder(nn.Module):
+    """Waveforms [B, 2, 2048 A] to normalised latents [B, 64, A] and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.oobleck = Oobleck(CONFIG)
+        self.norm = Standardized(CONFIG.latent_channels)
+        for window in WINDOWS:
+            self.register_buffer(f"window{window}", torch.hann_window(window), persistent=False)
+
+    def encode(self, wave: Tensor) -> Tensor:
+        """The mean, normalised."""
+        return self.norm(self.oobleck.encoder(wave).chunk(2, dim=1)[0])
+
+    def forward(self, wave: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, the error of the spectra in dB, and the decoded waveform."""
+        latents = self.encode(wave)
+        made = self.oobleck.decode(latents + NOISE * torch.randn_like(latents))
+        loss = 20 * F.l1_loss(made, wave)
+        distance = torch.zeros((), device=wave.device)
+        for window in WINDOWS:
+            a, b = (self._spectrum(x, window) for x in (made, wave))
+            log_error = (a.clamp(min=3e-4).log() - b.clamp(min=3e-4).log()).abs().mean()
+            # Batches of silence must not weigh more than speech.
+            error = (a - b).abs().mean() / b.mean().clamp(min=1e-3)
+            loss = loss + (error + 0.5 * log_error) / len(WINDOWS)
+            distance = distance + log_error.detach() * 8.686 / len(WINDOWS)
+        return loss, distance, made.detach()
+
+    def _spectrum(self, wave: Tensor, window: int) -> Tensor:
+        """Magnitudes of the first channel; those of white noise are its RMS."""
+        shape = getattr(self, f"window{window}")
+        z = torch.stft(wave[:, 0].float(), window, window // 4, window=shape, return_complex=True)
+        return ((z.real.square() + z.imag.square()) / shape.square().sum() + 1e-10).sqrt()
+
+
+def train(run: Run, batch: int, size_px: int, compiled: Callable[[Any], Any]) -> None:
+    """Until the time is over. There are no pixels."""
+    path = run.out / "sound.pt"
+    model = SoundAutoencoder()
+    done = load(path, model).get("steps", 0)
+    model.to(run.device)
+    average = Average(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.8, 0.99), weight_decay=1e-4
+    )
+    rng, generator = random.Random(done), torch.Generator(run.device).manual_seed(done)
+    step_of = compiled(model)
+    for _ in run.steps():
+        wave = voices(batch, rng, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * run.rate
+        loss, distance, made = step_of(wave)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        run.log(loss=loss, spectrum_db=distance, snr_db=_snr_db(wave, made))
+        if run.is_due():
+            save(path, average, steps=done + run.step + 1)
+
+    finish(
+        path, average, model.norm, lambda: model.encode(voices(batch, rng, generator)),
+        steps=done + run.step,
+    )  # fmt: skip
+    wave = voices(batch, rng, generator)
+    with torch.no_grad():
+        _, distance, made = model(wave)
+    print(
+        f"sound: averaged weights, spectra {distance.item():.2f} dB off,"
+        f" SNR {_snr_db(wave, made).item():.2f} dB",
+        flush=True,
+    )
+    listen(run.out / "sound.wav", wave, made)
+
+
+def _snr_db(wave: Tensor, made: Tensor) -> Tensor:
+    error = (made - wave).square().mean()
+    return 10 * ((wave.square().mean() + 1e-9) / (error + 1e-9)).log10()
+
+
+@torch.no_grad()
+def voices(batch: int, rng: random.Random, generator: torch.Generator) -> Tensor:
+    """[B, 2, 2048 FRAMES]: a third of it free of captions' timing and pitches."""
+    looks = attributes([draw(rng) for _ in range(batch)], generator.device)
+    wave = world.voices(looks, CLIP_FRAMES, generator, 0.33).wave
+    first = rng.randrange(CLIP_FRAMES - FRAMES)
+    return wave[:, None, first * FRAME : (first + FRAMES) * FRAME].expand(-1, 2, -1)
+
+
+def listen(path: Path, *waves: Tensor) -> None:
+    """Up to four clips of each waveform [B, 2, n], one after another, as 16 bits at 51.2 kHz."""
+    from scipy.io import wavfile
+
+    count = min(4, *(len(wave) for wave in waves))
+    parts = [wave[clip, 0].float() for clip in range(count) for wave in waves]
+    samples = (torch.cat(parts).clamp(-1, 1) * 32767).short().cpu()
+    wavfile.write(path, 51200, samples.numpy())
+
+
+def write(model: SoundAutoencoder, folder: Path) -> None:
+    """In stable-audio-open's layout, fp16; the loader widens it."""
+    place = folder / AUDIO_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    oobleck, channels = model.oobleck, CONFIG.latent_channels
+    last = oobleck.encoder.layers[-1]
+    with torch.no_grad():
+        gain = 1 / model.norm.std
+        weight, bias = last.weight.clone(), last.bias.clone()
+        weight[:channels] *= gain[:, None, None]
+        bias[:channels] = (bias[:channels] - model.norm.mean) * gain
+        weight[channels:] = 1e-4  # not 0: the norm of each row is stored, and divided by
+        bias[channels:] = torch.tensor(ENCODER_STD).expm1().log()  # softplus makes it ENCODER_STD
+    state = unfold_weight_norm(oobleck)
+    last_key = f"encoder.layers.{len(oobleck.encoder.layers) - 1}"
+    norm = weight.flatten(1).norm(dim=1).view(-1, 1, 1)
+    state |= {
+        f"{last_key}.weight_g": norm,
+        f"{last_key}.weight_v": weight / norm,
+        f"{last_key}.bias": bias,
+    }
+    save_file(
+        {AUDIO_VAE_PREFIX + k: v.detach().half().contiguous().cpu() for k, v in state.items()},
+        place / SINGLE_NAME,
+    )
+    shared = {
+        "channels": CONFIG.channels,
+        "c_mults": CONFIG.multiples,
+        "strides": CONFIG.strides,
+        "use_snake": True,
+    }
+    encoder = {**shared, "in_channels": 2, "latent_dim": 2 * channels}
+    decoder = {**shared, "out_channels": 2, "latent_dim": channels, "final_tanh": False}
+    config = {
+        "encoder": {"type": "oobleck", "config": encoder},
+        "decoder": {"type": "oobleck", "config": decoder},
+        "bottleneck": {"type": "vae"},
+    }
+    write_json(
+        place / "model_config.json",
+        {
+            "model_type": "diffusion_cond",
+            "sample_rate": 44100,
+            "model": {"pretransform": {"type": "autoencoder", "config": config}},
+        },
+    )

@@ -1,0 +1,204 @@
+"""What all stages of the training share: time limits, averaged weights, files to resume from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LOG_S, SAVE_S = 5.0, 60.0
+WARMUP_STEPS = 100
+DECAY = 0.3  # share of a run at whose end the learning rate falls to nearly nothing
+
+
+class Run:
+    """One run of one stage: how long it may take, what it logs, what it leaves."""
+
+    def __init__(self, stage: str, out: Path, minutes: float, device: torch.device) -> None:
+        self.stage, self.out, self.device = stage, out, device
+        self.limit_s = minutes * 60
+        self.start_s = self.logged_s = self.saved_s = time.perf_counter()
+        self.step = self.logged_step = 0
+        out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def progress(self) -> float:
+        """How much of the time is over."""
+        return (time.perf_counter() - self.start_s) / self.limit_s
+
+    @property
+    def rate(self) -> float:
+        """Of the full learning rate."""
+        decay = min(1.0, (1.0 - self.progress) / DECAY)
+        return max(0.01, min((self.step + 1) / WARMUP_STEPS, decay))
+
+    def steps(self) -> Iterator[int]:
+        """Count steps until the time is over."""
+        while self.progress < 1:
+            yield self.step
+            self.step += 1
+
+    def log(self, **values: Tensor | float) -> None:
+        """A line every few seconds. Reads tensors, and so waits for the device, only then."""
+        now = time.perf_counter()
+        if now - self.logged_s < LOG_S and self.step > 0:
+            return
+        figures = {
+            name: value.detach().item() if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        if not all(math.isfinite(value) for value in figures.values()):
+            raise SystemExit(f"{self.stage}: step {self.step} is not finite: {figures}")
+        speed = (self.step - self.logged_step) / max(now - self.logged_s, 1e-6)
+        text = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        line = f"{self.stage} {now - self.start_s:6.1f} s step {self.step} ({speed:.1f}/s) {text}"
+        print(line, flush=True)
+        with open(self.out / "log.txt", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.logged_s, self.logged_step = now, self.step
+
+    def is_due(self) -> bool:
+        """Whether to save again."""
+        now = time.perf_counter()
+        if now - self.saved_s < SAVE_S:
+            return False
+        self.saved_s = now
+        return True
+
+
+class Average(nn.Module):
+    """Exponential average of a module's parameters, in fp32; buffers are taken as they are."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+        super().__init__()
+        self.model, self.decay, self.count = model, decay, 0
+        self.values = [p.detach().clone().float() for p in model.parameters()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After each step of the optimizer."""
+        self.count += 1
+        weight = 1 - min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.values, [p.detach() for p in self.model.parameters()], weight)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the averaged weights and the model's; a second call takes it back."""
+        for parameter, value in zip(self.model.parameters(), self.values, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+
+def save(path: Path, average: Average, averaged: bool = False, **facts: Any) -> None:
+    """Averaged weights in fp16, whole or not at all, to go on from and to write models from.
+
+    averaged: whether they are the model's already.
+    """
+    if not averaged:
+        average.swap()
+    state = {
+        key: value.half() if value.numel() > 4096 else value.clone()
+        for key, value in average.model.state_dict().items()
+    }
+    if not averaged:
+        average.swap()
+    part = path.with_suffix(".part")
+    torch.save({"model": {key: value.cpu() for key, value in state.items()}, **facts}, part)
+    os.replace(part, path)
+
+
+def load(path: Path, model: nn.Module) -> dict[str, Any]:
+    """Go on from a file, if there is one; the facts that were saved with it, or nothing."""
+    if not path.is_file():
+        return {}
+    facts = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(facts.pop("model"))
+    return facts
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 products on a GPU, fp32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def channels_last(model: nn.Module) -> None:
+    """Lay out the weights of convolutions as tensor cores take them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in model.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
+
+
+def write_json(path: Path, value: object) -> None:
+    """As the published files are written."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+class Standardized(nn.Module):
+    """Per channel (dim 1) to mean 0 and deviation 1, by averages over the last batches.
+
+    They follow an encoder that grows its outputs to drown the noise added to them; gradients do
+    not. One batch has too few clips to say what is the mean of all. No own weights: when the model
+    is written, the layer before takes these in.
+    """
+
+    MOMENTUM = 0.02
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("square", torch.ones(channels))
+        self.register_buffer("count", torch.zeros(()))
+        self.mean: Tensor
+        self.square: Tensor
+        self.count: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        """Deviation of each channel, [C]."""
+        return (self.square - self.mean.square()).clamp(min=1e-6).sqrt()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget all batches; the next ones count alike."""
+        self.count.zero_()
+
+    @torch.no_grad()
+    def look(self, x: Tensor) -> None:
+        """Take a batch [B, C, ...] into the averages."""
+        dims = (0, *range(2, x.ndim))
+        self.count += 1
+        weight = (1 / self.count).clamp(min=self.MOMENTUM)
+        self.mean.lerp_(x.mean(dims), weight)
+        self.square.lerp_(x.square().mean(dims), weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        if self.training:
+            self.look(x.detach())
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return (x - self.mean.view(shape)) / self.std.view(shape)
+
+
+@torch.no_grad()
+def finish(
+    path: Path, average: Average, norm: Standardized, encode: Callable[[], Tensor], **facts: Any
+) -> None:
+    """Save the averaged weights with statistics of their own, of 40 batches; they stay in place.
+
+    encode: latents of a new batch.
+    """
+    average.swap()
+    norm.restart()
+    for _ in range(40):
+        encode()
+    save(path, average, averaged=True, **facts)
+    average.model.eval()

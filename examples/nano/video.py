@@ -1,0 +1,207 @@
+"""The image autoencoder: a small encoder in Wan 2.2's layout with a small Turbo VAE decoder."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import world
+from magihuman.runtime.checkpoint import TURBO_VAE_CONFIG, TURBO_VAE_WEIGHTS
+from magihuman.runtime.config import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, TurboVAEConfig
+from magihuman.runtime.image import WEIGHTS_NAME, wan_vae
+from magihuman.runtime.loading import IMAGE_FOLDER, TURBO_FOLDER
+from magihuman.runtime.model.turbo_vae import Decoder
+from magihuman.runtime.tiny import published_wan_key
+from training import (
+    Average,
+    Run,
+    Standardized,
+    autocast,
+    channels_last,
+    finish,
+    load,
+    save,
+    write_json,
+)
+
+WAN_BASE_DIM = 12
+TURBO = TurboVAEConfig(
+    decoder_block_out_channels=(16, 24, 48, 64), decoder_layers_per_block=(2, 2, 1, 1, 1)
+)
+LATENTS = 5  # of a training clip: a first window of 4, and a later one of 4 with context
+LONG_LATENTS = 9  # of every fourth, half as many in a batch: windows as long as the runtime's
+NOISE = 0.12  # added to latents in training, so that the decoder bears a denoiser's errors
+LEARNING_RATE = 1.5e-3
+BATCH = 16
+CLIP_FRAMES = 101  # of the sound from which clips are cut
+
+
+class VideoAutoencoder(nn.Module):
+    """Frames [B, 3, T, H, W] in [-1, 1] to normalised latents [B, 48, (T - 1) / 4 + 1, h, w]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        vae: Any = wan_vae(WAN_BASE_DIM)
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.norm = Standardized(LATENT_CHANNELS)
+        self.decoder = Decoder(TURBO)
+        for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1), persistent=False)
+        self.latent_mean: Tensor
+        self.latent_std: Tensor
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """All frames at once. Diffusers' encoder takes one and then four at a time, and keeps what
+        convolutions look back on; values are the same.
+        """
+        x = frames.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # [B, C, T, h, row, w, column]
+        x = x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)  # channels (C, column, row)
+        encoder = self.encoder
+        x = encoder.conv_in(x.contiguous(memory_format=torch.channels_last_3d))
+        for block in encoder.down_blocks:
+            shortcut = block.avg_shortcut(x)
+            for resnet in block.resnets:
+                x = resnet(x)
+            if block.downsampler is not None:
+                x = block.downsampler(x)
+                if block.downsampler.mode == "downsample3d":
+                    x = torch.cat((x[:, :, :1], block.downsampler.time_conv(x)), dim=2)
+            x = x + shortcut
+        x = encoder.conv_out(F.silu(encoder.norm_out(encoder.mid_block(x))))
+        return self.norm(self.quant_conv(x).chunk(2, dim=1)[0])
+
+    def decode(self, latents: Tensor, first_window: bool) -> Tensor:
+        """One window of normalised latents; 4 T - 3 frames of a first one, else 4 T."""
+        x = latents * self.latent_std + self.latent_mean
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        frames: Tensor = self.decoder(x, first_window)
+        return frames
+
+    def forward(self, frames: Tensor, matters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, squared error, and the frames of the first window.
+
+        frames: [B, 3, 17, H, W] in [-1, 1]; matters: [B, 1, 17, H, W], weights.
+        """
+        latents = self.encode(frames)
+        latents = latents + NOISE * torch.randn_like(latents)
+        first = self.decode(latents[:, :, :-1], True).float()
+        later = self.decode(latents[:, :, 1:], False)[:, :, 4:].float()
+        errors = (first - frames[:, :, :-4], later - frames[:, :, 5:])
+        weights = (matters[:, :, :-4], matters[:, :, 5:])
+        loss = sum(_loss(e, w) for e, w in zip(errors, weights, strict=True)) / 2
+        square = (errors[0].square().mean() + errors[1].square().mean()).detach() / 2
+        return loss, square, first.detach()
+
+
+def _loss(error: Tensor, weight: Tensor) -> Tensor:
+    """Of the frames and of their edges at three scales, and of changes between frames."""
+    error = error * (weight / weight.mean())
+    loss = error.abs().mean() + 0.5 * error.square().mean()
+    loss = loss + 0.5 * error.diff(dim=2).abs().mean()
+    x = error.transpose(1, 2).flatten(0, 1)
+    for _ in range(3):
+        loss = loss + 0.5 * (x.diff(dim=2).abs().mean() + x.diff(dim=3).abs().mean())
+        x = F.avg_pool2d(x, 2)
+    return loss
+
+
+def train(run: Run, batch: int, size_px: int, compiled: Callable[[Any], Any]) -> None:
+    """Both halves together, until the time is over."""
+    path = run.out / "vae.pt"
+    model = VideoAutoencoder()
+    done = load(path, model).get("steps", 0)
+    model.to(run.device)
+    channels_last(model)
+    average = Average(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-4
+    )
+    rng, generator = random.Random(done), torch.Generator(run.device).manual_seed(done)
+    step_of = compiled(model)
+
+    @torch.no_grad()
+    def draw(count: int, latents: int) -> tuple[Tensor, Tensor]:
+        frames = 4 * (latents - 1) + 1
+        last = (CLIP_FRAMES - frames) // 4
+        shown = (rng.choice((0, 4 * rng.randrange(last))), frames)
+        data = world.make(
+            count, CLIP_FRAMES, rng, generator, free_voice=0.25, shown=shown, size_px=size_px
+        )
+        return data.frames * 2 - 1, data.matters
+
+    for step in run.steps():
+        long = step % 4 == 3
+        frames, matters = draw(*((batch + 1) // 2, LONG_LATENTS) if long else (batch, LATENTS))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * run.rate
+        with autocast(run.device):
+            loss, square, _ = step_of(frames, matters)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        run.log(loss=loss, psnr_db=-10 * (square / 4).log10(), latents_std=model.norm.std.mean())
+        if run.is_due():
+            save(path, average, steps=done + run.step + 1)
+
+    with autocast(run.device):
+        finish(
+            path, average, model.norm, lambda: model.encode(draw(batch, LATENTS)[0]),
+            steps=done + run.step,
+        )  # fmt: skip
+        frames, matters = draw(batch, LONG_LATENTS)
+        with torch.no_grad():
+            _, square, made = model(frames, matters)
+    print(f"vae: averaged weights, {-10 * (square / 4).log10().item():.2f} dB", flush=True)
+    picture(run.out / "vae.png", (frames + 1) / 2, (made + 1) / 2)
+
+
+def picture(path: Path, *videos: Tensor) -> None:
+    """Every fourth frame of up to eight clips of each video [B, 3, T, H, W] in 0 .. 1, by rows."""
+    from PIL import Image
+
+    rows = []
+    count = min(len(video) for video in videos)
+    length = min(video.shape[2] for video in videos)
+    for clip in range(min(8, count)):
+        for video in videos:
+            frames = video[clip, :, :length:4].float().clamp(0, 1).cpu() * 255
+            rows.append(frames.byte().permute(2, 1, 3, 0).flatten(1, 2))  # [H, T W, 3]
+    Image.fromarray(torch.cat(rows).numpy()).save(path)
+
+
+def write(model: VideoAutoencoder, folder: Path) -> None:
+    """Encoder and decoder in the published layouts, fp16; the loader widens them."""
+    place = folder / IMAGE_FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    state = {f"encoder.{key}": value for key, value in model.encoder.state_dict().items()}
+    weight, bias = (
+        value.clone() for value in (model.quant_conv.weight.data, model.quant_conv.bias.data)
+    )
+    # Normalised latents have the statistics of Wan 2.2's: they move into the last convolution.
+    gain = model.latent_std.flatten() / model.norm.std
+    shift = model.latent_mean.flatten() - model.norm.mean * gain
+    weight[:LATENT_CHANNELS] *= gain.view(-1, 1, 1, 1, 1)
+    bias[:LATENT_CHANNELS] = bias[:LATENT_CHANNELS] * gain + shift
+    state["quant_conv.weight"], state["quant_conv.bias"] = weight, bias
+    torch.save(
+        {published_wan_key(key): _half(value) for key, value in state.items()},
+        place / WEIGHTS_NAME,
+    )
+    place = folder / TURBO_FOLDER
+    place.mkdir(exist_ok=True)
+    fields = {name: getattr(TURBO, name) for name in TURBO.__dataclass_fields__}
+    write_json(place / TURBO_VAE_CONFIG, fields)
+    state = {f"module.decoder.{key}": _half(v) for key, v in model.decoder.state_dict().items()}
+    torch.save({"ema_state_dict": state}, place / TURBO_VAE_WEIGHTS)
+
+
+def _half(value: Tensor) -> Tensor:
+    return value.detach().half().contiguous().cpu()
