@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from magihuman import runtime
 from magihuman.runtime.memory_plan import MemoryPlan
+from magihuman.runtime.score_command import score
 from magihuman.runtime.serve_command import serve
 from magihuman.runtime.terminal import (
     BAD_INPUT,
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(verify)
+app.command()(score)
 
 
 @app.command()

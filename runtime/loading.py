@@ -30,6 +30,7 @@ from magihuman.runtime.locating import (
     TURBO_FOLDER,
     PathLike,
     find,
+    model_folder,
 )
 from magihuman.runtime.memory_plan import (
     BASE,
@@ -96,9 +97,9 @@ def load(
     """Load a model and return an engine ready to generate.
 
     Args:
-        model: a directory with the published folders, a Hugging Face hub id ("owner/name"; the
-            offline mode of huggingface_hub is honoured), or `synthetic()` for random weights
-            without files.
+        model: a directory with the published folders; "nano", the small model that comes with this
+            package; a Hugging Face hub id ("owner/name"; the offline mode of huggingface_hub is
+            honoured), or `synthetic()` for random weights without files.
         variant: "distill" (default: 8 steps, no guidance) or "base" (32 steps with guidance).
         sr: None, "540p" or "1080p": super-resolve every clip.
         precision: of the linears in the transformers: "bf16" as published, "fp32", or "fp8", which
@@ -224,7 +225,7 @@ def load(
             upscale = None if upscaler is None else plan(upscaler, paths.sr, wanted)
             for held in filter(None, (base, upscale)):
                 held.scan()
-            engines = Path(model) / TURBO_FOLDER if vae == "tensorrt" else None
+            engines = model_folder(model) / TURBO_FOLDER if vae == "tensorrt" else None
             placer = placed(
                 lambda: folder_parts(
                     paths.turbo_vae,

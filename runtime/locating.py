@@ -29,6 +29,9 @@ HUB_FILES = {
     IMAGE_FOLDER: [WEIGHTS_NAME],
 }
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+NANO = "nano"  # a model's name for which files come with this package
+NANO_FOLDER = Path(__file__).parent / "models" / NANO
 PathLike = str | os.PathLike[str]
 
 
@@ -44,6 +47,19 @@ class Paths:
     sr: Path | None
 
 
+def model_folder(model: PathLike) -> Path:
+    """Where a model lies: of "nano" in this package, unless a folder here has that name."""
+    given = Path(model)
+    if os.fspath(model) != NANO or given.exists():
+        return given
+    if not NANO_FOLDER.is_dir():
+        raise CheckpointError(
+            f"the weights of {NANO} must be in {NANO_FOLDER}, and this copy of the package came"
+            " without; examples/nano/README.md says how they are trained, or give a directory"
+        )
+    return NANO_FOLDER
+
+
 def find(
     model: PathLike,
     variant: config.Variant,
@@ -52,7 +68,7 @@ def find(
     revision: str | None = None,
 ) -> Paths:
     """Locate every component, downloading what a hub id names. Errors name all that is missing."""
-    root = Path(model)
+    root = model_folder(model)
     wanted = [variant.name, TURBO_FOLDER, *([sr.name] if sr else [])]
     is_hub = not root.exists() and HUB_ID.fullmatch(os.fspath(model)) is not None
     if is_hub:

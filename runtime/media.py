@@ -126,6 +126,36 @@ def _decoded(container: Any) -> Iterator[Any]:
             raise
 
 
+def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
+    """All frames of a file that `write_mp4` wrote, [T, H, W, 3] RGB, and how many are a second."""
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
+    if not path.is_file():
+        raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
+            rate = container.streams.video[0].average_rate
+            frames = [
+                frame.reformat(
+                    format="rgb24",
+                    src_colorspace=Colorspace.ITU709,
+                    src_color_range=ColorRange.MPEG,
+                    dst_color_range=ColorRange.JPEG,
+                ).to_ndarray()
+                for frame in container.decode(video=0)
+            ]
+    except av.FFmpegError as error:
+        raise InvalidRequestError(
+            f"the clip must be in a format FFmpeg reads, got {path}: {error.strerror}"
+        ) from error
+    if not frames:
+        raise InvalidRequestError(f"the clip must have frames, got {path} without one")
+    return np.stack(frames), round(rate)
+
+
 def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:
     """Raise `OutputError` now where `write_mp4` could not write such a clip later."""
     path = path.absolute()

@@ -14,35 +14,11 @@ import torch
 from torch import Tensor
 
 from captions import BACKGROUNDS, HAIR, SHIRTS
+from magihuman.runtime.scoring import COLOURS, MOUTH
 
-# Colours as sRGB in 0 .. 255, by the names of captions.
-HAIR_COLOURS = {
-    "black": (34, 31, 40),
-    "brown": (112, 66, 38),
-    "blond": (236, 200, 108),
-    "red": (200, 72, 30),
-    "white": (232, 232, 238),
-    "blue": (58, 96, 214),
-}
-SHIRT_COLOURS = {
-    "red": (206, 48, 52),
-    "green": (44, 150, 84),
-    "blue": (48, 92, 196),
-    "yellow": (240, 200, 60),
-    "white": (240, 240, 244),
-    "black": (42, 42, 50),
-}
-BACKGROUND_COLOURS = {
-    "green": (150, 208, 160),
-    "blue": (140, 190, 236),
-    "yellow": (244, 226, 150),
-    "pink": (246, 186, 204),
-    "grey": (190, 194, 200),
-    "purple": (190, 166, 226),
-}
+# Colours as sRGB in 0 .. 255; those of captions are where the score knows them too.
 SKINS = ((250, 216, 190), (238, 190, 152), (206, 148, 106), (150, 98, 66), (104, 66, 46))
 IRISES = ((92, 58, 36), (64, 110, 74), (66, 118, 176), (50, 40, 36), (110, 112, 118))
-MOUTH = (74, 18, 30)
 MAN, CHILD = 1, 2
 MIDDLE = (-0.52, 0.52, -0.5, 0.55)  # left, right, top and bottom of where features lie
 
@@ -316,12 +292,12 @@ def _colours(looks: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
         return torch.tensor(rows, dtype=torch.float32, device=device) / 255
 
     skin = table(SKINS)[looks["skin"]]
-    hair = table([HAIR_COLOURS[name] for name in HAIR])[looks["hair"]]
-    shirt = table([SHIRT_COLOURS[name] for name in SHIRTS])[looks["shirt"]]
+    hair = table([COLOURS["hair"][name] for name in HAIR])[looks["hair"]]
+    shirt = table([COLOURS["shirt"][name] for name in SHIRTS])[looks["shirt"]]
     rosy = table([(214, 96, 100)])
     dark = table([(40, 26, 26)])
     return {
-        "background": table([BACKGROUND_COLOURS[name] for name in BACKGROUNDS])[
+        "background": table([COLOURS["background"][name] for name in BACKGROUNDS])[
             looks["background"]
         ],
         "skin": skin,
