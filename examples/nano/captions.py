@@ -45,18 +45,29 @@ class Clip:
     mood: int
     syllables: tuple[int, ...]
 
+    @property
+    def is_held_out(self) -> bool:
+        """Whether its colours are kept from the training: one combination in eight."""
+        return (self.hair * 36 + self.shirt * 6 + self.background) % 8 == 5
+
     def names(self) -> dict[str, str]:
         """The words for what is seen."""
         return {field: words[getattr(self, field)] for field, words in FIELDS.items()}
 
 
-def draw(rng: random.Random, longest: int = MAX_SYLLABLES) -> Clip:
-    """A clip of 1 to `longest` syllables, all else uniform; every other one looks at the camera."""
-    picked = {field: rng.randrange(len(words)) for field, words in FIELDS.items()}
-    if rng.random() < 0.5:
-        picked["gaze"] = 0
-    count = rng.randint(1, longest)
-    return Clip(**picked, syllables=tuple(rng.randrange(len(SYLLABLES)) for _ in range(count)))
+def draw(rng: random.Random, longest: int = MAX_SYLLABLES, held_out: bool = False) -> Clip:
+    """A clip of 1 to `longest` syllables, all else uniform; every other one looks at the camera.
+
+    held_out: one of those that the training never sees.
+    """
+    while True:
+        picked = {field: rng.randrange(len(words)) for field, words in FIELDS.items()}
+        if rng.random() < 0.5:
+            picked["gaze"] = 0
+        count = rng.randint(1, longest)
+        clip = Clip(**picked, syllables=tuple(rng.randrange(len(SYLLABLES)) for _ in range(count)))
+        if clip.is_held_out == held_out:
+            return clip
 
 
 def attributes(clips: list[Clip], device: torch.device) -> dict[str, Tensor]:
@@ -64,7 +75,7 @@ def attributes(clips: list[Clip], device: torch.device) -> dict[str, Tensor]:
     table = {field: torch.tensor([getattr(c, field) for c in clips]) for field in FIELDS}
     rows = [(*c.syllables, *[-1] * (MAX_SYLLABLES - len(c.syllables))) for c in clips]
     table["syllables"] = torch.tensor(rows)
-    return {name: values.to(device) for name, values in table.items()}
+    return {name: values.to(device, non_blocking=True) for name, values in table.items()}
 
 
 def caption(clip: Clip, rng: random.Random, language: str | None = None, full: bool = False) -> str:

@@ -7,14 +7,16 @@ middle, in the same unit.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from captions import BACKGROUNDS, HAIR, SHIRTS
-from magihuman.runtime.scoring import COLOURS, MOUTH
+from magihuman.runtime.scoring import COLOURS, MOUTH, Colour
 
 # Colours as sRGB in 0 .. 255; those of captions are where the score knows them too.
 SKINS = ((250, 216, 190), (238, 190, 152), (206, 148, 106), (150, 98, 66), (104, 66, 46))
@@ -288,8 +290,8 @@ def _draw_mouth(
 def _colours(looks: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """[B, 3] in 0 .. 1 for each part."""
 
-    def table(rows: object) -> Tensor:
-        return torch.tensor(rows, dtype=torch.float32, device=device) / 255
+    def table(rows: Sequence[Colour]) -> Tensor:
+        return _table(tuple(rows), device)
 
     skin = table(SKINS)[looks["skin"]]
     hair = table([COLOURS["hair"][name] for name in HAIR])[looks["hair"]]
@@ -317,6 +319,11 @@ def _colours(looks: dict[str, Tensor], device: torch.device) -> dict[str, Tensor
         "tongue": table([(196, 86, 92)]).expand_as(skin),
         "teeth": table([(250, 248, 242)]).expand_as(skin),
     }
+
+
+@functools.cache
+def _table(rows: tuple[Colour, ...], device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float32, device=device) / 255
 
 
 def _column(x: Tensor) -> Tensor:

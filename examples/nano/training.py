@@ -40,8 +40,8 @@ class Run:
         return max(0.01, min((self.step + 1) / WARMUP_STEPS, decay))
 
     def steps(self) -> Iterator[int]:
-        """Count steps until the time is over."""
-        while self.progress < 1:
+        """Count steps until the time is over, one at least."""
+        while self.step == 0 or self.progress < 1:
             yield self.step
             self.step += 1
 

@@ -30,10 +30,14 @@ from training import (
     write_json,
 )
 
-WAN_BASE_DIM = 12
+WAN_BASE_DIM = 10
 TURBO = TurboVAEConfig(
     decoder_block_out_channels=(16, 24, 48, 64), decoder_layers_per_block=(2, 2, 1, 1, 1)
 )
+# The rest of the 48 is neither written nor read. A token of the transformer is four latents; to
+# predict a velocity it has to hand on the noise of every channel, and at 192 of 192 dims of its
+# stream nothing else would have room (arXiv 2511.13720 has the effect).
+CHANNELS = 24
 LATENTS = 5  # of a training clip: a first window of 4, and a later one of 4 with context
 LONG_LATENTS = 9  # of every fourth, half as many in a batch: windows as long as the runtime's
 NOISE = 0.12  # added to latents in training, so that the decoder bears a denoiser's errors
@@ -43,7 +47,10 @@ CLIP_FRAMES = 101  # of the sound from which clips are cut
 
 
 class VideoAutoencoder(nn.Module):
-    """Frames [B, 3, T, H, W] in [-1, 1] to normalised latents [B, 48, (T - 1) / 4 + 1, h, w]."""
+    """Frames [B, 3, T, H, W] in [-1, 1] to normalised latents [B, 48, (T - 1) / 4 + 1, h, w].
+
+    Channels from `CHANNELS` on are 0.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +62,9 @@ class VideoAutoencoder(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1), persistent=False)
         self.latent_mean: Tensor
         self.latent_std: Tensor
+        used = (torch.arange(LATENT_CHANNELS) < CHANNELS).float().view(1, -1, 1, 1, 1)
+        self.register_buffer("used", used, persistent=False)
+        self.used: Tensor
 
     def encode(self, frames: Tensor) -> Tensor:
         """All frames at once. Diffusers' encoder takes one and then four at a time, and keeps what
@@ -74,11 +84,11 @@ class VideoAutoencoder(nn.Module):
                     x = torch.cat((x[:, :, :1], block.downsampler.time_conv(x)), dim=2)
             x = x + shortcut
         x = encoder.conv_out(F.silu(encoder.norm_out(encoder.mid_block(x))))
-        return self.norm(self.quant_conv(x).chunk(2, dim=1)[0])
+        return self.norm(self.quant_conv(x).chunk(2, dim=1)[0]) * self.used
 
     def decode(self, latents: Tensor, first_window: bool) -> Tensor:
         """One window of normalised latents; 4 T - 3 frames of a first one, else 4 T."""
-        x = latents * self.latent_std + self.latent_mean
+        x = (latents * self.latent_std + self.latent_mean) * self.used
         x = x.contiguous(memory_format=torch.channels_last_3d)
         frames: Tensor = self.decoder(x, first_window)
         return frames
@@ -190,6 +200,8 @@ def write(model: VideoAutoencoder, folder: Path) -> None:
     shift = model.latent_mean.flatten() - model.norm.mean * gain
     weight[:LATENT_CHANNELS] *= gain.view(-1, 1, 1, 1, 1)
     bias[:LATENT_CHANNELS] = bias[:LATENT_CHANNELS] * gain + shift
+    weight[CHANNELS:] = 0  # and of the deviations, which nobody reads
+    bias[CHANNELS:LATENT_CHANNELS] = model.latent_mean.flatten()[CHANNELS:]
     state["quant_conv.weight"], state["quant_conv.bias"] = weight, bias
     torch.save(
         {published_wan_key(key): _half(value) for key, value in state.items()},
@@ -200,6 +212,7 @@ def write(model: VideoAutoencoder, folder: Path) -> None:
     fields = {name: getattr(TURBO, name) for name in TURBO.__dataclass_fields__}
     write_json(place / TURBO_VAE_CONFIG, fields)
     state = {f"module.decoder.{key}": _half(v) for key, v in model.decoder.state_dict().items()}
+    state["module.decoder.conv_in.conv.weight"][:, CHANNELS:] = 0
     torch.save({"ema_state_dict": state}, place / TURBO_VAE_WEIGHTS)
 
 

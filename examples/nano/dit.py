@@ -1,0 +1,192 @@
+"""The transformer and its text encoder, trained jointly by flow matching."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import prompts
+from magihuman.runtime import sampling
+from magihuman.runtime.checkpoint import ARCHITECTURE_NAME, SINGLE_NAME
+from preview import preview
+from sampler import Task, draw_task, noise_like, noised
+from stock import Clips, Pair, Stock
+from training import Average, Run, autocast, load, save, write_json
+from transformer import CONFIG, BatchedDiT
+from video import CHANNELS
+
+LEARNING_RATE = 1.5e-3
+BATCH = 64
+STOCK = 4096  # clips: 1.1 GB
+REFRESH_STEPS = 6  # after each of which 16 of them are replaced
+FRAMES = (21, 21, 21, 26, 11)  # latent frames of a batch, drawn from these
+SOUND_NOISE = 0.05  # as the runtime adds to a given voice
+LINEARS = ("linear_qkv.weight", "linear_proj.weight", "up_gate_proj.weight", "down_proj.weight")
+
+
+class Model(nn.Module):
+    """Velocities of both streams: fp32, in the shapes of the latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.transformer = prompts.TextEncoder(), BatchedDiT()
+
+    def forward(self, video: Tensor, sound: Tensor, clips: Clips) -> tuple[Tensor, Tensor]:
+        text = self.text(clips.ids, clips.is_text)
+        v_video, v_sound = self.transformer(video, sound, text, clips.is_text)
+        return v_video.float(), v_sound.float()
+
+
+class Trainer:
+    """The model, its average, its optimizer, its clips: of this stage and of the next."""
+
+    def __init__(self, run: Run, rate: float, batch: int, size_px: int, stock: int) -> None:
+        self.run, self.learning_rate, self.batch = run, rate, batch
+        self.path = run.out / f"{run.stage}.pt"
+        self.model = Model()
+        facts = load(self.path, self.model)
+        self.done: int = facts.get("steps", 0)
+        if not facts and run.stage != "dit":
+            facts = load_trained(run.out, self.model)
+        tokenizer = prompts.tokenizer_of(facts.get("tokenizer"))
+        self.model.to(run.device)
+        self.average = Average(self.model)
+        self.optimizer = optimizer_of(self.model, rate)
+        seed = 2 * self.done + 1
+        self.rng = random.Random(seed)
+        self.generator = torch.Generator(run.device).manual_seed(seed)
+        self.stock = Stock(run.out, stock, size_px, tokenizer, seed, run.device)
+        self.stock.fill()
+        print(f"{run.stage}: {self.stock.count} clips drawn", flush=True)
+
+    def clips(self) -> tuple[Clips, Task]:
+        """Of the next step."""
+        if self.run.step % REFRESH_STEPS == REFRESH_STEPS - 1:
+            self.stock.refresh()
+        clips = self.stock.take(self.batch, self.rng.choice(FRAMES))
+        task = draw_task(clips, self.generator)
+        video, sound = clips.latents
+        noise = torch.randn(sound.shape, device=sound.device, generator=self.generator)
+        given = Pair(video, sound + SOUND_NOISE * noise * (1 - task.sound))
+        return clips._replace(latents=given), task
+
+    def flow_loss(
+        self, model: Model, clean: Pair, clips: Clips, task: Task, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of a model's velocities at these levels, [B], on the way to `clean`."""
+        noise = noise_like(clean, self.generator)
+        with autocast(self.run.device):
+            velocity = model(*noised(clean, noise, sigma, task), clips)
+        pairs = zip(velocity, noise, clean, strict=True)
+        return losses(Pair(*(v - (n - c) for v, n, c in pairs)), task)
+
+    def update(self, loss: Tensor) -> None:
+        """One step of the optimizer."""
+        step(self.model, self.optimizer, loss, self.learning_rate * self.run.rate)
+        self.average.update()
+
+    def save(self, averaged: bool = False) -> None:
+        """The averaged weights, and what goes with them."""
+        facts = {
+            "steps": self.done + self.run.step,
+            "tokenizer": self.stock.tokenizer.to_str(),
+        }
+        save(self.path, self.average, averaged, **facts)
+
+    def finish(self) -> None:
+        """Save, and show what the averaged weights make of prompts."""
+        self.average.swap()
+        self.save(averaged=True)
+        preview(self.run, self.model.eval(), self.stock)
+
+
+def load_trained(folder: Path, model: Model) -> dict[str, object]:
+    """What stage `dit` has left."""
+    facts = load(folder / "dit.pt", model)
+    if not facts:
+        raise SystemExit(f"{folder / 'dit.pt'} is missing: train --stage dit first")
+    return facts
+
+
+def losses(errors: Pair, task: Task) -> tuple[Tensor, Tensor]:
+    """Mean squares of what is to be made."""
+    video = errors.video[:, :CHANNELS].square().mean((1, 3, 4)) * task.video[:, 0, :, 0, 0]
+    sound = errors.sound.square().mean(2) * task.sound[:, :, 0]
+    return video.mean(), sound.mean()
+
+
+def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Weights decay, vectors do not."""
+    values = list(model.parameters())
+    groups = [
+        {"params": [value for value in values if value.ndim > 1], "weight_decay": 0.01},
+        {"params": [value for value in values if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=values[0].is_cuda)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """Gradients of the loss, clipped, and the update."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def compile_layers(model: Model) -> None:
+    """Each layer by itself: there are three kinds, for each length, with gradients and without."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs all the same
+    for layer in model.transformer.dit.block.layers:
+        layer.compile(dynamic=False)
+
+
+def draw_sigma(count: int, generator: torch.Generator) -> Tensor:
+    """Noise levels [B]: half as the sampler has them, half uniform."""
+    kind, level = torch.rand(2, count, device=generator.device, generator=generator).unbind()
+    high = sampling.SHIFT * level / (1 + (sampling.SHIFT - 1) * level)
+    return torch.where(kind < 0.5, high, level).clamp(0.002, 0.9999)
+
+
+def train(run: Run, batch: int, size_px: int, compiled: bool, stock: int) -> None:
+    """Until the time is over."""
+    trainer = Trainer(run, LEARNING_RATE, batch, size_px, stock)
+    if compiled:
+        compile_layers(trainer.model)
+    for _ in run.steps():
+        clips, task = trainer.clips()
+        sigma = draw_sigma(batch, trainer.generator)
+        video, sound = trainer.flow_loss(trainer.model, clips.latents, clips, task, sigma)
+        trainer.update(video + sound)
+        run.log(video=video, sound=sound)
+        if run.is_due():
+            trainer.save()
+    trainer.finish()
+
+
+def write(out: Path, folder: Path) -> bool:
+    """Transformer and text encoder in the published layouts; whether there was anything to."""
+    model = Model()
+    facts = load(out / "distill.pt", model) or load(out / "dit.pt", model)
+    if not facts:
+        return False
+    prompts.write(copy.deepcopy(model.text), prompts.tokenizer_of(facts["tokenizer"]), folder)
+    place = folder / "distill"
+    place.mkdir(parents=True, exist_ok=True)
+    state = {
+        key: value.to(torch.bfloat16 if key.endswith(LINEARS) else torch.float32).contiguous()
+        for key, value in model.transformer.dit.state_dict().items()
+    }
+    save_file(state, place / SINGLE_NAME)
+    names = [name for name in CONFIG.__dataclass_fields__ if name != "local_attention_layers"]
+    write_json(place / ARCHITECTURE_NAME, {name: getattr(CONFIG, name) for name in names})
+    return True

@@ -1,0 +1,72 @@
+"""Write the trained parts as a model folder, with what `magihuman score` needs, and its card."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import torch
+
+import dit
+import sound
+import video
+import world
+from captions import caption, draw
+from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
+from magihuman.runtime.model_score import PROMPTS, SCORE_FOLDER
+from training import load
+
+AUDIO = 81  # latents of a reference: 3.2 s
+REFERENCES, CLIPS = 4, 64
+LONGEST = 12  # syllables that fit
+CARD = Path(__file__).parent / "MODEL_CARD.md"
+
+
+def export(out: Path) -> None:
+    """OUT/model, in the published layout."""
+    folder = out / "model"
+    for name, part, model in (
+        ("vae", video, video.VideoAutoencoder()),
+        ("sound", sound, sound.SoundAutoencoder()),
+    ):
+        if not load(out / f"{name}.pt", model):
+            raise SystemExit(f"{out / name}.pt is missing: train --stage {name} first")
+        part.write(model, folder)
+    if not dit.write(out, folder):
+        raise SystemExit(f"{out}/dit.pt is missing: train --stage dit first")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    write_score(folder / SCORE_FOLDER)
+    shutil.copyfile(CARD, folder / "README.md")
+    print(f"wrote {folder}: {size / 1e6:.2f} MB of components")
+
+
+def write_score(folder: Path) -> None:
+    """Held-out prompts, and for the first of them the first frame and the sound."""
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    rng, generator = random.Random(64), torch.Generator().manual_seed(64)
+    clips = [draw(rng, LONGEST, held_out=True) for _ in range(CLIPS)]
+    lines = [caption(clip, rng, "en", full=True) for clip in clips]
+    (folder / PROMPTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = world.make(REFERENCES, AUDIO, rng, generator, clips=clips[:REFERENCES], shown=(0, 1))
+    for i in range(REFERENCES):
+        pixels = (data.frames[i, :, 0] * 255).round().byte().permute(1, 2, 0)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png", optimize=True)
+        samples = (data.sound.wave[i].clamp(-1, 1) * 32767).short()
+        _write_flac(folder / f"{i}.flac", samples[None])
+
+
+def _write_flac(path: Path, samples: torch.Tensor) -> None:
+    """samples: int16 [1, n] at 51.2 kHz."""
+    import av
+
+    with av.open(str(path), "w", format="flac") as container:
+        stream = container.add_stream("flac", rate=LATENT_AUDIO_RATE_HZ, layout="mono")
+        for start in range(0, samples.shape[1], 4096):
+            block = samples[:, start : start + 4096].contiguous().numpy()
+            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            frame.sample_rate, frame.pts = LATENT_AUDIO_RATE_HZ, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

@@ -1,0 +1,103 @@
+"""Clips as latents with their captions, on the device: drawn while the transformer trains."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import prompts
+import world
+from captions import caption
+from magihuman.runtime.config import LATENT_CHANNELS, VIDEO_STRIDE, latent_frames
+from sound import SoundAutoencoder
+from training import autocast, load
+from video import VideoAutoencoder
+
+AUDIO = 101  # latents of each clip's sound
+DRAWN = 16  # clips at a time
+FREE = 0.25  # of the clips say what their captions do not
+
+
+class Pair(NamedTuple):
+    """Latents of both streams, [B, 48, T, h, w] and [B, A, 64], fp32."""
+
+    video: Tensor
+    sound: Tensor
+
+
+class Clips(NamedTuple):
+    """Latents; ids of the captions, [B, L], and which of them are text; whether the sound is free
+    of its caption, [B].
+    """
+
+    latents: Pair
+    ids: Tensor
+    is_text: Tensor
+    is_free: Tensor
+
+
+class Stock:
+    """A ring of clips. `refresh` replaces the oldest by new ones."""
+
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        size_px: int,
+        tokenizer: Any,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.pictures, self.sounds = VideoAutoencoder(), SoundAutoencoder()
+        for model, name in ((self.pictures, "vae"), (self.sounds, "sound")):
+            if not load(folder / f"{name}.pt", model):
+                raise SystemExit(f"{folder}/{name}.pt is missing: train --stage {name} first")
+            model.to(device).eval().requires_grad_(False)
+        self.count = -(-count // DRAWN) * DRAWN
+        self.tokenizer, self.size_px, self.device = tokenizer, size_px, device
+        self.rng = random.Random(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        side = size_px // VIDEO_STRIDE[1]
+        shape = (self.count, LATENT_CHANNELS, latent_frames(AUDIO), side, side)
+        self.video = torch.zeros(shape, dtype=torch.float16, device=device)
+        self.sound = torch.zeros(self.count, AUDIO, 64, dtype=torch.float16, device=device)
+        self.ids = torch.zeros(self.count, prompts.MAX_TOKENS, dtype=torch.long, device=device)
+        self.is_free = torch.zeros(self.count, dtype=torch.bool, device=device)
+        self.next = 0
+
+    def fill(self) -> None:
+        """All of it."""
+        for _ in range(self.count // DRAWN):
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Draw `DRAWN` clips into the place of the oldest."""
+        data = world.make(
+            DRAWN, AUDIO, self.rng, self.generator, free_voice=FREE, size_px=self.size_px
+        )
+        with autocast(self.device):
+            video = self.pictures.encode(data.frames * 2 - 1)
+        sound = self.sounds.encode(world.as_stereo(data.sound)).transpose(1, 2)
+        texts = [caption(clip, self.rng) for clip in data.clips]
+        ids, _ = prompts.tokenize(self.tokenizer, texts)
+        place = slice(self.next, self.next + DRAWN)
+        self.video[place], self.sound[place] = video.half(), sound.half()
+        self.ids[place] = ids.to(self.device, non_blocking=True)
+        # `voices` has the free ones first.
+        self.is_free[place] = torch.arange(DRAWN, device=self.device) < round(FREE * DRAWN)
+        self.next = (self.next + DRAWN) % self.count
+
+    def take(self, count: int, frames: int) -> Clips:
+        """Any clips, cut to `frames` latent frames and their sound."""
+        index = torch.randint(self.count, (count,), device=self.device, generator=self.generator)
+        latents = Pair(
+            self.video[index, :, :frames].float(),
+            self.sound[index, : VIDEO_STRIDE[0] * (frames - 1) + 1].float(),
+        )
+        ids = self.ids[index]
+        return Clips(latents, ids, ids != prompts.PAD, self.is_free[index])
