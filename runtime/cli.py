@@ -16,6 +16,7 @@ from magihuman import runtime
 from magihuman.runtime.memory_plan import MemoryPlan
 from magihuman.runtime.score_command import score
 from magihuman.runtime.serve_command import serve
+from magihuman.runtime.shipped import NANO, suited
 from magihuman.runtime.terminal import (
     BAD_INPUT,
     Bar,
@@ -49,9 +50,9 @@ app.command()(score)
 
 @app.command()
 def generate(
-    model: ModelOption,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is seen and said.")],
     output: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")],
+    model: ModelOption = NANO,
     image: Annotated[
         Path | None, typer.Option(help="Reference image; becomes the first frame.")
     ] = None,
@@ -60,9 +61,15 @@ def generate(
         str, typer.Option(help="distill (8 steps) or base (32, with guidance).")
     ] = "distill",
     sr: Annotated[str | None, typer.Option(help="Super-resolution: 540p or 1080p.")] = None,
-    seconds: Annotated[float, typer.Option(help="Length of the clip, 0.2 to 60.")] = 5.0,
-    width: Annotated[int, typer.Option(help="Pixels, made in steps of 32.")] = 480,
-    height: Annotated[int, typer.Option(help="Pixels, made in steps of 32.")] = 272,
+    seconds: Annotated[
+        float | None, typer.Option(help="Length of the clip, 0.2 to 60; by default 5, or as suits.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels, made in steps of 32; by default 480, or as suits.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels, made in steps of 32; by default 272, or as suits.")
+    ] = None,
     sr_width: Annotated[int | None, typer.Option(help="Pixels after super-resolution.")] = None,
     sr_height: Annotated[int | None, typer.Option(help="Pixels after super-resolution.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 42,
@@ -110,13 +117,14 @@ def generate(
 ) -> None:
     """Make one clip and write it as an mp4 with sound."""
     with user_errors():
+        standard = suited(model)
         request = runtime.Request(
             prompt=prompt,
             image=image,
             audio=audio,
-            seconds=seconds,
-            width=width,
-            height=height,
+            seconds=standard["seconds"] if seconds is None else seconds,
+            width=standard["width"] if width is None else width,  # type: ignore[arg-type]
+            height=standard["height"] if height is None else height,  # type: ignore[arg-type]
             sr_width=sr_width,
             sr_height=sr_height,
             seed=seed,

@@ -30,6 +30,7 @@ from magihuman.runtime.folders import (
     write_json,
 )
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.shipped import model_folder
 from magihuman.runtime.transformer import linears_in_fp8
 
 SHARD_BYTES = 4 * 2**30 - 2**20  # of tensors in a file, which also has a header
@@ -76,7 +77,7 @@ def convert(
         raise InvalidRequestError(
             f"keep_bf16 must go with precision='fp8', got {keep_bf16!r} with {precision!r}"
         )
-    source = _Source(Path(model) / variant, VARIANTS[variant])
+    source = _Source(model_folder(model) / variant, VARIANTS[variant])
     quantized: tuple[str, ...] = ()
     if precision == "fp8":
         quantized = linears_in_fp8(source.config, keep_bf16)

@@ -29,7 +29,6 @@ from magihuman.runtime.locating import (
     TURBO_FOLDER,
     PathLike,
     find,
-    model_folder,
 )
 from magihuman.runtime.memory_plan import (
     BASE,
@@ -53,6 +52,7 @@ from magihuman.runtime.placing import (
     synthetic_parts,
 )
 from magihuman.runtime.run import Components
+from magihuman.runtime.shipped import model_folder
 from magihuman.runtime.team import PeerFailed, Team
 from magihuman.runtime.transformer import (
     FP8_ATTENTION,

@@ -11,6 +11,7 @@ from pathlib import Path
 from magihuman.runtime import config
 from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.image import WEIGHTS_NAME
+from magihuman.runtime.shipped import model_folder
 
 log = logging.getLogger("magihuman")
 
@@ -29,9 +30,6 @@ HUB_FILES = {
     IMAGE_FOLDER: [WEIGHTS_NAME],
 }
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-NANO = "nano"  # a model's name for which files come with this package
-NANO_FOLDER = Path(__file__).parent / "models" / NANO
 PathLike = str | os.PathLike[str]
 
 
@@ -45,19 +43,6 @@ class Paths:
     audio_vae: Path
     image_vae: Path | None
     sr: Path | None
-
-
-def model_folder(model: PathLike) -> Path:
-    """Where a model lies: of "nano" in this package, unless a folder here has that name."""
-    given = Path(model)
-    if os.fspath(model) != NANO or given.exists():
-        return given
-    if not NANO_FOLDER.is_dir():
-        raise CheckpointError(
-            f"the weights of {NANO} must be in {NANO_FOLDER}, and this copy of the package came"
-            " without; examples/nano/README.md says how they are trained, or give a directory"
-        )
-    return NANO_FOLDER
 
 
 def find(

@@ -58,8 +58,8 @@ def score(
                 _print(found)
             return
         assert model is not None
-        from magihuman.runtime.locating import model_folder
         from magihuman.runtime.model_score import score_model
+        from magihuman.runtime.shipped import model_folder
 
         folder = model_folder(model)
         bar = Bar(as_json)

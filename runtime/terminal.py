@@ -30,7 +30,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         envvar="MAGIHUMAN_MODEL",
-        help="Model directory, or Hugging Face hub id (owner/name).",
+        help="Model directory, hub id (owner/name), or nano, the small one in this package.",
     ),
 ]
 PrecisionOption = Annotated[

@@ -362,6 +362,8 @@ def test_a_stage_goes_on_from_its_file(out, tmp_path):
     assert after["steps"] > before["steps"] >= 1
     assert after["tokenizer"] == before["tokenizer"]
     assert (tmp_path / "dit.pt").stat().st_size < 12e6
+    stage(tmp_path, "distill")  # without matching, from where `dit` is
+    assert load(tmp_path / "distill.pt", dit.Model())["tokenizer"] == before["tokenizer"]
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ class TextEncoder(nn.Module):
         self.model: Any = T5GemmaEncoderModel(config)
 
     def forward(self, ids: Tensor, is_text: Tensor) -> Tensor:
-        # Made here, since transformers would look at the values, and so wait for the device. T5Gemma
-        # adds it to its scores: their tanh leaves it no other attention.
+        # Made here, since transformers would look at the values, and so wait for the device. It is
+        # added to the scores: their tanh leaves T5Gemma no attention but the eager one.
         mask = (~is_text[:, None, None, :]).float() * -1e9
         masks = {"full_attention": mask, "sliding_attention": mask}
         hidden: Tensor = self.model(input_ids=ids, attention_mask=masks).last_hidden_state

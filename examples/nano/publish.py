@@ -14,8 +14,9 @@ import video
 import world
 from captions import caption, draw
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
-from magihuman.runtime.model_score import PROMPTS, SCORE_FOLDER
-from training import load
+from magihuman.runtime.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
+from magihuman.runtime.shipped import SUITED
+from training import load, write_json
 
 AUDIO = 81  # latents of a reference: 3.2 s
 REFERENCES, CLIPS = 4, 64
@@ -37,6 +38,7 @@ def export(out: Path) -> None:
         raise SystemExit(f"{out}/dit.pt is missing: train --stage dit first")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     write_score(folder / SCORE_FOLDER)
+    write_json(folder / SUITED, {"seconds": SECONDS, "width": SIZE_PX, "height": SIZE_PX})
     shutil.copyfile(CARD, folder / "README.md")
     print(f"wrote {folder}: {size / 1e6:.2f} MB of components")
 
