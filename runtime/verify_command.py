@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from magihuman import runtime
+from magihuman.runtime.shipped import suited
 from magihuman.runtime.terminal import (
     FAILED,
     Bar,
@@ -41,9 +42,9 @@ def verify(
     transformer: Annotated[
         str | None, typer.Option(help="Folder of a transformer that lies elsewhere.")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Length of the clips.")] = 5.0,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 480,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 272,
+    seconds: Annotated[float | None, typer.Option(help="By default 5, or as suits.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; by default 480, or as suits.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; by default 272, or as suits.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     seed: Annotated[int, typer.Option(help="Of both clips of a prompt.")] = 42,
     max_linear_error: Annotated[float, typer.Option(help="Of any linear's product.")] = 0.08,
@@ -52,6 +53,9 @@ def verify(
     min_psnr_db: Annotated[float | None, typer.Option(help="Of the frames.")] = None,
     min_ssim: Annotated[float | None, typer.Option(help="Of the frames.")] = None,
     min_snr_db: Annotated[float | None, typer.Option(help="Of the sound.")] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Of the nano model: compare colours and mouth too.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
     as_json: JsonOption = False,
@@ -70,6 +74,7 @@ def verify(
         from magihuman.runtime.verify_page import write_page
         from magihuman.runtime.verify_report import Thresholds
 
+        standard = suited(model)
         bar = Bar(as_json)
         with bar:
             report = runtime.verify(
@@ -77,9 +82,9 @@ def verify(
                 wanted,
                 precision=cast("Precision", precision),
                 keep_bf16=keep_list(keep_bf16) or "none",
-                seconds=seconds,
-                width=width,
-                height=height,
+                seconds=standard["seconds"] if seconds is None else seconds,
+                width=standard["width"] if width is None else width,  # type: ignore[arg-type]
+                height=standard["height"] if height is None else height,  # type: ignore[arg-type]
                 steps=steps,
                 seed=seed,
                 thresholds=Thresholds(
@@ -91,6 +96,7 @@ def verify(
                     min_ssim=min_ssim,
                     min_snr_db=min_snr_db,
                 ),
+                score=score,
                 variant=variant,
                 transformer=transformer,
                 device=device,
@@ -133,6 +139,14 @@ def _print(report: Report) -> None:
         quality = (f"{clip.psnr_db:.1f} dB", f"{clip.ssim:.3f}", f"{clip.snr_db:.1f} dB")
         table.add_row(clip.prompt[:40], *errors, *quality)
     out.print(table)
+    for clip in report.clips:
+        if clip.scores is not None:
+            figures = " and ".join(
+                f"{score.right} of {len(score.named)} colours, mouth and sound"
+                f" {score.synchrony.correlation:.3f}"
+                for score in clip.scores
+            )
+            out.print(f"{clip.prompt[:40]}: bf16 and fp8 have {figures}", markup=False)
     for sentence in report.broken:
         err.print(sentence, style="red", markup=False, highlight=False)
     if report.suggested_keep_bf16:

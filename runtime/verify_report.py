@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from magihuman.graphs.precision import KEEP_MODALITY, KeepBf16
 from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.quality import Frames
+from magihuman.runtime.scoring import ClipScore
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Thresholds:
             full size are 0.037 apart after 8 steps; four times that is not rounding alone.
         min_psnr_db, min_ssim: of the frames. min_snr_db: of the sound. None by default: clips that
             differ in detail can be equally good.
+        max_synchrony_loss: of the correlation of mouth and sound, where clips are scored. Fewer
+            colours right never pass then.
     """
 
     max_linear_error: float = 0.08
@@ -33,6 +36,7 @@ class Thresholds:
     min_psnr_db: float | None = None
     min_ssim: float | None = None
     min_snr_db: float | None = None
+    max_synchrony_loss: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Clip:
         video_error, audio_error: relative error of the latents after each step.
         psnr_db, ssim: of the frames. snr_db: of the sound.
         shown: some frames in bf16, and the same in fp8.
+        scores: of the clip in bf16 and in fp8, where that was asked for.
     """
 
     prompt: str
@@ -65,6 +70,7 @@ class Clip:
     ssim: float
     snr_db: float
     shown: tuple[Frames, Frames] = field(repr=False)
+    scores: tuple[ClipScore, ClipScore] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """All figures, ready for JSON; those that are not finite as "inf", "-inf" or "nan"."""
         clips = [{k: v for k, v in vars(clip).items() if k != "shown"} for clip in self.clips]
+        for clip in clips:
+            clip["scores"] = clip["scores"] and [asdict(score) for score in clip["scores"]]
         per_linear, per_attention = (
             {name: vars(error) for name, error in errors.items()}
             for errors in (self.per_linear, self.per_attention)
@@ -148,7 +156,22 @@ def broken(
             for what, (value, limit) in least.items()
             if limit is not None and not value >= limit
         ]
+        said += _score_lost(clip, thresholds)
         found += [f"{clip.prompt!r}: {sentence}" for sentence in said]
+    return found
+
+
+def _score_lost(clip: Clip, thresholds: Thresholds) -> list[str]:
+    if clip.scores is None:
+        return []
+    bf16, fp8 = clip.scores
+    found = []
+    if fp8.right < bf16.right:
+        found.append(f"colours right {fp8.right}, at least {bf16.right} wanted, as in bf16")
+    lost = bf16.synchrony.correlation - fp8.synchrony.correlation
+    if not lost <= thresholds.max_synchrony_loss:
+        limit = thresholds.max_synchrony_loss
+        found.append(f"correlation of mouth and sound lost {lost:.3g}, at most {limit:g} allowed")
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from magihuman.graphs.precision import KEEP_NONE, KeepBf16
 from magihuman.kernels.reference import LocalAttention
-from magihuman.runtime import building, config, loading, locating, quality
+from magihuman.runtime import building, config, loading, locating, quality, scoring
 from magihuman.runtime.decode import decode_frames
 from magihuman.runtime.engine import Engine
 from magihuman.runtime.errors import InvalidRequestError
@@ -57,6 +57,7 @@ def verify(
     steps: int | None = None,
     seed: int = 42,
     thresholds: Thresholds | None = None,
+    score: bool = False,
     variant: str = "distill",
     transformer: locating.PathLike | None = None,
     device: str | torch.device | None = None,
@@ -75,6 +76,7 @@ def verify(
         keep_bf16: as for `load`.
         seconds, width, height, steps, seed: as for `Request`.
         thresholds: for the verdict.
+        score: also score the clips, as `magihuman score` does: for the nano model.
         variant, transformer, device, on_load: as for `load`; not used with an engine.
         on_progress: called after every step; the stage names precision and prompt.
 
@@ -95,7 +97,7 @@ def verify(
         )
     limits = thresholds or Thresholds()
     if isinstance(model, Engine):
-        return _verify(model, requests, precision, keep_bf16, limits, on_progress)
+        return _verify(model, requests, precision, keep_bf16, limits, on_progress, score)
     _check_keep(model, variant, transformer, device, keep_bf16)
     with loading.load(
         model,
@@ -106,7 +108,7 @@ def verify(
         transformer=transformer,
         on_load=on_load,
     ) as engine:
-        return _verify(engine, requests, precision, keep_bf16, limits, on_progress)
+        return _verify(engine, requests, precision, keep_bf16, limits, on_progress, score)
 
 
 def _check_keep(
@@ -135,6 +137,7 @@ def _verify(
     keep_bf16: KeepBf16,
     thresholds: Thresholds,
     on_progress: ProgressCallback | None,
+    is_scored: bool,
 ) -> Report:
     if engine.precision != "bf16":
         raise InvalidRequestError(
@@ -154,7 +157,8 @@ def _verify(
         for i, request in enumerate(requests, 1):
             with engine.hold(request) as run:
                 probe = _Probe(dit, simulation)
-                clips.append(_clip(run, probe, f"{i} of {len(requests)}", on_progress))
+                label = f"{i} of {len(requests)}"
+                clips.append(_clip(run, probe, label, on_progress, is_scored))
                 measured.append(probe.measured)
 
     def at_steps(part: str, key: str | int) -> AtSteps:
@@ -236,7 +240,9 @@ class _Probe:
         return result
 
 
-def _clip(run: Run, probe: _Probe, label: str, on_progress: ProgressCallback | None) -> Clip:
+def _clip(
+    run: Run, probe: _Probe, label: str, on_progress: ProgressCallback | None, is_scored: bool
+) -> Clip:
     """One request in bf16 and in fp8."""
     prepared = run.prepare()
     plan, ids = prepared.plan, prepared.ids
@@ -263,6 +269,13 @@ def _clip(run: Run, probe: _Probe, label: str, on_progress: ProgressCallback | N
         frames.append(decode_frames(run.parts.turbo_vae, video))
         waves.append(run.audio_vae.decode(audio))
     bf16, fp8 = frames
+    scores = None
+    if is_scored:
+        prompt, rate, fps = run.request.prompt, config.SAMPLE_RATE_HZ, config.FPS
+        scores = (
+            scoring.score(bf16, waves[0], rate, fps, prompt),
+            scoring.score(fp8, waves[1], rate, fps, prompt),
+        )
     steps = list(zip(*trails, strict=True))
     shown = np.linspace(0, len(bf16) - 1, SHOWN_FRAMES).round().astype(int)
     return Clip(
@@ -273,4 +286,5 @@ def _clip(run: Run, probe: _Probe, label: str, on_progress: ProgressCallback | N
         ssim=quality.ssim(fp8, bf16),
         snr_db=quality.snr_db(waves[1], waves[0]),
         shown=(bf16[shown], fp8[shown]),
+        scores=scores,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -22,7 +23,7 @@ import weight_kinds
 from magihuman import runtime
 from magihuman.graphs import compile as compiling
 from magihuman.graphs import precision
-from magihuman.runtime import quality, tokens, verify_page
+from magihuman.runtime import quality, scoring, tokens, verify_page, verify_report
 from magihuman.runtime.checkpoint import SINGLE_NAME
 from magihuman.runtime.cli import app
 from magihuman.runtime.simulated_fp8 import Mode, SimulatedFp8
@@ -222,7 +223,7 @@ def test_a_pass_on_the_command_line(tiny_dir, tmp_path, healthy):
     assert found["settings"]["steps"] == 2 and found["thresholds"]["max_linear_error"] == 0.08
     assert set(found["per_linear"][QKV]) == {"first", "last"}
     assert set(found["clips"][0]) == {
-        "prompt", "video_error", "audio_error", "psnr_db", "ssim", "snr_db",
+        "prompt", "video_error", "audio_error", "psnr_db", "ssim", "snr_db", "scores",
     }  # fmt: skip
     text = page.read_text()
     assert "fp8 against bf16: pass" in text and "a &lt;woman&gt;" in text
@@ -243,6 +244,38 @@ def test_a_fail_on_the_command_line(broken_dir, tmp_path, broken):
     assert "fp8 2/2" not in result.stderr and "fp8 1 of 1 2/2" in result.stderr
     text = page.read_text()
     assert "fp8 against bf16: fail" in text and f"<li>{QKV}<li>{UP}" in text
+
+
+def test_clips_are_scored_where_that_is_asked_for(tiny_dir, healthy):
+    assert healthy.clips[0].scores is None
+    prompt = "A man in a red shirt on a green background says: ma"
+    result = run("verify", "-m", tiny_dir, "-p", prompt, *FLAGS, "--score", "--json")
+    bf16, fp8 = json.loads(result.stdout)["clips"][0]["scores"]
+    assert bf16["named"] == fp8["named"] == {"shirt": "red", "background": "green"}
+    assert set(bf16["synchrony"]) == {"correlation", "lag_frames"}
+    said = run("verify", "-m", tiny_dir, "-p", prompt, *FLAGS, "--score").stdout
+    assert "of 2 colours" in said
+
+
+@pytest.mark.parametrize(
+    ("found", "correlation", "said"),
+    [
+        ("red", 0.85, []),
+        ("blue", 0.9, ["colours"]),
+        ("red", 0.7, ["correlation"]),
+        ("red", math.nan, ["correlation"]),
+    ],
+)
+def test_a_score_that_fp8_loses_fails(healthy, found, correlation, said):
+    def score(colour: str, correlation: float) -> scoring.ClipScore:
+        return scoring.ClipScore(
+            {"shirt": "red"}, {"shirt": colour}, scoring.Synchrony(correlation, 0)
+        )
+
+    pair = score("red", 0.9), score(found, correlation)
+    clip = dataclasses.replace(healthy.clips[0], scores=pair)
+    sentences = verify_report.broken(Thresholds(), {}, {}, [clip])
+    assert [sentence.split(": ")[1].split()[0] for sentence in sentences] == said
 
 
 def test_the_page_is_written_whole_or_not_at_all(healthy, tmp_path, monkeypatch):
