@@ -366,6 +366,14 @@ def test_a_stage_goes_on_from_its_file(out, tmp_path):
     assert load(tmp_path / "distill.pt", dit.Model())["tokenizer"] == before["tokenizer"]
 
 
+def test_other_latents_are_refused(out, tmp_path):
+    for name in ("vae.pt", "sound.pt", "dit.pt"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    stage(tmp_path, "sound")
+    with pytest.raises(SystemExit, match=r"remove dit\.pt and distill\.pt"):
+        stage(tmp_path, "dit")
+
+
 @pytest.mark.parametrize(
     ("name", "missing"), [("dit", "vae"), ("distill", "dit"), ("export", "vae")]
 )

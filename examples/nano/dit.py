@@ -61,6 +61,11 @@ class Trainer:
         self.rng = random.Random(seed)
         self.generator = torch.Generator(run.device).manual_seed(seed)
         self.stock = Stock(run.out, stock, size_px, tokenizer, seed, run.device)
+        if facts.get("latents", self.stock.latents) != self.stock.latents:
+            raise SystemExit(
+                f"{self.path.name} was trained on latents of {facts['latents']}, which are now of"
+                f" {self.stock.latents}: remove dit.pt and distill.pt, and train them anew"
+            )
         self.stock.fill()
         print(f"{run.stage}: {self.stock.count} clips drawn", flush=True)
 
@@ -95,6 +100,7 @@ class Trainer:
         facts = {
             "steps": self.done + self.run.step,
             "tokenizer": self.stock.tokenizer.to_str(),
+            "latents": self.stock.latents,
         }
         save(self.path, self.average, averaged, **facts)
 
@@ -102,7 +108,8 @@ class Trainer:
         """Save, and show what the averaged weights make of prompts."""
         self.average.swap()
         self.save(averaged=True)
-        preview(self.run, self.model.eval(), self.stock)
+        with torch.compiler.set_stance("force_eager"):  # other shapes, once
+            preview(self.run, self.model.eval(), self.stock)
 
 
 def load_trained(folder: Path, model: Model) -> dict[str, object]:

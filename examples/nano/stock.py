@@ -53,9 +53,12 @@ class Stock:
         device: torch.device,
     ) -> None:
         self.pictures, self.sounds = VideoAutoencoder(), SoundAutoencoder()
+        self.latents = ""  # which ones: those of no other state of the autoencoders
         for model, name in ((self.pictures, "vae"), (self.sounds, "sound")):
-            if not load(folder / f"{name}.pt", model):
+            facts = load(folder / f"{name}.pt", model)
+            if not facts:
                 raise SystemExit(f"{folder}/{name}.pt is missing: train --stage {name} first")
+            self.latents += f"{name} {facts['steps']} "
             model.to(device).eval().requires_grad_(False)
         self.count = -(-count // DRAWN) * DRAWN
         self.tokenizer, self.size_px, self.device = tokenizer, size_px, device

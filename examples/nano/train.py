@@ -20,7 +20,7 @@ import world
 from publish import export
 from training import Run
 
-MINUTES = {"vae": 9.0, "sound": 5.0, "dit": 9.0, "distill": 5.0}
+MINUTES = {"vae": 8.5, "sound": 6.0, "dit": 8.5, "distill": 5.0}
 BATCHES = {"vae": video.BATCH, "sound": sound.BATCH, "dit": dit.BATCH, "distill": dit.BATCH}
 
 
