@@ -205,7 +205,7 @@ def test_a_damaged_model_is_one_line_and_exit_code_2(tiny_dir, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", "-p", "hi", "-o", "clip.mp4"],
+        ["generate", "-p", "hi"],
         ["generate", "-m", "model", "-p", "hi", "-o", "clip.mp4", "--seconds", "five"],
         ["generate", "-m", "model", "-p", "hi", "-o", "clip.mp4", "--no-such-option"],
         ["no-such-command"],
