@@ -16,7 +16,7 @@ from magihuman.runtime.checkpoint import ARCHITECTURE_NAME, SINGLE_NAME
 from preview import preview
 from sampler import Task, draw_task, noise_like, noised
 from stock import Clips, Pair, Stock
-from training import Average, Run, autocast, load, save, write_json
+from training import Average, Run, autocast, compile_parts, load, save, uncompiled, write_json
 from transformer import CONFIG, BatchedDiT
 from video import CHANNELS
 
@@ -108,7 +108,7 @@ class Trainer:
         """Save, and show what the averaged weights make of prompts."""
         self.average.swap()
         self.save(averaged=True)
-        with torch.compiler.set_stance("force_eager"):  # other shapes, once
+        with uncompiled():  # other shapes, once
             preview(self.run, self.model.eval(), self.stock)
 
 
@@ -149,12 +149,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate:
 
 def compile_layers(model: Model) -> None:
     """Each layer by itself: there are three kinds, for each length, with gradients and without."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs all the same
-    for layer in model.transformer.dit.block.layers:
-        layer.compile(dynamic=False)
+    compile_parts(*model.transformer.dit.block.layers)
 
 
 def draw_sigma(count: int, generator: torch.Generator) -> Tensor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,17 @@ from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME
 from magihuman.runtime.loading import AUDIO_FOLDER
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig
 from magihuman.runtime.tiny import unfold_weight_norm
-from training import Average, Run, Standardized, finish, load, save, write_json
+from training import (
+    Average,
+    Run,
+    Standardized,
+    compile_parts,
+    finish,
+    load,
+    save,
+    uncompiled,
+    write_json,
+)
 from voice import FRAME
 
 CONFIG = OobleckConfig(channels=8, multiples=(1, 2, 4, 8, 8))
@@ -67,8 +75,8 @@ class SoundAutoencoder(nn.Module):
         return ((z.real.square() + z.imag.square()) / shape.square().sum() + 1e-10).sqrt()
 
 
-def train(run: Run, batch: int, size_px: int, compiled: Callable[[Any], Any]) -> None:
-    """Until the time is over. There are no pixels."""
+def train(run: Run, batch: int, compiled: bool) -> None:
+    """Until the time is over."""
     path = run.out / "sound.pt"
     model = SoundAutoencoder()
     done = load(path, model).get("steps", 0)
@@ -78,12 +86,13 @@ def train(run: Run, batch: int, size_px: int, compiled: Callable[[Any], Any]) ->
         model.parameters(), lr=LEARNING_RATE, betas=(0.8, 0.99), weight_decay=1e-4
     )
     rng, generator = random.Random(done), torch.Generator(run.device).manual_seed(done)
-    step_of = compiled(model)
+    if compiled:
+        compile_parts(model.oobleck.encoder, model.oobleck.decoder)
     for _ in run.steps():
         wave = voices(batch, rng, generator)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * run.rate
-        loss, distance, made = step_of(wave)
+        loss, distance, made = model(wave)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -93,12 +102,12 @@ def train(run: Run, batch: int, size_px: int, compiled: Callable[[Any], Any]) ->
         if run.is_due():
             save(path, average, steps=done + run.step + 1)
 
-    finish(
-        path, average, model.norm, lambda: model.encode(voices(batch, rng, generator)),
-        steps=done + run.step,
-    )  # fmt: skip
-    wave = voices(batch, rng, generator)
-    with torch.no_grad():
+    with uncompiled(), torch.no_grad():
+        finish(
+            path, average, model.norm, lambda: model.encode(voices(batch, rng, generator)),
+            steps=done + run.step,
+        )  # fmt: skip
+        wave = voices(batch, rng, generator)
         _, distance, made = model(wave)
     print(
         f"sound: averaged weights, spectra {distance.item():.2f} dB off,"
@@ -117,7 +126,7 @@ def _snr_db(wave: Tensor, made: Tensor) -> Tensor:
 def voices(batch: int, rng: random.Random, generator: torch.Generator) -> Tensor:
     """[B, 2, 2048 FRAMES]: a third of it free of captions' timing and pitches."""
     looks = attributes([draw(rng) for _ in range(batch)], generator.device)
-    wave = world.voices(looks, CLIP_FRAMES, generator, 0.33).wave
+    wave = world.voices(looks, CLIP_FRAMES, generator, 0.67).wave
     first = rng.randrange(CLIP_FRAMES - FRAMES)
     return wave[:, None, first * FRAME : (first + FRAMES) * FRAME].expand(-1, 2, -1)
 

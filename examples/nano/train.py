@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--stock", type=int, default=dit.STOCK, help="clips that dit draws from")
     parser.add_argument("--matching", type=float, default=0.0, help="weight of it in distill")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the layers, or the loss")
+    parser.add_argument("--compile", action="store_true", help="layers, but those of vae")
     given = parser.parse_args()
 
     torch.manual_seed(0)
@@ -48,9 +48,10 @@ def main() -> None:
             continue
         run = Run(stage, given.out, given.minutes or MINUTES[stage], torch.device(given.device))
         batch = given.batch or BATCHES[stage]
-        if stage in ("vae", "sound"):
-            compiled = torch.compile if given.compile else lambda model: model
-            (video if stage == "vae" else sound).train(run, batch, given.size, compiled)
+        if stage == "vae":
+            video.train(run, batch, given.size)
+        elif stage == "sound":
+            sound.train(run, batch, given.compile)
         elif stage == "dit":
             dit.train(run, batch, given.size, given.compile, given.stock)
         else:

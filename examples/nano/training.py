@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ class Average(nn.Module):
 def save(path: Path, average: Average, averaged: bool = False, **facts: Any) -> None:
     """Averaged weights in fp16, whole or not at all, to go on from and to write models from.
 
-    averaged: whether they are the model's already.
+    averaged: whether they are the model's already. Ends the run if a weight is not finite: losses
+    are looked at now and then only, and the file before is the last good one.
     """
     if not averaged:
         average.swap()
@@ -110,6 +112,9 @@ def save(path: Path, average: Average, averaged: bool = False, **facts: Any) -> 
     }
     if not averaged:
         average.swap()
+    lost = [key for key, value in state.items() if not value.isfinite().all()]
+    if lost:
+        raise SystemExit(f"{path.name} is kept as it was: {', '.join(lost)} are not finite")
     part = path.with_suffix(".part")
     torch.save({"model": {key: value.cpu() for key, value in state.items()}, **facts}, part)
     os.replace(part, path)
@@ -135,6 +140,22 @@ def channels_last(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim in formats:
             parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
+
+
+def compile_parts(*modules: nn.Module) -> None:
+    """Each by itself, for every shape anew."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs all the same
+    for module in modules:
+        module.compile(dynamic=False)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Without compiling for what is computed once."""
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def write_json(path: Path, value: object) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def _loss(error: Tensor, weight: Tensor) -> Tensor:
     return loss
 
 
-def train(run: Run, batch: int, size_px: int, compiled: Callable[[Any], Any]) -> None:
+def train(run: Run, batch: int, size_px: int) -> None:
     """Both halves together, until the time is over."""
     path = run.out / "vae.pt"
     model = VideoAutoencoder()
@@ -133,7 +132,6 @@ def train(run: Run, batch: int, size_px: int, compiled: Callable[[Any], Any]) ->
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-4
     )
     rng, generator = random.Random(done), torch.Generator(run.device).manual_seed(done)
-    step_of = compiled(model)
 
     @torch.no_grad()
     def draw(count: int, latents: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +149,7 @@ def train(run: Run, batch: int, size_px: int, compiled: Callable[[Any], Any]) ->
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * run.rate
         with autocast(run.device):
-            loss, square, _ = step_of(frames, matters)
+            loss, square, _ = model(frames, matters)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
