@@ -29,7 +29,7 @@ from training import (
     write_json,
 )
 
-WAN_BASE_DIM = 10
+WAN_BASE_DIM = 8  # tensor cores take channels by eights
 TURBO = TurboVAEConfig(
     decoder_block_out_channels=(16, 24, 48, 64), decoder_layers_per_block=(2, 2, 1, 1, 1)
 )
