@@ -18,17 +18,19 @@ import train
 import transformer
 import video
 import world
-from captions import caption, draw
+from captions import attributes, caption, draw
 from distill import Matcher
 from magihuman import runtime
-from magihuman.runtime import denoise, tokens
+from magihuman.runtime import config, denoise, tokens
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.model_score import score_model
+from magihuman.runtime.model_score import SECONDS, score_model
 from stock import Clips, Pair, Stock
-from training import Run, load
+from training import Average, Run, load, save
+from voice import speak
 
 CPU = torch.device("cpu")
 SIZE_PX, LATENTS = 32, 2
+LENGTHS = dit.AUDIO
 TRIAL = ("--batch", "2", "--size", str(SIZE_PX), "--stock", "4", "--device", "cpu")
 
 
@@ -40,7 +42,7 @@ def small():
         patch.setattr("preview.COUNT", 2)
         patch.setattr("preview.FRAMES", 6)
         patch.setattr("preview.AUDIO", 21)
-        patch.setattr("dit.FRAMES", (6, 3))
+        patch.setattr("dit.AUDIO", (21, 9, 8))
         yield
 
 
@@ -350,6 +352,45 @@ def test_layers_compile_in_one_graph(clips):
     sum(value.sum() for value in found).backward()
 
 
+def test_free_voices_say_what_other_clips_say():
+    """Those of the clip before, in its person's voice; the first of two at another speed."""
+    rng = random.Random(1)
+    looks = attributes([draw(rng) for _ in range(4)], CPU)
+    own, others = (
+        speak(
+            looks["syllables"].roll(shift, 0),
+            looks["person"].roll(shift, 0),
+            21,
+            torch.Generator().manual_seed(3),
+        ).wave
+        for shift in (0, 1)
+    )
+    found = world.voices(looks, 21, torch.Generator().manual_seed(3), 0.5).wave
+    assert [torch.equal(a, b) for a, b in zip(found, own, strict=True)] == [0, 0, 1, 1]
+    assert [torch.equal(a, b) for a, b in zip(found, others, strict=True)] == [0, 1, 0, 0]
+
+
+def test_requests_are_as_long_as_what_is_trained_on():
+    """A voice has a latent less than a clip of its length, see `open_driving_audio`."""
+    clip = config.audio_latents(SECONDS)
+    voice = int(SECONDS * config.LATENT_AUDIO_RATE_HZ) // sound.CONFIG.samples_per_latent
+    assert voice == clip - 1
+    assert {clip, voice} <= set(LENGTHS)
+
+
+def test_tensor_cores_take_the_channels():
+    """By eights, but for pixels: three colours of 2x2."""
+    model = video.VideoAutoencoder()
+    counts = {
+        count
+        for module in (model.encoder, model.quant_conv, model.decoder)
+        for conv in module.modules()
+        if isinstance(conv, torch.nn.Conv2d | torch.nn.Conv3d)
+        for count in (conv.in_channels, conv.out_channels)
+    }
+    assert {count for count in counts if count % 8} == {12}
+
+
 # -- files ------------------------------------------------------------------------------------
 
 
@@ -372,6 +413,18 @@ def test_other_latents_are_refused(out, tmp_path):
     stage(tmp_path, "sound")
     with pytest.raises(SystemExit, match=r"remove dit\.pt and distill\.pt"):
         stage(tmp_path, "dit")
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    average, path = Average(model), tmp_path / "a.pt"
+    save(path, average, steps=1)
+    before = path.read_bytes()
+    average.values[0][0, 0] = float("nan")
+    with pytest.raises(SystemExit, match=r"a\.pt is kept as it was: weight are not finite"):
+        save(path, average, steps=2)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
 
 
 @pytest.mark.parametrize(
@@ -406,9 +459,10 @@ def test_the_stock_is_a_ring(out):
     assert torch.equal(stock.video[0], first)
     stock.refresh()
     assert not torch.equal(stock.video[0], first)
-    taken = stock.take(5, 6)
-    assert taken.latents.video.shape == (5, 48, 6, LATENTS, LATENTS)
-    assert taken.latents.sound.shape == (5, 21, 64)
+    for audio, frames in ((21, 6), (20, 5)):
+        taken = stock.take(5, audio)
+        assert taken.latents.video.shape == (5, 48, frames, LATENTS, LATENTS)
+        assert taken.latents.sound.shape == (5, audio, 64)
     assert stock.is_free.sum() == 2
 
 

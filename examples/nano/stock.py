@@ -17,7 +17,7 @@ from sound import SoundAutoencoder
 from training import autocast, load
 from video import VideoAutoencoder
 
-AUDIO = 101  # latents of each clip's sound
+AUDIO = 81  # latents of each clip's sound
 DRAWN = 16  # clips at a time
 FREE = 0.25  # of the clips say what their captions do not
 
@@ -95,12 +95,12 @@ class Stock:
         self.is_free[place] = torch.arange(DRAWN, device=self.device) < round(FREE * DRAWN)
         self.next = (self.next + DRAWN) % self.count
 
-    def take(self, count: int, frames: int) -> Clips:
-        """Any clips, cut to `frames` latent frames and their sound."""
+    def take(self, count: int, audio: int) -> Clips:
+        """Any clips, cut to `audio` latents of sound and the latent frames that go with them."""
         index = torch.randint(self.count, (count,), device=self.device, generator=self.generator)
         latents = Pair(
-            self.video[index, :, :frames].float(),
-            self.sound[index, : VIDEO_STRIDE[0] * (frames - 1) + 1].float(),
+            self.video[index, :, : latent_frames(audio)].float(),
+            self.sound[index, :audio].float(),
         )
         ids = self.ids[index]
         return Clips(latents, ids, ids != prompts.PAD, self.is_free[index])

@@ -43,7 +43,7 @@ def make(
 ) -> Batch:
     """`count` clips of `audio` audio latents, on the generator's device.
 
-    free_voice: of this share the sound is not what the caption says, but as of `freely`.
+    free_voice: of this share, the first ones, the sound is not what the caption says.
     shown: the first frame drawn and how many; by default all.
     """
     device = generator.device
@@ -64,13 +64,22 @@ def make(
 def voices(
     looks: dict[str, Tensor], audio: int, generator: torch.Generator, free_voice: float
 ) -> Sound:
-    """The sound of clips, `audio` frames of it."""
-    sound = speak(looks["syllables"], looks["person"], audio, generator)
-    count = round(free_voice * len(sound.wave))
-    if not count:
+    """The sound of clips, `audio` frames of it.
+
+    The free ones say what the caption of another clip says, in the voice of its person, so that a
+    mouth has to go by the sound; half of them as of `freely`.
+    """
+    count = round(free_voice * len(looks["person"]))
+    syllables, person = (
+        torch.cat((looks[name].roll(1, 0)[:count], looks[name][count:]))
+        for name in ("syllables", "person")
+    )
+    sound = speak(syllables, person, audio, generator)
+    warped = (count + 1) // 2
+    if not warped:
         return sound
-    free = freely(Sound(*(track[:count] for track in sound)), generator)
-    return Sound(*(torch.cat((a, b[count:])) for a, b in zip(free, sound, strict=True)))
+    free = freely(Sound(*(track[:warped] for track in sound)), generator)
+    return Sound(*(torch.cat((a, b[warped:])) for a, b in zip(free, sound, strict=True)))
 
 
 def as_stereo(sound: Sound) -> Tensor:
