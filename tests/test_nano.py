@@ -39,6 +39,7 @@ def small():
     """Few clips at a time, to draw and to show."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stock.DRAWN", 4)
+        patch.setattr("training.COUNTED_BATCHES", 4)
         patch.setattr("preview.COUNT", 2)
         patch.setattr("preview.FRAMES", 6)
         patch.setattr("preview.AUDIO", 21)
@@ -368,6 +369,15 @@ def test_free_voices_say_what_other_clips_say():
     found = world.voices(looks, 21, torch.Generator().manual_seed(3), 0.5).wave
     assert [torch.equal(a, b) for a, b in zip(found, own, strict=True)] == [0, 0, 1, 1]
     assert [torch.equal(a, b) for a, b in zip(found, others, strict=True)] == [0, 1, 0, 0]
+
+
+def test_sound_depends_on_its_latents_from_the_start():
+    torch.manual_seed(0)
+    model = sound.SoundAutoencoder()
+    with torch.no_grad():
+        a, b = model.oobleck.decode(torch.randn(2, 64, 4)).split(1)
+    assert 0.01 < a.std() < 0.5  # speech has 0.2; a loud start is unlearnt first
+    assert (a - b).std() > 0.5 * a.std()  # by PyTorch's own weights, 0.02 of it
 
 
 def test_requests_are_as_long_as_what_is_trained_on():

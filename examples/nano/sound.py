@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ import world
 from captions import attributes, draw
 from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME
 from magihuman.runtime.loading import AUDIO_FOLDER
-from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig
+from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, ResidualUnit
+from magihuman.runtime.model_score import spectral_snr_db
 from magihuman.runtime.tiny import unfold_weight_norm
 from training import (
     Average,
@@ -45,9 +47,31 @@ class SoundAutoencoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.oobleck = Oobleck(CONFIG)
+        self._initialize()
         self.norm = Standardized(CONFIG.latent_channels)
         for window in WINDOWS:
             self.register_buffer(f"window{window}", torch.hann_window(window), persistent=False)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """As loud after a convolution as before, and faint at the end.
+
+        By default each makes its input fainter, ten of them by thousands, and beside the biases of
+        the last ones nothing is left of a latent. A clip overfitted for 120 steps came back at
+        12 dB with this, and at 8 without.
+        """
+        for module in self.oobleck.modules():
+            if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+                taps = module.kernel_size[0]
+                if isinstance(module, nn.ConvTranspose1d):
+                    taps //= module.stride[0]
+                module.weight.normal_(0, (module.in_channels * taps) ** -0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for module in self.oobleck.modules():
+            if isinstance(module, ResidualUnit):
+                module.layers[-1].weight.mul_(0.5)
+        self.oobleck.decoder.layers[-1].weight.mul_(0.01)
 
     def encode(self, wave: Tensor) -> Tensor:
         """The mean, normalised."""
@@ -109,9 +133,13 @@ def train(run: Run, batch: int, compiled: bool) -> None:
         )  # fmt: skip
         wave = voices(batch, rng, generator)
         _, distance, made = model(wave)
+    scores = [
+        spectral_snr_db(*(x[clip].mean(0).cpu().numpy() for x in (made, wave)))
+        for clip in range(min(8, batch))
+    ]
     print(
-        f"sound: averaged weights, spectra {distance.item():.2f} dB off,"
-        f" SNR {_snr_db(wave, made).item():.2f} dB",
+        f"sound: averaged weights, spectra {distance.item():.2f} dB off, SNR"
+        f" {_snr_db(wave, made).item():.2f} dB, of the spectra {statistics.median(scores):.2f} dB",
         flush=True,
     )
     listen(run.out / "sound.wav", wave, made)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 LOG_S, SAVE_S = 5.0, 60.0
 WARMUP_STEPS = 100
+COUNTED_BATCHES = 40  # of which the statistics of finished latents are
 DECAY = 0.3  # share of a run at whose end the learning rate falls to nearly nothing
 
 
@@ -213,13 +214,13 @@ class Standardized(nn.Module):
 def finish(
     path: Path, average: Average, norm: Standardized, encode: Callable[[], Tensor], **facts: Any
 ) -> None:
-    """Save the averaged weights with statistics of their own, of 40 batches; they stay in place.
+    """Save the averaged weights with statistics of their own; they stay in place.
 
     encode: latents of a new batch.
     """
     average.swap()
     norm.restart()
-    for _ in range(40):
+    for _ in range(COUNTED_BATCHES):
         encode()
     save(path, average, averaged=True, **facts)
     average.model.eval()
