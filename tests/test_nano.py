@@ -25,7 +25,7 @@ from magihuman.runtime import config, denoise, tokens
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model_score import SECONDS, score_model
 from stock import Clips, Pair, Stock
-from training import Average, Run, load, save
+from training import Average, Run, Standardized, finish, load, save
 from voice import speak
 
 CPU = torch.device("cpu")
@@ -423,6 +423,28 @@ def test_other_latents_are_refused(out, tmp_path):
     stage(tmp_path, "sound")
     with pytest.raises(SystemExit, match=r"remove dit\.pt and distill\.pt"):
         stage(tmp_path, "dit")
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_better_weights_are_kept_with_their_statistics(tmp_path, sign):
+    model = torch.nn.Conv1d(1, 1, 1)
+    torch.nn.init.ones_(model.weight)
+    norm, average = Standardized(1), Average(model)
+    average.values[0].fill_(3)
+    generator = torch.Generator().manual_seed(0)
+    best = finish(
+        tmp_path / "a.pt",
+        average,
+        norm,
+        lambda: norm(model(torch.randn(8, 1, 500, generator=generator))),
+        lambda: sign * model.weight.item(),
+    )
+    wanted = 3 if sign > 0 else 1
+    assert best == sign * wanted
+    assert load(tmp_path / "a.pt", torch.nn.Conv1d(1, 1, 1)) == {}
+    assert model.weight.item() == wanted
+    assert norm.std.item() == pytest.approx(wanted, rel=0.05)  # of 16,000 samples: 0.6 percent
+    assert norm.count == (4 if sign > 0 else 0)  # the last weights keep those of the training
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

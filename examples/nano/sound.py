@@ -126,22 +126,21 @@ def train(run: Run, batch: int, compiled: bool) -> None:
         if run.is_due():
             save(path, average, steps=done + run.step + 1)
 
+    wave = voices(batch, rng, generator)
+
+    def measure() -> float:
+        made = model(wave)[2]
+        return statistics.median(
+            spectral_snr_db(*(x[clip].mean(0).cpu().numpy() for x in (made, wave)))
+            for clip in range(min(8, batch))
+        )
+
     with uncompiled(), torch.no_grad():
         finish(
-            path, average, model.norm, lambda: model.encode(voices(batch, rng, generator)),
+            path, average, model.norm, lambda: model.encode(voices(batch, rng, generator)), measure,
             steps=done + run.step,
         )  # fmt: skip
-        wave = voices(batch, rng, generator)
-        _, distance, made = model(wave)
-    scores = [
-        spectral_snr_db(*(x[clip].mean(0).cpu().numpy() for x in (made, wave)))
-        for clip in range(min(8, batch))
-    ]
-    print(
-        f"sound: averaged weights, spectra {distance.item():.2f} dB off, SNR"
-        f" {_snr_db(wave, made).item():.2f} dB, of the spectra {statistics.median(scores):.2f} dB",
-        flush=True,
-    )
+        made = model(wave)[2]
     listen(run.out / "sound.wav", wave, made)
 
 

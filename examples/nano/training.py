@@ -212,15 +212,34 @@ class Standardized(nn.Module):
 
 @torch.no_grad()
 def finish(
-    path: Path, average: Average, norm: Standardized, encode: Callable[[], Tensor], **facts: Any
-) -> None:
-    """Save the averaged weights with statistics of their own; they stay in place.
+    path: Path,
+    average: Average,
+    norm: Standardized,
+    encode: Callable[[], Tensor],
+    measure: Callable[[], float],
+    **facts: Any,
+) -> float:
+    """Save the averaged weights, or the last ones where those are better; they stay in place.
 
-    encode: latents of a new batch.
+    encode: latents of a new batch: averaged weights have statistics of their own. The last ones
+    keep those that the decoder has learnt with, which lag behind while an encoder still changes: a
+    sound learnt for 260 steps came back at 24 dB with these, and at 1 dB with its own. measure: how
+    good the model is, in dB; the better figure is returned.
     """
+    model = average.model
+    kept = [value.clone() for value in norm.eval().buffers()]
+    last = measure()
     average.swap()
-    norm.restart()
+    norm.train().restart()
     for _ in range(COUNTED_BATCHES):
         encode()
+    norm.eval()
+    averaged = measure()
+    if averaged < last:
+        average.swap()
+        for value, before in zip(norm.buffers(), kept, strict=True):
+            value.copy_(before)
     save(path, average, averaged=True, **facts)
-    average.model.eval()
+    print(f"{path.stem}: {averaged:.2f} dB by averaged weights, {last:.2f} by the last", flush=True)
+    model.eval()
+    return max(averaged, last)

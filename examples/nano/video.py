@@ -159,15 +159,24 @@ def train(run: Run, batch: int, size_px: int) -> None:
         if run.is_due():
             save(path, average, steps=done + run.step + 1)
 
-    with autocast(run.device):
-        finish(
-            path, average, model.norm, lambda: model.encode(draw(batch, LATENTS)[0]),
-            steps=done + run.step,
-        )  # fmt: skip
-        frames, matters = draw(batch, LONG_LATENTS)
-        with torch.no_grad():
-            _, square, made = model(frames, matters)
-    print(f"vae: averaged weights, {-10 * (square / 4).log10().item():.2f} dB", flush=True)
+    frames, matters = draw(batch, LONG_LATENTS)
+
+    # Autocast anew each time: it keeps what it has made of weights, which are exchanged between.
+    @torch.no_grad()
+    def encode() -> Tensor:
+        with autocast(run.device):
+            return model.encode(draw(batch, LATENTS)[0])
+
+    @torch.no_grad()
+    def decode() -> tuple[Tensor, Tensor]:
+        with autocast(run.device):
+            return model(frames, matters)[1:]
+
+    finish(
+        path, average, model.norm, encode, lambda: -10 * (decode()[0] / 4).log10().item(),
+        steps=done + run.step,
+    )  # fmt: skip
+    made = decode()[1]
     picture(run.out / "vae.png", (frames + 1) / 2, (made + 1) / 2)
 
 
