@@ -112,6 +112,7 @@ def score_model(
         voiced.append(_score(engine, _request(said, i, audio=voice)))
         with engine.hold(_request(prompts[i], i)) as run, torch.inference_mode():
             assert run.parts.image_vae is not None
+            assert run.parts.audio_vae is not None
             wave, _ = open_driving_audio(voice, SECONDS)
             frames, again = run.decode(
                 run.parts.image_vae.encode(open_image(image), SIZE_PX, SIZE_PX),
