@@ -27,6 +27,11 @@ from magihuman.runtime.terminal import (
     PlanSrOption,
     PlanVariantOption,
     PrecisionOption,
+    RevisionOption,
+    SrOption,
+    SrTransformerOption,
+    TransformerOption,
+    TurboVaeOption,
     err,
     keep_list,
     out,
@@ -60,7 +65,7 @@ def generate(
     variant: Annotated[
         str, typer.Option(help="distill (8 steps) or base (32, with guidance).")
     ] = "distill",
-    sr: Annotated[str | None, typer.Option(help="Super-resolution: 540p or 1080p.")] = None,
+    sr: SrOption = None,
     seconds: Annotated[
         float | None, typer.Option(help="Length of the clip, 0.2 to 60; by default 5, or as suits.")
     ] = None,
@@ -95,14 +100,10 @@ def generate(
     context_parallel: Annotated[
         int, typer.Option(help="GPUs, from --device on, that make the clip together.")
     ] = 1,
-    revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
-    transformer: Annotated[
-        str | None, typer.Option(help="Folder of the transformer, published or converted.")
-    ] = None,
-    sr_transformer: Annotated[
-        str | None, typer.Option(help="Folder of the super-resolution transformer.")
-    ] = None,
-    turbo_vae: Annotated[str | None, typer.Option(help="Path of the Turbo VAE.")] = None,
+    revision: RevisionOption = None,
+    transformer: TransformerOption = None,
+    sr_transformer: SrTransformerOption = None,
+    turbo_vae: TurboVaeOption = None,
     text_encoder: Annotated[
         str | None, typer.Option(help="Path or hub id of the text encoder.")
     ] = None,

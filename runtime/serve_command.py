@@ -23,6 +23,11 @@ from magihuman.runtime.terminal import (
     KeepOption,
     ModelOption,
     PrecisionOption,
+    RevisionOption,
+    SrOption,
+    SrTransformerOption,
+    TransformerOption,
+    TurboVaeOption,
     err,
     keep_list,
     user_errors,
@@ -67,19 +72,15 @@ def serve(
         typer.Option(metavar="WxHxS", help="Compile for clips like 480x272x5; may be repeated."),
     ] = None,
     variant: Annotated[str, typer.Option(help="distill or base.")] = "distill",
-    sr: Annotated[str | None, typer.Option(help="Super-resolution: 540p or 1080p.")] = None,
+    sr: SrOption = None,
     precision: PrecisionOption = None,
     keep_bf16: KeepOption = None,
     vae: Annotated[str | None, typer.Option(help="fast, plain or tensorrt.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda, one GPU an engine.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None,
-    transformer: Annotated[
-        str | None, typer.Option(help="Folder of the transformer, published or converted.")
-    ] = None,
-    sr_transformer: Annotated[
-        str | None, typer.Option(help="Folder of the super-resolution transformer.")
-    ] = None,
-    turbo_vae: Annotated[str | None, typer.Option(help="Path of the Turbo VAE.")] = None,
+    revision: RevisionOption = None,
+    transformer: TransformerOption = None,
+    sr_transformer: SrTransformerOption = None,
+    turbo_vae: TurboVaeOption = None,
 ) -> None:
     """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
     with user_errors():

@@ -50,6 +50,15 @@ LimitOption = Annotated[
         " what is free."
     ),
 ]
+SrOption = Annotated[str | None, typer.Option(help="Super-resolution: 540p or 1080p.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of the hub repository.")]
+TransformerOption = Annotated[
+    str | None, typer.Option(help="Folder of the transformer, published or converted.")
+]
+SrTransformerOption = Annotated[
+    str | None, typer.Option(help="Folder of the super-resolution transformer.")
+]
+TurboVaeOption = Annotated[str | None, typer.Option(help="Path of the Turbo VAE.")]
 KeepOption = Annotated[
     str | None,
     typer.Option(
