@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,52 +137,75 @@ def _german(clip: Clip, named: dict[str, bool], rng: random.Random, said: str) -
     return f"{who}{hair}{shirt}{place}{acts + ' und' if acts else ''} sagt: {said}"
 
 
-_FRENCH = {
-    "woman": "Une femme", "man": "Un homme", "child": "Un enfant", "short": "courts",
-    "long": "longs", "curly": "bouclés", "bun": "attachés", "camera": "la caméra",
-    "left": "à gauche", "right": "à droite",
-}  # fmt: skip
-_FRENCH_HAIR = ("noirs", "bruns", "blonds", "roux", "blancs", "bleus")
-_FRENCH_SHIRT = ("rouge", "verte", "bleue", "jaune", "blanche", "noire")
-_FRENCH_GROUND = ("vert", "bleu", "jaune", "rose", "gris", "violet")
+class _Romance(NamedTuple):
+    """A language whose adjectives follow their nouns."""
+
+    words: dict[str, str]  # for the names of the rest
+    hair: tuple[str, ...]
+    shirt: tuple[str, ...]
+    background: tuple[str, ...]
+    person: str
+    of_hair: str  # what stands before each
+    of_shirt: str
+    of_background: str
+    looks: str
+    smiles: str
+    and_says: tuple[str, str]
 
 
-def _french(clip: Clip, named: dict[str, bool], rng: random.Random, said: str) -> str:
-    words = {field: _FRENCH.get(word, word) for field, word in clip.names().items()}
-    who = words["person"] if named["person"] else "Une personne"
+_FRENCH = _Romance(
+    words={
+        "woman": "Une femme", "man": "Un homme", "child": "Un enfant", "short": "courts",
+        "long": "longs", "curly": "bouclés", "bun": "attachés", "camera": "la caméra",
+        "left": "à gauche", "right": "à droite",
+    },
+    hair=("noirs", "bruns", "blonds", "roux", "blancs", "bleus"),
+    shirt=("rouge", "verte", "bleue", "jaune", "blanche", "noire"),
+    background=("vert", "bleu", "jaune", "rose", "gris", "violet"),
+    person="Une personne",
+    of_hair="aux cheveux",
+    of_shirt="en chemise",
+    of_background="sur fond",
+    looks="regarde",
+    smiles="sourit",
+    and_says=("et", "dit :"),
+)  # fmt: skip
+_SPANISH = _Romance(
+    words={
+        "woman": "Una mujer", "man": "Un hombre", "child": "Un niño", "short": "corto",
+        "long": "largo", "curly": "rizado", "bun": "recogido", "camera": "a la cámara",
+        "left": "a la izquierda", "right": "a la derecha",
+    },
+    hair=("negro", "castaño", "rubio", "pelirrojo", "blanco", "azul"),
+    shirt=("roja", "verde", "azul", "amarilla", "blanca", "negra"),
+    background=("verde", "azul", "amarillo", "rosa", "gris", "morado"),
+    person="Una persona",
+    of_hair="con pelo",
+    of_shirt="con camisa",
+    of_background="sobre fondo",
+    looks="mira",
+    smiles="sonríe",
+    and_says=("y", "dice:"),
+)  # fmt: skip
+
+
+def _romance(
+    language: _Romance, clip: Clip, named: dict[str, bool], rng: random.Random, said: str
+) -> str:
+    words = {field: language.words.get(word, word) for field, word in clip.names().items()}
+    who = words["person"] if named["person"] else language.person
     hair = _joined(
-        _FRENCH_HAIR[clip.hair] if named["hair"] else "", words["style"] if named["style"] else ""
+        language.hair[clip.hair] if named["hair"] else "", words["style"] if named["style"] else ""
     )
-    hair = f" aux cheveux {hair}" if hair else ""
-    shirt = f" en chemise {_FRENCH_SHIRT[clip.shirt]}" if named["shirt"] else ""
-    place = f" sur fond {_FRENCH_GROUND[clip.background]}" if named["background"] else ""
-    looks = f" regarde {words['gaze']}" if named["gaze"] else ""
-    acts = _joined(looks, " sourit" if clip.mood == 1 and named["mood"] else "", glue=",")
-    return f"{who}{hair}{shirt}{place}{acts + ' et' if acts else ''} dit : {said}"
-
-
-_SPANISH = {
-    "woman": "Una mujer", "man": "Un hombre", "child": "Un niño", "short": "corto",
-    "long": "largo", "curly": "rizado", "bun": "recogido", "camera": "a la cámara",
-    "left": "a la izquierda", "right": "a la derecha",
-}  # fmt: skip
-_SPANISH_HAIR = ("negro", "castaño", "rubio", "pelirrojo", "blanco", "azul")
-_SPANISH_SHIRT = ("roja", "verde", "azul", "amarilla", "blanca", "negra")
-_SPANISH_GROUND = ("verde", "azul", "amarillo", "rosa", "gris", "morado")
-
-
-def _spanish(clip: Clip, named: dict[str, bool], rng: random.Random, said: str) -> str:
-    words = {field: _SPANISH.get(word, word) for field, word in clip.names().items()}
-    who = words["person"] if named["person"] else "Una persona"
-    hair = _joined(
-        _SPANISH_HAIR[clip.hair] if named["hair"] else "", words["style"] if named["style"] else ""
-    )
-    hair = f" con pelo {hair}" if hair else ""
-    shirt = f" con camisa {_SPANISH_SHIRT[clip.shirt]}" if named["shirt"] else ""
-    place = f" sobre fondo {_SPANISH_GROUND[clip.background]}" if named["background"] else ""
-    looks = f" mira {words['gaze']}" if named["gaze"] else ""
-    acts = _joined(looks, " sonríe" if clip.mood == 1 and named["mood"] else "", glue=",")
-    return f"{who}{hair}{shirt}{place}{acts + ' y' if acts else ''} dice: {said}"
+    hair = f" {language.of_hair} {hair}" if hair else ""
+    shirt = f" {language.of_shirt} {language.shirt[clip.shirt]}" if named["shirt"] else ""
+    ground = language.background[clip.background]
+    place = f" {language.of_background} {ground}" if named["background"] else ""
+    looks = f" {language.looks} {words['gaze']}" if named["gaze"] else ""
+    smiles = f" {language.smiles}" if clip.mood == 1 and named["mood"] else ""
+    acts = _joined(looks, smiles, glue=",")
+    also, says = language.and_says
+    return f"{who}{hair}{shirt}{place}{acts + ' ' + also if acts else ''} {says} {said}"
 
 
 _CHINESE = {
@@ -205,7 +230,13 @@ def _chinese(clip: Clip, named: dict[str, bool], rng: random.Random, said: str) 
     return f"一个{shirt}{hair}{who}{place}{acts}说： {said}"  # noqa: RUF001 - as Chinese writes it
 
 
-_SENTENCES = {"en": _english, "de": _german, "fr": _french, "es": _spanish, "zh": _chinese}
+_SENTENCES = {
+    "en": _english,
+    "de": _german,
+    "fr": partial(_romance, _FRENCH),
+    "es": partial(_romance, _SPANISH),
+    "zh": _chinese,
+}
 
 
 def _joined(first: str, second: str, glue: str = " ") -> str:
