@@ -16,7 +16,7 @@ from magihuman import runtime
 from magihuman.runtime.memory_plan import MemoryPlan
 from magihuman.runtime.score_command import score
 from magihuman.runtime.serve_command import serve
-from magihuman.runtime.shipped import NANO, suited
+from magihuman.runtime.shipped import NANO, sized
 from magihuman.runtime.terminal import (
     BAD_INPUT,
     Bar,
@@ -118,14 +118,13 @@ def generate(
 ) -> None:
     """Make one clip and write it as an mp4 with sound."""
     with user_errors():
-        standard = suited(model)
+        options = sized(model, seconds=seconds, width=width, height=height)
+        if negative_prompt is not None:
+            options["negative_prompt"] = negative_prompt
         request = runtime.Request(
             prompt=prompt,
             image=image,
             audio=audio,
-            seconds=standard["seconds"] if seconds is None else seconds,
-            width=standard["width"] if width is None else width,  # type: ignore[arg-type]
-            height=standard["height"] if height is None else height,  # type: ignore[arg-type]
             sr_width=sr_width,
             sr_height=sr_height,
             seed=seed,
@@ -133,7 +132,7 @@ def generate(
             sr_steps=sr_steps,
             guidance=guidance,
             sr_guidance=sr_guidance,
-            **({} if negative_prompt is None else {"negative_prompt": negative_prompt}),
+            **options,
         )
         _check_before_loading(request, variant, sr, output)
         bar = Bar(as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from magihuman.runtime.errors import CheckpointError
 
@@ -47,3 +48,10 @@ def suited(model: str | os.PathLike[str]) -> dict[str, float]:
             f"{path} must hold a number for each of {', '.join(STANDARD)}, got {values!r}"
         )
     return values
+
+
+def sized(model: str | os.PathLike[str], **given: float | None) -> dict[str, Any]:
+    """Length and size as given, by the names of `Request`, and what suits the model for None."""
+    return {
+        name: suits if given[name] is None else given[name] for name, suits in suited(model).items()
+    }

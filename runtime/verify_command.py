@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from magihuman import runtime
-from magihuman.runtime.shipped import suited
+from magihuman.runtime.shipped import sized
 from magihuman.runtime.terminal import (
     FAILED,
     Bar,
@@ -74,7 +74,6 @@ def verify(
         from magihuman.runtime.verify_page import write_page
         from magihuman.runtime.verify_report import Thresholds
 
-        standard = suited(model)
         bar = Bar(as_json)
         with bar:
             report = runtime.verify(
@@ -82,9 +81,7 @@ def verify(
                 wanted,
                 precision=cast("Precision", precision),
                 keep_bf16=keep_list(keep_bf16) or "none",
-                seconds=standard["seconds"] if seconds is None else seconds,
-                width=standard["width"] if width is None else width,  # type: ignore[arg-type]
-                height=standard["height"] if height is None else height,  # type: ignore[arg-type]
+                **sized(model, seconds=seconds, width=width, height=height),
                 steps=steps,
                 seed=seed,
                 thresholds=Thresholds(
