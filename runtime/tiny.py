@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from pathlib import Path
@@ -23,6 +22,7 @@ from magihuman.runtime.checkpoint import (
 )
 from magihuman.runtime.config import VARIANTS, DiTConfig, TurboVAEConfig
 from magihuman.runtime.errors import OutputError
+from magihuman.runtime.folders import write_json
 from magihuman.runtime.image import RES_BLOCKS, WEIGHTS_NAME, wan_vae
 from magihuman.runtime.locating import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.oobleck import OobleckConfig
@@ -81,19 +81,19 @@ def _write_dit(folder: Path, name: str, seed: int) -> Path:
             save_file({key: state[key] for key in part}, folder / file)
             weight_map.update(dict.fromkeys(part, file))
         total = sum(value.numel() * value.element_size() for value in state.values())
-        _write_json(
+        write_json(
             folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     fields = dataclasses.asdict(DIT)
     del fields["local_attention_layers"]  # the variant says
-    _write_json(folder / ARCHITECTURE_NAME, fields)
+    write_json(folder / ARCHITECTURE_NAME, fields)
     return folder
 
 
 def _write_turbo_vae(folder: Path, seed: int) -> Path:
     folder.mkdir(exist_ok=True)
     model = random_weights.turbo_vae(TURBO_VAE, seed, CPU, torch.float32)
-    _write_json(folder / TURBO_VAE_CONFIG, dataclasses.asdict(TURBO_VAE))
+    write_json(folder / TURBO_VAE_CONFIG, dataclasses.asdict(TURBO_VAE))
     state = {f"module.{key}": value for key, value in model.state_dict().items()}
     state["module.aligned_feature_projection_heads.0.weight"] = torch.zeros(4, 4)
     torch.save({"ema_state_dict": state}, folder / TURBO_VAE_WEIGHTS)
@@ -122,7 +122,7 @@ def _write_audio_vae(folder: Path, seed: int) -> Path:
     }
     config["bottleneck"] = {"type": "vae"}
     pretransform = {"type": "autoencoder", "config": config}
-    _write_json(
+    write_json(
         folder / "model_config.json",
         {
             "model_type": "diffusion_cond",
@@ -210,7 +210,3 @@ def _write_text_encoder(folder: Path, seed: int) -> Path:
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import prompts
 from magihuman.runtime import sampling
 from magihuman.runtime.checkpoint import ARCHITECTURE_NAME, SINGLE_NAME
+from magihuman.runtime.folders import write_json
 from preview import preview
 from sampler import Task, draw_task, noise_like, noised
 from stock import Clips, Pair, Stock
-from training import Average, Run, autocast, compile_parts, load, save, uncompiled, write_json
+from training import Average, Run, autocast, compile_parts, load, save, uncompiled
 from transformer import CONFIG, BatchedDiT
 from video import CHANNELS
 

@@ -14,9 +14,10 @@ import video
 import world
 from captions import caption, draw
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
+from magihuman.runtime.folders import write_json
 from magihuman.runtime.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
 from magihuman.runtime.shipped import SUITED
-from training import load, write_json
+from training import load
 
 AUDIO = 81  # latents of a reference: 3.2 s
 REFERENCES, CLIPS = 4, 64

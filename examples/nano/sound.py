@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import world
 from captions import attributes, draw
 from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME
+from magihuman.runtime.folders import write_json
 from magihuman.runtime.loading import AUDIO_FOLDER
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, ResidualUnit
 from magihuman.runtime.model_score import spectral_snr_db
@@ -27,7 +28,6 @@ from training import (
     load,
     save,
     uncompiled,
-    write_json,
 )
 from voice import FRAME
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from magihuman.runtime.media import atomic_path
 
 LOG_S, SAVE_S = 5.0, 60.0
 WARMUP_STEPS = 100
@@ -116,9 +116,8 @@ def save(path: Path, average: Average, averaged: bool = False, **facts: Any) -> 
     lost = [key for key, value in state.items() if not value.isfinite().all()]
     if lost:
         raise SystemExit(f"{path.name} is kept as it was: {', '.join(lost)} are not finite")
-    part = path.with_suffix(".part")
-    torch.save({"model": {key: value.cpu() for key, value in state.items()}, **facts}, part)
-    os.replace(part, path)
+    with atomic_path(path.absolute()) as part:
+        torch.save({"model": {key: value.cpu() for key, value in state.items()}, **facts}, part)
 
 
 def load(path: Path, model: nn.Module) -> dict[str, Any]:
@@ -157,11 +156,6 @@ def uncompiled() -> AbstractContextManager[Any]:
     """Without compiling for what is computed once."""
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
-
-
-def write_json(path: Path, value: object) -> None:
-    """As the published files are written."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 class Standardized(nn.Module):

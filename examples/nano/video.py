@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import world
 from magihuman.runtime.checkpoint import TURBO_VAE_CONFIG, TURBO_VAE_WEIGHTS
 from magihuman.runtime.config import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, TurboVAEConfig
+from magihuman.runtime.folders import write_json
 from magihuman.runtime.image import WEIGHTS_NAME, wan_vae
 from magihuman.runtime.loading import IMAGE_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.turbo_vae import Decoder
@@ -26,7 +27,6 @@ from training import (
     finish,
     load,
     save,
-    write_json,
 )
 
 WAN_BASE_DIM = 8  # tensor cores take channels by eights
