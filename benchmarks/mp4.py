@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from magihuman.kernels import reference as ref
-from magihuman.runtime.media import Mp4Writer, _Frames, _pictures
+from magihuman.runtime.mp4 import Mp4Writer, _Frames, _pictures
 
 FRAMES, FPS, RATE = 125, 25, 44100
 WINDOWS = (25, 53, 81, 109, 125)  # frames finished after each of the video decoder's

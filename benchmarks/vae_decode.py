@@ -33,9 +33,9 @@ from magihuman.kernels import reference as ref
 from magihuman.runtime import config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import _groups, _kind, decode_frames
-from magihuman.runtime.media import Mp4Writer
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
+from magihuman.runtime.mp4 import Mp4Writer
 from measure import by_kernel, error, kernels_ms, median_ms, replay_ms
 
 SIZES = {"256p": (480, 256), "540p": (896, 512), "1080p": (1920, 1088)}  # width, height in pixels

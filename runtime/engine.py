@@ -25,8 +25,9 @@ from magihuman.runtime.errors import (
 )
 from magihuman.runtime.failures import Failures, forget, is_out_of_memory
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
-from magihuman.runtime.media import Mp4Writer, check_output
+from magihuman.runtime.media import check_output
 from magihuman.runtime.memory_plan import MemoryPlan
+from magihuman.runtime.mp4 import Mp4Writer
 from magihuman.runtime.queueing import Limits, Line, Station, Ticket
 from magihuman.runtime.request import (
     ProgressCallback,

@@ -20,9 +20,9 @@ from magihuman.runtime.audio import AudioVAE, Waveform, open_driving_audio
 from magihuman.runtime.decode import Decoder, Frames, Spread, VideoDecoder, decode_frames
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.image import ImageVAE, open_image
-from magihuman.runtime.media import Mp4Writer
 from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.mp4 import Mp4Writer
 from magihuman.runtime.offload import Residency
 from magihuman.runtime.queueing import Limits
 from magihuman.runtime.request import Plan, Progress, ProgressCallback, Request
