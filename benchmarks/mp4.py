@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 from magihuman.runtime.mp4 import Mp4Writer, _Frames, _pictures
 
 FRAMES, FPS, RATE = 125, 25, 44100

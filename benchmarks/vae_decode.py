@@ -29,7 +29,7 @@ import environment
 import mp4
 from magihuman.graphs.compile_decoder import compile_decoder
 from magihuman.graphs.replay_decoder import CompiledDecoder
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 from magihuman.runtime import config, random_weights
 from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import _groups, _kind, decode_frames

@@ -19,7 +19,7 @@ CHANNELS_LAST = torch.channels_last_3d
 
 @triton.jit
 def pixel(video, clip, frame, row, column, s_clip, s_frame, s_line, PHASES: tl.constexpr, C):
-    """Where a pixel's channels begin; with PHASES, as `reference.from_phases` has them."""
+    """Where a pixel's channels begin; with PHASES, as `decoder_reference.from_phases` has them."""
     at = video + clip * s_clip + frame * s_frame
     if PHASES:
         phase = row % 2 * 2 + column % 2
@@ -109,11 +109,11 @@ def channel_norm(
     other_eps: float | None = None,
     replace: bool = False,
 ) -> Tensor:
-    """`reference.join_norm`.
+    """`decoder_reference.join_norm`.
 
     Args:
         x: [B, C, T, H, W], pixels of a line one after another; or, with `x_phases`, what
-            `reference.from_phases` takes.
+            `decoder_reference.from_phases` takes.
         delta: like x, or None; with `delta_phases` likewise.
         bias: [C] fp32, or None.
         eps: of the norm, or None for no norm.

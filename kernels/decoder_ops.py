@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 
 CHANNELS_LAST = torch.channels_last_3d
 INDEXED = 2**31  # elements that 32 bits tell apart
@@ -32,8 +32,8 @@ def join_norm(
     after: int,
     phases: list[bool],
 ) -> Tensor:
-    """The first result of `reference.join_norm`; phases: whether x, and whether delta, is to go
-    through `reference.from_phases` before.
+    """The first result of `decoder_reference.join_norm`; phases: whether x, and whether delta, is
+    to go through `decoder_reference.from_phases` before.
     """
     return _join_norm(x, delta, bias, eps, activation, before, after, phases, None, False)
 
@@ -117,7 +117,7 @@ def _(
 def join_frames(
     x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
 ) -> Tensor:
-    """`reference.join_frames`."""
+    """`decoder_reference.join_frames`."""
     if x.is_cuda:
         from magihuman.kernels import frames
 
@@ -135,7 +135,7 @@ def _(x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop:
 
 @torch.library.custom_op("magihuman::join_pixels", mutates_args=())
 def join_pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> Tensor:
-    """`reference.join_pixels`."""
+    """`decoder_reference.join_pixels`."""
     if x.is_cuda:
         from magihuman.kernels.frames import pixels
 
@@ -151,7 +151,7 @@ def _(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> T
 
 @torch.library.custom_op("magihuman::yuv420", mutates_args=())
 def yuv420(frames: Tensor) -> Tensor:
-    """`reference.to_yuv420`."""
+    """`decoder_reference.to_yuv420`."""
     if frames.is_cuda:
         from magihuman.kernels import frames as kernels
 

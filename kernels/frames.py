@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 from magihuman.kernels.channel_norm import CHANNELS_LAST, TILE, strides
 
 Y_RED, Y_GREEN, Y_BLUE = (tl.constexpr(weight) for weight in ref.LUMA)
@@ -68,7 +68,7 @@ def _join_frames(
 def join_frames(
     x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
 ) -> Tensor:
-    """`reference.join_frames`: [B, C, T, H, W], or of 2 C channels where `in_time`, to
+    """`decoder_reference.join_frames`: [B, C, T, H, W], or of 2 C channels where `in_time`, to
     [B, C, T', H, W].
 
     Args:
@@ -135,7 +135,7 @@ def _pixels(
 
 
 def pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> Tensor:
-    """`reference.join_pixels`.
+    """`decoder_reference.join_pixels`.
 
     Args:
         x: [B, colors patch^2 or more, T, H, W], pixels of a line one after another; channels
@@ -198,7 +198,7 @@ def _yuv420(
 
 
 def yuv420(frames: Tensor) -> Tensor:
-    """`reference.to_yuv420`, bit for bit. Single bytes move, which is nothing beside the decoder.
+    """`decoder_reference.to_yuv420`, bit for bit, byte by byte: little beside the decoder.
 
     frames: uint8 [T, H, W, 3] contiguous, of even H and W. Returns uint8 [T, 3 H / 2, W].
     """

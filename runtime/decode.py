@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels import decoder_ops
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 from magihuman.runtime.config import VIDEO_STRIDE, video_frames
 from magihuman.runtime.model.turbo_vae import TurboVAE, Window
 

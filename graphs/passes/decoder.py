@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from magihuman.graphs.passes.rewrite import Build, replace
 from magihuman.kernels import decoder_ops  # noqa: F401 - registers torch.ops.magihuman
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 
 OPS = torch.ops.magihuman
 ALIGNMENT = 8  # channels of a convolution that runs on the tensor cores come in such multiples
@@ -222,8 +222,8 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
     """Convolutions give up their bias to an addition behind them.
 
     Weights are laid out for `channels_last_3d`, once; those over repeated pixels become those of
-    `reference.phase_weight`, of 4/9 of the work. Pixels come out of channels filled up with zeros
-    to a multiple of `ALIGNMENT`.
+    `decoder_reference.phase_weight`, of 4/9 of the work. Pixels come out of channels filled up with
+    zeros to a multiple of `ALIGNMENT`.
     """
     graph = module.graph
     aten = torch.ops.aten

@@ -124,8 +124,8 @@ class _Joins:
 
 
 def is_by_phases(module: fx.GraphModule, video: fx.Node | None) -> bool:
-    """Whether a video's pixels are as `reference.from_phases` takes them: those of a convolution of
-    `reference.phase_weight`.
+    """Whether a video's pixels are as `decoder_reference.from_phases` takes them: those of a
+    convolution of `decoder_reference.phase_weight`.
     """
     if video is None or video.target is not OPS.conv.default:
         return False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import golden
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 from magihuman.runtime import random_weights
 from magihuman.runtime.config import TurboVAEConfig
 from magihuman.runtime.decode import Frames, decode_frames

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from magihuman.kernels import decoder_ops
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 
 
 def test_yuv420() -> None:

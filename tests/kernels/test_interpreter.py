@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from magihuman.kernels import decoder_reference as decoder
 from magihuman.kernels import reference as ref
 
 pytest.importorskip("triton")
@@ -154,15 +155,15 @@ def check_channel_norm() -> None:
         ):
             x = whole.clone()[:, :, 1:, :3, :5]
             arguments = (x, change, own, eps, activation, *pads)
-            expected = ref.join_norm(*arguments, other_eps)
+            expected = decoder.join_norm(*arguments, other_eps)
             assert_close(channel_norm(*arguments), expected[0])
             out = channel_norm(*arguments, other_eps=other_eps, replace=True)
             for mine, right in zip((out, x), expected, strict=True):
                 assert_close(mine, right)
         x, phases = video(1, channels, 2, 4, 6), video(1, 4 * channels, 2, 3, 4)
-        placed = ref.from_phases(phases)
+        placed = decoder.from_phases(phases)
         settings = own, 1e-8, activation, *pads
-        expected = ref.join_norm(placed, x, *settings)[0]
+        expected = decoder.join_norm(placed, x, *settings)[0]
         assert_close(channel_norm(phases, x, *settings, True), expected)
         assert_close(channel_norm(x, phases, *settings, False, True), expected)
 
@@ -176,16 +177,16 @@ def check_frames() -> None:
             x, change = video(*shape), video(*shape) if delta else None
             own = torch.randn(shape[1]) if bias else None
             arguments = (x, change, own, in_time, drop)
-            assert_close(join_frames(*arguments), ref.join_frames(*arguments))
+            assert_close(join_frames(*arguments), decoder.join_frames(*arguments))
     x, bias = video(2, 16, 3, 3, 100), torch.randn(16)
     for dtype in (torch.float32, torch.uint8):
-        mine, right = pixels(x, bias, 3, 2, dtype), ref.join_pixels(x, bias, 3, 2, dtype)
+        mine, right = pixels(x, bias, 3, 2, dtype), decoder.join_pixels(x, bias, 3, 2, dtype)
         # A value next to a whole number may be truncated to either side of it.
         assert (mine.float() - right.float()).abs().max() <= (1 if dtype == torch.uint8 else 1e-5)
         assert (mine != right).float().mean() <= 1e-3 or dtype == torch.float32
     for size in ((1, 2, 2), (3, 6, 10), (2, 34, 70)):  # within a block, and beyond
         rgb = torch.randint(0, 256, (*size, 3), dtype=torch.uint8)
-        assert torch.equal(yuv420(rgb), ref.to_yuv420(rgb))
+        assert torch.equal(yuv420(rgb), decoder.to_yuv420(rgb))
 
 
 def check_head_pack() -> None:

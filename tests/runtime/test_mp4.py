@@ -15,7 +15,7 @@ import pytest
 import torch
 from sounds import loudest_hz, sine
 
-from magihuman.kernels import reference as ref
+from magihuman.kernels import decoder_reference as ref
 from magihuman.runtime import OutputError, Video, mp4
 from magihuman.runtime.mp4 import Mp4Writer, _Frames, _pictures
 
