@@ -27,8 +27,8 @@ from magihuman.runtime.locating import (
 from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
+from magihuman.runtime.parts import Components
 from magihuman.runtime.placing import Placer
-from magihuman.runtime.run import Components
 from magihuman.runtime.tensorrt import load_engines
 from magihuman.runtime.text import TextEncoder, load_text_encoder
 from magihuman.runtime.transformer import Held

@@ -27,7 +27,7 @@ from magihuman.runtime.denoise import Forward
 from magihuman.runtime.failures import PeerLost, is_cuda_error
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.turbo_vae import TurboVAE, Window
-from magihuman.runtime.run import Components
+from magihuman.runtime.parts import Components
 from magihuman.runtime.team import CLOSE, Team
 
 if TYPE_CHECKING:

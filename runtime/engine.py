@@ -28,6 +28,7 @@ from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import check_output
 from magihuman.runtime.memory_plan import MemoryPlan
 from magihuman.runtime.mp4 import Mp4Writer
+from magihuman.runtime.parts import Components, Encoded, Prepared
 from magihuman.runtime.queueing import Limits, Line, Station, Ticket
 from magihuman.runtime.request import (
     ProgressCallback,
@@ -36,7 +37,7 @@ from magihuman.runtime.request import (
     Video,
     request_of,
 )
-from magihuman.runtime.run import Components, Encoded, Prepared, Run
+from magihuman.runtime.run import Run
 from magihuman.runtime.stream import AsyncStream, Chunker, Emit, Stream, spawn
 from magihuman.runtime.team import Team
 from magihuman.runtime.tensorrt import TensorRTVAE

@@ -35,23 +35,20 @@ from magihuman.runtime.memory_plan import (
     GIB,
     SR,
     VIDEO,
-    MemoryPlan,
-    NoPlanError,
     Part,
 )
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.turbo_vae import TurboVAE
+from magihuman.runtime.parts import Components
 from magihuman.runtime.placing import (
     Cap,
     Placer,
-    check_host,
     check_limit,
     folder_parts,
     limit_of,
-    plan_memory,
+    plan_placement,
     synthetic_parts,
 )
-from magihuman.runtime.run import Components
 from magihuman.runtime.shipped import model_folder
 from magihuman.runtime.team import PeerFailed, Team
 from magihuman.runtime.transformer import (
@@ -198,7 +195,7 @@ def load(
             return [part for part in others() if not follows or part.name == VIDEO]
 
         asked = memory_limit_gb is not None
-        placer = Placer(_planned(own, base, upscale, limit_bytes, asked, wanted), target)
+        placer = Placer(plan_placement(own, base, upscale, limit_bytes, asked, wanted), target)
         if memory_limit_gb is not None:
             placer.residency.cap = Cap(target, int(memory_limit_gb * GIB))
         return placer
@@ -323,43 +320,6 @@ def follow(team: Team, given: dict[str, Any]) -> None:
         return
     with engine:
         engine.follow()
-
-
-def _planned(
-    others: Callable[[], list[Part]],
-    base: Held,
-    sr: Held | None,
-    limit_bytes: int | None,
-    is_limit_asked: bool,
-    wanted: Wanted,
-) -> MemoryPlan | None:
-    """Where weights will be; None on a CPU. Without a limit that was asked for, what is free may
-    be too little for clips of the default sizes: there are smaller ones.
-    """
-    if limit_bytes is None:
-        return None
-    reason = why_not(base.config, base.linear, wanted.device)
-    is_compiled = wanted.compile and reason is None
-    parts, made, share = others(), None, 1.0
-    while made is None:
-        try:
-            made = plan_memory(parts, base, sr, limit_bytes, is_compiled=is_compiled, share=share)
-        except NoPlanError as error:
-            if is_limit_asked or share < 0.2:
-                raise
-            if share == 1.0:
-                log.warning("clips of the default size have no room, smaller ones may: %s", error)
-            share -= 0.1
-    if made.streamed and wanted.ranks > 1:
-        raise DeviceError(
-            f"GPUs that work together must each hold all weights, and {limit_bytes / GIB:.1f} GiB"
-            f" have no room for {', '.join(made.streamed)}; free memory, use context_parallel=1, or"
-            " load without sr or with precision='fp8'"
-        )
-    check_host(made)
-    if made.streamed:
-        log.info("resting in host memory between stages: %s", ", ".join(made.streamed))
-    return made
 
 
 def compiled(

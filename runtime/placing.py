@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from magihuman.graphs.support import why_not
 from magihuman.runtime import checkpoint, config, memory, random_weights
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
 from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key
@@ -26,6 +28,7 @@ from magihuman.runtime.memory_plan import (
     TEXT,
     VIDEO,
     MemoryPlan,
+    NoPlanError,
     Part,
     Stage,
     make_plan,
@@ -35,7 +38,9 @@ from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.offload import Offloaded, Residency, call_before_layers
 from magihuman.runtime.request import Request
 from magihuman.runtime.tokens import Layout
-from magihuman.runtime.transformer import FP8_PRECISIONS, Held, layered_bytes
+from magihuman.runtime.transformer import FP8_PRECISIONS, Held, Wanted, layered_bytes
+
+log = logging.getLogger("magihuman")
 
 CPU = torch.device("cpu")
 MARGIN_BYTES = GIB  # of a card, left free where no limit is given
@@ -80,6 +85,43 @@ def plan_memory(
         for stage in stages_of(held, {part.name for part in parts}, is_compiled)
     ]
     return make_plan(parts, stages, limit_bytes, max(reading_bytes(h) for h in held))
+
+
+def plan_placement(
+    others: Callable[[], list[Part]],
+    base: Held,
+    sr: Held | None,
+    limit_bytes: int | None,
+    is_limit_asked: bool,
+    wanted: Wanted,
+) -> MemoryPlan | None:
+    """Where weights will be; None on a CPU. Without a limit that was asked for, what is free may
+    be too little for clips of the default sizes: there are smaller ones.
+    """
+    if limit_bytes is None:
+        return None
+    reason = why_not(base.config, base.linear, wanted.device)
+    is_compiled = wanted.compile and reason is None
+    parts, made, share = others(), None, 1.0
+    while made is None:
+        try:
+            made = plan_memory(parts, base, sr, limit_bytes, is_compiled=is_compiled, share=share)
+        except NoPlanError as error:
+            if is_limit_asked or share < 0.2:
+                raise
+            if share == 1.0:
+                log.warning("clips of the default size have no room, smaller ones may: %s", error)
+            share -= 0.1
+    if made.streamed and wanted.ranks > 1:
+        raise DeviceError(
+            f"GPUs that work together must each hold all weights, and {limit_bytes / GIB:.1f} GiB"
+            f" have no room for {', '.join(made.streamed)}; free memory, use context_parallel=1, or"
+            " load without sr or with precision='fp8'"
+        )
+    check_host(made)
+    if made.streamed:
+        log.info("resting in host memory between stages: %s", ", ".join(made.streamed))
+    return made
 
 
 def limit_of(memory_limit_gb: float | None, device: torch.device) -> int | None:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from magihuman.runtime import config, denoise
 from magihuman.runtime.audio import AudioVAE, Waveform, open_driving_audio
-from magihuman.runtime.decode import Decoder, Frames, Spread, VideoDecoder, decode_frames
+from magihuman.runtime.decode import Frames, decode_frames
 from magihuman.runtime.errors import InvalidRequestError
-from magihuman.runtime.image import ImageVAE, open_image
+from magihuman.runtime.image import open_image
 from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.mp4 import Mp4Writer
-from magihuman.runtime.offload import Residency
+from magihuman.runtime.parts import Components, Encoded, Prepared
 from magihuman.runtime.queueing import Limits
 from magihuman.runtime.request import Plan, Progress, ProgressCallback, Request
 from magihuman.runtime.tensorrt import TensorRTVAE
@@ -34,63 +32,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger("magihuman")
-
-
-class Captured(Protocol):
-    """Something that keeps captured graphs."""
-
-    def release(self) -> None:
-        """Give them up."""
-
-
-@dataclass
-class Components:
-    """The loaded models of an engine: where it follows another, those alone that both run."""
-
-    dit: DiT
-    turbo_vae: VideoDecoder
-    text_encoder: TextEncoder | None
-    audio_vae: AudioVAE | None
-    image_vae: ImageVAE | None = None
-    sr_dit: DiT | None = None
-    forward: denoise.Forward | None = None  # compiled, in place of the transformer's own
-    sr_forward: denoise.Forward | None = None
-    decoder: Decoder | None = None  # compiled, in place of the Turbo VAE's own
-    spread: Spread | None = None  # decodes on several devices, in place of both
-    captured: list[Captured] = field(default_factory=list)  # those of the last three that are there
-    residency: Residency = field(default_factory=Residency)  # which of them are brought for a stage
-    # Held while anything is encoded, and while a graph is captured: kernels are timed then, and
-    # the encoders keep state.
-    encoding: threading.Lock = field(default_factory=threading.Lock)
-    encode_stream: torch.cuda.Stream | None = None  # on a GPU
-    sound_stream: torch.cuda.Stream | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request whose inputs are read and found good."""
-
-    plan: Plan
-    image: Image | None
-    samples: Waveform | None
-    ids: Tensor
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What denoising starts from: embeddings, noise or given sound, latents of the image."""
-
-    plan: Plan
-    text: Tensor
-    null_text: Tensor | None
-    audio: Tensor
-    video: Tensor
-    image: Tensor | None
-    sr_image: Tensor | None
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All that are there."""
-        return (value for value in vars(self).values() if isinstance(value, Tensor))
 
 
 class Run:

@@ -52,7 +52,7 @@ def load(tiny_dir: Path):
     def loaded(streamed: dict, **options) -> Iterator[runtime.Engine]:
         plan = MemoryPlan(0, streamed, not streamed, (), 0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loading, "_planned", lambda *arguments: plan)
+            patch.setattr(loading, "plan_placement", lambda *arguments: plan)
             engine = runtime.load(tiny_dir, sr="540p", device="cuda", **options)
         with engine:
             yield engine

@@ -12,7 +12,6 @@ from magihuman import runtime
 from magihuman.runtime import (
     checkpoint,
     config,
-    loading,
     memory,
     memory_plan,
     placing,
@@ -340,13 +339,13 @@ def test_a_cap_holds_for_as_long_as_it_lives(monkeypatch):
 
 def test_without_a_limit_what_has_no_room_is_only_a_warning(monkeypatch, others, caplog):
     """The card may be too small for the default size, and large enough for others."""
-    monkeypatch.setattr(loading, "check_host", lambda plan: None)
-    monkeypatch.setattr(loading, "why_not", lambda *arguments: "none here")
+    monkeypatch.setattr(placing, "check_host", lambda plan: None)
+    monkeypatch.setattr(placing, "why_not", lambda *arguments: "none here")
     wanted = Wanted(torch.device("cuda:0"), compile=False)
 
     def asked(is_asked: bool) -> memory_plan.MemoryPlan:
         pair = held("distill", "bf16"), held("1080p_sr", "bf16")
-        return loading._planned(lambda: others, *pair, 24 * GIB, is_asked, wanted)
+        return placing.plan_placement(lambda: others, *pair, 24 * GIB, is_asked, wanted)
 
     with pytest.raises(memory_plan.NoPlanError, match=r"the stage decode takes 37"):
         asked(True)
