@@ -42,9 +42,10 @@ FAULTS = {
     "windows": RuntimeError,
     "sound": ValueError,
 }
-# Between two halves of the requests: 36 kB at most over 200 to 600. Resident memory says less: what
-# the arenas of 8 threads keep free made it grow by 90 to 350 MiB from run to run.
-HEAP_GROWTH_BYTES = 2**20
+# Between two halves of the requests: 50 kB at most over 200 to 600, but for some 5 MB that
+# libraries keep of a longer clip or give back. Resident memory says less: what the arenas of 8
+# threads keep free made it grow by 90 to 350 MiB from run to run.
+HEAP_GROWTH_BYTES = 16 * 2**20
 
 fault: ContextVar[str | None] = ContextVar("fault", default=None)  # of the request being served
 
