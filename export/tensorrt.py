@@ -8,7 +8,7 @@ from typing import Any
 
 from magihuman.runtime.errors import DeviceError, MagiHumanError, OutputError
 from magihuman.runtime.exported import INPUT, Builder, Dims
-from magihuman.runtime.media import atomic_path
+from magihuman.runtime.folders import atomic_path
 from magihuman.runtime.tensorrt import FULL, device_sm, flavour_for, library, logger
 
 CACHE = Path.home() / ".cache" / "magihuman" / "tensorrt"

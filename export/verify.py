@@ -35,9 +35,8 @@ from magihuman.runtime.exported import (
     check_sources,
     read_manifest,
 )
-from magihuman.runtime.folders import write_json
+from magihuman.runtime.folders import atomic_path, write_json
 from magihuman.runtime.locating import AUDIO_FOLDER, TURBO_FOLDER
-from magihuman.runtime.media import atomic_path
 from magihuman.runtime.model.turbo_vae import window_kinds
 from magihuman.runtime.tensorrt import TensorRTVAE, device_sm
 

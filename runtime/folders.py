@@ -1,4 +1,4 @@
-"""Folders that this package makes: whole or not at all, with the hashes of what is in them."""
+"""Files and folders that this package makes, whole or not at all, and hashes of what they hold."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed to `path` on success and removed otherwise."""
+    temporary = path.parent / f".magihuman-{secrets.token_hex(8)}{path.suffix}"
+    # The umask applies by itself; to read it would change it for all threads meanwhile.
+    temporary.touch(0o666, exist_ok=False)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_new_folder(folder: Path, needed: int) -> None:

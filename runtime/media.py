@@ -1,13 +1,11 @@
-"""Files in and out: sound and clips read through PyAV, outputs checked and written whole."""
+"""Files in and out: sound and clips read through PyAV, where a clip is to go checked."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,16 +165,3 @@ def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int 
             f"the disk of {folder} must have {needed / 2**20:.0f} MiB free for this clip, got"
             f" {free / 2**20:.1f} MiB"
         )
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to `path` on success and removed otherwise."""
-    temporary = path.parent / f".magihuman-{secrets.token_hex(8)}{path.suffix}"
-    # The umask applies by itself; to read it would change it for all threads meanwhile.
-    temporary.touch(0o666, exist_ok=False)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

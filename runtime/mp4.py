@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from magihuman.runtime.errors import OutputError
-from magihuman.runtime.media import atomic_path, check_output
+from magihuman.runtime.folders import atomic_path, sync
+from magihuman.runtime.media import check_output
 
 if TYPE_CHECKING:
     from magihuman.runtime.request import Video
@@ -123,8 +123,7 @@ class Mp4Writer:
             with atomic_path(self.path) as temporary:
                 with av.open(str(temporary), "w", format="mp4", options=CONTAINER) as container:
                     self._write(container)
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
+                sync(temporary)
         except _GivenUpError:
             pass
         except (OSError, av.FFmpegError) as error:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from magihuman.graphs.precision import PARTS
 from magihuman.runtime.errors import OutputError
-from magihuman.runtime.media import atomic_path
+from magihuman.runtime.folders import atomic_path
 from magihuman.runtime.verify_report import Clip, Report
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377")

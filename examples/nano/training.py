@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magihuman.runtime.media import atomic_path
+from magihuman.runtime.folders import atomic_path, sync
 
 LOG_S, SAVE_S = 5.0, 60.0
 WARMUP_STEPS = 100
@@ -118,6 +118,7 @@ def save(path: Path, average: Average, averaged: bool = False, **facts: Any) -> 
         raise SystemExit(f"{path.name} is kept as it was: {', '.join(lost)} are not finite")
     with atomic_path(path.absolute()) as part:
         torch.save({"model": {key: value.cpu() for key, value in state.items()}, **facts}, part)
+        sync(part)
 
 
 def load(path: Path, model: nn.Module) -> dict[str, Any]:

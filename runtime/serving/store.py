@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.runtime.errors import OutputError
-from magihuman.runtime.folders import atomic_folder, write_json
-from magihuman.runtime.media import atomic_path
+from magihuman.runtime.folders import atomic_folder, atomic_path, write_json
 from magihuman.runtime.request import Request
 
 log = logging.getLogger("magihuman")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from magihuman.runtime import OutputError
-from magihuman.runtime.media import atomic_path, check_output
+from magihuman.runtime.media import check_output
 
 
 @pytest.mark.parametrize("name", ["clip.avi", "clip", "clip.mp4.part", ".mp4"])
@@ -55,19 +55,3 @@ def test_the_disk_must_have_room(tmp_path):
     # 10^9 frames of 4096x4096 at 2 bits a pixel are 4 PB, more than any disk here.
     with pytest.raises(OutputError, match=r"must have \d+ MiB free for this clip, got [\d.]+ MiB"):
         check_output(tmp_path / "clip.mp4", 10**9, 4096, 4096)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interruption_leaves_nothing(tmp_path, error):
-    path = tmp_path / "clip.mp4"
-    path.write_bytes(b"old")
-
-    def interrupted() -> None:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(b"half")
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert os.listdir(tmp_path) == ["clip.mp4"]
-    assert path.read_bytes() == b"old"
