@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit import Model, Trainer, compile_layers, draw_sigma, load_trained, losses, optimizer_of, step
+from dit import Model, Trainer, compile_layers, draw_sigma, losses, optimizer_of
 from magihuman.runtime import sampling
 from sampler import STEPS, Task, cleaned, noise_like, noised, sample
 from stock import Clips, Pair
-from training import Run
+from training import Run, step, trained
 
 LEARNING_RATE = 3e-4
 CRITIC_ALONE = 200  # steps in which the critic learns before anybody listens to it
@@ -55,7 +55,7 @@ class Matcher:
         self.trainer = trainer
         self.teacher, self.critic = Model(), Model()
         for model in (self.teacher, self.critic):
-            load_trained(trainer.run.out, model)
+            trained(trainer.run.out, "dit", model)
             model.to(trainer.run.device)
             if compiled:
                 compile_layers(model)

@@ -17,7 +17,7 @@ from magihuman.runtime.folders import write_json
 from preview import preview
 from sampler import Task, draw_task, noise_like, noised
 from stock import Clips, Pair, Stock
-from training import Average, Run, autocast, compile_parts, load, save, uncompiled
+from training import Average, Run, autocast, compile_parts, load, save, step, trained, uncompiled
 from transformer import CONFIG, BatchedDiT
 from video import CHANNELS
 
@@ -56,7 +56,7 @@ class Trainer:
         facts = load(self.path, self.model)
         self.done: int = facts.get("steps", 0)
         if not facts and run.stage != "dit":
-            facts = load_trained(run.out, self.model)
+            facts = trained(run.out, "dit", self.model)
         tokenizer = prompts.tokenizer_of(facts.get("tokenizer"))
         self.model.to(run.device)
         self.average = Average(self.model)
@@ -116,14 +116,6 @@ class Trainer:
             preview(self.run, self.model.eval(), self.stock)
 
 
-def load_trained(folder: Path, model: Model) -> dict[str, object]:
-    """What stage `dit` has left."""
-    facts = load(folder / "dit.pt", model)
-    if not facts:
-        raise SystemExit(f"{folder / 'dit.pt'} is missing: train --stage dit first")
-    return facts
-
-
 def losses(errors: Pair, task: Task) -> tuple[Tensor, Tensor]:
     """Mean squares of what is to be made."""
     video = errors.video[:, :CHANNELS].square().mean((1, 3, 4)) * task.video[:, 0, :, 0, 0]
@@ -139,16 +131,6 @@ def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
         {"params": [value for value in values if value.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=values[0].is_cuda)
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
-    """Gradients of the loss, clipped, and the update."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
 
 
 def compile_layers(model: Model) -> None:
@@ -179,12 +161,10 @@ def train(run: Run, batch: int, size_px: int, compiled: bool, stock: int) -> Non
     trainer.finish()
 
 
-def write(out: Path, folder: Path) -> bool:
-    """Transformer and text encoder in the published layouts; whether there was anything to."""
+def write(out: Path, folder: Path) -> None:
+    """Transformer and text encoder in the published layouts."""
     model = Model()
-    facts = load(out / "distill.pt", model) or load(out / "dit.pt", model)
-    if not facts:
-        return False
+    facts = load(out / "distill.pt", model) or trained(out, "dit", model)
     prompts.write(copy.deepcopy(model.text), prompts.tokenizer_of(facts["tokenizer"]), folder)
     place = folder / "distill"
     place.mkdir(parents=True, exist_ok=True)
@@ -195,4 +175,3 @@ def write(out: Path, folder: Path) -> bool:
     save_file(state, place / SINGLE_NAME)
     names = [name for name in CONFIG.__dataclass_fields__ if name != "local_attention_layers"]
     write_json(place / ARCHITECTURE_NAME, {name: getattr(CONFIG, name) for name in names})
-    return True

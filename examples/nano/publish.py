@@ -17,7 +17,7 @@ from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
 from magihuman.runtime.folders import write_json
 from magihuman.runtime.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
 from magihuman.runtime.shipped import SUITED
-from training import load
+from training import trained
 
 AUDIO = 81  # latents of a reference: 3.2 s
 REFERENCES, CLIPS = 4, 64
@@ -32,11 +32,9 @@ def export(out: Path) -> None:
         ("vae", video, video.VideoAutoencoder()),
         ("sound", sound, sound.SoundAutoencoder()),
     ):
-        if not load(out / f"{name}.pt", model):
-            raise SystemExit(f"{out / name}.pt is missing: train --stage {name} first")
+        trained(out, name, model)
         part.write(model, folder)
-    if not dit.write(out, folder):
-        raise SystemExit(f"{out}/dit.pt is missing: train --stage dit first")
+    dit.write(out, folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     write_score(folder / SCORE_FOLDER)
     write_json(folder / SUITED, {"seconds": SECONDS, "width": SIZE_PX, "height": SIZE_PX})

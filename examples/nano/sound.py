@@ -27,6 +27,7 @@ from training import (
     finish,
     load,
     save,
+    step,
     uncompiled,
 )
 from voice import FRAME
@@ -114,13 +115,8 @@ def train(run: Run, batch: int, compiled: bool) -> None:
         compile_parts(model.oobleck.encoder, model.oobleck.decoder)
     for _ in run.steps():
         wave = voices(batch, rng, generator)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * run.rate
         loss, distance, made = model(wave)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        step(model, optimizer, loss, LEARNING_RATE * run.rate)
         average.update()
         run.log(loss=loss, spectrum_db=distance, snr_db=_snr_db(wave, made))
         if run.is_due():

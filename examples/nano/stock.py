@@ -14,7 +14,7 @@ import world
 from captions import caption
 from magihuman.runtime.config import LATENT_CHANNELS, VIDEO_STRIDE, latent_frames
 from sound import SoundAutoencoder
-from training import autocast, load
+from training import autocast, trained
 from video import VideoAutoencoder
 
 AUDIO = 81  # latents of each clip's sound
@@ -55,10 +55,7 @@ class Stock:
         self.pictures, self.sounds = VideoAutoencoder(), SoundAutoencoder()
         self.latents = ""  # which ones: those of no other state of the autoencoders
         for model, name in ((self.pictures, "vae"), (self.sounds, "sound")):
-            facts = load(folder / f"{name}.pt", model)
-            if not facts:
-                raise SystemExit(f"{folder}/{name}.pt is missing: train --stage {name} first")
-            self.latents += f"{name} {facts['steps']} "
+            self.latents += f"{name} {trained(folder, name, model)['steps']} "
             model.to(device).eval().requires_grad_(False)
         self.count = -(-count // DRAWN) * DRAWN
         self.tokenizer, self.size_px, self.device = tokenizer, size_px, device

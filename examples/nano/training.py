@@ -130,6 +130,25 @@ def load(path: Path, model: nn.Module) -> dict[str, Any]:
     return facts
 
 
+def trained(folder: Path, stage: str, model: nn.Module) -> dict[str, Any]:
+    """`load` of what a stage has left; ends the run where there is nothing."""
+    path = folder / f"{stage}.pt"
+    facts = load(path, model)
+    if not facts:
+        raise SystemExit(f"{path} is missing: train --stage {stage} first")
+    return facts
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
+    """Gradients of the loss, clipped, and the update."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """bf16 products on a GPU, fp32 on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -27,6 +27,7 @@ from training import (
     finish,
     load,
     save,
+    step,
 )
 
 WAN_BASE_DIM = 8  # tensor cores take channels by eights
@@ -143,17 +144,12 @@ def train(run: Run, batch: int, size_px: int) -> None:
         )
         return data.frames * 2 - 1, data.matters
 
-    for step in run.steps():
-        long = step % 4 == 3
+    for number in run.steps():
+        long = number % 4 == 3
         frames, matters = draw(*((batch + 1) // 2, LONG_LATENTS) if long else (batch, LATENTS))
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * run.rate
         with autocast(run.device):
             loss, square, _ = model(frames, matters)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        step(model, optimizer, loss, LEARNING_RATE * run.rate)
         average.update()
         run.log(loss=loss, psnr_db=-10 * (square / 4).log10(), latents_std=model.norm.std.mean())
         if run.is_due():
