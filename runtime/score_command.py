@@ -90,7 +90,7 @@ def _print(found: ClipScore) -> None:
     table = Table("figure", "value")
     for part, colour in found.found.items():
         named = found.named.get(part)
-        table.add_row(f"{part}", f"{colour}" + (f", should be {named}" if named else ""))
+        table.add_row(part, f"{colour}" + (f", should be {named}" if named else ""))
     table.add_row("mouth with sound", _text(found.synchrony))
     if found.voice is not None:
         table.add_row("mouth with voice", _text(found.voice))

@@ -179,14 +179,16 @@ def score(
     image: uint8 [H, W, 3] of the clip's size, the reference. voice: the driving sound and its rate.
     """
     opening = mouth_opening(frames)
-    sounds = [(audio, sample_rate_hz)] + ([] if voice is None else [voice])
-    pairs = [synchrony(opening, loudness(*sound, fps, len(frames))) for sound in sounds]
+
+    def heard(wave: npt.NDArray[np.float32], rate_hz: int) -> Synchrony:
+        return synchrony(opening, loudness(wave, rate_hz, fps, len(frames)))
+
     return ClipScore(
         named=named_colours(prompt),
         found=found_colours(frames),
-        synchrony=pairs[0],
+        synchrony=heard(audio, sample_rate_hz),
         first_frame_db=None if image is None else psnr_db(frames[:1], image[None]),
-        voice=None if voice is None else pairs[1],
+        voice=None if voice is None else heard(*voice),
     )
 
 
