@@ -41,7 +41,6 @@ def small():
         patch.setattr("stock.DRAWN", 4)
         patch.setattr("training.COUNTED_BATCHES", 4)
         patch.setattr("preview.COUNT", 2)
-        patch.setattr("preview.FRAMES", 6)
         patch.setattr("preview.AUDIO", 21)
         patch.setattr("dit.AUDIO", (21, 9, 8))
         yield

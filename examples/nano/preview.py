@@ -16,36 +16,36 @@ from magihuman.runtime.config import (
     FPS,
     LATENT_AUDIO_RATE_HZ,
     LATENT_CHANNELS,
-    VIDEO_STRIDE,
+    latent_frames,
 )
 from magihuman.runtime.scoring import score
 from sampler import Task, sample
 from stock import Clips, Pair
 from training import Run, autocast
 from video import picture
+from world import AUDIO, LONGEST
 
 if TYPE_CHECKING:
     from stock import Stock
 
-COUNT, FRAMES = 16, 21
-AUDIO = VIDEO_STRIDE[0] * (FRAMES - 1) + 1
+COUNT = 16
 
 
 @torch.no_grad()
 def preview(run: Run, model: nn.Module, stock: Stock) -> None:
     """Sample, decode, score; OUT/STAGE.png has eight of the clips."""
     rng, generator = random.Random(1), torch.Generator(run.device).manual_seed(1)
-    texts = [caption(draw(rng, 12, held_out=True), rng, "en", full=True) for _ in range(COUNT)]
+    texts = [caption(draw(rng, LONGEST, held_out=True), rng, "en", full=True) for _ in range(COUNT)]
     ids, _ = prompts.tokenize(stock.tokenizer, texts)
     ids = ids.to(run.device)
-    side = stock.video.shape[-1]
+    side, frames = stock.video.shape[-1], latent_frames(AUDIO)
     empty = Pair(
-        torch.zeros(COUNT, LATENT_CHANNELS, FRAMES, side, side, device=run.device),
+        torch.zeros(COUNT, LATENT_CHANNELS, frames, side, side, device=run.device),
         torch.zeros(COUNT, AUDIO, AUDIO_CHANNELS, device=run.device),
     )
     clips = Clips(empty, ids, ids != prompts.PAD, torch.zeros(COUNT, dtype=torch.bool))
     task = Task(
-        torch.ones(COUNT, 1, FRAMES, 1, 1, device=run.device),
+        torch.ones(COUNT, 1, frames, 1, 1, device=run.device),
         torch.ones(COUNT, 1, 1, device=run.device),
     )
     made = sample(model, clips, task, generator)
@@ -54,8 +54,8 @@ def preview(run: Run, model: nn.Module, stock: Stock) -> None:
     for part in made.video.split(4):
         with autocast(run.device):
             pixels.append((stock.pictures.decode(part, True).float() + 1) / 2)
-    frames = torch.cat(pixels)
-    bytes_ = (frames.clamp(0, 1) * 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+    shown = torch.cat(pixels)
+    bytes_ = (shown.clamp(0, 1) * 255).byte().permute(0, 2, 3, 4, 1).cpu().numpy()
     found = [
         score(clip, wave.T, LATENT_AUDIO_RATE_HZ, FPS, text)
         for clip, wave, text in zip(bytes_, waves, texts, strict=True)
@@ -68,4 +68,4 @@ def preview(run: Run, model: nn.Module, stock: Stock) -> None:
         f" {sum(in_time)} of {COUNT} clips at their best within one frame",
         flush=True,
     )
-    picture(run.out / f"{run.stage}.png", frames)
+    picture(run.out / f"{run.stage}.png", shown)

@@ -18,10 +18,9 @@ from magihuman.runtime.folders import write_json
 from magihuman.runtime.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
 from magihuman.runtime.shipped import SUITED
 from training import trained
+from world import AUDIO, LONGEST
 
-AUDIO = 81  # latents of a reference: 3.2 s
 REFERENCES, CLIPS = 4, 64
-LONGEST = 12  # syllables that fit
 CARD = Path(__file__).parent / "MODEL_CARD.md"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import world
 from captions import attributes, draw
 from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME
+from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
 from magihuman.runtime.folders import write_json
 from magihuman.runtime.loading import AUDIO_FOLDER
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, ResidualUnit
@@ -34,7 +35,6 @@ from voice import FRAME
 
 CONFIG = OobleckConfig(channels=8, multiples=(1, 2, 4, 8, 8))
 FRAMES = 32  # of a training clip
-CLIP_FRAMES = 101  # of the sound from which clips are cut
 NOISE = 0.08
 ENCODER_STD = 0.05  # of the noise that the bottleneck adds to a given voice
 LEARNING_RATE = 2e-3
@@ -149,8 +149,8 @@ def _snr_db(wave: Tensor, made: Tensor) -> Tensor:
 def voices(batch: int, rng: random.Random, generator: torch.Generator) -> Tensor:
     """[B, 2, 2048 FRAMES]: a third of it free of captions' timing and pitches."""
     looks = attributes([draw(rng) for _ in range(batch)], generator.device)
-    wave = world.voices(looks, CLIP_FRAMES, generator, 0.67).wave
-    first = rng.randrange(CLIP_FRAMES - FRAMES)
+    wave = world.voices(looks, world.CUT_AUDIO, generator, 0.67).wave
+    first = rng.randrange(world.CUT_AUDIO - FRAMES)
     return wave[:, None, first * FRAME : (first + FRAMES) * FRAME].expand(-1, 2, -1)
 
 
@@ -161,7 +161,7 @@ def listen(path: Path, *waves: Tensor) -> None:
     count = min(4, *(len(wave) for wave in waves))
     parts = [wave[clip, 0].float() for clip in range(count) for wave in waves]
     samples = (torch.cat(parts).clamp(-1, 1) * 32767).short().cpu()
-    wavfile.write(path, 51200, samples.numpy())
+    wavfile.write(path, LATENT_AUDIO_RATE_HZ, samples.numpy())
 
 
 def write(model: SoundAutoencoder, folder: Path) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 import prompts
 import world
 from captions import caption
-from magihuman.runtime.config import LATENT_CHANNELS, VIDEO_STRIDE, latent_frames
+from magihuman.runtime.config import AUDIO_CHANNELS, LATENT_CHANNELS, VIDEO_STRIDE, latent_frames
 from sound import SoundAutoencoder
 from training import autocast, trained
 from video import VideoAutoencoder
+from world import AUDIO
 
-AUDIO = 81  # latents of each clip's sound
 DRAWN = 16  # clips at a time
 FREE = 0.25  # of the clips say what their captions do not
 
@@ -64,7 +64,9 @@ class Stock:
         side = size_px // VIDEO_STRIDE[1]
         shape = (self.count, LATENT_CHANNELS, latent_frames(AUDIO), side, side)
         self.video = torch.zeros(shape, dtype=torch.float16, device=device)
-        self.sound = torch.zeros(self.count, AUDIO, 64, dtype=torch.float16, device=device)
+        self.sound = torch.zeros(
+            self.count, AUDIO, AUDIO_CHANNELS, dtype=torch.float16, device=device
+        )
         self.ids = torch.zeros(self.count, prompts.MAX_TOKENS, dtype=torch.long, device=device)
         self.is_free = torch.zeros(self.count, dtype=torch.bool, device=device)
         self.next = 0

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 import world
 from magihuman.runtime.checkpoint import TURBO_VAE_CONFIG, TURBO_VAE_WEIGHTS
-from magihuman.runtime.config import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, TurboVAEConfig
+from magihuman.runtime.config import (
+    LATENT_CHANNELS,
+    LATENT_MEAN,
+    LATENT_STD,
+    TurboVAEConfig,
+    video_frames,
+)
 from magihuman.runtime.folders import write_json
 from magihuman.runtime.image import WEIGHTS_NAME, wan_vae
 from magihuman.runtime.loading import IMAGE_FOLDER, TURBO_FOLDER
@@ -43,7 +49,6 @@ LONG_LATENTS = 9  # of every fourth, half as many in a batch: windows as long as
 NOISE = 0.12  # added to latents in training, so that the decoder bears a denoiser's errors
 LEARNING_RATE = 1.5e-3
 BATCH = 16
-CLIP_FRAMES = 101  # of the sound from which clips are cut
 
 
 class VideoAutoencoder(nn.Module):
@@ -136,11 +141,11 @@ def train(run: Run, batch: int, size_px: int) -> None:
 
     @torch.no_grad()
     def draw(count: int, latents: int) -> tuple[Tensor, Tensor]:
-        frames = 4 * (latents - 1) + 1
-        last = (CLIP_FRAMES - frames) // 4
+        frames = video_frames(latents)
+        last = (world.CUT_AUDIO - frames) // 4
         shown = (rng.choice((0, 4 * rng.randrange(last))), frames)
         data = world.make(
-            count, CLIP_FRAMES, rng, generator, free_voice=0.25, shown=shown, size_px=size_px
+            count, world.CUT_AUDIO, rng, generator, free_voice=0.25, shown=shown, size_px=size_px
         )
         return data.frames * 2 - 1, data.matters
 

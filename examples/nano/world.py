@@ -10,10 +10,13 @@ from torch import Tensor
 
 from captions import Clip, attributes, draw
 from faces import IRISES, SKINS, render, sway
-from voice import Sound, freely, speak
+from magihuman.runtime.config import FPS, latent_frames, video_frames
+from magihuman.runtime.model_score import SECONDS, SIZE_PX
+from voice import LEAD_FRAMES, SYLLABLE_FRAMES, Sound, freely, speak
 
-SIZE_PX = 160
-FPS = 25
+AUDIO = round(SECONDS * FPS) + 1  # latents of a clip's sound, one a video frame
+LONGEST = (AUDIO - LEAD_FRAMES) // SYLLABLE_FRAMES  # syllables that fit
+CUT_AUDIO = 101  # of the sound that the autoencoders' clips are cut from: room for any caption
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def make(
     for name, colours in (("skin", SKINS), ("iris", IRISES)):
         looks[name] = torch.randint(len(colours), (count,), device=device, generator=generator)
     sound = voices(looks, audio, generator, free_voice)
-    first, frames = shown or (0, (audio - 1) // 4 * 4 + 1)
+    first, frames = shown or (0, video_frames(latent_frames(audio)))
     mouth = [
         track[:, first : first + frames] for track in (sound.opening, sound.rounding, sound.spread)
     ]
