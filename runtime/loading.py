@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from magihuman.runtime.memory_plan import (
     BASE,
     GIB,
     SR,
+    TEXT,
     VIDEO,
     Part,
 )
@@ -51,6 +53,7 @@ from magihuman.runtime.placing import (
 )
 from magihuman.runtime.shipped import model_folder
 from magihuman.runtime.team import PeerFailed, Team
+from magihuman.runtime.text import TextEncoder
 from magihuman.runtime.transformer import (
     FP8_ATTENTION,
     FP8_PRECISIONS,
@@ -249,6 +252,8 @@ def load(
         parts.forward = compiled(parts.dit, base, placer, BASE, debug, parts, team)
         if parts.sr_dit is not None and upscale is not None:
             parts.sr_forward = compiled(parts.sr_dit, upscale, placer, SR, debug, parts, team)
+        if parts.forward is not None and encoder is not None:
+            parts.text_encoder = replayed(encoder, placer)
     if vae != "plain" and reason is None and isinstance(parts.turbo_vae, TurboVAE):
         from magihuman.graphs.replay_decoder import CompiledDecoder
 
@@ -357,6 +362,17 @@ def compiled(
     )
     parts.captured.append(forward)
     return forward
+
+
+def replayed(encoder: TextEncoder, placer: Placer) -> TextEncoder:
+    """The encoder with captured graphs of short prompts, where its weights stay in their places."""
+    window = encoder.model.config.encoder.sliding_window
+    if not placer.replays or placer.moves(TEXT) or window < config.MAX_TEXT_TOKENS:
+        return encoder
+    from magihuman.graphs.replay_text import ReplayedEncoder
+
+    graphs = ReplayedEncoder(encoder.masked, encoder.model.dtype, placer.device)
+    return dataclasses.replace(encoder, replayed=graphs)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from magihuman.runtime.config import MAX_TEXT_TOKENS
 from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.quiet import quiet_transformers
 
+log = logging.getLogger("magihuman")
+
 ENCODER_LIMIT_TOKENS = 8192  # positions the encoder was built for
 
 
@@ -25,6 +29,7 @@ class TextEncoder:
 
     tokenizer: Any
     model: Any
+    replayed: Callable[[Tensor], Tensor] | None = None  # in place of `hidden` for short prompts
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -52,10 +57,25 @@ class TextEncoder:
     def encode(self, ids: Tensor) -> Tensor:
         """Embeddings of the first 640 tokens, fp32 [L, C]; encoded whole, fp16 in between."""
         ids = ids.to(self.model.device)
-        hidden: Tensor = self.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids)
-        ).last_hidden_state
-        return hidden[0, :MAX_TEXT_TOKENS].half().float()
+        hidden = None
+        if self.replayed is not None and ids.shape[1] <= MAX_TEXT_TOKENS:
+            try:
+                hidden = self.replayed(ids)
+            except torch.OutOfMemoryError as error:
+                log.info("encoding without a captured graph: %s", error)
+        if hidden is None:
+            mask = torch.ones_like(ids)
+            hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state[0]
+        return hidden[:MAX_TEXT_TOKENS].half().float()
+
+    def masked(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Hidden states [1, L, C] with a mask [1, 1, L, L] to add to all scores of attention.
+
+        ids: [1, L], at most as many as the sliding window of half of the layers.
+        """
+        masks = {"full_attention": mask, "sliding_attention": mask}
+        hidden: Tensor = self.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
+        return hidden
 
 
 def load_text_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
