@@ -56,22 +56,44 @@ def test_reasons(
 def test_a_kernel_without_room_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuDNN's mask of rows x rows takes 9 GB at 1080p, which a limit may not leave."""
+    """cuDNN's mask is rows x rows, for which a limit may leave no room."""
     times: dict[str, float] = {"gluon": 2.0, "triton": 1.0}
 
     def milliseconds(name: str, *shape: object) -> float:
         if name not in times:
-            raise torch.OutOfMemoryError("tried to allocate 8.07 GiB")
+            raise torch.OutOfMemoryError("tried to allocate 1.68 GiB")
         return times[name]
 
     monkeypatch.setattr(measured, "CACHE", tmp_path)
     monkeypatch.setattr(measured, "machine_key", lambda device: {"gpu": "one"})
     monkeypatch.setattr(backends, "usable", lambda dim, device: ["gluon", "triton", "cudnn"])
     monkeypatch.setattr(backends, "_milliseconds", milliseconds)
-    assert backends.fastest(66_000, 40, 8, 128, GPU) == "triton"
+    assert backends.fastest(30_000, 40, 8, 128, GPU) == "triton"
     times.clear()
-    with pytest.raises(torch.OutOfMemoryError, match=r"8\.07 GiB"):
-        backends.fastest(66_001, 40, 8, 128, GPU)
+    with pytest.raises(torch.OutOfMemoryError, match=r"1\.68 GiB"):
+        backends.fastest(30_001, 40, 8, 128, GPU)
+
+
+def test_cudnn_is_not_tried_on_long_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But where nothing else can run."""
+    asked: list[str] = []
+
+    def milliseconds(name: str, *shape: object) -> float:
+        asked.append(name)
+        return 1.0
+
+    monkeypatch.setattr(measured, "CACHE", tmp_path)
+    monkeypatch.setattr(measured, "machine_key", lambda device: {"gpu": "one"})
+    monkeypatch.setattr(backends, "_milliseconds", milliseconds)
+    can: list[str] = ["gluon", "triton", "cudnn"]
+    monkeypatch.setattr(backends, "usable", lambda dim, device: list(can))
+    assert backends.fastest(backends.LONG_ROWS, 40, 8, 128, GPU) == "gluon"
+    assert backends.fastest(backends.LONG_ROWS - 1, 40, 8, 128, GPU) == "gluon"
+    assert asked == ["gluon", "triton", *can]
+    can[:] = ["cudnn"]
+    assert backends.fastest(backends.LONG_ROWS, 40, 8, 128, GPU) == "cudnn"
 
 
 @pytest.mark.parametrize("epilogue", ["store", "gelu7", "swiglu7", "add"])
