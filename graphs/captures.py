@@ -106,7 +106,7 @@ def free_bytes(device: torch.device) -> int:
     """
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index)) - reserved
     return max(0, min(free, allowed)) + reserved - torch.cuda.memory_allocated(device)
 
 
