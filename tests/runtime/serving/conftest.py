@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -173,12 +174,21 @@ def server(one_server) -> Server:
     return one_server
 
 
+def free_port() -> int:
+    """None that the system gives to whoever asks for any, as Ray's processes do while they start
+    (on Linux from 32768 on), and none of Ray's workers (10002 to 19999).
+    """
+    for port in random.sample(range(20000, 32768), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port found")
+
+
 @pytest.fixture(scope="session")
 def one_server(tiny_dir, tmp_path_factory) -> Iterator[Server]:
     """One for all tests, since it takes its time to start."""
     folder = tmp_path_factory.mktemp("server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     options = {
         "--model": tiny_dir,
         "--folder": folder / "videos",
