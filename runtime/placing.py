@@ -102,7 +102,8 @@ def plan_placement(
         return None
     reason = why_not(base.config, base.linear, wanted.device)
     is_compiled = wanted.compile and reason is None
-    parts, made, share = others(), None, 1.0
+    already = held_by_others(wanted.device) if is_limit_asked else []
+    parts, made, share = [*others(), *already], None, 1.0
     while made is None:
         try:
             made = plan_memory(parts, base, sr, limit_bytes, is_compiled=is_compiled, share=share)
@@ -140,8 +141,14 @@ def limit_of(memory_limit_gb: float | None, device: torch.device) -> int | None:
     free = memory.free_bytes(device)
     if memory_limit_gb is None:
         return free + CONTEXT_BYTES - MARGIN_BYTES
-    held = torch.cuda.memory_allocated(device)  # by others in this process
-    return min(int(memory_limit_gb * GIB) - held, free + CONTEXT_BYTES)
+    held = torch.cuda.memory_allocated(device)  # the limit counts it, and it is not free
+    return min(int(memory_limit_gb * GIB), free + CONTEXT_BYTES + held)
+
+
+def held_by_others(device: torch.device) -> list[Part]:
+    """What this process holds on a GPU already, which a limit counts too."""
+    size = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return [Part("other tensors of this process", size, can_move=False)] if size else []
 
 
 class Cap:

@@ -28,6 +28,7 @@ from magihuman.runtime.memory_plan import GIB, MemoryPlan, Part
 from magihuman.runtime.placing import (
     check_limit,
     folder_parts,
+    held_by_others,
     limit_of,
     plan_memory,
     synthetic_parts,
@@ -167,11 +168,13 @@ class PlanAsked:
         else:  # as on a GPU that compiles
             limit = None if self.memory_limit_gb is None else int(self.memory_limit_gb * GIB)
             is_compiled = True
+        already = [] if self.memory_limit_gb is None else held_by_others(device)
         if limit is None:
             return None, "there is no GPU; --memory-limit-gb plans for one of so much memory"
         sr = held[1] if len(held) > 1 else None
         try:
-            return plan_memory(others(), held[0], sr, limit, is_compiled=is_compiled), ""
+            parts = [*others(), *already]
+            return plan_memory(parts, held[0], sr, limit, is_compiled=is_compiled), ""
         except DeviceError as error:
             return None, str(error)
 

@@ -318,7 +318,30 @@ def test_the_limit_is_at_most_what_is_free(monkeypatch):
     assert placing.limit_of(80, gpu) == 70 * GIB + CONTEXT_BYTES
     assert placing.limit_of(None, gpu) < 70 * GIB + CONTEXT_BYTES
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 * GIB)
-    assert placing.limit_of(40, gpu) == 37 * GIB  # somebody in this process has the rest
+    assert placing.limit_of(80, gpu) == 73 * GIB + CONTEXT_BYTES  # 3 of it are held already
+
+
+def test_a_limit_counts_what_the_process_holds_already(monkeypatch, others):
+    monkeypatch.setattr(placing, "check_host", lambda plan: None)
+    monkeypatch.setattr(placing, "why_not", lambda *arguments: None)
+    wanted = Wanted(torch.device("cuda:0"))
+
+    def asked(limit_gib: float, held_gib: float) -> memory_plan.MemoryPlan:
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(held_gib * GIB))
+        given = list(others), held("distill", "bf16"), None, int(limit_gib * GIB), True
+        return placing.plan_placement(lambda: given[0], *given[1:], wanted)
+
+    free, beside = asked(60, 0), asked(60, 5)
+    for alone, stage in zip(free.stages, beside.stages, strict=True):
+        assert stage.weights["other tensors of this process"] == 5 * GIB
+        assert free.streamed != beside.streamed or stage.total_bytes == alone.total_bytes + 5 * GIB
+    assert beside.peak_bytes <= 60 * GIB
+    messages = []
+    for held_gib in (0, 3):
+        with pytest.raises(memory_plan.NoPlanError, match=r"no way to run in 1\.0 GiB") as caught:
+            asked(1, held_gib)
+        messages.append(float(re.search(r"memory_limit_gb=([\d.]+)", str(caught.value))[1]))
+    assert messages[1] - messages[0] == pytest.approx(3, abs=0.11)  # rounded up to tenths
 
 
 def test_a_cap_holds_for_as_long_as_it_lives(monkeypatch):
