@@ -50,6 +50,7 @@ class Held:
 
     device_bytes: int = 0
     reserved_bytes: int = 0
+    driver_bytes: int = 0
 
 
 class Sampler:
@@ -78,10 +79,14 @@ class Sampler:
 
     def _run(self) -> None:
         while not self._stop.wait(PERIOD_S):
+            before = torch.cuda.memory_reserved()
             free, total = torch.cuda.mem_get_info()
+            reserved = torch.cuda.memory_reserved()
             for held in (self.whole, self.stages.setdefault(self._name, Held())):
                 held.device_bytes = max(held.device_bytes, total - free)
-                held.reserved_bytes = max(held.reserved_bytes, torch.cuda.memory_reserved())
+                held.reserved_bytes = max(held.reserved_bytes, reserved)
+                if before == reserved:  # else the two may be of different moments
+                    held.driver_bytes = max(held.driver_bytes, total - free - reserved)
 
 
 def run_case(
@@ -134,7 +139,7 @@ def held(sampler: Sampler, limit_gb: float | None) -> dict[str, Any]:
     """What was held so far, and whether that is within the limit."""
     reserved = torch.cuda.max_memory_reserved()
     stages = dict(sampler.stages)
-    driver = max((one.device_bytes - one.reserved_bytes for one in stages.values()), default=0)
+    driver = sampler.whole.driver_bytes
     figures: dict[str, Any] = {
         "max_reserved_gib": reserved / GIB,
         "max_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
