@@ -24,7 +24,7 @@ from magihuman.runtime.model.dit import DiT, Norm, Rope
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, Snake
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.quiet import quiet_diffusers
-from magihuman.runtime.text import TextEncoder
+from magihuman.runtime.text import TextEncoder, uncapped
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -194,7 +194,7 @@ def text_model() -> Any:
         "head_dim": 256,
     }
     config = T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), is_encoder_decoder=False)
-    return T5GemmaEncoderModel(config)
+    return uncapped(T5GemmaEncoderModel(config))
 
 
 def byte_tokenizer() -> Any:

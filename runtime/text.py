@@ -110,4 +110,19 @@ def load_text_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> T
             f"the text encoder at {path} has {len(misshapen)} misshapen tensors:"
             f" {', '.join(misshapen[:8])}"
         )
-    return TextEncoder(tokenizer, frozen(model))
+    return TextEncoder(tokenizer, frozen(uncapped(model)))
+
+
+def uncapped(model: Any) -> Any:
+    """T5Gemma's encoder, changed to attend as in the published pipeline.
+
+    The model's definition caps attention scores by a tanh at 50. The published code leaves the kind
+    of attention to transformers 4.56.0, which takes PyTorch's scaled dot product, without the cap;
+    later releases keep the cap and another attention. The transformer was trained on the former.
+    """
+    for module in model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+    # Asked for by name, these releases refuse it, for the sake of the cap.
+    model.config._attn_implementation = "sdpa"
+    return model

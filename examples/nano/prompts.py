@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from captions import caption, draw
 from magihuman.runtime.loading import TEXT_FOLDER
 from magihuman.runtime.quiet import quiet_transformers
+from magihuman.runtime.text import uncapped
 
 VOCABULARY = 768
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # in the order of T5Gemma
@@ -79,11 +80,10 @@ class TextEncoder(nn.Module):
             vocab_size=VOCABULARY,
             is_encoder_decoder=False,
         )
-        self.model: Any = T5GemmaEncoderModel(config)
+        self.model: Any = uncapped(T5GemmaEncoderModel(config))
 
     def forward(self, ids: Tensor, is_text: Tensor) -> Tensor:
-        # Made here, since transformers would look at the values, and so wait for the device. It is
-        # added to the scores: their tanh leaves T5Gemma no attention but the eager one.
+        # Made here, since transformers would look at the values, and so wait for the device.
         mask = (~is_text[:, None, None, :]).float() * -1e9
         masks = {"full_attention": mask, "sliding_attention": mask}
         hidden: Tensor = self.model(input_ids=ids, attention_mask=masks).last_hidden_state

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from magihuman.graphs.replay_text import ReplayedEncoder
 from magihuman.runtime.config import MAX_TEXT_TOKENS
 from magihuman.runtime.random_weights import byte_tokenizer
-from magihuman.runtime.text import TextEncoder
+from magihuman.runtime.text import TextEncoder, uncapped
 
 DEVICE = torch.device("cuda")
 FP32, BF16 = 1e-5, 2**-7
@@ -36,7 +36,7 @@ def encoder_of(dtype: torch.dtype) -> TextEncoder:
     }
     config = T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), is_encoder_decoder=False)
     torch.manual_seed(0)
-    model = T5GemmaEncoderModel(config).to(DEVICE, dtype).eval()
+    model = uncapped(T5GemmaEncoderModel(config)).to(DEVICE, dtype).eval()
     return TextEncoder(byte_tokenizer(), model)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,30 @@ def test_without_a_mask_padding_is_seen(encoder):
     padded = torch.cat((ids, ids_of(57)), dim=1)
     seen = encoder.masked(padded, key_mask(64, torch.tensor(64), torch.float32))
     assert golden.error(seen[:, :7], encoder.model(input_ids=ids).last_hidden_state) > 0.01
+
+
+@torch.inference_mode()
+def test_scores_are_not_capped(tiny_dir):
+    """As PyTorch's attention had it in the published pipeline, against the model's definition."""
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel
+
+    folder = tiny_dir / TEXT_FOLDER
+
+    def defined(cap: float | None) -> Any:
+        config = T5GemmaConfig.from_pretrained(folder)
+        config.encoder.attn_logit_softcapping, config.is_encoder_decoder = cap, False
+        options = {"config": config, "dtype": torch.float32, "attn_implementation": "eager"}
+        return T5GemmaEncoderModel.from_pretrained(folder, **options).eval()
+
+    ours = load_text_encoder(folder, torch.device("cpu"), torch.float32).model
+    without, capped = defined(None), defined(50.0)
+    for model in (ours, without, capped):
+        for layer in model.encoder.layers:
+            layer.self_attn.q_proj.weight.mul_(100)  # for scores beyond 50
+    ids = ids_of(30)
+    text, plain, other = (m(input_ids=ids).last_hidden_state for m in (ours, without, capped))
+    assert golden.error(text, plain) <= FP32
+    assert golden.error(text, other) > 100 * FP32
 
 
 def test_short_prompts_are_replayed_and_others_encoded_whole(encoder):
