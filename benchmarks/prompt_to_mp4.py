@@ -2,9 +2,11 @@
 of a stream.
 
     python benchmarks/prompt_to_mp4.py [--folder RESULTS] [--precisions fp8 fp8-attn bf16]
+        [--sr 540p] [--repeats N]
 
-Random weights, 480x256, 5 s, 300 text tokens; every component is resident. Pictures of random
-weights are noise, which is the most work there is for the mp4 encoder. Rows are from one run.
+Random weights, 480x256, or what --sr makes of that, 5 s, 300 text tokens; every component is
+resident. Pictures of random weights are noise, which is the most work there is for the mp4 encoder.
+Rows are from one run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 
 import environment
 from magihuman import runtime
+from magihuman.runtime import config
 from measure import LAYOUT, PROMPT, release
 
 REPEATS = 5
@@ -36,10 +39,10 @@ def median_stages(all_timings: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def measure(precision: Any, folder: Path) -> dict[str, Any]:
+def measure(precision: Any, sr: Any, repeats: int, folder: Path) -> dict[str, Any]:
     """One engine: requests that write a file, then streams that write none."""
     start = time.perf_counter()
-    engine = runtime.load(runtime.synthetic("distill"), precision=precision)
+    engine = runtime.load(runtime.synthetic("distill"), precision=precision, sr=sr)
     torch.cuda.synchronize()
     load_s = time.perf_counter() - start
     with engine:
@@ -48,14 +51,14 @@ def measure(precision: Any, folder: Path) -> dict[str, Any]:
         warmup_s = time.perf_counter() - start
         path = folder / "clip.mp4"
         requests = []
-        for seed in range(1 + REPEATS):
+        for seed in range(1 + repeats):
             path.unlink(missing_ok=True)
             start = time.perf_counter()
             video = engine.generate(PROMPT, seed=seed, save=path)
             requests.append((time.perf_counter() - start, video.timings_s))
             assert path.stat().st_size > 0
         streams = []
-        for seed in range(1 + REPEATS):
+        for seed in range(1 + repeats):
             start = time.perf_counter()
             with engine.generate_stream(PROMPT, seed=seed) as stream:
                 chunk = next(stream)
@@ -83,15 +86,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=environment.RESULTS)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--sr", choices=list(config.SR_SIZES), help="named so in the results")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     arguments = parser.parse_args()
+    name = "prompt_to_mp4" if arguments.sr is None else f"prompt_to_mp4_{arguments.sr}"
     figures: dict[str, Any] = {"text_tokens": LAYOUT.text, "sequence_tokens": LAYOUT.tokens}
     with tempfile.TemporaryDirectory() as scratch:
         for precision in arguments.precisions:
             torch.cuda.reset_peak_memory_stats()
-            figures[precision] = measure(precision, Path(scratch))
+            figures[precision] = measure(precision, arguments.sr, arguments.repeats, Path(scratch))
             release()
             print(precision, json.dumps(figures[precision]), flush=True)
-            environment.write("prompt_to_mp4", figures, arguments.folder)
+            environment.write(name, figures, arguments.folder)
 
 
 if __name__ == "__main__":
