@@ -118,11 +118,11 @@ def uncapped(model: Any) -> Any:
 
     The model's definition caps attention scores by a tanh at 50. The published code leaves the kind
     of attention to transformers 4.56.0, which takes PyTorch's scaled dot product, without the cap;
-    later releases keep the cap and another attention. The transformer was trained on the former.
+    the newest releases take another attention and keep it.
     """
     for module in model.modules():
         if hasattr(module, "attn_logit_softcapping"):
             module.attn_logit_softcapping = None
-    # Asked for by name, these releases refuse it, for the sake of the cap.
+    # Asked for by name, the newest refuse it, for the sake of the cap.
     model.config._attn_implementation = "sdpa"
     return model
