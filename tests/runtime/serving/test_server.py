@@ -167,7 +167,7 @@ def test_told_to_stop_it_lets_what_runs_end_and_keeps_the_rest(server):
     server.when(waiting, "in_progress")
     last = [server.create({**SMALL, "seed": str(seed)}) for seed in range(2)]
     server.process.terminate()
-    refused = until(lambda: (answer := server.post()).status_code == 503 and answer, within_s=10)
+    refused = until(lambda: (answer := server.post()).status_code == 503 and answer, within_s=40)
     assert refused.json()["error"]["code"] == "draining" and "retry-after" in refused.headers
     assert server.process.wait(120) == 0
     folder = server.folder()
