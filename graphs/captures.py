@@ -18,6 +18,7 @@ from magihuman.graphs.budget import Budget
 log = logging.getLogger("magihuman")
 Key = TypeVar("Key", bound=Hashable)
 Graph = TypeVar("Graph")
+Output = TypeVar("Output")
 
 FREE_SHARE = 0.25  # of the memory that is free beside the weights, for the graphs of one model
 DRIVER_BYTES = 16 * 2**20  # assumed of each graph, since the driver does not say what it keeps
@@ -28,8 +29,8 @@ class Captures(Generic[Key, Graph]):
 
     Attributes:
         kept: in no order.
-        pool: that a capture is to use, and sets; None where nothing is kept.
-        stream: to capture on, since graphs that share a pool must share one.
+        pool: that captures use and set; None where nothing is kept.
+        stream: that they are made on, since graphs that share a pool must share one.
     """
 
     def __init__(
@@ -86,6 +87,27 @@ class Captures(Generic[Key, Graph]):
                 self._give_up(self._budget.clear())
         self.kept[key] = graph
         self._budget.keep(key, tokens, own_bytes, pool_bytes(self.pool))
+
+    def record(
+        self, warm_up: Callable[[], object], run: Callable[[], Output], keep_graph: bool = False
+    ) -> tuple[torch.cuda.CUDAGraph, Output]:
+        """A graph of what `run` launches, in the pool, and what `run` returned.
+
+        warm_up: goes before, since kernels compile and libraries choose when they are first called.
+        keep_graph: as of `torch.cuda.CUDAGraph`.
+        """
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            warm_up()
+            torch.cuda.synchronize(self._device)
+            graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):  # what other threads of a service call must not break it
+                output = run()
+        self.pool = graph.pool()
+        torch.cuda.current_stream(self._device).wait_stream(self.stream)
+        return graph, output
 
     def release(self) -> None:
         """Give every graph up."""

@@ -249,24 +249,18 @@ class CompiledForward:
         )
 
     def _capture(self, size: Size) -> _Captured:
-        captures = self._captures
-        stream = captures.stream
         module, report = self._compile(size)
         start = time.perf_counter()
         inputs = self._zeros(size)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            with exchange.apart():  # kernels compile, libraries choose before anything is recorded
+
+        def warm_up() -> None:
+            with exchange.apart():
                 for _ in range(2):
                     module(*inputs.values())
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph(keep_graph=self._debug)
-            with torch.cuda.graph(
-                graph, pool=captures.pool, stream=stream, capture_error_mode="thread_local"
-            ):  # what other threads of a service call must not break it
-                outputs = module(*inputs.values())
-        captures.pool = graph.pool()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+        graph, outputs = self._captures.record(
+            warm_up, lambda: module(*inputs.values()), keep_graph=self._debug
+        )
         report.seconds["graph"] = time.perf_counter() - start
         log.info("compiled %s tokens in %.1f s", size.counts, sum(report.seconds.values()))
         own = Sharding(size.counts, self._ranks).own(self._rank)

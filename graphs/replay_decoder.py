@@ -177,9 +177,7 @@ class CompiledDecoder:
         self._captures.release()
 
     def _capture(self, size: Size) -> _Captured:
-        captures = self._captures
         module = trim(self._modules[size.is_first], size.frames, size.skip, size.kept)
-        stream = captures.stream
         start = time.perf_counter()
         weight: Tensor = module.get_buffer("conv_in.conv.weight")
         latents = torch.zeros(
@@ -190,20 +188,18 @@ class CompiledDecoder:
         # Outside the pool, which is whole again for the next size when this one's graph is done.
         pixels = torch.empty(size.pixels, dtype=self._dtype, device=self._device)
         room = int(ROOM * peak_bytes(module, latents))
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.inference_mode(), torch.cuda.stream(stream):
+
+        def warm_up() -> None:
             reserve(room, self._device)
-            module(latents)  # kernels compile and cuDNN chooses before anything is recorded
+            module(latents)
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()  # what cuDNN tried stays out of the way of the pool
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=captures.pool, stream=stream, capture_error_mode="thread_local"
-            ):  # another thread may decode the sound meanwhile
-                reserve(room, self._device)
-                pixels.copy_(module(latents)[0])
-        captures.pool = graph.pool()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+        def run() -> None:
+            reserve(room, self._device)
+            pixels.copy_(module(latents)[0])
+
+        graph, _ = self._captures.record(warm_up, run)
         log.info("captured the decoder of %s in %.1f s", size, time.perf_counter() - start)
         return _Captured(graph, latents, pixels)
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from magihuman.graphs.captures import Captures
+from magihuman.graphs.replay import TEXT_BUCKET
 
 log = logging.getLogger("magihuman")
 Encode = Callable[[Tensor, Tensor], Tensor]  # ids [1, L] and a mask [1, 1, L, L] to [1, L, C]
 
-BUCKET = 64  # prompts are padded to multiples of it
 BUDGET_BYTES = 2**30  # of all graphs; one of 640 tokens needs some 200 MiB
 
 
@@ -52,7 +52,7 @@ class ReplayedEncoder:
             torch.OutOfMemoryError: a new length has no room.
         """
         length = ids.shape[1]
-        bucket = -(-length // BUCKET) * BUCKET
+        bucket = -(-length // TEXT_BUCKET) * TEXT_BUCKET
         if bucket not in self._captures.kept:
             what = f"{bucket} tokens of text"
             self._captures.add(bucket, bucket, 0, lambda: self._capture(bucket), what)
@@ -63,26 +63,16 @@ class ReplayedEncoder:
         return captured.hidden[0, :length]
 
     def _capture(self, bucket: int) -> _Captured:
-        captures = self._captures
-        stream, start = captures.stream, time.perf_counter()
+        start = time.perf_counter()
         ids = torch.zeros(1, bucket, dtype=torch.long, device=self._device)
         length = torch.full((), bucket, device=self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            self._padded(ids, length)  # libraries choose before anything is recorded
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=captures.pool, stream=stream, capture_error_mode="thread_local"
-            ):  # another thread may serve another request meanwhile
-                hidden = self._padded(ids, length)
-        captures.pool = graph.pool()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+        def padded() -> Tensor:
+            return self._encode(ids, key_mask(bucket, length, self._dtype))
+
+        graph, hidden = self._captures.record(padded, padded)
         log.info("captured %d tokens of text in %.1f s", bucket, time.perf_counter() - start)
         return _Captured(graph, ids, length, hidden)
-
-    def _padded(self, ids: Tensor, length: Tensor) -> Tensor:
-        return self._encode(ids, key_mask(ids.shape[1], length, self._dtype))
 
 
 def key_mask(tokens: int, length: Tensor, dtype: torch.dtype) -> Tensor:

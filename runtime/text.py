@@ -29,7 +29,7 @@ class TextEncoder:
 
     tokenizer: Any
     model: Any
-    replayed: Callable[[Tensor], Tensor] | None = None  # in place of `hidden` for short prompts
+    replayed: Callable[[Tensor], Tensor] | None = None  # the model's stand-in for short prompts
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
