@@ -197,7 +197,10 @@ __device__ __forceinline__ Place place_of(int tile, const Shape &shape) {
 // Scales of two neighbouring rows of the weight; zeros past its end.
 __device__ __forceinline__ float2 weight_scales(const Shape &shape, int run, int column) {
     if (column >= shape.weight_rows) return make_float2(0.0f, 0.0f);
-    return *reinterpret_cast<const float2 *>(shape.weight_scale + run * shape.weight_rows + column);
+    const float *scales = shape.weight_scale + run * shape.weight_rows + column;
+    if (shape.weight_rows % 2 == 0) return *reinterpret_cast<const float2 *>(scales);
+    // Of an odd number of rows the second run's do not start at a multiple of 8 bytes.
+    return make_float2(scales[0], column + 1 < shape.weight_rows ? scales[1] : 0.0f);
 }
 
 __device__ __forceinline__ float x_scale(const Shape &shape, int run, int row) {

@@ -179,7 +179,7 @@ def matmul(
             model does; "add" takes it as summed, in fp32.
         tile: how the work is cut.
         x_scale: of e4m3 operands, [N] fp32, or one number for all rows.
-        weight_scale: of e4m3 operands, [M] or [3 M] fp32, M even.
+        weight_scale: of e4m3 operands, [M] or [3 M] fp32.
     """
     fp8 = x.dtype == FP8
     depth_block = DEPTH_BYTES // x.element_size()

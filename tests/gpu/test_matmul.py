@@ -103,6 +103,20 @@ def test_fp8_product(
         assert golden.error(ours, exact) <= 1.1 * golden.error(plain, exact) + 3e-3
 
 
+@pytest.mark.parametrize("route", linear_routes.TILES)
+@pytest.mark.parametrize("counts", [None, (150, 1, 149)])
+def test_fp8_product_of_odd_weights(route: str, counts: ref.Counts | None) -> None:
+    """A run's scales begin anywhere: 323 rows are three heads of 64, k, v, and three gates."""
+    x, x_scale = ref.quantize_rows(randn(300, 192))
+    weight, scale = ref.quantize_rows(randn(323 * (3 if counts else 1), 192) / 14)
+    # What lies behind the last scale is not the weight's.
+    scale = F.pad(scale, (0, 1), value=float("nan"))[:-1]
+    out = linear_routes.linear_fp8(x, x_scale, weight, scale, counts, route)
+    whole = ref.dequantize_rows(x, x_scale).double(), ref.dequantize_rows(weight, scale).double()
+    exact = ref.per_modality(lambda a, b: a @ b.t(), *whole, counts)
+    assert golden.error(out, exact) <= 1.1 * golden.error(exact.to(torch.bfloat16), exact) + 1e-3
+
+
 @pytest.mark.parametrize("route", [linear_routes.LIBRARY, *linear_routes.TILES])
 @pytest.mark.parametrize("counts", [None, (150, 1, 149)])
 def test_routes_agree_with_the_reference(route: str, counts: ref.Counts | None) -> None:
