@@ -112,10 +112,14 @@ class ImageVAE:
         return self._vae
 
     @torch.inference_mode()
-    def encode(self, image: Image.Image, width_px: int, height_px: int) -> Tensor:
-        """Normalised latent at this size, fp32 [1, 48, 1, H / 16, W / 16]; the mean, unsampled."""
+    def encode(self, image: Image.Image, width_px: int, height_px: int, frames: int = 1) -> Tensor:
+        """Normalised latents at this size, fp32 [1, 48, T, H / 16, W / 16]; the mean, unsampled.
+
+        frames: 4 T - 3, of a clip that shows the image all the time.
+        """
         weight = self._vae.quant_conv.weight
         pixels = to_tensor(fit(image, width_px, height_px)).to(weight.device, weight.dtype)
+        pixels = pixels.expand(-1, -1, frames, -1, -1)
         latent: Tensor = self._vae.encode(pixels).latent_dist.mode().float()
         mean, std = (
             torch.tensor(v, device=latent.device).view(1, -1, 1, 1, 1)
