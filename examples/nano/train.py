@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--stock", type=int, default=dit.STOCK, help="clips that dit draws from")
     parser.add_argument("--matching", type=float, default=0.0, help="weight of it in distill")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="layers, but those of vae")
+    parser.add_argument("--compile", action="store_true", help="layers; of vae its halves")
     given = parser.parse_args()
 
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def main() -> None:
         run = Run(stage, given.out, given.minutes or MINUTES[stage], torch.device(given.device))
         batch = given.batch or BATCHES[stage]
         if stage == "vae":
-            video.train(run, batch, given.size)
+            video.train(run, batch, given.size, given.compile)
         elif stage == "sound":
             sound.train(run, batch, given.compile)
         elif stage == "dit":

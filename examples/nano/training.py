@@ -164,12 +164,23 @@ def channels_last(model: nn.Module) -> None:
 
 def compile_parts(*modules: nn.Module) -> None:
     """Each by itself, for every shape anew."""
+    _prepare_compiler()
+    for module in modules:
+        module.compile(dynamic=False)
+
+
+def compile_methods(module: nn.Module, *names: str) -> None:
+    """Of this module alone, for every shape anew."""
+    _prepare_compiler()
+    for name in names:
+        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
+
+
+def _prepare_compiler() -> None:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs all the same
-    for module in modules:
-        module.compile(dynamic=False)
 
 
 def uncompiled() -> AbstractContextManager[Any]:

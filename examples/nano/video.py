@@ -30,10 +30,12 @@ from training import (
     Standardized,
     autocast,
     channels_last,
+    compile_methods,
     finish,
     load,
     save,
     step,
+    uncompiled,
 )
 
 WAN_BASE_DIM = 8  # tensor cores take channels by eights
@@ -44,11 +46,11 @@ TURBO = TurboVAEConfig(
 # predict a velocity it has to hand on the noise of every channel, and at 192 of 192 dims of its
 # stream nothing else would have room (arXiv 2511.13720 has the effect).
 CHANNELS = 24
-LATENTS = 5  # of a training clip: a first window of 4, and a later one of 4 with context
-LONG_LATENTS = 9  # of every fourth, half as many in a batch: windows as long as the runtime's
+LATENTS = 8  # of a training clip: a first window of 7, or a later one of 7 with context
 NOISE = 0.12  # added to latents in training, so that the decoder bears a denoiser's errors
-LEARNING_RATE = 1.5e-3
-BATCH = 16
+LEARNING_RATE = 1e-3
+BATCH = 6
+DRAWN = 5  # batches drawn at a time: drawing is some thousand launches, however many clips
 
 
 class VideoAutoencoder(nn.Module):
@@ -98,20 +100,29 @@ class VideoAutoencoder(nn.Module):
         frames: Tensor = self.decoder(x, first_window)
         return frames
 
-    def forward(self, frames: Tensor, matters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, squared error, and the frames of the first window.
+    def rebuild(
+        self, latents: Tensor, frames: Tensor, matters: Tensor, is_first: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one window: loss, squared error and its frames, without those of context."""
+        if is_first:
+            made, cut = self.decode(latents[:, :, :-1], True), slice(0, -4)
+        else:
+            made, cut = self.decode(latents[:, :, 1:], False)[:, :, 4:], slice(5, None)
+        made = made.float()
+        error = made - frames[:, :, cut]
+        return _loss(error, matters[:, :, cut]), error.detach().square().mean(), made.detach()
 
-        frames: [B, 3, 17, H, W] in [-1, 1]; matters: [B, 1, 17, H, W], weights.
+    def forward(
+        self, frames: Tensor, matters: Tensor, is_first: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`rebuild` of noisy latents.
+
+        frames: [B, 3, 4 LATENTS - 3, H, W] in [-1, 1]; matters: [B, 1, T, H, W], weights; is_first:
+        of the two windows of a clip, which.
         """
         latents = self.encode(frames)
         latents = latents + NOISE * torch.randn_like(latents)
-        first = self.decode(latents[:, :, :-1], True).float()
-        later = self.decode(latents[:, :, 1:], False)[:, :, 4:].float()
-        errors = (first - frames[:, :, :-4], later - frames[:, :, 5:])
-        weights = (matters[:, :, :-4], matters[:, :, 5:])
-        loss = sum(_loss(e, w) for e, w in zip(errors, weights, strict=True)) / 2
-        square = (errors[0].square().mean() + errors[1].square().mean()).detach() / 2
-        return loss, square, first.detach()
+        return self.rebuild(latents, frames, matters, is_first)
 
 
 def _loss(error: Tensor, weight: Tensor) -> Tensor:
@@ -126,7 +137,7 @@ def _loss(error: Tensor, weight: Tensor) -> Tensor:
     return loss
 
 
-def train(run: Run, batch: int, size_px: int) -> None:
+def train(run: Run, batch: int, size_px: int, compiled: bool) -> None:
     """Both halves together, until the time is over."""
     path = run.out / "vae.pt"
     model = VideoAutoencoder()
@@ -135,13 +146,16 @@ def train(run: Run, batch: int, size_px: int) -> None:
     channels_last(model)
     average = Average(model)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-4
-    )
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-4,
+        fused=run.device.type == "cuda",
+    )  # fmt: skip
     rng, generator = random.Random(done), torch.Generator(run.device).manual_seed(done)
+    if compiled:
+        compile_methods(model, "encode", "rebuild")
 
     @torch.no_grad()
-    def draw(count: int, latents: int) -> tuple[Tensor, Tensor]:
-        frames = video_frames(latents)
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        frames = video_frames(LATENTS)
         last = (world.CUT_AUDIO - frames) // 4
         shown = (rng.choice((0, 4 * rng.randrange(last))), frames)
         data = world.make(
@@ -149,36 +163,39 @@ def train(run: Run, batch: int, size_px: int) -> None:
         )
         return data.frames * 2 - 1, data.matters
 
+    drawn: list[tuple[Tensor, Tensor]] = []
     for number in run.steps():
-        long = number % 4 == 3
-        frames, matters = draw(*((batch + 1) // 2, LONG_LATENTS) if long else (batch, LATENTS))
+        if not drawn:
+            drawn = list(zip(*(x.split(batch) for x in draw(DRAWN * batch)), strict=True))
         with autocast(run.device):
-            loss, square, _ = model(frames, matters)
+            loss, square, _ = model(*drawn.pop(), number % 2 == 0)
         step(model, optimizer, loss, LEARNING_RATE * run.rate)
         average.update()
         run.log(loss=loss, psnr_db=-10 * (square / 4).log10(), latents_std=model.norm.std.mean())
         if run.is_due():
             save(path, average, steps=done + run.step + 1)
 
-    frames, matters = draw(batch, LONG_LATENTS)
+    clips = draw(batch)
 
     # Autocast anew each time: it keeps what it has made of weights, which are exchanged between.
     @torch.no_grad()
     def encode() -> Tensor:
         with autocast(run.device):
-            return model.encode(draw(batch, LATENTS)[0])
+            return model.encode(draw(batch)[0])
 
     @torch.no_grad()
-    def decode() -> tuple[Tensor, Tensor]:
+    def decode(is_first: bool) -> tuple[Tensor, Tensor]:
         with autocast(run.device):
-            return model(frames, matters)[1:]
+            return model(*clips, is_first)[1:]
 
-    finish(
-        path, average, model.norm, encode, lambda: -10 * (decode()[0] / 4).log10().item(),
-        steps=done + run.step,
-    )  # fmt: skip
-    made = decode()[1]
-    picture(run.out / "vae.png", (frames + 1) / 2, (made + 1) / 2)
+    def measure() -> float:
+        squares = torch.stack([decode(is_first)[0] for is_first in (True, False)])
+        return -10 * (squares.mean() / 4).log10().item()
+
+    with uncompiled():
+        finish(path, average, model.norm, encode, measure, steps=done + run.step)
+        made = decode(True)[1]
+    picture(run.out / "vae.png", (clips[0] + 1) / 2, (made + 1) / 2)
 
 
 def picture(path: Path, *videos: Tensor) -> None:
