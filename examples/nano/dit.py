@@ -24,7 +24,7 @@ from video import CHANNELS
 LEARNING_RATE = 1.5e-3
 BATCH = 64
 STOCK = 4096  # clips: 0.9 GB
-REFRESH_STEPS = 8  # after each of which 16 of them are replaced
+REFRESH_STEPS = 16  # after each of which 16 of them are replaced
 # Latents of sound in a batch, drawn from these. A clip of S seconds has 25 S + 1, one by a given
 # voice 25 S, and positions stretch them over the latent frames: in 80 a sound lies up to three
 # frames away from where it lies in 81.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import prompts
 import world
-from captions import caption
+from captions import Clip, caption
 from magihuman.runtime.config import AUDIO_CHANNELS, LATENT_CHANNELS, VIDEO_STRIDE, latent_frames
 from sound import SoundAutoencoder
 from training import autocast, trained
@@ -67,7 +67,7 @@ class Stock:
         self.sound = torch.zeros(
             self.count, AUDIO, AUDIO_CHANNELS, dtype=torch.float16, device=device
         )
-        self.ids = torch.zeros(self.count, prompts.MAX_TOKENS, dtype=torch.long, device=device)
+        self.clips: list[Clip] = []
         self.is_free = torch.zeros(self.count, dtype=torch.bool, device=device)
         self.next = 0
 
@@ -85,21 +85,24 @@ class Stock:
         with autocast(self.device):
             video = self.pictures.encode(data.frames * 2 - 1)
         sound = self.sounds.encode(world.as_stereo(data.sound)).transpose(1, 2)
-        texts = [caption(clip, self.rng) for clip in data.clips]
-        ids, _ = prompts.tokenize(self.tokenizer, texts)
         place = slice(self.next, self.next + DRAWN)
         self.video[place], self.sound[place] = video.half(), sound.half()
-        self.ids[place] = ids.to(self.device, non_blocking=True)
+        self.clips[place] = data.clips
         # `voices` has the free ones first.
         self.is_free[place] = torch.arange(DRAWN, device=self.device) < round(FREE * DRAWN)
         self.next = (self.next + DRAWN) % self.count
 
     def take(self, count: int, audio: int) -> Clips:
-        """Any clips, cut to `audio` latents of sound and the latent frames that go with them."""
-        index = torch.randint(self.count, (count,), device=self.device, generator=self.generator)
+        """Any clips, cut to `audio` latents of sound and the latent frames that go with them.
+
+        Captions are worded anew each time: sentences, languages, what they leave out.
+        """
+        picked = self.rng.choices(range(len(self.clips)), k=count)
+        texts = [caption(self.clips[i], self.rng) for i in picked]
+        ids = prompts.tokenize(self.tokenizer, texts)[0].to(self.device, non_blocking=True)
+        index = torch.tensor(picked).to(self.device, non_blocking=True)
         latents = Pair(
             self.video[index, :, : latent_frames(audio)].float(),
             self.sound[index, :audio].float(),
         )
-        ids = self.ids[index]
         return Clips(latents, ids, ids != prompts.PAD, self.is_free[index])
