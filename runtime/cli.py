@@ -16,7 +16,7 @@ from magihuman import runtime
 from magihuman.runtime.memory_plan import MemoryPlan
 from magihuman.runtime.score_command import score
 from magihuman.runtime.serve_command import serve
-from magihuman.runtime.shipped import NANO, sized
+from magihuman.runtime.shipped import NANO, model_folder, sized
 from magihuman.runtime.terminal import (
     BAD_INPUT,
     Bar,
@@ -208,7 +208,7 @@ def tiny(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A model directory.")],
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A model directory, or nano.")],
     variant: PlanVariantOption = "distill",
     sr: PlanSrOption = None,
     precision: PrecisionOption = None,
@@ -223,6 +223,7 @@ def inspect(
 
         from magihuman.runtime.report import PlanAsked, fits, inspect_model
 
+        folder = model_folder(model)
         asked = PlanAsked(variant, sr, precision, memory_limit_gb)
         components = inspect_model(folder)
         memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
