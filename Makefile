@@ -1,5 +1,5 @@
 # Needs make and Python 3.11 or later with venv; all else is installed into .venv.
-#   make demo    out/demo.mp4 from a tiny checkpoint with random weights
+#   make demo    out/demo.mp4, a drawn head that speaks
 #   make test    lint, types, imports, unit tests
 #   make bench   benchmarks; an entry in benchmarks/results/history
 #   make clean   remove what these made
@@ -14,7 +14,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Folders are listed too, so that a removed module is noticed.
 SOURCES := $(shell find $(wildcard export runtime graphs kernels) -name '*.py' -o -name py.typed \
-    -o -type d ! -name __pycache__)
+    -o -type d ! -name __pycache__ -o -path '*/models/*' -type f)
+
+DEMO := "A woman with long black hair in a yellow shirt on a pink background looks into the camera\
+    and says: ho ba hu bu ge de pi bi pi ke gu"
 
 .PHONY: bench demo test lint types imports unit clean
 
@@ -35,12 +38,11 @@ unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 demo: $(VENV)/.installed
-	$(BIN)/magihuman tiny out/tiny-model
-	$(BIN)/magihuman generate --model out/tiny-model --out out/demo.mp4 \
-	    --seconds 2 --width 256 --height 256 \
-	    --prompt 'A woman looks into the camera, smiles and says: "Hello!"'
+	mkdir -p out
+	$(BIN)/magihuman generate --model nano --out out/demo.mp4 --prompt $(DEMO)
 	@$(BIN)/python -c "$$FACTS" out/demo.mp4
-	@echo "The tiny checkpoint's weights are random: its picture and sound are noise, on purpose."
+	$(BIN)/magihuman score out/demo.mp4 --prompt $(DEMO)
+	@echo "Made by nano, a model of 15 MB that comes with the package; see README.md."
 
 bench: $(VENV)/.installed
 	mkdir -p out

@@ -54,7 +54,8 @@ def write_score(folder: Path) -> None:
     for i in range(REFERENCES):
         pixels = (data.frames[i, :, 0] * 255).round().byte().permute(1, 2, 0)
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png", optimize=True)
-        samples = (data.sound.wave[i].clamp(-1, 1) * 32767).short()
+        wave = data.sound.wave[i, : int(SECONDS * LATENT_AUDIO_RATE_HZ)]
+        samples = (wave.clamp(-1, 1) * 32767).short()
         _write_flac(folder / f"{i}.flac", samples[None])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +12,9 @@ from typer.testing import CliRunner
 from magihuman import runtime
 from magihuman.runtime import shipped
 from magihuman.runtime.cli import app
+from magihuman.runtime.model_score import score_model
 
+CARD = Path(__file__).parents[2] / "examples" / "nano" / "MODEL_CARD.md"
 SMALL = {"seconds": 0.2, "width": 96, "height": 64}
 
 
@@ -90,3 +93,19 @@ def test_standard_requests_are_those_of_the_library(tmp_path):
     request = runtime.Request("hi")
     assert shipped.suited(tmp_path) == {name: getattr(request, name) for name in shipped.STANDARD}
     assert shipped.suited("owner/name") == shipped.STANDARD
+
+
+def test_nano_speaks():
+    """Its first clips meet all thresholds; after a step of training none does (test_nano.py)."""
+    with runtime.load("nano", device="cpu") as engine:
+        assert score_model(engine, shipped.NANO_FOLDER, clips=3).broken == []
+
+
+def test_nano_comes_whole_and_small():
+    files = [file for file in shipped.NANO_FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 16e6
+    assert (shipped.NANO_FOLDER / "README.md").read_text() == CARD.read_text()
+    found = CliRunner().invoke(app, ["inspect", "nano", "--json"])
+    states = {part["name"]: part["state"] for part in json.loads(found.stdout)["components"]}
+    missing = {"base", "540p_sr", "1080p_sr"}
+    assert states == {name: "missing" if name in missing else "ok" for name in states}
