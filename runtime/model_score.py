@@ -92,13 +92,13 @@ def score_model(
     Args:
         engine: with an image encoder.
         folder: the model's, with `SCORE_FOLDER` in it.
-        clips: prompts at most; by default all.
+        clips: of each kind at most; by default all.
         on_clip: told of progress.
     """
     if clips is not None and clips < 1:
         raise InvalidRequestError(f"clips must be 1 at least, got {clips}")
-    prompts, references = _read(folder / SCORE_FOLDER)
-    asked = prompts[:clips]
+    prompts, numbers = _read(folder / SCORE_FOLDER)
+    asked, references = prompts[:clips], numbers[:clips]
     made: list[ClipScore] = []
     for i, prompt in enumerate(asked):
         on_clip("prompts", i, len(asked))
@@ -111,7 +111,7 @@ def score_model(
         image, voice = (folder / SCORE_FOLDER / f"{i}.{kind}" for kind in ("png", "flac"))
         pictured.append(_score(engine, _request(prompts[i], i, image=image)))
         # What another prompt says, so that the mouth can know it from the sound alone.
-        said = prompts[(i + 1) % len(references)]
+        said = prompts[(i + 1) % len(numbers)]
         voiced.append(_score(engine, _request(said, i, audio=voice)))
         with engine.hold(_request(prompts[i], i)) as run, torch.inference_mode():
             assert run.parts.image_vae is not None

@@ -35,7 +35,7 @@ def score(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Of the clip.")] = "",
     image: Annotated[Path | None, typer.Option(help="Reference image of the clip.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Driving voice of the clip.")] = None,
-    clips: Annotated[int | None, typer.Option(help="With --model, prompts at most.")] = None,
+    clips: Annotated[int | None, typer.Option(help="With --model, of each kind at most.")] = None,
     precision: PrecisionOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
     as_json: JsonOption = False,
