@@ -17,7 +17,6 @@ from rich.table import Column, Table
 
 from magihuman.runtime import cli
 from magihuman.runtime.errors import InvalidRequestError
-from magihuman.runtime.shipped import model_folder
 from magihuman.runtime.terminal import FAILED, Bar, JsonOption, err, out, size_text, user_errors
 
 if TYPE_CHECKING:
@@ -73,15 +72,14 @@ def export(
                 f"export must have its libraries, and {error.name} is not installed; install them"
                 " with pip install 'magihuman[onnx]'"
             ) from error
-        source = model_folder(model)
         bar = Bar(as_json)
         start = time.perf_counter()
         with bar:
             if audio and not verify_only:
-                exporting.export_audio(source, folder, on_step=bar.on_step, on_hash=bar.on_convert)
+                exporting.export_audio(model, folder, on_step=bar.on_step, on_hash=bar.on_convert)
             elif not verify_only:
                 exporting.export_vae(
-                    source,
+                    model,
                     folder,
                     target=target,
                     sizes=size or exporting.SIZES,
@@ -93,7 +91,7 @@ def export(
                 )
             verdict = None
             if verify or verify_only:
-                verdict = verifying.verify(folder, source, bar.on_step)
+                verdict = verifying.verify(folder, model, bar.on_step)
         _show(folder, verdict, time.perf_counter() - start, as_json)
         if verdict is not None and not verdict.is_ok:
             raise typer.Exit(FAILED)

@@ -39,6 +39,7 @@ from magihuman.runtime.folders import (
 )
 from magihuman.runtime.locating import AUDIO_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.turbo_vae import TurboVAE, window_kinds
+from magihuman.runtime.shipped import model_folder
 
 SIZES = ("480x256",)
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def export_vae(
     """Write the Turbo VAE decoder of a model as graphs, or engines beside them.
 
     Args:
-        model: a directory with the published folders.
+        model: a directory with the published folders, or "nano".
         folder: to make; must not exist. It appears whole or not at all.
         target: "onnx" or "tensorrt".
         sizes: of the clips, in pixels, as "480x256", or a range as "256x256:480x256:896x512".
@@ -97,7 +98,7 @@ def export_vae(
             f"sizes must be named, each once, got {', '.join(sizes) or 'none'}"
         )
     builder = builder_for(sm) if target == "tensorrt" else None
-    place = Path(model) / TURBO_FOLDER
+    place = model_folder(model) / TURBO_FOLDER
     files = checkpoint.turbo_vae_files(place)
     out = Path(folder).absolute()
     check_new_folder(out, files[1].stat().st_size)
@@ -132,7 +133,7 @@ def export_audio(
     Its input is [1, 64, A], its output [1, 2, 2048 A] at 51.2 kHz. Arguments and errors are those
     of `export_vae`.
     """
-    place = Path(model) / AUDIO_FOLDER
+    place = model_folder(model) / AUDIO_FOLDER
     files = [place / "model_config.json", place / checkpoint.SINGLE_NAME]
     out = Path(folder).absolute()
     config = checkpoint.oobleck_config(files[0])

@@ -38,6 +38,7 @@ from magihuman.runtime.exported import (
 from magihuman.runtime.folders import atomic_path, write_json
 from magihuman.runtime.locating import AUDIO_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.turbo_vae import window_kinds
+from magihuman.runtime.shipped import model_folder
 from magihuman.runtime.tensorrt import TensorRTVAE, device_sm
 
 EXACT = 1e-4  # two libraries that sum in fp32, in different orders, through some forty layers
@@ -89,7 +90,7 @@ def verify(
     Raises:
         CheckpointError: the folder is damaged, or comes from other weights.
     """
-    found, model = read_manifest(Path(folder)), Path(model)
+    found, model = read_manifest(Path(folder)), model_folder(model)
     modules = _modules(found, model)
     engines, reason = _engines(found)
     device = torch.device("cpu" if device_sm() is None else "cuda")
