@@ -1,5 +1,5 @@
-"""Write the README's speed section from benchmarks/results/*.json and the newest full-size run of
-the suites in benchmarks/results/history.
+"""Write the README's speed section and its figures of the nano model from
+benchmarks/results/*.json and the newest full-size run of the suites in benchmarks/results/history.
 
     python benchmarks/render_readme.py [--check]
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import history
 from magihuman.runtime import config
+from magihuman.runtime.model_score import LEAST
 
 ROOT = Path(__file__).parent.parent
-START, END = "<!-- speed:start -->", "<!-- speed:end -->"
 
 
 def result(name: str) -> dict[str, Any]:
@@ -362,16 +362,33 @@ def kernel_table(entry: history.Entry) -> list[str]:
     ]
 
 
+def nano_lines(figures: dict[str, Any]) -> list[str]:
+    """How well the nano model does what prompts, images and voices ask of it."""
+    found, facts = figures["bf16"], figures["environment"]
+    colours, aim = 100 * found["colours"], 100 * LEAST["colours"]
+    return [
+        f"Over {found['prompts']} held-out prompts {colours:.0f} % of the named colours are where"
+        f" they belong (aim {aim:.0f}), mouth",
+        f"and sound correlate by {found['synchrony']:.2f}, mouth and a given voice by"
+        f" {found['voice']:.2f}, and the first frame is at",
+        f"{found['first_frame_db']:.1f} dB of its image ({facts['date']}, in bf16 on"
+        f" {figures['device']}, torch {facts['torch']}).",
+    ]
+
+
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     path = ROOT / "README.md"
-    text = path.read_text()
-    head, rest = text.split(START)
-    _, tail = rest.split(END)
-    fresh = f"{head}{START}\n{section()}\n{END}{tail}"
+    text = fresh = path.read_text()
+    nano = "\n".join(nano_lines(result("nano_score")))
+    for name, lines in (("speed", section()), ("nano", nano)):
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        head, rest = fresh.split(start)
+        _, tail = rest.split(end)
+        fresh = f"{head}{start}\n{lines}\n{end}{tail}"
     if arguments.check and fresh != text:
         sys.exit("README.md is out of date; run python benchmarks/render_readme.py")
     if not arguments.check:
