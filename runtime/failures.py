@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ class Failures:
                 if self.first is None:
                     self._failed = "context_parallel" if is_lost else self._failed
                     self.first = failure
+                if not is_lost:
+                    abandon(error)
                 self._line.refuse(self.unusable)
                 raise self.unusable() from error
             if advice is not None and is_out_of_memory(error):
@@ -87,6 +90,19 @@ def forget(error: BaseException | None) -> None:
     """Drop what the frames of an error hold: the tensors that filled the memory."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def abandon(error: BaseException | None) -> None:
+    """Keep what the frames of an error hold for as long as the process lives.
+
+    Of tensors that two streams have used, and of pinned ones, PyTorch records an event when they
+    are freed. On a device that has failed that raises, in a destructor, which ends the process
+    (pytorch/pytorch#178154).
+    """
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(list(frame.f_locals.values())))
         error = error.__context__
 
 

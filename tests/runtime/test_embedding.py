@@ -520,6 +520,23 @@ def test_a_cuda_error_makes_the_engine_unusable(tiny_dir, monkeypatch, error, se
             engine.generate_stream("hi", **SMALL)
 
 
+def test_nothing_of_a_failed_device_is_freed(tiny_dir, monkeypatch):
+    """PyTorch would end the process."""
+    held = []
+
+    def fail(latent):
+        made = torch.zeros(4)
+        held.extend(weakref.ref(value) for value in (latent, made))
+        raise RuntimeError(f"CUDA error: device-side assert triggered beside {made.shape}")
+
+    with runtime.load(tiny_dir, device="cpu") as engine:
+        monkeypatch.setattr(engine._parts.turbo_vae, "windows", fail)
+        with pytest.raises(EngineUnusable):
+            engine.generate("hi", **SMALL)
+    gc.collect()
+    assert len(held) == 2 and all(tensor() is not None for tensor in held)
+
+
 @pytest.mark.parametrize("error", [ValueError("its own"), RuntimeError("its own"), SystemExit(3)])
 def test_other_errors_pass_and_leave_the_engine_usable(fresh, monkeypatch, error):
     expected = fresh.generate("hi", **SMALL)
