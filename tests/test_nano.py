@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dit
 import prompts
@@ -24,6 +25,7 @@ from magihuman import runtime
 from magihuman.runtime import config, denoise, tokens
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model_score import SECONDS, score_model
+from publish import reopen
 from stock import Clips, Pair, Stock
 from training import Average, Run, Standardized, finish, load, save
 from voice import speak
@@ -413,7 +415,27 @@ def test_a_stage_goes_on_from_its_file(out, tmp_path):
     assert after["tokenizer"] == before["tokenizer"]
     assert (tmp_path / "dit.pt").stat().st_size < 12e6
     stage(tmp_path, "distill")  # without matching, from where `dit` is
-    assert load(tmp_path / "distill.pt", dit.Model())["tokenizer"] == before["tokenizer"]
+    distilled = load(tmp_path / "distill.pt", dit.Model())
+    assert distilled["tokenizer"] == before["tokenizer"]
+    assert distilled["steps"] > after["steps"]  # which clips are drawn depends on it
+
+
+def test_stages_go_on_from_a_model(out, tmp_path):
+    folder = tmp_path / "again"
+    reopen(out / "model", folder)
+    stage(folder, "export")
+    for path in sorted((out / "model").rglob("*")):
+        again = folder / "model" / path.relative_to(out / "model")
+        if not path.is_file() or again.read_bytes() == path.read_bytes():
+            continue
+        assert path.parent.name == "stable-audio-open-1.0"  # norms are taken anew, of fp16
+        before, after = (load_file(file) for file in (path, again))
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            torch.testing.assert_close(after[key].float(), value.float(), rtol=4e-3, atol=1e-3)
+    stage(folder, "dit")
+    with pytest.raises(SystemExit, match=r"without \*\.pt, got .* dit\.pt, sound\.pt"):
+        reopen(out / "model", folder)
 
 
 def test_other_latents_are_refused(out, tmp_path):

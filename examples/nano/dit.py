@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prompts
@@ -54,9 +55,9 @@ class Trainer:
         self.path = run.out / f"{run.stage}.pt"
         self.model = Model()
         facts = load(self.path, self.model)
-        self.done: int = facts.get("steps", 0)
         if not facts and run.stage != "dit":
             facts = trained(run.out, "dit", self.model)
+        self.done: int = facts.get("steps", 0)  # of both stages, so that no clip is drawn twice
         tokenizer = prompts.tokenizer_of(facts.get("tokenizer"))
         self.model.to(run.device)
         self.average = Average(self.model)
@@ -159,6 +160,12 @@ def train(run: Run, batch: int, size_px: int, compiled: bool, stock: int) -> Non
         if run.is_due():
             trainer.save()
     trainer.finish()
+
+
+def read(model: Model, folder: Path) -> Any:
+    """What `write` has written; the tokenizer is returned."""
+    model.transformer.dit.load_state_dict(load_file(folder / "distill" / SINGLE_NAME))
+    return prompts.read(model.text, folder)
 
 
 def write(out: Path, folder: Path) -> None:

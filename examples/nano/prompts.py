@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captions import caption, draw
+from magihuman.runtime.checkpoint import SINGLE_NAME
 from magihuman.runtime.loading import TEXT_FOLDER
 from magihuman.runtime.quiet import quiet_transformers
 from magihuman.runtime.text import uncapped
@@ -99,3 +100,13 @@ def write(model: TextEncoder, tokenizer: Any, folder: Path) -> None:
     with quiet_transformers():
         model.model.to(torch.bfloat16).save_pretrained(place)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(place)
+
+
+def read(model: TextEncoder, folder: Path) -> Any:
+    """What `write` has written; the tokenizer is returned."""
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    place = folder / TEXT_FOLDER
+    model.model.load_state_dict(load_file(place / SINGLE_NAME))
+    return Tokenizer.from_file(str(place / "tokenizer.json"))

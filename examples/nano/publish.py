@@ -17,7 +17,8 @@ from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
 from magihuman.runtime.folders import write_json
 from magihuman.runtime.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
 from magihuman.runtime.shipped import SUITED
-from training import trained
+from stock import latents_of
+from training import Average, save, trained
 from world import AUDIO, LONGEST
 
 REFERENCES, CLIPS = 4, 64
@@ -39,6 +40,25 @@ def export(out: Path) -> None:
     write_json(folder / SUITED, {"seconds": SECONDS, "width": SIZE_PX, "height": SIZE_PX})
     shutil.copyfile(CARD, folder / "README.md")
     print(f"wrote {folder}: {size / 1e6:.2f} MB of components")
+
+
+def reopen(folder: Path, out: Path) -> None:
+    """The files that stages go on from, of a model that `export` wrote.
+
+    Ends the run where any would be lost. Weights are those of the model, rounded as it has them.
+    """
+    kept = [path.name for path in sorted(out.glob("*.pt"))]
+    if kept:
+        raise SystemExit(f"--start wants an --out without *.pt, got {out} with {', '.join(kept)}")
+    pictures, sounds, model = video.VideoAutoencoder(), sound.SoundAutoencoder(), dit.Model()
+    video.read(pictures, folder)
+    sound.read(sounds, folder)
+    tokenizer = dit.read(model, folder).to_str()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in (("vae", pictures), ("sound", sounds)):
+        save(out / f"{name}.pt", Average(part), averaged=True, steps=0)
+    facts = {"steps": 0, "tokenizer": tokenizer, "latents": latents_of(0, 0)}
+    save(out / "dit.pt", Average(model), averaged=True, **facts)
 
 
 def write_score(folder: Path) -> None:

@@ -40,6 +40,11 @@ class Clips(NamedTuple):
     is_free: Tensor
 
 
+def latents_of(vae_steps: int, sound_steps: int) -> str:
+    """Which latents they are: those of no other state of the autoencoders."""
+    return f"vae {vae_steps} sound {sound_steps} "
+
+
 class Stock:
     """A ring of clips. `refresh` replaces the oldest by new ones."""
 
@@ -53,10 +58,11 @@ class Stock:
         device: torch.device,
     ) -> None:
         self.pictures, self.sounds = VideoAutoencoder(), SoundAutoencoder()
-        self.latents = ""  # which ones: those of no other state of the autoencoders
+        steps = []
         for model, name in ((self.pictures, "vae"), (self.sounds, "sound")):
-            self.latents += f"{name} {trained(folder, name, model)['steps']} "
+            steps.append(trained(folder, name, model)["steps"])
             model.to(device).eval().requires_grad_(False)
+        self.latents = latents_of(*steps)
         self.count = -(-count // DRAWN) * DRAWN
         self.tokenizer, self.size_px, self.device = tokenizer, size_px, device
         self.rng = random.Random(seed)

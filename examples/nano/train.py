@@ -17,10 +17,10 @@ import dit
 import sound
 import video
 import world
-from publish import export
+from publish import export, reopen
 from training import Run
 
-MINUTES = {"vae": 8.5, "sound": 6.0, "dit": 8.5, "distill": 5.0}
+MINUTES = {"vae": 9.3, "sound": 9.3, "dit": 12.0, "distill": 9.0}
 BATCHES = {"vae": video.BATCH, "sound": sound.BATCH, "dit": dit.BATCH, "distill": dit.BATCH}
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=[*MINUTES, "export"], action="append")
     parser.add_argument("--minutes", type=float, help="of each stage")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="model whose weights stages go on from")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--size", type=int, default=world.SIZE_PX, help="pixels, for trials")
     parser.add_argument("--stock", type=int, default=dit.STOCK, help="clips that dit draws from")
@@ -42,6 +43,8 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = True  # products stay exact: the voice is a sum by them
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.enable_cudnn_sdp(False)  # masks are what the other kernels are good at
+    if given.start is not None:
+        reopen(given.start, given.out)
     for stage in given.stage or [*MINUTES, "export"]:
         if stage == "export":
             export(given.out)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import world
-from magihuman.runtime.checkpoint import TURBO_VAE_CONFIG, TURBO_VAE_WEIGHTS
+from magihuman.runtime.checkpoint import TURBO_VAE_CONFIG, TURBO_VAE_WEIGHTS, load_pickle
 from magihuman.runtime.config import (
     LATENT_CHANNELS,
     LATENT_MEAN,
@@ -20,7 +20,7 @@ from magihuman.runtime.config import (
     video_frames,
 )
 from magihuman.runtime.folders import write_json
-from magihuman.runtime.image import WEIGHTS_NAME, wan_vae
+from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key, wan_vae
 from magihuman.runtime.loading import IMAGE_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.turbo_vae import Decoder
 from magihuman.runtime.tiny import published_wan_key
@@ -239,6 +239,18 @@ def write(model: VideoAutoencoder, folder: Path) -> None:
     state = {f"module.decoder.{key}": _half(v) for key, v in model.decoder.state_dict().items()}
     state["module.decoder.conv_in.conv.weight"][:, CHANNELS:] = 0
     torch.save({"ema_state_dict": state}, place / TURBO_VAE_WEIGHTS)
+
+
+def read(model: VideoAutoencoder, folder: Path) -> None:
+    """What `write` has written; the statistics stay in the last convolution."""
+    state = {
+        str(diffusers_key(key)): value
+        for key, value in load_pickle(folder / IMAGE_FOLDER / WEIGHTS_NAME).items()
+    }
+    decoder = load_pickle(folder / TURBO_FOLDER / TURBO_VAE_WEIGHTS)["ema_state_dict"]
+    state |= {key.removeprefix("module."): value for key, value in decoder.items()}
+    mean, std = model.latent_mean.flatten(), model.latent_std.flatten()
+    model.load_state_dict(state | model.norm.fixed(mean, std, "norm."))
 
 
 def _half(value: Tensor) -> Tensor:
