@@ -364,15 +364,28 @@ def kernel_table(entry: history.Entry) -> list[str]:
 
 def nano_lines(figures: dict[str, Any]) -> list[str]:
     """How well the nano model does what prompts, images and voices ask of it."""
-    found, facts = figures["bf16"], figures["environment"]
-    colours, aim = 100 * found["colours"], 100 * LEAST["colours"]
+    facts = figures["environment"]
+    made = {name: figures[name] for name in ("bf16", "fp8") if name in figures}
+    first = made["bf16"]
+    rows = {
+        "colours": ("named colours where they belong", lambda value: f"{100 * value:.0f} %"),
+        "synchrony": ("correlation of mouth and sound", lambda value: f"{value:.2f}"),
+        "voice": ("correlation of mouth and a given voice", lambda value: f"{value:.2f}"),
+        "first_frame_db": ("first frame against its image", lambda value: f"{value:.1f} dB"),
+        "image_db": ("images through both halves", lambda value: f"{value:.1f} dB"),
+        "sound_db": ("spectra of sounds through both halves", lambda value: f"{value:.1f} dB"),
+    }
     return [
-        f"Over {found['prompts']} held-out prompts {colours:.0f} % of the named colours are where"
-        f" they belong (aim {aim:.0f}), mouth",
-        f"and sound correlate by {found['synchrony']:.2f}, mouth and a given voice by"
-        f" {found['voice']:.2f}, and the first frame is at",
-        f"{found['first_frame_db']:.1f} dB of its image ({facts['date']}, in bf16 on"
-        f" {figures['device']}, torch {facts['torch']}).",
+        f"Over {first['prompts']} held-out prompts, and {first['references']} images and voices,"
+        f" on {facts.get('gpu', 'a CPU')} ({facts['date']}, torch",
+        f"{facts['torch']}):",
+        "",
+        f"| figure | aim | {' | '.join(made)} |",
+        "|---|---|" + "---|" * len(made),
+        *(
+            f"| {name} | {show(LEAST[key])} | {' | '.join(show(f[key]) for f in made.values())} |"
+            for key, (name, show) in rows.items()
+        ),
     ]
 
 

@@ -50,9 +50,6 @@ def test_compiled_is_plain(layout: tokens.Layout, fp8: bool) -> None:
         assert golden.error(found, wanted) < (0.1 if fp8 else 0.02)
 
 
-@pytest.mark.xfail(
-    reason="of the colours named 73 % are right so far, not 90", raises=AssertionError, strict=True
-)
 @needs_weights
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_scores(precision: str) -> None:
