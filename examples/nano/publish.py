@@ -35,7 +35,10 @@ def export(out: Path) -> None:
         trained(out, name, model)
         part.write(model, folder)
     dit.write(out, folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    parts = [
+        file for file in folder.rglob("*") if file.is_file() and file.parent.name != SCORE_FOLDER
+    ]
+    size = sum(file.stat().st_size for file in parts)
     write_score(folder / SCORE_FOLDER)
     write_json(folder / SUITED, {"seconds": SECONDS, "width": SIZE_PX, "height": SIZE_PX})
     shutil.copyfile(CARD, folder / "README.md")
