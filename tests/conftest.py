@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from magihuman import runtime
+from magihuman.runtime import mp4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -34,6 +35,14 @@ def engine(tiny_dir):
     """The tiny distilled model, on the CPU."""
     with runtime.load(tiny_dir, variant="distill", device="cpu") as loaded:
         yield loaded
+
+
+@pytest.fixture
+def same_bytes(monkeypatch):
+    """x264 makes the same of the same frames: without its macroblock tree, which reads memory that
+    it has not written, and chooses quantisers by it.
+    """
+    monkeypatch.setitem(mp4.ENCODER, "x264-params", "mbtree=0")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

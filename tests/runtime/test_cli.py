@@ -75,6 +75,7 @@ def test_generate(tiny_dir, inputs, image, audio, sr):
         assert len(container.streams.audio) == 1
 
 
+@pytest.mark.usefixtures("same_bytes")
 def test_generate_does_what_the_library_does(tiny_dir, inputs, engine):
     path = inputs / "clip.mp4"
     result = run("generate", "-m", tiny_dir, "-p", "hi", "-o", path, *SMALL, "--seed", 7, "--json")

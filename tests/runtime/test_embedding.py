@@ -108,6 +108,7 @@ def test_the_keywords_are_the_requests_fields():
 # -- many callers -----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("same_bytes")
 def test_clips_made_beside_others_are_those_made_alone(tiny_dir, tmp_path):
     """With everything that is encoded, decoded and written beside a neighbour's denoising."""
     pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)

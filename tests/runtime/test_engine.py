@@ -208,6 +208,7 @@ def test_cancelled_on_the_way(base_540p, large, stage, step):
     assert same(base_540p.generate("hi", **SMALL, **SR), large)
 
 
+@pytest.mark.usefixtures("same_bytes")
 def test_the_file_is_written_meanwhile(engine, tmp_path):
     video = engine.generate("hi", **SMALL, save=tmp_path / "clip.mp4")
     assert list(video.timings_s)[-3:] == ["decode_audio", "decode_video", "write"]

@@ -253,6 +253,7 @@ def test_planes_reach_the_encoder_as_they_are_and_rgb_nearly():
 # -- writing while frames are made ------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("same_bytes")
 def test_parts_make_the_file_that_the_whole_makes(tmp_path):
     video = clip()
     with writer_of(video, tmp_path / "parts.mp4") as writer:
@@ -264,6 +265,7 @@ def test_parts_make_the_file_that_the_whole_makes(tmp_path):
     assert (tmp_path / "parts.mp4").read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.usefixtures("same_bytes")
 def test_the_order_of_sound_and_frames_leaves_no_trace(tmp_path):
     """Also beyond the 10 s after which FFmpeg would give up waiting for sound."""
     video = clip(smooth_frames(275, 32, 32), sound_s=11)

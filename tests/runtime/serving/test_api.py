@@ -72,6 +72,7 @@ def data_url(kind: str, content: bytes) -> str:
 # -- a video from beginning to end ------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("same_bytes")
 def test_a_video_is_what_the_engine_makes(local, replica, face, voice, tmp_path):
     asked = {"prompt": "A woman says: hello!", "seconds": "0.36", "size": "64x96", "seed": "7"}
     asked |= {"num_inference_steps": "2", "model": "tiny"}
