@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import prompts
 from magihuman.runtime import sampling
-from magihuman.runtime.checkpoint import ARCHITECTURE_NAME, SINGLE_NAME
+from magihuman.runtime.checkpoint import ARCHITECTURE_NAME, SINGLE_NAME, load_dit
+from magihuman.runtime.config import VARIANTS
 from magihuman.runtime.folders import write_json
 from preview import preview
 from sampler import Task, draw_task, noise_like, noised
@@ -164,7 +165,9 @@ def train(run: Run, batch: int, size_px: int, compiled: bool, stock: int) -> Non
 
 def read(model: Model, folder: Path) -> Any:
     """What `write` has written; the tokenizer is returned."""
-    model.transformer.dit.load_state_dict(load_file(folder / "distill" / SINGLE_NAME))
+    place, cpu = folder / "distill", torch.device("cpu")
+    found = load_dit(place, VARIANTS["distill"], cpu, torch.float32)
+    model.transformer.dit.load_state_dict(found.state_dict())
     return prompts.read(model.text, folder)
 
 

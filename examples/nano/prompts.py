@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from captions import caption, draw
-from magihuman.runtime.checkpoint import SINGLE_NAME
 from magihuman.runtime.loading import TEXT_FOLDER
 from magihuman.runtime.quiet import quiet_transformers
-from magihuman.runtime.text import uncapped
+from magihuman.runtime.text import load_text_encoder, uncapped
 
 VOCABULARY = 768
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # in the order of T5Gemma
@@ -104,9 +103,6 @@ def write(model: TextEncoder, tokenizer: Any, folder: Path) -> None:
 
 def read(model: TextEncoder, folder: Path) -> Any:
     """What `write` has written; the tokenizer is returned."""
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-
-    place = folder / TEXT_FOLDER
-    model.model.load_state_dict(load_file(place / SINGLE_NAME))
-    return Tokenizer.from_file(str(place / "tokenizer.json"))
+    found = load_text_encoder(folder / TEXT_FOLDER, torch.device("cpu"), torch.float32)
+    model.model.load_state_dict(found.model.state_dict())
+    return found.tokenizer.backend_tokenizer

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import world
 from captions import MAX_SYLLABLES, SYLLABLES, attributes, draw
-from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME, fold_weight_norm
+from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME, load_audio_vae
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
 from magihuman.runtime.folders import write_json
 from magihuman.runtime.loading import AUDIO_FOLDER
@@ -221,7 +221,6 @@ def write(model: SoundAutoencoder, folder: Path) -> None:
 
 def read(model: SoundAutoencoder, folder: Path) -> None:
     """What `write` has written; the statistics stay in the encoder's last convolution."""
-    state = fold_weight_norm(load_file(folder / AUDIO_FOLDER / SINGLE_NAME))
-    named = {key.replace(AUDIO_VAE_PREFIX, "oobleck.", 1): v for key, v in state.items()}
-    mean = torch.zeros(CONFIG.latent_channels)
-    model.load_state_dict(named | model.norm.fixed(mean, mean + 1, "norm."))
+    oobleck = load_audio_vae(folder / AUDIO_FOLDER, torch.device("cpu"))
+    model.oobleck.load_state_dict(oobleck.state_dict())
+    model.norm.settle(torch.zeros(()), torch.ones(()))

@@ -213,10 +213,12 @@ class Standardized(nn.Module):
         """Deviation of each channel, [C]."""
         return (self.square - self.mean.square()).clamp(min=1e-6).sqrt()
 
-    def fixed(self, mean: Tensor, std: Tensor, prefix: str) -> dict[str, Tensor]:
-        """The state with these statistics, as if of many batches."""
-        values = {"mean": mean, "square": std.square() + mean.square(), "count": self.count + 1000}
-        return {prefix + name: value for name, value in values.items()}
+    @torch.no_grad()
+    def settle(self, mean: Tensor, std: Tensor) -> None:
+        """Have these statistics, as if of many batches."""
+        self.mean.copy_(mean)
+        self.square.copy_(std.square() + mean.square())
+        self.count.fill_(1 / self.MOMENTUM)
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import world
-from magihuman.runtime.checkpoint import TURBO_VAE_CONFIG, TURBO_VAE_WEIGHTS, load_pickle
+from magihuman.runtime.checkpoint import TURBO_VAE_CONFIG, TURBO_VAE_WEIGHTS, load_turbo_vae
 from magihuman.runtime.config import (
     LATENT_CHANNELS,
     LATENT_MEAN,
@@ -20,7 +20,7 @@ from magihuman.runtime.config import (
     video_frames,
 )
 from magihuman.runtime.folders import write_json
-from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key, wan_vae
+from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae, wan_vae
 from magihuman.runtime.loading import IMAGE_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.turbo_vae import Decoder
 from magihuman.runtime.tiny import published_wan_key
@@ -243,14 +243,13 @@ def write(model: VideoAutoencoder, folder: Path) -> None:
 
 def read(model: VideoAutoencoder, folder: Path) -> None:
     """What `write` has written; the statistics stay in the last convolution."""
-    state = {
-        str(diffusers_key(key)): value
-        for key, value in load_pickle(folder / IMAGE_FOLDER / WEIGHTS_NAME).items()
-    }
-    decoder = load_pickle(folder / TURBO_FOLDER / TURBO_VAE_WEIGHTS)["ema_state_dict"]
-    state |= {key.removeprefix("module."): value for key, value in decoder.items()}
-    mean, std = model.latent_mean.flatten(), model.latent_std.flatten()
-    model.load_state_dict(state | model.norm.fixed(mean, std, "norm."))
+    cpu, dtype = torch.device("cpu"), torch.float32
+    vae = load_image_vae(folder / IMAGE_FOLDER, cpu, dtype).model
+    model.encoder.load_state_dict(vae.encoder.state_dict())
+    model.quant_conv.load_state_dict(vae.quant_conv.state_dict())
+    turbo = load_turbo_vae(folder / TURBO_FOLDER, cpu, dtype)
+    model.decoder.load_state_dict(turbo.decoder.state_dict())
+    model.norm.settle(model.latent_mean.flatten(), model.latent_std.flatten())
 
 
 def _half(value: Tensor) -> Tensor:
