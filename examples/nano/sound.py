@@ -24,6 +24,7 @@ from training import (
     Average,
     Run,
     Standardized,
+    adamw,
     compile_parts,
     finish,
     load,
@@ -110,10 +111,7 @@ def train(run: Run, batch: int, compiled: bool) -> None:
     done = load(path, model).get("steps", 0)
     model.to(run.device)
     average = Average(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.8, 0.99), weight_decay=1e-4,
-        fused=run.device.type == "cuda",
-    )  # fmt: skip
+    optimizer = adamw(model, LEARNING_RATE, (0.8, 0.99), run.device)
     rng, generator = random.Random(done), torch.Generator(run.device).manual_seed(done)
     if compiled:
         compile_parts(model.oobleck.encoder, model.oobleck.decoder)

@@ -139,6 +139,15 @@ def trained(folder: Path, stage: str, model: nn.Module) -> dict[str, Any]:
     return facts
 
 
+def adamw(
+    model: nn.Module, rate: float, betas: tuple[float, float], device: torch.device
+) -> torch.optim.Optimizer:
+    """Of an autoencoder: all its parameters alike."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=betas, weight_decay=1e-4, fused=device.type == "cuda"
+    )
+
+
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
     """Gradients of the loss, clipped, and the update."""
     for group in optimizer.param_groups:

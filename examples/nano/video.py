@@ -28,6 +28,7 @@ from training import (
     Average,
     Run,
     Standardized,
+    adamw,
     autocast,
     channels_last,
     compile_methods,
@@ -145,10 +146,7 @@ def train(run: Run, batch: int, size_px: int, compiled: bool) -> None:
     model.to(run.device)
     channels_last(model)
     average = Average(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-4,
-        fused=run.device.type == "cuda",
-    )  # fmt: skip
+    optimizer = adamw(model, LEARNING_RATE, (0.9, 0.98), run.device)
     rng, generator = random.Random(done), torch.Generator(run.device).manual_seed(done)
     if compiled:
         compile_methods(model, "encode", "rebuild")
