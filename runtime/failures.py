@@ -88,9 +88,8 @@ def is_cuda_error(error: BaseException) -> bool:
 
 def forget(error: BaseException | None) -> None:
     """Drop what the frames of an error hold: the tensors that filled the memory."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
+    for each in _chain(error):
+        traceback.clear_frames(each.__traceback__)
 
 
 def abandon(error: BaseException | None) -> None:
@@ -100,9 +99,15 @@ def abandon(error: BaseException | None) -> None:
     are freed. On a device that has failed that raises, in a destructor, which ends the process
     (pytorch/pytorch#178154).
     """
-    while error is not None:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
+    for each in _chain(error):
+        for frame, _ in traceback.walk_tb(each.__traceback__):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(list(frame.f_locals.values())))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that were being handled as it was raised."""
+    while error is not None:
+        yield error
         error = error.__context__
 
 
