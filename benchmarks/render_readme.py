@@ -1,9 +1,9 @@
-"""Write the README's speed section and its figures of the nano model from
+"""Write the README's speed section and, there and in its cards, the figures of the nano model from
 benchmarks/results/*.json and the newest full-size run of the suites in benchmarks/results/history.
 
     python benchmarks/render_readme.py [--check]
 
-With --check nothing is written, and a README that is out of date is an error.
+With --check nothing is written, and a file that is out of date is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from magihuman.runtime import config
 from magihuman.runtime.model_score import LEAST
 
 ROOT = Path(__file__).parent.parent
+FILES = {  # which sections each has
+    "README.md": ("speed", "nano"),
+    "examples/nano/MODEL_CARD.md": ("nano",),
+    "runtime/models/nano/README.md": ("nano",),
+}
 
 
 def result(name: str) -> dict[str, Any]:
@@ -367,13 +373,14 @@ def nano_lines(figures: dict[str, Any]) -> list[str]:
     facts = figures["environment"]
     made = {name: figures[name] for name in ("bf16", "fp8") if name in figures}
     first = made["bf16"]
-    rows = {
-        "colours": ("named colours where they belong", lambda value: f"{100 * value:.0f} %"),
-        "synchrony": ("correlation of mouth and sound", lambda value: f"{value:.2f}"),
-        "voice": ("correlation of mouth and a given voice", lambda value: f"{value:.2f}"),
-        "first_frame_db": ("first frame against its image", lambda value: f"{value:.1f} dB"),
-        "image_db": ("images through both halves", lambda value: f"{value:.1f} dB"),
-        "sound_db": ("spectra of sounds through both halves", lambda value: f"{value:.1f} dB"),
+    plain, decibels = "{:.2f}".format, "{:.1f} dB".format
+    rows: dict[str, tuple[str, Callable[[float], str]]] = {
+        "colours": ("named colours where they belong", lambda share: f"{100 * share:.0f} %"),
+        "synchrony": ("correlation of mouth and sound", plain),
+        "voice": ("correlation of mouth and a given voice", plain),
+        "first_frame_db": ("first frame against its image", decibels),
+        "image_db": ("images through both halves", decibels),
+        "sound_db": ("spectra of sounds through both halves", decibels),
     }
     return [
         f"Over {first['prompts']} held-out prompts, and {first['references']} images and voices,"
@@ -394,18 +401,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    text = fresh = path.read_text()
-    nano = "\n".join(nano_lines(result("nano_score")))
-    for name, lines in (("speed", section()), ("nano", nano)):
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        head, rest = fresh.split(start)
-        _, tail = rest.split(end)
-        fresh = f"{head}{start}\n{lines}\n{end}{tail}"
-    if arguments.check and fresh != text:
-        sys.exit("README.md is out of date; run python benchmarks/render_readme.py")
-    if not arguments.check:
-        path.write_text(fresh)
+    sections = {"speed": section(), "nano": "\n".join(nano_lines(result("nano_score")))}
+    for name, parts in FILES.items():
+        text = fresh = (ROOT / name).read_text()
+        for part in parts:
+            start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"
+            head, rest = fresh.split(start)
+            _, tail = rest.split(end)
+            fresh = f"{head}{start}\n{sections[part]}\n{end}{tail}"
+        if arguments.check and fresh != text:
+            sys.exit(f"{name} is out of date; run python benchmarks/render_readme.py")
+        if not arguments.check:
+            (ROOT / name).write_text(fresh)
 
 
 if __name__ == "__main__":
