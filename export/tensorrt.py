@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from magihuman.runtime.errors import DeviceError, MagiHumanError, OutputError
+from magihuman.kernels import cache
+from magihuman.runtime.errors import DeviceError, MagiHumanError
 from magihuman.runtime.exported import INPUT, Builder, Dims
-from magihuman.runtime.folders import atomic_path
 from magihuman.runtime.tensorrt import FULL, device_sm, flavour_for, library, logger
 
-CACHE = Path.home() / ".cache" / "magihuman" / "tensorrt"
+KIND = "tensorrt"  # in the cache
 
 OnStep = Callable[[int, int], None]  # (steps done, of how many)
 
@@ -76,17 +76,11 @@ def _timed(trt: Any, made: Any, network: Any, config: Any, builder: Builder) -> 
 
     TensorRT-RTX times nothing while it builds, and has no such cache.
     """
-    file = CACHE / f"{builder.version}-sm{builder.sm}.timings"
-    known = file.read_bytes() if file.is_file() else b""
-    timings = config.create_timing_cache(known)
+    key = f"{builder.version}-sm{builder.sm}"
+    timings = config.create_timing_cache(cache.read(KIND, key) or b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
     content = made.build_serialized_network(network, config)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as temporary:
-            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror}") from error
+    cache.write(KIND, key, bytes(config.get_timing_cache().serialize()))
     return content
 
 

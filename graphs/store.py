@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import json
 import operator
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from torch import fx, nn
 
 import magihuman.graphs
 import magihuman.kernels.reference
+from magihuman.kernels import cache
 
-CACHE = Path.home() / ".cache" / "magihuman" / "graphs"
+KIND = "graphs"  # in the cache
 VERSION = 1
 
 
@@ -52,23 +51,17 @@ def save(module: fx.GraphModule, key: str, folder: Path | None = None) -> None:
         [node.op, node.name, _target(node), _encode(node.args), _encode(node.kwargs)]
         for node in module.graph.nodes
     ]
-    folder = folder or CACHE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".json")
-        with os.fdopen(handle, "w") as file:
-            json.dump(nodes, file)
-        os.replace(name, folder / f"{key}.json")
-    except OSError:
-        return
+    cache.write(KIND, key, json.dumps(nodes).encode(), folder)
 
 
 def load(key: str, model: nn.Module, folder: Path | None = None) -> fx.GraphModule | None:
     """The graph over this model's weights, or None where there is none that can be read."""
+    content = cache.read(KIND, key, folder)
+    if content is None:
+        return None
     try:
-        nodes = json.loads(((folder or CACHE) / f"{key}.json").read_text())
-        return _build(nodes, model)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return _build(json.loads(content), model)
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
 
 

@@ -5,24 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
 
-CACHE = Path.home() / ".cache" / "magihuman" / "measured"
+from magihuman.kernels import cache
+
+KIND = "measured"  # in the cache
 
 
 class Measurements:
     """Named timings of one GPU under one set of versions."""
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        """folder: of kept timings; by default the user's."""
         self.machine = machine_key(device)
         digest = hashlib.sha256(json.dumps(self.machine, sort_keys=True).encode()).hexdigest()
-        self._path = (folder or CACHE) / f"{digest[:16]}.json"
+        self._key, self._folder = digest[:16], folder
 
     def get(self, key: str) -> dict[str, float] | None:
         """Milliseconds by candidate, or None. A damaged file counts as an empty one."""
@@ -39,20 +40,14 @@ class Measurements:
 
     def put(self, key: str, times: dict[str, float]) -> None:
         """Keep timings. Where the disk does not allow it, they are measured again next time."""
-        entries = {**self._read(), key: times}
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self._path.parent, suffix=".json")
-            with os.fdopen(handle, "w") as file:
-                json.dump({**entries, "machine": self.machine}, file, indent=1)
-            os.replace(name, self._path)
-        except OSError:
-            return
+        entries = {**self._read(), key: times, "machine": self.machine}
+        cache.write(KIND, self._key, json.dumps(entries, indent=1).encode(), self._folder)
 
     def _read(self) -> dict[str, object]:
+        content = cache.read(KIND, self._key, self._folder)
         try:
-            entries = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            entries = json.loads(content or b"{}")
+        except ValueError:
             return {}
         return entries if isinstance(entries, dict) else {}
 

@@ -6,14 +6,14 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-CACHE = Path.home() / ".cache" / "magihuman" / "cubin"
+from magihuman.kernels.cache import read, write
+
+KIND = "cubin"  # in the cache
 
 
 class CudaError(RuntimeError):
@@ -59,11 +59,10 @@ def compile_cubin(source: str, arch: str, cache: Path | None = None) -> bytes:
 
     version = check(nvrtc.nvrtcVersion())
     digest = hashlib.sha256(f"{version} {arch}\n{source}".encode()).hexdigest()
-    path = (cache or CACHE) / f"{digest[:32]}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
+    key = digest[:32]
+    kept = read(KIND, key, cache)
+    if kept is not None:
+        return kept
     program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
@@ -74,24 +73,12 @@ def compile_cubin(source: str, arch: str, cache: Path | None = None) -> bytes:
     code = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
-    _keep(path, code)
+    write(KIND, key, code, cache)
     return code
 
 
 def _text(message: bytes) -> str:
     return message.decode().rstrip("\0\n")
-
-
-def _keep(path: Path, code: bytes) -> None:
-    """Where the disk does not allow it, the kernel is compiled again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".cubin")
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        os.replace(name, path)
-    except OSError:
-        return
 
 
 class Kernel:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from magihuman.kernels.cache import atomic_path as atomic_path  # for files of every kind
 from magihuman.runtime.errors import CheckpointError, OutputError
 
 OnBytes = Callable[[str, int, int], None]  # (stage, bytes done, of how many)
@@ -29,19 +30,6 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to `path` on success and removed otherwise."""
-    temporary = path.parent / f".magihuman-{secrets.token_hex(8)}{path.suffix}"
-    # The umask applies by itself; to read it would change it for all threads meanwhile.
-    temporary.touch(0o666, exist_ok=False)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_new_folder(folder: Path, needed: int) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import golden
 from magihuman.graphs import compile as compiling
-from magihuman.graphs import precision, replay, store
+from magihuman.graphs import precision, replay
 from magihuman.graphs.replay import CompiledForward
+from magihuman.kernels import cache as kept
 from magihuman.kernels import reference as ref
 from magihuman.runtime import random_weights
 from magihuman.runtime.config import DiTConfig
@@ -104,7 +105,7 @@ class Launched(CompiledForward):
         self._cache = cache
 
     def _compile(self, size: replay.Size) -> Any:
-        with mock.patch.object(store, "CACHE", self._cache):
+        with mock.patch.dict(os.environ, {kept.VARIABLE: str(self._cache)}):
             return super()._compile(size)
 
 

@@ -16,6 +16,7 @@ from magihuman.graphs import compile as compiling
 from magihuman.graphs import precision, store, support
 from magihuman.graphs.capture import CaptureError, capture
 from magihuman.graphs.passes.context import Context
+from magihuman.kernels import cache as kept
 from magihuman.kernels import exchange
 from magihuman.kernels import reference as ref
 from magihuman.runtime import denoise, tokens
@@ -265,12 +266,10 @@ def test_stored_graphs(model: DiT, cache: Path, tmp_path: Path) -> None:
     assert key != store.key_of(other, torch.bfloat16, model)
     assert key != store.key_of(model.config, torch.float32, model)
     assert store.load(key, model, tmp_path) is None
-    (tmp_path / f"{key}.json").write_text("[[")
-    assert store.load(key, model, tmp_path) is None
-    (tmp_path / f"{key}.json").write_text(
-        json.dumps([["call_function", "a", "aten.gone.x", [], {}]])
-    )
-    assert store.load(key, model, tmp_path) is None
+    gone = json.dumps([["call_function", "a", "aten.gone.x", [], {}]])
+    for text in ("[[", gone):
+        kept.write(store.KIND, key, text.encode(), tmp_path)
+        assert store.load(key, model, tmp_path) is None
 
 
 def test_padding_weights_changes_no_value(model: DiT) -> None:

@@ -12,7 +12,7 @@ import torch
 from magihuman.kernels import attention_backends as backends
 
 pytest.importorskip("triton")
-from magihuman.kernels import linear_routes, measured
+from magihuman.kernels import cache, linear_routes, measured
 from magihuman.kernels.matmul_sm90 import Epilogue
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -64,7 +64,7 @@ def test_a_kernel_without_room_is_not_measured(
             raise torch.OutOfMemoryError("tried to allocate 1.68 GiB")
         return times[name]
 
-    monkeypatch.setattr(measured, "CACHE", tmp_path)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(measured, "machine_key", lambda device: {"gpu": "one"})
     monkeypatch.setattr(backends, "usable", lambda dim, device: ["gluon", "triton", "cudnn"])
     monkeypatch.setattr(backends, "_milliseconds", milliseconds)
@@ -84,7 +84,7 @@ def test_cudnn_is_not_tried_on_long_sequences(
         asked.append(name)
         return 1.0
 
-    monkeypatch.setattr(measured, "CACHE", tmp_path)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(measured, "machine_key", lambda device: {"gpu": "one"})
     monkeypatch.setattr(backends, "_milliseconds", milliseconds)
     can: list[str] = ["gluon", "triton", "cudnn"]
@@ -128,6 +128,8 @@ def test_measurements_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.Mo
     assert measured.Measurements(GPU, tmp_path).get("a") is None
     machine["gpu"] = "one"
     (file,) = tmp_path.iterdir()
+    cache.write(measured.KIND, file.name, b"{damaged", tmp_path)
+    assert measured.Measurements(GPU, tmp_path).get("a") is None
     file.write_text("{damaged")
     assert measured.Measurements(GPU, tmp_path).get("a") is None
     unwritable = measured.Measurements(GPU, file)  # a file where the folder should be

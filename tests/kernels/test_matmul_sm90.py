@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("cuda.bindings")
 triton = pytest.importorskip("triton")
 
-from magihuman.kernels import linear_routes, nvrtc  # noqa: E402
+from magihuman.kernels import cache, linear_routes, nvrtc  # noqa: E402
 from magihuman.kernels.matmul_sm90 import (  # noqa: E402
     CONSUMERS,
     DEPTH_BYTES,
@@ -80,7 +80,7 @@ def test_kept_code_is_used_again(tmp_path: Path) -> None:
     text = 'extern "C" __global__ void nothing() {}'
     code = nvrtc.compile_cubin(text, "sm_90a", tmp_path)
     (kept,) = tmp_path.iterdir()
-    kept.write_bytes(b"kept")
+    cache.write(nvrtc.KIND, kept.name, b"kept", tmp_path)
     assert nvrtc.compile_cubin(text, "sm_90a", tmp_path) == b"kept"
     assert nvrtc.compile_cubin(text, "sm_90", tmp_path) not in (b"kept", code)
 
@@ -108,10 +108,11 @@ def test_rings_fit_the_shared_memory(tile: Tile) -> None:
 def test_tiles_compiled_side_by_side_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvrtc, "CACHE", tmp_path)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     tiles = list(linear_routes.TILES.values())[:2]
     compile_tiles(tiles, "store", False, torch.bfloat16)
-    kept = {path.read_bytes() for path in tmp_path.iterdir()}
+    names = [path.name for path in (tmp_path / nvrtc.KIND).iterdir()]
+    kept = {cache.read(nvrtc.KIND, name) for name in names}
     assert len(kept) == 2
     text = source(tiles[0], "store", False, torch.bfloat16)
     assert nvrtc.compile_cubin(text, "sm_90a") in kept

@@ -19,6 +19,7 @@ from magihuman.graphs import precision, replay
 from magihuman.graphs.compile import pad_weights
 from magihuman.graphs.layers import LayersMixedError, call_before_layers
 from magihuman.graphs.replay import CompiledForward
+from magihuman.kernels import cache
 from magihuman.runtime import memory_plan, offload, random_weights, tokens
 from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT, MemoryPlan
 from magihuman.runtime.offload import PAGE, Group, HostMemory, Offloaded
@@ -109,12 +110,12 @@ def test_the_schedule_is_needed():
 def test_a_compiled_model_that_moves_computes_the_same(fp8, streamed, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(replay.Captures, "__init__", lambda *arguments: None)
-    monkeypatch.setattr("magihuman.graphs.store.CACHE", tmp_path)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     stays = dit(fp8)
     inputs = golden.inputs_of(stays, LAYOUT)
     expected = CompiledForward(stays, DIT, torch.bfloat16, CPU, replays=False)(**inputs)
     if streamed == (1, 2, 3):  # capture it anew, over weights that share memory
-        monkeypatch.setattr("magihuman.graphs.store.CACHE", tmp_path / "other")
+        monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "other"))
     model = dit(fp8)
     part = moved(model, streamed)
     forward = CompiledForward(

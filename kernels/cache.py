@@ -1,0 +1,134 @@
+"""What this package makes once per machine and keeps: timings, machine code, rewritten graphs.
+
+Files lie in one folder for each kind, below the user's cache folder or below that which the
+environment variable MAGIHUMAN_CACHE names. Other settings are arguments, and environment variables
+are read in the command line and the server only. This one is the exception, since what is kept is
+no matter of any caller: it is used below operators, which have no argument for it, and by processes
+that others start. Both are looked up at every use, so that an import depends on neither.
+
+What is kept can be made again. So nothing here raises: what cannot be read as it was written is a
+miss, and what cannot be written is made again next time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+
+log = logging.getLogger("magihuman")
+
+VARIABLE = "MAGIHUMAN_CACHE"
+FORMAT = b"magihuman cache 1 "  # of a file, followed by a digest and a newline
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+
+
+def read(kind: str, key: str, folder: Path | None = None) -> bytes | None:
+    """What was kept of this kind under this key, or None.
+
+    It is None, too, where a file is not what `write` made of these arguments, is a link or somebody
+    else's, or lies in a folder that others may write to. folder: of this kind, in place of the
+    user's.
+    """
+    place = folder or folder_of(kind)
+    try:
+        if place is None or not _is_own(place):
+            return None
+        with open(os.open(_file(place, key), os.O_RDONLY | NO_LINKS), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode) or not _is_mine(facts):
+                return None
+            header, content = file.readline(), file.read()
+    except OSError:
+        return None
+    return content if header == _header(kind, key, content) else None
+
+
+def write(kind: str, key: str, content: bytes, folder: Path | None = None) -> None:
+    """Keep content for `read`, whole or not at all; a full or read-only disk is no error.
+
+    key: any name of a file. folder: as of `read`, made where it is not there.
+    """
+    place = folder or folder_of(kind)
+    if place is None:
+        return
+    try:
+        for part in (place.parent, place):
+            part.mkdir(0o700, parents=True, exist_ok=True)
+        if not _is_own(place):
+            _warn(place)
+            return
+        with atomic_path(_file(place, key), 0o600) as temporary:
+            temporary.write_bytes(_header(kind, key, content) + content)
+    except OSError as error:
+        log.debug("%s is not kept: %s", key, error)
+
+
+def folder_of(kind: str) -> Path | None:
+    """The user's folder for files of a kind, which need not be there; None where no home is known,
+    and so nothing is kept.
+    """
+    named = os.environ.get(VARIABLE)
+    try:
+        root = Path(named).absolute() if named else platformdirs.user_cache_path("magihuman", False)
+    except RuntimeError:
+        return None
+    return root / kind if root.is_absolute() else None  # earlier releases say "~/.cache" then
+
+
+@contextmanager
+def atomic_path(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed to `path` on success and removed otherwise.
+
+    mode: of the file, less what the umask takes away.
+    """
+    temporary = path.parent / f".magihuman-{secrets.token_hex(8)}{path.suffix}"
+    # The umask applies by itself; to read it would change it for all threads meanwhile.
+    temporary.touch(mode, exist_ok=False)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _file(place: Path, key: str) -> Path:
+    if key in ("", "..") or Path(key).name != key:
+        raise ValueError(f"a key must be a file's name without a folder, got {key!r}")
+    return place / key
+
+
+def _header(kind: str, key: str, content: bytes) -> bytes:
+    """The first line of a file: a digest of its content and of what it was kept as."""
+    digest = hashlib.sha256(f"{kind}\0{key}\0".encode())
+    digest.update(content)
+    return FORMAT + digest.hexdigest().encode() + b"\n"
+
+
+def _is_own(place: Path) -> bool:
+    """Whether this is a folder, not a link to one, to which this user alone may write."""
+    facts = place.lstat()
+    return stat.S_ISDIR(facts.st_mode) and _is_mine(facts) and not facts.st_mode & OTHERS_WRITE
+
+
+def _is_mine(facts: os.stat_result) -> bool:
+    return not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()
+
+
+@functools.cache
+def _warn(place: Path) -> None:
+    log.warning(
+        "a cache folder must be a folder that its user alone may write to, and %s is not: nothing"
+        " is kept there; give it to this user with mode 0700, or name another in %s",
+        place,
+        VARIABLE,
+    )
