@@ -28,10 +28,10 @@ from magihuman.kernels.reference import FP8, STATIC_SCALES, Counts
 
 LIBRARY = "library"
 TILES = {
-    "128x192": Tile(columns=192, blocks=1, group=17),
-    "128x192 in pairs": Tile(columns=192, blocks=1, cluster_rows=2, group=8),
-    "128x224 in pairs": Tile(columns=224, blocks=1, cluster_rows=2, group=8),
-    "128x256": Tile(columns=256, blocks=1, group=8),
+    "128x192": Tile(columns=192, group=17),
+    "128x192 in pairs": Tile(columns=192, cluster_rows=2, group=8),
+    "128x224 in pairs": Tile(columns=224, cluster_rows=2, group=8),
+    "128x256": Tile(columns=256, group=8),
 }
 SMALL_FLOPS = 1e10  # a product below this takes microseconds, and measuring it tenths of a second
 ROUNDS = 3

@@ -3,13 +3,13 @@
 //
 // A persistent block owns one tile of the product at a time. One warp loads blocks of both operands
 // through tensor maps into a ring; two warp groups multiply, each its own rows by the columns that
-// both share. Blocks of a cluster share one operand: each loads half of it for both. The scheme is
+// both share. Blocks of a cluster, one below the other, share the weight: each loads its part of it
+// for all. The scheme is
 // CUTLASS's persistent cooperative kernel (CUTLASS documentation, "Efficient GEMM in CUDA"), the
 // instructions those of the PTX ISA (wgmma, mbarrier, cp.async.bulk.tensor).
 //
-// The launcher defines FP8, OUT_FP8, COLUMNS, BLOCKS, STAGES, CLUSTER_ROWS, CLUSTER_COLUMNS, EPILOGUE,
-// OUT_BYTES, BUFFERS and the texts WGMMA_KIND, WGMMA_SUMS, WGMMA_OPERANDS, WGMMA_X, WGMMA_WEIGHT,
-// WGMMA_USE, WGMMA_TAIL.
+// The launcher defines FP8, OUT_FP8, COLUMNS, STAGES, CLUSTER, EPILOGUE, OUT_BYTES, BUFFERS and the
+// texts WGMMA_KIND, WGMMA_SUMS, WGMMA_OPERANDS, WGMMA_X, WGMMA_WEIGHT, WGMMA_USE, WGMMA_TAIL.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -23,8 +23,7 @@ constexpr u32 CONSUMERS = 2;
 constexpr u32 WARP_GROUP = 128;
 constexpr u32 DEPTH_BYTES = 128;  // of a row in a block of an operand: one swizzle
 constexpr u32 DEPTH = FP8 ? DEPTH_BYTES : DEPTH_BYTES / 2;
-constexpr u32 ROWS = CONSUMERS * BLOCKS * 64;
-constexpr u32 CLUSTER = CLUSTER_ROWS * CLUSTER_COLUMNS;
+constexpr u32 ROWS = CONSUMERS * 64;
 constexpr u32 X_BYTES = ROWS * DEPTH_BYTES;
 constexpr u32 WEIGHT_BYTES = COLUMNS * DEPTH_BYTES;
 constexpr u32 STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
@@ -190,8 +189,7 @@ __device__ __forceinline__ Place place_of(int tile, const Shape &shape) {
     int run = (row >= shape.last_tile[0]) + (row >= shape.last_tile[1]);
     int local = run == 0 ? row : row - shape.last_tile[run - 1];
     u32 rank = cluster_rank();
-    return {run, static_cast<int>((local * CLUSTER_ROWS + rank % CLUSTER_ROWS) * ROWS),
-            static_cast<int>((rest / height * CLUSTER_COLUMNS + rank / CLUSTER_ROWS) * COLUMNS)};
+    return {run, static_cast<int>((local * CLUSTER + rank) * ROWS), rest / height * COLUMNS};
 }
 
 // Scales of two neighbouring rows of the weight; zeros past its end.
@@ -283,7 +281,7 @@ __device__ __forceinline__ void finish(
 }
 
 extern "C" __global__ void __launch_bounds__(3 * WARP_GROUP, 1)
-#if CLUSTER_ROWS * CLUSTER_COLUMNS > 1
+#if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
 matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
@@ -318,15 +316,9 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
                     int k = block * DEPTH;
                     barrier_wait(empty + slot * 8, count / STAGES % 2 ^ 1);
                     barrier_expect(ready, STAGE_BYTES);
-                    if (CLUSTER_COLUMNS > 1) {
-                        constexpr int part = ROWS / CLUSTER_COLUMNS;
-                        load_shared(&maps.x, x + rank * part * DEPTH_BYTES, ready, k,
-                                    x_row + rank * part);
-                    } else {
-                        load(&maps.x, x, ready, k, x_row);
-                    }
-                    if (CLUSTER_ROWS > 1) {
-                        constexpr int part = COLUMNS / CLUSTER_ROWS;
+                    load(&maps.x, x, ready, k, x_row);
+                    if (CLUSTER > 1) {
+                        constexpr int part = COLUMNS / CLUSTER;
                         load_shared(&maps.weight, weight + rank * part * DEPTH_BYTES, ready, k,
                                     weight_row + rank * part);
                     } else {
@@ -340,11 +332,11 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
         u32 consumer = threadIdx.x / WARP_GROUP - 1;
         u32 thread = threadIdx.x % WARP_GROUP;
         u32 used = 0;
-        float sums[BLOCKS][COLUMNS / 2];
+        float sums[COLUMNS / 2];
         buffers += consumer * BUFFERS * BOX_BYTES;
         for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += stride) {
             Place place = place_of(tile, shape);
-            int row = place.row + static_cast<int>(consumer * BLOCKS * 64);
+            int row = place.row + static_cast<int>(consumer * 64);
             if (row >= shape.rows[place.run]) {  // nothing but padding: spare the power
                 for (int block = 0; block < shape.blocks; ++block, ++count) {
                     u32 slot = count % STAGES;
@@ -355,17 +347,14 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
             }
             for (int block = 0; block < shape.blocks; ++block, ++count) {
                 u32 slot = count % STAGES;
-                u32 x = base + slot * STAGE_BYTES + consumer * BLOCKS * 64 * DEPTH_BYTES;
+                u32 x = base + slot * STAGE_BYTES + consumer * 64 * DEPTH_BYTES;
                 u32 weight = base + slot * STAGE_BYTES + X_BYTES;
                 barrier_wait(full + slot * 8, count / STAGES % 2);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
                 for (u32 step = 0; step < DEPTH_BYTES / 32; ++step) {
-#pragma unroll
-                    for (u32 i = 0; i < BLOCKS; ++i) {
-                        multiply(sums[i], descriptor(x + i * 64 * DEPTH_BYTES + step * 32),
-                                 descriptor(weight + step * 32), block > 0 || step > 0);
-                    }
+                    multiply(sums, descriptor(x + step * 32), descriptor(weight + step * 32),
+                             block > 0 || step > 0);
                 }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 multiply_wait<1>();
@@ -375,12 +364,7 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
             }
             multiply_wait<0>();
             if (thread < CLUSTER) barrier_arrive(empty + (count + STAGES - 1) % STAGES * 8, thread);
-
-#pragma unroll
-            for (u32 i = 0; i < BLOCKS; ++i) {
-                finish(sums[i], &maps.out[place.run], buffers, used, shape, place,
-                       row + static_cast<int>(i * 64), consumer);
-            }
+            finish(sums, &maps.out[place.run], buffers, used, shape, place, row, consumer);
         }
         if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
     }

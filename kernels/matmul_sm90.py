@@ -25,6 +25,7 @@ Epilogue = Literal["store", "gelu7", "swiglu7", "add"]
 EPILOGUES = {"store": 0, "gelu7": 1, "swiglu7": 2, "add": 3}
 SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less alignment and barriers
 CONSUMERS = 2
+ROWS = CONSUMERS * 64  # of the product in a tile
 THREADS = 128 * (1 + CONSUMERS)
 DEPTH_BYTES = 128  # of a row in a block of an operand
 ARCH = "sm_90a"
@@ -33,26 +34,17 @@ SOURCE = Path(__file__).with_name("matmul_sm90.cu")
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of the work of a thread block.
+    """Shape of the work of a thread block, of `ROWS` rows.
 
     Attributes:
         columns: of the product, a multiple of 16.
-        blocks: of 64 rows for each of two warp groups.
         cluster_rows: blocks, one below the other, that share their columns' operand.
-        cluster_columns: blocks side by side that share their rows' operand; one of the two is 1.
         group: at most so many row tiles go through all columns together, for the L2 cache's sake.
     """
 
     columns: int
-    blocks: int
     cluster_rows: int = 1
-    cluster_columns: int = 1
     group: int = 8
-
-    @property
-    def rows(self) -> int:
-        """Of the product."""
-        return CONSUMERS * self.blocks * 64
 
 
 class _Shape(ctypes.Structure):
@@ -100,7 +92,7 @@ def out_bytes(tile: Tile, epilogue: Epilogue, out_dtype: torch.dtype) -> int:
 
 def ring(tile: Tile, epilogue: Epilogue, out_dtype: torch.dtype) -> tuple[int, int]:
     """Blocks in the ring and boxes of output for each warp group, as many as fit."""
-    stage = DEPTH_BYTES * (tile.rows + tile.columns)
+    stage = DEPTH_BYTES * (ROWS + tile.columns)
     box = 64 * out_bytes(tile, epilogue, out_dtype)
     buffers = 2 if SHARED_BYTES - 4 * CONSUMERS * box >= 4 * stage else 1
     return (SHARED_BYTES - buffers * CONSUMERS * box) // stage, buffers
@@ -114,10 +106,8 @@ def source(tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype) ->
         "FP8": int(fp8),
         "OUT_FP8": int(out_dtype == FP8),
         "COLUMNS": tile.columns,
-        "BLOCKS": tile.blocks,
         "STAGES": stages,
-        "CLUSTER_ROWS": tile.cluster_rows,
-        "CLUSTER_COLUMNS": tile.cluster_columns,
+        "CLUSTER": tile.cluster_rows,
         "EPILOGUE": EPILOGUES[epilogue],
         "OUT_BYTES": out_bytes(tile, epilogue, out_dtype),
         "BUFFERS": buffers,
@@ -186,7 +176,7 @@ def matmul(
     columns, depth = columns_of(weight, counts), weight.shape[1]
     runs = counts or (x.shape[0], 0, 0)
     maps, shape = _Maps(), _Shape()
-    maps.x = nvrtc.tensor_map(x, x.shape[0], depth, tile.rows // tile.cluster_columns, depth_block)
+    maps.x = nvrtc.tensor_map(x, x.shape[0], depth, ROWS, depth_block)
     maps.weight = nvrtc.tensor_map(
         weight, weight.shape[0], depth, tile.columns // tile.cluster_rows, depth_block
     )
@@ -195,7 +185,7 @@ def matmul(
     for i, count in enumerate(runs):
         if count:
             maps.out[i] = nvrtc.tensor_map(out[row:], count, out.shape[1], 64, box_columns)
-        tiles += -(-count // (tile.rows * tile.cluster_rows))
+        tiles += -(-count // (ROWS * tile.cluster_rows))
         shape.first_row[i], shape.rows[i], shape.last_tile[i] = row, count, tiles
         row += count
     if isinstance(x_scale, Tensor):
@@ -204,12 +194,11 @@ def matmul(
         shape.x_scale_of_all = x_scale or 1.0
     shape.weight_scale = None if weight_scale is None else weight_scale.data_ptr()
     shape.blocks = -(-depth // depth_block)
-    shape.column_tiles = -(-columns // (tile.columns * tile.cluster_columns))
+    shape.column_tiles = -(-columns // tile.columns)
     shape.row_tiles = tiles
     shape.group = -(-tiles // -(-tiles // tile.group))  # groups of like height
     shape.weight_rows = columns
-    cluster = tile.cluster_rows * tile.cluster_columns
-    clusters = min(tiles * shape.column_tiles, _processors(x.device) // cluster)
+    clusters = min(tiles * shape.column_tiles, _processors(x.device) // tile.cluster_rows)
     with torch.cuda.device(x.device):
         kernel = _kernel(tile, epilogue, fp8, out.dtype, x.device)
-        kernel.launch(clusters * cluster, THREADS, maps, shape)
+        kernel.launch(clusters * tile.cluster_rows, THREADS, maps, shape)

@@ -21,6 +21,7 @@ from magihuman.kernels.matmul_sm90 import (  # noqa: E402
     DEPTH_BYTES,
     EPILOGUES,
     FP8,
+    ROWS,
     SHARED_BYTES,
     Epilogue,
     Tile,
@@ -97,7 +98,7 @@ def test_a_mistake_comes_with_the_compilers_words(tmp_path: Path) -> None:
 def test_rings_fit_the_shared_memory(tile: Tile) -> None:
     for epilogue, out_dtype in OUTPUTS:
         stages, buffers = ring(tile, epilogue, out_dtype)
-        stage = DEPTH_BYTES * (tile.rows + tile.columns)
+        stage = DEPTH_BYTES * (ROWS + tile.columns)
         boxes = CONSUMERS * buffers * 64 * out_bytes(tile, epilogue, out_dtype)
         assert stages >= 4
         assert stages * stage + boxes <= SHARED_BYTES
