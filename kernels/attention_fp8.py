@@ -9,6 +9,7 @@ keys; the weighted sum is kept in that of the block last added, a factor of its 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -88,7 +89,7 @@ def _consume(
     out_map, out_place, gate, gate_stride, scale, v_scale, q_ring, k_ring, v_ring, outs,
     rows, length, tiles, frames, frame_tokens, reach,
     SELF: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
-    HAS_GATE: gl.constexpr, STAGES: gl.constexpr, LOCAL: gl.constexpr,
+    STAGES: gl.constexpr, LOCAL: gl.constexpr,
 ):  # fmt: skip
     """A consumer warp group: 64 queries against all valid keys, then gate and store."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 32])
@@ -161,11 +162,10 @@ def _consume(
         mbarrier.wait(v_full.index(slot), count // STAGES & 1)
         sums = warpgroup_mma(weight, values.index(slot).permute((1, 0)), sums, is_async=True)
         factor = new_unit / gl.convert_layout(gl.sum(total, 1), o_row)
-        if HAS_GATE:
-            row = first + gl.arange(0, ROWS, o_row)
-            place = gate + row.to(gl.int64) * gate_stride + head
-            logit = gl.load(place, mask=row < rows, other=0.0).to(gl.float32)
-            factor = factor / (1.0 + gl.exp(-logit))
+        row = first + gl.arange(0, ROWS, o_row)
+        place = gate + row.to(gl.int64) * gate_stride + head
+        logit = gl.load(place, mask=row < rows, other=0.0).to(gl.float32)
+        factor = factor / (1.0 + gl.exp(-logit))
         sums = warpgroup_mma_wait(0, [sums])
         mbarrier.arrive(v_empty.index(slot))
         count += 1
@@ -181,8 +181,8 @@ def _consume(
 def _attention(
     q_map, k_map, v_map, out_map, out_place, gate, qk_scale, v_scale, valid_length, rows,
     gate_stride, scale, frames, frame_tokens, reach,
-    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, HAS_GATE: gl.constexpr,
-    STAGES: gl.constexpr, LOCAL: gl.constexpr,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    LOCAL: gl.constexpr,
 ):  # fmt: skip
     length = gl.load(valid_length)
     scale *= gl.load(qk_scale)
@@ -198,12 +198,12 @@ def _attention(
             (_consume, (
                 out_map, out_place, gate, gate_stride, scale, v_scale, q_ring, k_ring, v_ring, outs,
                 rows, length, tiles, frames, frame_tokens, reach,
-                0, HEADS, KV_HEADS, DIM, HAS_GATE, STAGES, LOCAL,
+                0, HEADS, KV_HEADS, DIM, STAGES, LOCAL,
             )),
             (_consume, (
                 out_map, out_place, gate, gate_stride, scale, v_scale, q_ring, k_ring, v_ring, outs,
                 rows, length, tiles, frames, frame_tokens, reach,
-                1, HEADS, KV_HEADS, DIM, HAS_GATE, STAGES, LOCAL,
+                1, HEADS, KV_HEADS, DIM, STAGES, LOCAL,
             )),
             (_load, (
                 q_map, k_map, v_map, q_ring, k_ring, v_ring,
@@ -230,7 +230,7 @@ def attention(
     v: Tensor,
     qk_scale: Tensor,
     v_scale: Tensor,
-    gate: Tensor | None,
+    gate: Tensor,
     length: Tensor,
     local: LocalAttention | None = None,
 ) -> Tensor:
@@ -243,7 +243,7 @@ def attention(
             `reference.quantize_qkv`; those from `length` on are zeros.
         qk_scale: [1] fp32, of q times k.
         v_scale: [kv_heads, keys / 128] fp32.
-        gate: [N, heads] bf16, any row stride, or None.
+        gate: [N, heads] of a float dtype, any row stride.
         length: int32 scalar on the device, 1 to N: keys from there on carry no weight. With
             `local`, beyond the last frame.
         local: shape of frame-local attention, or None for all tokens.
@@ -257,14 +257,14 @@ def attention(
     """
     rows, heads, dim = q.shape
     kv_heads = k.shape[1]
-    out = q.new_empty(q.shape, dtype=gate.dtype if gate is not None else None)
+    out = q.new_empty(q.shape, dtype=torch.bfloat16)
     tiles = tiles_of(rows, heads, local)
     _attention[(min(tiles, _processors(q.device)),)](
         _map(q.view(rows, -1), ROWS.value, dim), _map(k.view(rows, -1), BLOCK_K.value, dim),
         _map(v.flatten(0, 1), dim, BLOCK_K.value), _map(out.view(rows, -1), ROWS.value, dim),
-        out, gate, qk_scale, v_scale, length, rows, 0 if gate is None else gate.stride(0),
-        dim**-0.5 * LOG2_E, *(local or (0, 0, 0)),
-        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HAS_GATE=gate is not None,
-        STAGES=STAGES, LOCAL=local is not None, num_warps=4,
+        out, gate, qk_scale, v_scale, length, rows, gate.stride(0), dim**-0.5 * LOG2_E,
+        *(local or (0, 0, 0)),
+        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, STAGES=STAGES, LOCAL=local is not None,
+        num_warps=4,
     )  # fmt: skip
     return out

@@ -216,7 +216,7 @@ def _consume(
     out_map, out_place, gate, gate_stride, scale, q_ring, k_ring, v_ring, outs,
     rows, length, tiles, frames, frame_tokens, reach,
     SELF: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
-    HAS_GATE: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LOCAL: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LOCAL: gl.constexpr,
 ):  # fmt: skip
     """A consumer warp group: 64 queries against all valid keys, then gate and store."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
@@ -293,11 +293,10 @@ def _consume(
         mbarrier.wait(v_full.index(slot), parity)
         sums = warpgroup_mma(weight, values.index(slot), sums, is_async=True)
         factor = 1.0 / gl.convert_layout(gl.sum(total, 1), o_row)
-        if HAS_GATE:
-            row = first + gl.arange(0, ROWS, o_row)
-            place = gate + row.to(gl.int64) * gate_stride + head
-            logit = gl.load(place, mask=row < rows, other=0.0).to(gl.float32)
-            factor = factor / (1.0 + gl.exp(-logit))
+        row = first + gl.arange(0, ROWS, o_row)
+        place = gate + row.to(gl.int64) * gate_stride + head
+        logit = gl.load(place, mask=row < rows, other=0.0).to(gl.float32)
+        factor = factor / (1.0 + gl.exp(-logit))
         sums = warpgroup_mma_wait(0, [sums])
         mbarrier.arrive(v_empty.index(slot))
         count += 1
@@ -313,8 +312,8 @@ def _consume(
 def _attention(
     q_map, k_map, v_map, out_map, out_place, gate, valid_length, rows, gate_stride, scale,
     frames, frame_tokens, reach,
-    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, HAS_GATE: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LOCAL: gl.constexpr,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, LOCAL: gl.constexpr,
 ):  # fmt: skip
     length = gl.load(valid_length)
     tiles = _row_tiles(rows, frames, frame_tokens, LOCAL) * HEADS
@@ -329,12 +328,12 @@ def _attention(
             (_consume, (
                 out_map, out_place, gate, gate_stride, scale, q_ring, k_ring, v_ring, outs,
                 rows, length, tiles, frames, frame_tokens, reach,
-                0, HEADS, KV_HEADS, DIM, HAS_GATE, BLOCK_K, STAGES, LOCAL,
+                0, HEADS, KV_HEADS, DIM, BLOCK_K, STAGES, LOCAL,
             )),
             (_consume, (
                 out_map, out_place, gate, gate_stride, scale, q_ring, k_ring, v_ring, outs,
                 rows, length, tiles, frames, frame_tokens, reach,
-                1, HEADS, KV_HEADS, DIM, HAS_GATE, BLOCK_K, STAGES, LOCAL,
+                1, HEADS, KV_HEADS, DIM, BLOCK_K, STAGES, LOCAL,
             )),
             (_load, (
                 q_map, k_map, v_map, q_ring, k_ring, v_ring,
@@ -374,7 +373,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor | None,
+    gate: Tensor,
     length: Tensor,
     local: LocalAttention | None = None,
 ) -> Tensor:
@@ -384,7 +383,7 @@ def attention(
         q: [N, heads, D] bf16 contiguous; D 32, 64 or 128.
         k, v: [N, kv_heads, D] bf16 contiguous. Rows of v between `length` and the end of its
             block are multiplied by zero, so they must be finite.
-        gate: [N, heads], any row stride, or None.
+        gate: [N, heads], any row stride.
         length: int32 scalar on the device, 1 to N: keys from there on carry no weight. With
             `local`, beyond the last frame.
         local: shape of frame-local attention, or None for all tokens.
@@ -401,9 +400,9 @@ def attention(
     tiles = tiles_of(rows, heads, local)
     _attention[(min(tiles, _processors(q.device)),)](
         _map(q, ROWS.value), _map(k, BLOCK_K), _map(v, BLOCK_K), _map(out, ROWS.value), out,
-        gate, length, rows, 0 if gate is None else gate.stride(0), dim**-0.5 * LOG2_E,
+        gate, length, rows, gate.stride(0), dim**-0.5 * LOG2_E,
         *(local or (0, 0, 0)),
-        HEADS=heads, KV_HEADS=k.shape[1], DIM=dim, HAS_GATE=gate is not None,
-        BLOCK_K=BLOCK_K, STAGES=STAGES, LOCAL=local is not None, num_warps=4,
+        HEADS=heads, KV_HEADS=k.shape[1], DIM=dim, BLOCK_K=BLOCK_K, STAGES=STAGES,
+        LOCAL=local is not None, num_warps=4,
     )  # fmt: skip
     return out

@@ -44,8 +44,8 @@ def _attend(
 @triton.jit
 def _attention(
     q, k, v, gate, out, valid_length, rows, gate_stride, scale,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HAS_GATE: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     length = tl.load(valid_length)
     head = tl.program_id(1)
@@ -73,9 +73,8 @@ def _attention(
     )  # fmt: skip
     row = first + tl.arange(0, BLOCK_Q)
     result = accumulator / total[:, None]
-    if HAS_GATE:
-        open_by = tl.load(gate + row.to(tl.int64) * gate_stride + head, mask=row < rows, other=0.0)
-        result = result * tl.sigmoid(open_by.to(tl.float32))[:, None]
+    open_by = tl.load(gate + row.to(tl.int64) * gate_stride + head, mask=row < rows, other=0.0)
+    result = result * tl.sigmoid(open_by.to(tl.float32))[:, None]
     out_map = tl.make_tensor_descriptor(out, [rows, HEADS * DIM], [HEADS * DIM, 1], [BLOCK_Q, DIM])
     out_map.store([first, head * DIM], result.to(out.dtype.element_ty))
 
@@ -88,7 +87,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor | None,
+    gate: Tensor,
     length: Tensor,
 ) -> Tensor:
     """`reference.head_gate(reference.attention(q, k[:length], v[:length]), gate)`.
@@ -96,7 +95,7 @@ def attention(
     Args:
         q: [N, heads, D] bf16 contiguous; D 32, 64 or 128.
         k, v: [N, kv_heads, D] bf16 contiguous.
-        gate: [N, heads], any row stride, or None.
+        gate: [N, heads], any row stride.
         length: int32 scalar on the device, 1 to N: keys from there on are never read.
 
     Returns:
@@ -108,9 +107,8 @@ def attention(
     out = torch.empty_like(q)
     triton.set_allocator(_allocate)
     _attention[(triton.cdiv(rows, BLOCK_Q), heads)](
-        q, k, v, gate, out, length, rows, 0 if gate is None else gate.stride(0),
-        dim**-0.5 * LOG2_E,
-        HEADS=heads, KV_HEADS=k.shape[1], DIM=dim, HAS_GATE=gate is not None,
-        BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=8, num_stages=3 if dim >= 128 else 2,
+        q, k, v, gate, out, length, rows, gate.stride(0), dim**-0.5 * LOG2_E,
+        HEADS=heads, KV_HEADS=k.shape[1], DIM=dim, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=8,
+        num_stages=3 if dim >= 128 else 2,
     )  # fmt: skip
     return out

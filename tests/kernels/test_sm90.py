@@ -19,6 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from magihuman.kernels import (  # noqa: E402
     activations,
+    attention_fp8,
     attention_triton,
     channel_norm,
     frames,
@@ -263,3 +264,22 @@ def test_triton_attention_uses_the_tensor_cores_and_tensor_maps(
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
     assert spills(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_fp8_attention_gives_bf16_whatever_the_gates(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a map of bf16 over the tensor that it returns."""
+    recorder = Recorder(attention_fp8._attention)
+    monkeypatch.setattr(attention_fp8, "_attention", recorder)
+    monkeypatch.setattr(attention_fp8, "_processors", lambda device: 132)
+    fp8, blocks = torch.float8_e4m3fn, -(-ROWS // 128)
+    q, k = (empty(ROWS, heads, 128, dtype=fp8) for heads in (40, 8))
+    v, v_scale = empty(8, 128, 128 * blocks, dtype=fp8), empty(8, blocks, dtype=FP32)
+    length, qk_scale = torch.empty((), dtype=I32, device="meta"), empty(1, dtype=FP32)
+    gate = empty(ROWS, 7208, dtype=dtype)[:, -40:]
+    out = attention_fp8.attention(q, k, v, qk_scale, v_scale, gate, length)
+    assert (out.dtype, out.shape) == (BF16, q.shape)
+    assert recorder.arguments["out_map"].base.dtype == BF16
+    assert recorder.arguments["gate_stride"] == 7208
