@@ -27,7 +27,8 @@ from magihuman.graphs.passes import (
 )
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.precision import is_quantized
-from magihuman.kernels import exchange, ops  # noqa: F401 - register torch.ops.magihuman
+from magihuman.kernels import exchange  # noqa: F401 - registers torch.ops.magihuman, as ops do
+from magihuman.kernels.ops import UNSET
 from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding
 
 OPS = torch.ops.magihuman
@@ -36,7 +37,6 @@ Pass = Callable[[fx.GraphModule, Context], int]
 TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do; these occur nowhere else in a graph
 TRACE_LOCAL = LocalAttention(frames=3, frame_tokens=8, reach=1)  # of so many video tokens
 META = torch.device("meta")
-ANY_BACKEND = "any"  # of attention, where nothing depends on it
 ONE_KERNEL = "one kernel"  # where all attention is over fp8 or frame-local
 
 
@@ -133,9 +133,10 @@ def compile_forward(
         from magihuman.kernels import attention_backends
 
         attention_backend = attention_backends.fastest(*shape, device)
-    report.attention = (attention_backend or ANY_BACKEND) if has_choice else ONE_KERNEL
+    backend = attention_backend or UNSET
+    report.attention = backend if has_choice else ONE_KERNEL
     report.seconds["choose attention"] = time.perf_counter() - start
-    specialize(module, counts, report.attention, local, sharding)
+    specialize(module, counts, backend, local, sharding)
     start = time.perf_counter()
     report.linears = route_linears(module, sum(counts), linear_route)
     report.seconds["choose linears"] = time.perf_counter() - start
@@ -242,7 +243,8 @@ def _is_numbers(argument: Any) -> bool:
 
 
 def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[str, str]:
-    """Put the route of each linear into a specialised graph; by default the fastest for its shape.
+    """Put the route of each linear into a specialised graph; by default the fastest for its shape,
+    or none where the weights are on no GPU.
 
     Returns the route of each kind, by what follows the product, its shape and its runs.
     """
@@ -281,7 +283,7 @@ def _fastest(
     after: Any, weight: Tensor, counts: list[int], rows: int, padded: int, scale: Tensor | None
 ) -> str:
     if not weight.is_cuda:
-        return epilogue.ANY_ROUTE
+        return UNSET
     from magihuman.kernels import linear_routes
 
     runs = (counts[0], counts[1], counts[2]) if counts else None

@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 
 from magihuman.graphs.capture import capture
 from magihuman.graphs.compile import (
-    ANY_BACKEND,
     TRACE_COUNTS,
     Report,
     example_inputs,
@@ -28,6 +27,7 @@ from magihuman.graphs.compile import (
     specialize,
 )
 from magihuman.graphs.passes.context import Context
+from magihuman.kernels.ops import UNSET
 from magihuman.kernels.reference import Counts
 
 META = torch.device("meta")
@@ -88,7 +88,7 @@ def explain(
     inputs = example_inputs(context)
     before = capture(model, inputs, local=None)
     after = rewrite(model, Context(small, TRACE_COUNTS, dtype, META), Report())
-    specialize(after, counts, ANY_BACKEND)
+    specialize(after, counts, UNSET)
     route_linears(after, sum(counts), OWN_ROUTE)
     return Explanation(
         counts, *(_Counter(module, kinds).rows(inputs) for module in (before, after))

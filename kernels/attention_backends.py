@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magihuman.kernels.measured import Measurements
+from magihuman.kernels.ops import UNSET
 from magihuman.kernels.reference import LocalAttention
 
 NAMES = ("gluon", "triton", "fa3", "cudnn")
@@ -78,6 +79,15 @@ def run(
         from magihuman.kernels import attention_triton
 
         return attention_triton.attention(q, k, v, gate, length)
+    if name == UNSET:
+        raise ValueError(
+            f"the backend of attention must be chosen before it runs on a GPU, got {UNSET!r}; give"
+            " the graph to compile.specialize with one first"
+        )
+    if name not in NAMES:
+        raise ValueError(
+            f"the backend of attention must be one of {', '.join(NAMES)}, got {name!r}"
+        )
     from magihuman.kernels.head_gate import head_gate
 
     library: Callable[..., Tensor] = {"fa3": _fa3, "cudnn": _cudnn}[name]

@@ -23,6 +23,7 @@ from magihuman.kernels.matmul_sm90 import (
     out_dtypes,
 )
 from magihuman.kernels.measured import Measurements
+from magihuman.kernels.ops import UNSET
 from magihuman.kernels.quantize import quantize_rows
 from magihuman.kernels.reference import FP8, STATIC_SCALES, Counts
 
@@ -62,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, counts: Counts | None, route: str) -> Tens
         for rows, own, result in _runs(x, weight, counts, out):
             torch.mm(rows, own.t(), out=result)
     else:
-        matmul(x, weight, out, counts, "store", TILES[route])
+        matmul(x, weight, out, counts, "store", _tile(route))
     return out
 
 
@@ -78,9 +79,9 @@ def linear_activation(
     width = columns_of(weight, counts) // (2 if kind == "swiglu7" else 1)
     out = x.new_empty(x.shape[0], padded)
     if counts is None:
-        matmul(x, weight, out, None, cast(Epilogue, kind), TILES[route])
+        matmul(x, weight, out, None, cast(Epilogue, kind), _tile(route))
     else:
-        matmul(x, weight, out[:, :width], counts, cast(Epilogue, kind), TILES[route])
+        matmul(x, weight, out[:, :width], counts, cast(Epilogue, kind), _tile(route))
         out[:, width:].zero_()  # where the next run's weight has left something
     return out
 
@@ -90,7 +91,7 @@ def linear_add(
 ) -> None:
     """`stream += linear(x, weight)` with the product in fp32."""
     if route != LIBRARY:
-        matmul(x, weight, stream, counts, "add", TILES[route])
+        matmul(x, weight, stream, counts, "add", _tile(route))
         return
     for rows, own, result in _runs(x, weight, counts, stream):
         if x.dtype == torch.float32:
@@ -106,7 +107,7 @@ def linear_fp8(
     rows, columns = x.shape[0], columns_of(weight, counts)
     out = torch.empty(rows, -(-columns // 8) * 8, dtype=torch.bfloat16, device=x.device)
     out = out[:, :columns]
-    matmul(x, weight, out, counts, "store", TILES[route], x_scale, scale)
+    matmul(x, weight, out, counts, "store", _tile(route), x_scale, scale)
     return out
 
 
@@ -125,7 +126,7 @@ def linear_activation_fp8(
     width = columns_of(weight, counts) // (2 if kind == "swiglu7" else 1)
     out = torch.empty(x.shape[0], padded, dtype=out_dtype, device=x.device)
     result = out[:, :width]
-    matmul(x, weight, result, counts, cast(Epilogue, kind), TILES[route], x_scale, scale)
+    matmul(x, weight, result, counts, cast(Epilogue, kind), _tile(route), x_scale, scale)
     if out_dtype != FP8:  # what reads e4m3 stops at the width
         out[:, width:].zero_()
     return out
@@ -141,7 +142,26 @@ def linear_add_fp8(
     route: str,
 ) -> None:
     """`stream += linear_fp8(...)` with the product in fp32."""
-    matmul(x, weight, stream, counts, "add", TILES[route], x_scale, scale)
+    matmul(x, weight, stream, counts, "add", _tile(route), x_scale, scale)
+
+
+def _tile(route: str) -> Tile:
+    """That of a route which is not the library's, or `ValueError`."""
+    if route == UNSET:
+        raise ValueError(
+            f"a linear's route must be chosen before it runs on a GPU, got {UNSET!r}; give the"
+            " graph to compile.route_linears first"
+        )
+    if route == LIBRARY:
+        raise ValueError(
+            f"the route of a linear over e4m3 must be one of {', '.join(TILES)}, got {LIBRARY!r},"
+            " which has none; leave the choice to `fastest`"
+        )
+    if route not in TILES:
+        raise ValueError(
+            f"a linear's route must be one of {', '.join((LIBRARY, *TILES))}, got {route!r}"
+        )
+    return TILES[route]
 
 
 def _runs(

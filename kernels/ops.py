@@ -3,6 +3,9 @@
 On a GPU an operator launches its kernel; on the CPU it computes the reference, so that a rewritten
 graph runs, and can be tested, anywhere. `counts` is (video, audio, text), or empty for one set of
 weights.
+
+`route` and `backend` say which of several kernels a GPU is to launch. Passes leave both `UNSET`,
+since the shape is not known then: the CPU computes the reference all the same, a GPU refuses.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels import reference as ref
+
+UNSET = "unset"  # of a route or a backend: not chosen yet
 
 
 def _counts(counts: list[int]) -> ref.Counts | None:
@@ -200,7 +205,13 @@ def _(
 
 @torch.library.custom_op("magihuman::gated_attention", mutates_args=())
 def gated_attention(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, local: list[int], backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    length: Tensor,
+    local: list[int],
+    backend: str = UNSET,
 ) -> Tensor:
     """`reference.gated_attention` over the first `length` keys, by this backend.
 
@@ -215,7 +226,13 @@ def gated_attention(
 
 @gated_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor, local: list[int], backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    length: Tensor,
+    local: list[int],
+    backend: str = UNSET,
 ) -> Tensor:
     return torch.empty_like(q)
 
@@ -237,7 +254,7 @@ def _(x: Tensor, kind: str, padded: int) -> Tensor:
 
 
 @torch.library.custom_op("magihuman::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
+def linear(x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET) -> Tensor:
     """`reference.linear` by this route; x may have more columns than the weight, zeros.
 
     x: [N, K'], K' at least K; weight: [out, K] or [3 out, K], of row stride K' where K' is not K.
@@ -250,13 +267,13 @@ def linear(x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // (3 if counts else 1))
 
 
 @torch.library.custom_op("magihuman::linear_activation", mutates_args=())
 def linear_activation(
-    x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, route: str
+    x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, route: str = UNSET
 ) -> Tensor:
     """`activation` of `linear`, rounded between the two as the plain model does."""
     if x.is_cuda:
@@ -267,7 +284,9 @@ def linear_activation(
 
 
 @linear_activation.register_fake
-def _(x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, route: str) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, route: str = UNSET
+) -> Tensor:
     return x.new_empty(x.shape[0], padded)
 
 
@@ -275,12 +294,15 @@ def _(x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, rout
 # above forbids that, a declaration does not.
 torch.library.define(
     "magihuman::linear_add_",
-    "(Tensor(a!) stream, Tensor x, Tensor weight, int[] counts, str route) -> Tensor(a!)",
+    "(Tensor(a!) stream, Tensor x, Tensor weight, int[] counts,"
+    f' str route="{UNSET}") -> Tensor(a!)',
 )
 
 
 @torch.library.impl("magihuman::linear_add_", ("CPU", "CUDA"))
-def linear_add_(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
+def linear_add_(
+    stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET
+) -> Tensor:
     """`linear` joins the fp32 stream [N, out] in place; on a GPU without a rounding before it."""
     if x.is_cuda:
         from magihuman.kernels import linear_routes
@@ -291,13 +313,18 @@ def linear_add_(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], ro
 
 
 @torch.library.register_fake("magihuman::linear_add_")
-def _(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str) -> Tensor:
+def _(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET) -> Tensor:
     return stream
 
 
 @torch.library.custom_op("magihuman::linear_fp8", mutates_args=())
 def linear_fp8(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: list[int], route: str
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    counts: list[int],
+    route: str = UNSET,
 ) -> Tensor:
     """`reference.scaled_linear` by this route."""
     if x.is_cuda:
@@ -309,7 +336,12 @@ def linear_fp8(
 
 @linear_fp8.register_fake
 def _(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: list[int], route: str
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    counts: list[int],
+    route: str = UNSET,
 ) -> Tensor:
     columns = weight.shape[0] // (3 if counts else 1)
     return x.new_empty(x.shape[0], columns, dtype=torch.bfloat16)
@@ -325,7 +357,7 @@ def linear_activation_fp8(
     kind: str,
     padded: int,
     out_dtype: torch.dtype,
-    route: str,
+    route: str = UNSET,
 ) -> Tensor:
     """`activation` of `linear_fp8`, in bf16, or in e4m3 divided by `reference.STATIC_SCALES`."""
     if x.is_cuda:
@@ -351,7 +383,7 @@ def _(
     kind: str,
     padded: int,
     out_dtype: torch.dtype,
-    route: str,
+    route: str = UNSET,
 ) -> Tensor:
     return x.new_empty(x.shape[0], padded, dtype=out_dtype)
 
@@ -359,7 +391,7 @@ def _(
 torch.library.define(
     "magihuman::linear_add_fp8_",
     "(Tensor(a!) stream, Tensor x, Tensor? x_scale, float scale_of_all, Tensor weight,"
-    " Tensor weight_scale, int[] counts, str route) -> Tensor(a!)",
+    f' Tensor weight_scale, int[] counts, str route="{UNSET}") -> Tensor(a!)',
 )
 
 
@@ -372,7 +404,7 @@ def linear_add_fp8_(
     weight: Tensor,
     weight_scale: Tensor,
     counts: list[int],
-    route: str,
+    route: str = UNSET,
 ) -> Tensor:
     """`linear_fp8` joins the fp32 stream in place; without x_scale all rows have one scale."""
     if x.is_cuda:
@@ -396,6 +428,6 @@ def _(
     weight: Tensor,
     weight_scale: Tensor,
     counts: list[int],
-    route: str,
+    route: str = UNSET,
 ) -> Tensor:
     return stream

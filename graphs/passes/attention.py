@@ -10,6 +10,7 @@ from torch import fx
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.passes.rewrite import replace
 from magihuman.kernels import reference as ref
+from magihuman.kernels.ops import UNSET
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
@@ -25,8 +26,7 @@ def _run(module: fx.GraphModule, context: Context, local: ref.LocalAttention | N
     shapes = [(rows, n, config.head_dim) for n in (heads, kv_heads, kv_heads)]
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        # The backend is chosen when the graph is specialised.
-        arguments: tuple[Any, ...] = (*inputs, list(local or ()), "any")
+        arguments: tuple[Any, ...] = (*inputs, list(local or ()), UNSET)
         return [graph.call_function(torch.ops.magihuman.gated_attention.default, arguments)]
 
     return replace(

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from magihuman.graphs.passes.context import Context
+from magihuman.kernels.ops import UNSET
 
 OPS = torch.ops.magihuman
-ANY_ROUTE = "library"  # put in when the shape is known
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
@@ -44,7 +44,7 @@ def _activation(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     with graph.inserting_before(node):
         fused = graph.call_function(
-            OPS.linear_activation.default, (*operands, *node.args[1:], ANY_ROUTE)
+            OPS.linear_activation.default, (*operands, *node.args[1:], UNSET)
         )
     _replace(graph, node, fused)
     return True
@@ -79,7 +79,7 @@ def _added(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if operands is None or not _is_last_reader(stream, node):
         return None
     with graph.inserting_before(node):
-        return graph.call_function(OPS.linear_add_.default, (stream, *operands, ANY_ROUTE))
+        return graph.call_function(OPS.linear_add_.default, (stream, *operands, UNSET))
 
 
 def _is_last_reader(stream: Any, node: fx.Node) -> bool:

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from magihuman.graphs.passes.context import Context
-from magihuman.graphs.passes.epilogue import ANY_ROUTE
 from magihuman.graphs.passes.rewrite import replace
 from magihuman.kernels import reference as ref
+from magihuman.kernels.ops import UNSET
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
@@ -34,7 +34,7 @@ def _run(
     module: fx.GraphModule, context: Context, counts: ref.Counts | None, fan_in: int, fan_out: int
 ) -> int:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, list(counts or ()), ANY_ROUTE)
+        arguments: tuple[Any, ...] = (*inputs, list(counts or ()), UNSET)
         return [graph.call_function(torch.ops.magihuman.linear.default, arguments)]
 
     return replace(

@@ -19,6 +19,7 @@ from magihuman.graphs.passes.context import Context
 from magihuman.kernels import cache as kept
 from magihuman.kernels import exchange
 from magihuman.kernels import reference as ref
+from magihuman.kernels.ops import UNSET
 from magihuman.runtime import denoise, tokens
 from magihuman.runtime.model.dit import DiT
 
@@ -284,3 +285,22 @@ def test_padding_weights_changes_no_value(model: DiT) -> None:
 
 def test_reasons_not_to_compile(model: DiT) -> None:
     assert support.why_not(model.config, torch.bfloat16, CPU) == "there is no GPU"
+
+
+def test_what_no_gpu_has_chosen_is_unset(cache: Path, tmp_path: Path) -> None:
+    """Not a route or backend that runs, which a GPU would take for a choice."""
+    model = golden.dit(local=False)
+    precision.quantize_model(model, ["block.layers.1.mlp.up_gate_proj"])
+    compiling.pad_weights(model, model.config)
+    for given in (None, "128x192"):
+        module, report = compiling.compile_forward(
+            model, model.config, LAYOUTS[0].counts, torch.bfloat16, CPU, linear_route=given,
+            cache=tmp_path,
+        )  # fmt: skip
+        assert set(report.linears.values()) == {given or UNSET}
+        assert any(kind.startswith("swiglu7") and "fp8" in kind for kind in report.linears)
+        assert report.attention == UNSET
+        names = ("linear", "linear_add_", "linear_activation", "linear_activation_fp8")
+        routed = {getattr(torch.ops.magihuman, name).default for name in names}
+        routes = [node.args[-1] for node in module.graph.nodes if node.target in routed]
+        assert routes == [given or UNSET] * 20

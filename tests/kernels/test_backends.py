@@ -12,7 +12,7 @@ import torch
 from magihuman.kernels import attention_backends as backends
 
 pytest.importorskip("triton")
-from magihuman.kernels import cache, linear_routes, measured
+from magihuman.kernels import cache, linear_routes, measured, ops
 from magihuman.kernels.matmul_sm90 import Epilogue
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -135,3 +135,38 @@ def test_measurements_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.Mo
     unwritable = measured.Measurements(GPU, file)  # a file where the folder should be
     unwritable.put("a", {"x": 1.0})
     assert unwritable.get("a") is None
+
+
+def test_what_is_unset_is_refused_on_a_gpu() -> None:
+    """Which would come here; nothing is launched before a kernel is chosen."""
+    x, weight = torch.ones(3, 16), torch.ones(32, 16)
+    scales = torch.ones(3), torch.ones(32)
+    calls = {
+        "linear": lambda route: linear_routes.linear(x, weight, None, route),
+        "activation": lambda route: linear_routes.linear_activation(
+            x, weight, None, "gelu7", 128, route
+        ),
+        "add": lambda route: linear_routes.linear_add(torch.ones(3, 32), x, weight, None, route),
+        "fp8": lambda route: linear_routes.linear_fp8(x, scales[0], weight, scales[1], None, route),
+        "fp8 activation": lambda route: linear_routes.linear_activation_fp8(
+            x, scales[0], weight, scales[1], None, "gelu7", 128, torch.bfloat16, route
+        ),
+        "fp8 add": lambda route: linear_routes.linear_add_fp8(
+            torch.ones(3, 32), x, scales[0], weight, scales[1], None, route
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="must be chosen before it runs on a GPU, got 'unset'"):
+            call(ops.UNSET)
+        with pytest.raises(
+            ValueError, match=r"route must be one of library, 128x192, .* got 'any'"
+        ):
+            call("any")
+        if name.startswith("fp8"):
+            with pytest.raises(ValueError, match=r"e4m3 must be one of 128x192, .* got 'library'"):
+                call(linear_routes.LIBRARY)
+    q, gate, length = torch.ones(3, 1, 16), torch.ones(3, 1), torch.tensor(3)
+    with pytest.raises(ValueError, match="must be chosen before it runs on a GPU, got 'unset'"):
+        backends.run(ops.UNSET, q, q, q, gate, length)
+    with pytest.raises(ValueError, match="one of gluon, triton, fa3, cudnn, got 'any'"):
+        backends.run("any", q, q, q, gate, length)
