@@ -134,7 +134,7 @@ class Blocks:
 
     def activated(self, values: Tensor, scale: Tensor) -> Tensor:
         """The up projection and what follows it, [N, padded] e4m3 over the fixed scale."""
-        padded = precision.padded_width(self.down.weight.shape[1])
+        padded = ref.padded_width(self.down.weight.shape[1])
         after = (self.kind, padded, FP8, ROUTE)
         return ops.linear_activation_fp8(values, scale, *self.up.narrow, *after)
 
@@ -171,7 +171,7 @@ def proj_errors(x: Tensor, linear: Linear) -> Errors:
 def down_errors(hidden: Tensor, linear: Linear, fixed: float) -> Errors:
     """Of a linear after an activation, over the activation's scale."""
     rows, width = hidden.shape
-    values = hidden.new_zeros(rows, precision.padded_width(width), dtype=FP8)
+    values = hidden.new_zeros(rows, ref.padded_width(width), dtype=FP8)
     values[:, :width] = (hidden.float() / fixed).to(FP8)
     stream = hidden.new_zeros(rows, linear.out, dtype=torch.float32)
     scale = hidden.new_full((rows,), fixed, dtype=torch.float32)

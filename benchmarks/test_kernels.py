@@ -15,7 +15,6 @@ from torch import Tensor
 
 from magihuman.graphs import precision as weights_precision
 from magihuman.graphs import support
-from magihuman.graphs.passes.activation import padded_width
 from magihuman.kernels import attention_backends, linear_routes, ops
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import FRAME_REACH
@@ -92,7 +91,7 @@ def test_activation(size: Size, time_kernel: Callable, is_fused: bool, kind: str
     layers = range(arch.num_layers)
     layer = next(i for i in layers if (i in arch.gelu7_layers) == (kind == "gelu7"))
     width, out = arch.mlp_widths(layer)
-    padded = padded_width(out)
+    padded = ref.padded_width(out)
 
     def build() -> Callable:
         x = randn(size, rows, width)
@@ -124,7 +123,7 @@ def test_norm_fp8(size: Size, time_kernel: Callable, is_fused: bool) -> None:
 def test_quantize_fp8(size: Size, time_kernel: Callable, is_fused: bool, source: str) -> None:
     rows, arch = size.layout.tokens, size.arch
     middle = arch.mlp_widths(arch.num_layers // 2)[1]
-    columns = arch.heads * arch.head_dim if source == "attention" else padded_width(middle)
+    columns = arch.heads * arch.head_dim if source == "attention" else ref.padded_width(middle)
 
     def build() -> Callable:
         return partial(
@@ -245,7 +244,7 @@ def test_linear(size: Size, time_kernel: Callable, name: str, precision: str, ro
         "down": (down, arch.hidden_size),
     }[name.split("_")[-1]]
     counts = list(size.layout.counts) if name.startswith("gelu7") else []
-    padded = padded_width(fan_in) if name.endswith("down") else fan_in
+    padded = ref.padded_width(fan_in) if name.endswith("down") else fan_in
 
     def build() -> Callable:
         # As the compiled model holds them: rows of x and of the weight end in zeros.
@@ -261,7 +260,7 @@ def test_linear(size: Size, time_kernel: Callable, name: str, precision: str, ro
         if name == "qkv":
             return partial(ops.linear_fp8 if is_fp8 else ops.linear, *operands, counts, route)
         if name.endswith("up"):
-            width = padded_width(down)
+            width = ref.padded_width(down)
             after = [counts, name.removesuffix("_up"), width]
             if is_fp8:
                 return partial(ops.linear_activation_fp8, *operands, *after, FP8, route)

@@ -29,7 +29,7 @@ from magihuman.graphs.passes.context import Context
 from magihuman.graphs.precision import is_quantized
 from magihuman.kernels import exchange  # noqa: F401 - registers torch.ops.magihuman, as ops do
 from magihuman.kernels.ops import UNSET
-from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding
+from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding, padded_width
 
 OPS = torch.ops.magihuman
 Pass = Callable[[fx.GraphModule, Context], int]
@@ -310,7 +310,7 @@ def pad_weights(model: nn.Module, config: Any) -> None:
     """
     for name, parameter in model.named_parameters():
         width = parameter.shape[-1]
-        padded = activation.padded_width(width)
+        padded = padded_width(width)
         if (
             name.endswith("down_proj.weight")
             and parameter.dtype != FP8

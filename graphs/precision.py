@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magihuman.graphs.passes.activation import padded_width
 from magihuman.kernels import reference as ref
 
 KEEP_NONE, KEEP_MODALITY = "none", "modality"
@@ -67,7 +66,7 @@ def quantized_linears(config: Any, keep_bf16: KeepBf16 = KEEP_NONE) -> list[str]
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight [M, K] as e4m3, its rows padded with zeros to whole tiles, and scales [M] fp32."""
     rows, width = weight.shape
-    values = weight.new_zeros(rows, padded_width(width), dtype=ref.FP8)
+    values = weight.new_zeros(rows, ref.padded_width(width), dtype=ref.FP8)
     scale = weight.new_empty(rows, dtype=torch.float32)
     for start in range(0, rows, BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)

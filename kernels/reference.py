@@ -30,6 +30,7 @@ FP8 = torch.float8_e4m3fn
 FP8_LIMIT = 448.0  # largest magnitude of e4m3: OCP 8-bit floating point specification, table 1
 STATIC_SCALES = {"swiglu7": 1 / 8, "gelu7": 1 / 64}  # their ends, 56 and 7, become the limit
 FP8_ROW_BYTES = 16  # fused kernels start rows at multiples of it, as tensor maps and libraries want
+ROW_MULTIPLE = 128  # columns; products over rows that are not whole tiles run at a third the rate
 FP8_KEYS = 128  # keys whose values share a scale in e4m3 attention
 SMALLEST_VALUE = 2.0**-40  # what all values of such a block count as at least
 PACKED_COLUMNS = 8  # rows that change processes start at multiples of so many values
@@ -77,6 +78,13 @@ class Sharding(NamedTuple):
         """How many rows of each modality one process has."""
         video, audio, text = (own.stop - own.start for own in self.own(rank))
         return video, audio, text
+
+
+def padded_width(width: int) -> int:
+    """Columns of rows that are padded to whole tiles, `width` of them with values and then zeros:
+    `width`, rounded up to a multiple of `ROW_MULTIPLE`.
+    """
+    return -(-width // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def run_starts(counts: Counts | None, rows: int) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from magihuman.graphs.passes.activation import padded_width
 from magihuman.graphs.precision import KeepBf16, quantized_linears
+from magihuman.kernels.reference import padded_width
 from magihuman.runtime import checkpoint
 from magihuman.runtime.config import DiTConfig, Precision
 from magihuman.runtime.errors import CheckpointError

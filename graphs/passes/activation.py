@@ -12,13 +12,6 @@ from magihuman.graphs.passes.context import Context
 from magihuman.graphs.passes.rewrite import replace
 from magihuman.kernels import reference as ref
 
-ROW_MULTIPLE = 128  # columns; products over rows that are not whole tiles run at a third the rate
-
-
-def padded_width(width: int) -> int:
-    """Columns of the activation's output."""
-    return -(-width // ROW_MULTIPLE) * ROW_MULTIPLE
-
 
 def run(module: fx.GraphModule, context: Context) -> int:
     """One a layer."""
@@ -37,7 +30,7 @@ def _run(
     module: fx.GraphModule, context: Context, width: int, out: int, fn: Callable[[Tensor], Tensor]
 ) -> int:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, fn.__name__, padded_width(out))
+        arguments: tuple[Any, ...] = (*inputs, fn.__name__, ref.padded_width(out))
         return [graph.call_function(torch.ops.magihuman.activation.default, arguments)]
 
     return replace(

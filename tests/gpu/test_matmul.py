@@ -14,7 +14,6 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings")
 
-from magihuman.graphs import precision
 from magihuman.kernels import linear_routes
 from magihuman.kernels.matmul_sm90 import Epilogue
 
@@ -77,7 +76,7 @@ def test_fp8_product(
     """Against fp64 over the same e4m3 operands: the rounding of the output, and of the sums."""
     x, x_scale = ref.quantize_rows(randn(rows, depth))
     weight, scale = ref.quantize_rows(randn(columns * (3 if counts else 1), depth) * depth**-0.5)
-    wide = precision.padded_width(depth)
+    wide = ref.padded_width(depth)
     x, weight = (F.pad(v.view(torch.uint8), (0, wide - depth)).view(FP8) for v in (x, weight))
     whole = ref.dequantize_rows(x, x_scale).double(), ref.dequantize_rows(weight, scale).double()
     product = ref.per_modality(lambda a, b: a @ b.t(), *whole, counts)

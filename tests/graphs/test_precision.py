@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from magihuman.graphs import precision, support
-from magihuman.graphs.passes.activation import padded_width
 from magihuman.kernels import nvrtc
+from magihuman.kernels.reference import padded_width
 from magihuman.runtime import random_weights
 from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.model.dit import DiT, Linear

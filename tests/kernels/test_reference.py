@@ -186,3 +186,9 @@ def test_activations_are_bounded() -> None:
     assert ref.swiglu7(x).abs().max() <= 56
     assert ref.gelu7(x).abs().max() <= 7
     assert ref.swiglu7(x.bfloat16()).dtype == ref.gelu7(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_rows_are_padded_to_whole_tiles() -> None:
+    """Those of the model's activations among them."""
+    widths = {1: 128, 128: 128, 129: 256, 13652: 13696, 20480: 20480}
+    assert {width: ref.padded_width(width) for width in widths} == widths
