@@ -21,7 +21,13 @@ Graph = TypeVar("Graph")
 Output = TypeVar("Output")
 
 FREE_SHARE = 0.25  # of the memory that is free beside the weights, for the graphs of one model
+TEXT_BUCKET = 64  # text is padded to a multiple of this
 DRIVER_BYTES = 16 * 2**20  # assumed of each graph, since the driver does not say what it keeps
+
+
+def bucket_of(tokens: int) -> int:
+    """Tokens of a prompt of so many, once it is padded to its bucket: a graph is for one length."""
+    return -(-tokens // TEXT_BUCKET) * TEXT_BUCKET
 
 
 class Captures(Generic[Key, Graph]):

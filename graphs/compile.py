@@ -1,4 +1,4 @@
-"""The order of the passes, the counts they must reach, and the report."""
+"""The transformer in fused kernels: the order of the passes and the counts they must reach."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from magihuman.graphs.passes import (
 )
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.precision import is_quantized
+from magihuman.graphs.report import CompileError, Report
 from magihuman.kernels import exchange  # noqa: F401 - registers torch.ops.magihuman, as ops do
 from magihuman.kernels.ops import UNSET
 from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding, padded_width
@@ -38,23 +38,6 @@ TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do; these occur nowhere else in 
 TRACE_LOCAL = LocalAttention(frames=3, frame_tokens=8, reach=1)  # of so many video tokens
 META = torch.device("meta")
 ONE_KERNEL = "one kernel"  # where all attention is over fp8 or frame-local
-
-
-class CompileError(RuntimeError):
-    """A pass did not find what the architecture implies."""
-
-
-@dataclass
-class Report:
-    """What compiling did."""
-
-    nodes_before: int = 0
-    nodes_after: int = 0
-    attention: str = ""
-    linears: dict[str, str] = field(default_factory=dict)
-    from_cache: bool = False
-    matches: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def passes_for(config: Any) -> list[tuple[str, Pass, int]]:

@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 from magihuman.graphs.capture import capture
-from magihuman.graphs.compile import CompileError, Report
 from magihuman.graphs.passes import joins
 from magihuman.graphs.passes.decoder import DecoderContext, passes_for
+from magihuman.graphs.report import CompileError, Report
 
 TRACE_SIZE = (3, 4, 6)  # any will do: nothing of it is left in the graph
 

@@ -20,13 +20,13 @@ from torch import Tensor, fx, nn
 from magihuman.graphs.capture import capture
 from magihuman.graphs.compile import (
     TRACE_COUNTS,
-    Report,
     example_inputs,
     rewrite,
     route_linears,
     specialize,
 )
 from magihuman.graphs.passes.context import Context
+from magihuman.graphs.report import Report
 from magihuman.kernels.ops import UNSET
 from magihuman.kernels.reference import Counts
 

@@ -21,17 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from magihuman.graphs.addresses import addresses, check_addresses
-from magihuman.graphs.captures import Captures
-from magihuman.graphs.compile import Report, compile_forward, example_inputs, pad_weights
+from magihuman.graphs.captures import Captures, bucket_of
+from magihuman.graphs.compile import compile_forward, example_inputs, pad_weights
 from magihuman.graphs.layers import call_before_layers
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.recorded import Recorded, recorded
+from magihuman.graphs.report import Report
 from magihuman.kernels import exchange
 from magihuman.kernels.reference import Counts, LocalAttention, Sharding
 
 log = logging.getLogger("magihuman")
 
-TEXT_BUCKET = 64  # text is padded to a multiple of this
 UNCAPTURED = 16  # sizes of which the rewritten graph is kept where none is captured
 # Tokens from which a forward without a graph takes seconds, against which it costs nothing to get
 # memory anew, and gigabytes for a tensor.
@@ -166,7 +166,7 @@ class CompiledForward:
 
     def sharding(self, video: int, audio: int, text: int) -> Sharding:
         """How so many tokens of each modality are padded and shared."""
-        padded = (video, audio, -(-text // TEXT_BUCKET) * TEXT_BUCKET)
+        padded = (video, audio, bucket_of(text))
         return Sharding.of(padded, self._ranks)
 
     def reports(self) -> dict[Size, Report]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from magihuman.graphs.captures import Captures
-from magihuman.graphs.compile import Report
 from magihuman.graphs.compile_decoder import compile_decoder
 from magihuman.graphs.passes.trim import trim
 from magihuman.graphs.peak import peak_bytes, reserve
+from magihuman.graphs.report import Report
 
 log = logging.getLogger("magihuman")
 Call = tuple[Sequence[int], bool, int, int]  # a decoder's arguments, the shape alone of the latents

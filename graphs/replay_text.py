@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from magihuman.graphs.captures import Captures
-from magihuman.graphs.replay import TEXT_BUCKET
+from magihuman.graphs.captures import Captures, bucket_of
 
 log = logging.getLogger("magihuman")
 Encode = Callable[[Tensor, Tensor], Tensor]  # ids [1, L] and a mask [1, 1, L, L] to [1, L, C]
@@ -52,7 +51,7 @@ class ReplayedEncoder:
             torch.OutOfMemoryError: a new length has no room.
         """
         length = ids.shape[1]
-        bucket = -(-length // TEXT_BUCKET) * TEXT_BUCKET
+        bucket = bucket_of(length)
         if bucket not in self._captures.kept:
             what = f"{bucket} tokens of text"
             self._captures.add(bucket, bucket, 0, lambda: self._capture(bucket), what)

@@ -16,6 +16,7 @@ from magihuman.graphs import compile as compiling
 from magihuman.graphs import precision, store, support
 from magihuman.graphs.capture import CaptureError, capture
 from magihuman.graphs.passes.context import Context
+from magihuman.graphs.report import CompileError, Report
 from magihuman.kernels import cache as kept
 from magihuman.kernels import exchange
 from magihuman.kernels import reference as ref
@@ -246,8 +247,8 @@ def test_a_model_that_drifts_from_the_reference_is_refused(
     monkeypatch.setattr(module, "activation", lambda x: ref.swiglu7(x) * 1.0)
     monkeypatch.setattr(ref, "swiglu7", lambda x, swiglu7=ref.swiglu7: swiglu7(x).clamp(-1e4, 1e4))
     context = Context(model.config, compiling.TRACE_COUNTS, torch.bfloat16, CPU)
-    with pytest.raises(compiling.CompileError, match=r"activation must find 5 .* found [0-4]"):
-        compiling.rewrite(model, context, compiling.Report())
+    with pytest.raises(CompileError, match=r"activation must find 5 .* found [0-4]"):
+        compiling.rewrite(model, context, Report())
 
 
 def test_a_graph_break_names_the_line() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 import golden
 from magihuman.graphs import replay_decoder
-from magihuman.graphs.compile import CompileError, Report
 from magihuman.graphs.compile_decoder import compile_decoder
 from magihuman.graphs.passes.trim import trim
 from magihuman.graphs.replay_decoder import CompiledDecoder, _share_buffers
+from magihuman.graphs.report import CompileError, Report
 from magihuman.kernels import decoder_reference as ref
 from magihuman.runtime.config import TurboVAEConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
