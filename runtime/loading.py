@@ -35,7 +35,6 @@ from magihuman.runtime.memory_plan import (
     BASE,
     GIB,
     SR,
-    TEXT,
     VIDEO,
     Part,
 )
@@ -365,9 +364,11 @@ def compiled(
 
 
 def replayed(encoder: TextEncoder, placer: Placer) -> TextEncoder:
-    """The encoder with captured graphs of short prompts, where its weights stay in their places."""
+    """The encoder with captured graphs of short prompts, where its weights stay in their places and
+    the plan has room for them.
+    """
     window = encoder.model.config.encoder.sliding_window
-    if not placer.replays or placer.moves(TEXT) or window < config.MAX_TEXT_TOKENS:
+    if not placer.replays_text or window < config.MAX_TEXT_TOKENS:
         return encoder
     from magihuman.graphs.replay_text import ReplayedEncoder
 

@@ -28,6 +28,16 @@ BYTES_PER_PIXEL_COMPILED = 10 * 2**10
 BYTES_PER_IMAGE_PIXEL = 4 * 2**10
 BYTES_PER_SECOND_OF_SOUND = 51200 * 128 * 4 * 8
 TEXT_BYTES = 2**29
+# An estimate, too, of what the encoder's graphs keep, in bf16, once every bucket is captured. They
+# share a pool: of the longest prompt it holds a layer at its widest (gate, up, their product, and
+# the stream before and after two norms), and about as much again in blocks of shorter prompts that
+# were captured before, too small for it. Each graph has an output of its own.
+TEXT_CHANNELS, TEXT_MLP_CHANNELS = 3584, 14336  # of T5Gemma 9B
+TEXT_LAYER_BYTES = 2 * (3 * TEXT_MLP_CHANNELS + 4 * TEXT_CHANNELS)  # for each token
+TEXT_BUCKETS = range(captures.TEXT_BUCKET, config.MAX_TEXT_TOKENS + 1, captures.TEXT_BUCKET)
+TEXT_GRAPHS_BYTES = 2 * config.MAX_TEXT_TOKENS * TEXT_LAYER_BYTES + 2 * TEXT_CHANNELS * sum(
+    TEXT_BUCKETS
+)
 MEMINFO = Path("/proc/meminfo")
 SMALLER = tuple(step / 10 for step in range(9, 0, -1))
 

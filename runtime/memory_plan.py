@@ -77,6 +77,7 @@ class Stage:
         forwards: how often it runs its layers.
         forward_s: an estimate of how long it takes to do so once.
         graph_bytes: of the activations, what captured graphs keep; 0 where it cannot run as such.
+        spares_graphs: whether it may run without graphs where other stages have theirs.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Stage:
     forwards: int = 1
     forward_s: float = 0.0
     graph_bytes: int = 0
+    spares_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class MemoryPlan:
         streamed: of each part that moves, the layers that are streamed. Other parts stay.
         replays: whether stages run as captured graphs, as far as their parts stay.
         host_bytes: of pinned memory, for parts that move.
+        spared: names of the stages that run without graphs even so, which have no room for them.
     """
 
     limit_bytes: int
@@ -129,6 +132,7 @@ class MemoryPlan:
     replays: bool
     stages: tuple[StageMemory, ...]
     host_bytes: int
+    spared: frozenset[str] = frozenset()
 
     @property
     def peak_bytes(self) -> int:
@@ -148,6 +152,7 @@ class MemoryPlan:
             "host_bytes": self.host_bytes,
             "extra_s": self.extra_s,
             "replays": self.replays,
+            "spared": sorted(self.spared),
             "moves": {name: list(layers) for name, layers in self.streamed.items()},
             "stages": [{**vars(stage), "total_bytes": stage.total_bytes} for stage in self.stages],
         }
@@ -166,15 +171,17 @@ class _Problem:
     loading_bytes: int
     limit_bytes: int = field(default=0)
 
-    def solve(self, moving: Collection[str], replays: bool) -> MemoryPlan | None:
-        """The plan in which these parts move, with as few layers streamed as fit."""
+    def solve(self, moving: Collection[str], captured: frozenset[str]) -> MemoryPlan | None:
+        """The plan in which these parts move and these stages are captured, as far as their parts
+        stay, with as few layers streamed as fit.
+        """
         staying = {n: p.total_bytes for n, p in self.parts.items() if n not in moving}
         streamed: dict[str, tuple[int, ...]] = dict.fromkeys(moving, ())
         for name in moving:
             part = self.parts[name]
             room = min(
                 (
-                    self.limit_bytes - self._needed(stage, staying, streamed, replays, name)
+                    self.limit_bytes - self._needed(stage, staying, streamed, captured, name)
                     for stage in self.stages
                     if name in stage.parts
                 ),
@@ -185,34 +192,44 @@ class _Problem:
             if found is None:
                 return None
             streamed[name] = found
-        made = self.lay_out(staying, streamed, replays)
+        made = self.lay_out(staying, streamed, captured)
         if any(stage.total_bytes > self.limit_bytes for stage in made):
             return None
         host_bytes = sum(self.parts[name].total_bytes for name in moving)
-        return MemoryPlan(self.limit_bytes, streamed, replays, made, host_bytes)
+        spared = frozenset[str]()
+        if captured:
+            spared = frozenset(stage.name for stage in self.stages if stage.graph_bytes) - captured
+        return MemoryPlan(self.limit_bytes, streamed, bool(captured), made, host_bytes, spared)
+
+    def capturings(self) -> list[frozenset[str]]:
+        """Names of the stages to capture: all, all but those that spare their graphs, and none."""
+        every = [stage for stage in self.stages if stage.graph_bytes]
+        own = [stage for stage in every if not stage.spares_graphs]
+        choices = (frozenset(stage.name for stage in stages) for stages in (every, own, ()))
+        return list(dict.fromkeys(choices))
 
     def lay_out(
         self,
         staying: Mapping[str, int],
         streamed: Mapping[str, tuple[int, ...]],
-        replays: bool,
+        captured: Collection[str],
     ) -> tuple[StageMemory, ...]:
         """All stages; first comes loading, when what stays may be there already."""
         whole = [self.parts[name].total_bytes for name in streamed if self.parts[name].made_whole]
         load = Stage(LOAD, (), max(self.loading_bytes, *whole, 0))
         stages = (load, *self.stages)
-        return tuple(self._stage(stage, staying, streamed, replays) for stage in stages)
+        return tuple(self._stage(stage, staying, streamed, captured) for stage in stages)
 
     def _needed(
         self,
         stage: Stage,
         staying: Mapping[str, int],
         streamed: Mapping[str, tuple[int, ...]],
-        replays: bool,
+        captured: Collection[str],
         but: str,
     ) -> int:
         """In a stage, beside one of its parts."""
-        made = self._stage(stage, staying, streamed, replays)
+        made = self._stage(stage, staying, streamed, captured)
         return made.total_bytes - made.weights[but]
 
     def _stage(
@@ -220,29 +237,29 @@ class _Problem:
         stage: Stage,
         staying: Mapping[str, int],
         streamed: Mapping[str, tuple[int, ...]],
-        replays: bool,
+        captured: Collection[str],
     ) -> StageMemory:
         present = {name: streamed[name] for name in stage.parts if name in streamed}
         loaded = {name: self.parts[name].loaded_bytes(layers) for name, layers in present.items()}
         working = stage.working_bytes
-        if stage.name != LOAD and replays:  # nothing is captured before the first request
+        if stage.name != LOAD:  # nothing is captured before the first request
             # The stage's own too: before another size of it is captured, it runs without a graph,
             # beside those it has.
-            kept = (other for other in self.stages if self._is_kept(other, streamed))
+            kept = (other for other in self.stages if self._is_kept(other, streamed, captured))
             working += sum(other.graph_bytes for other in kept)
         costs = [self._moved(stage, name, layers) for name, layers in present.items()]
         extra_s = sum(seconds for _, seconds in costs)
-        if stage.graph_bytes and not (replays and self._is_kept(stage, streamed)):
+        if stage.graph_bytes and not self._is_kept(stage, streamed, captured):
             extra_s += REPLAY_GAIN * stage.forwards * stage.forward_s
         counts = {name: len(layers) for name, layers in present.items() if layers}
         copied = sum(size for size, _ in costs)
         return StageMemory(stage.name, {**staying, **loaded}, counts, working, copied, extra_s)
 
-    def _is_kept(self, stage: Stage, streamed: Collection[str]) -> bool:
-        """Whether it is captured: a graph reads weights where they were when it was made. What
-        moves and has no layers is in no graph.
+    def _is_kept(self, stage: Stage, streamed: Collection[str], captured: Collection[str]) -> bool:
+        """Whether it keeps graphs: one reads weights where they were when it was made. What moves
+        and has no layers is in no graph.
         """
-        return stage.graph_bytes > 0 and not any(
+        return stage.name in captured and not any(
             name in streamed and self.parts[name].layer_bytes for name in stage.parts
         )
 
@@ -275,11 +292,14 @@ def make_plan(
     found = [
         made
         for moving in _subsets([part.name for part in parts if part.can_move])
-        for replays in (True, False)
-        if (made := problem.solve(moving, replays)) is not None
+        for captured in problem.capturings()
+        if (made := problem.solve(moving, captured)) is not None
     ]
     if found:
-        return min(found, key=lambda made: (made.cost_s, len(made.streamed), made.peak_bytes))
+        return min(
+            found,
+            key=lambda made: (made.cost_s, len(made.streamed), len(made.spared), made.peak_bytes),
+        )
     least = _least(parts, stages, loading_bytes)
     worst = max(least, key=lambda stage: stage.total_bytes)
     raise NoPlanError(
@@ -346,7 +366,7 @@ def _least(
     streamed = {
         part.name: list(streamings(part.layer_bytes))[-1] for part in parts if part.can_move
     }
-    return problem.lay_out(staying, streamed, False)
+    return problem.lay_out(staying, streamed, ())
 
 
 def _ceil_gb(count: int) -> float:

@@ -293,7 +293,9 @@ def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[
     sound = int(request.seconds * memory.BYTES_PER_SECOND_OF_SOUND)
     stages = []
     if TEXT in parts:
-        stages.append(Stage("text", (TEXT,), memory.TEXT_BYTES))
+        graphs = memory.TEXT_GRAPHS_BYTES if is_compiled else 0
+        text = Stage("text", (TEXT,), memory.TEXT_BYTES, graph_bytes=graphs, spares_graphs=True)
+        stages.append(text)
     if AUDIO in parts:
         stages.append(Stage("audio", (AUDIO,), sound))
     if IMAGE in parts:
@@ -351,6 +353,12 @@ class Placer:
     def replays(self) -> bool:
         """Whether graphs are captured, over weights that stay."""
         return self.plan is None or self.plan.replays
+
+    @property
+    def replays_text(self) -> bool:
+        """Whether those of the text encoder are among them."""
+        spares = self.plan is not None and "text" in self.plan.spared
+        return self.replays and not spares and not self.moves(TEXT)
 
     def moves(self, name: str) -> bool:
         """Whether the part rests in host memory."""

@@ -183,7 +183,14 @@ def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEnc
 
 def text_model() -> Any:
     """The encoder alone, on the default device and in the default dtype."""
-    from transformers import T5GemmaConfig, T5GemmaEncoderModel
+    from transformers import T5GemmaEncoderModel
+
+    return uncapped(T5GemmaEncoderModel(text_config()))
+
+
+def text_config() -> Any:
+    """Of the published encoder, and of a decoder like it, which transformers wants."""
+    from transformers import T5GemmaConfig
 
     sizes = {
         "hidden_size": 3584,
@@ -193,8 +200,7 @@ def text_model() -> Any:
         "num_key_value_heads": 8,
         "head_dim": 256,
     }
-    config = T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), is_encoder_decoder=False)
-    return uncapped(T5GemmaEncoderModel(config))
+    return T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), is_encoder_decoder=False)
 
 
 def byte_tokenizer() -> Any:

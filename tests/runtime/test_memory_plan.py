@@ -12,6 +12,7 @@ from magihuman import runtime
 from magihuman.runtime import (
     checkpoint,
     config,
+    loading,
     memory,
     memory_plan,
     placing,
@@ -37,6 +38,7 @@ from magihuman.runtime.memory_plan import (
     rings,
     streamings,
 )
+from magihuman.runtime.text import load_text_encoder
 from magihuman.runtime.tiny import DIT
 from magihuman.runtime.transformer import Held, Wanted, linears_in_fp8, plan
 
@@ -168,6 +170,70 @@ def test_captured_graphs_keep_their_activations():
     narrow = make_plan([part], stages, 5 * GIB + OUTSIDE - 1)
     assert not narrow.replays and not narrow.streamed and narrow.peak_bytes == 3 * GIB + OUTSIDE
     assert narrow.extra_s == pytest.approx(0.02)  # a hundredth of two seconds
+
+
+def test_a_stage_may_spare_its_graphs():
+    """Before the others give theirs up, or anything moves."""
+    parts = [Part("a", GIB), Part("b", GIB)]
+    stages = [
+        Stage("x", ("a",), GIB, graph_bytes=GIB, spares_graphs=True),
+        Stage("y", ("b",), 2 * GIB, 1, 1.0, graph_bytes=2 * GIB),
+    ]
+    wide = make_plan(parts, stages, 7 * GIB + OUTSIDE)
+    assert wide.replays and not wide.spared
+    assert [stage.working_bytes / GIB for stage in wide.stages] == [0, 4, 5]
+    narrow = make_plan(parts, stages, 7 * GIB + OUTSIDE - 1)
+    assert narrow.replays and narrow.spared == {"x"} and not narrow.streamed
+    assert [stage.working_bytes / GIB for stage in narrow.stages] == [0, 3, 4]
+    assert narrow.extra_s == 0 and narrow.as_dict()["spared"] == ["x"]
+    none = make_plan(parts[1:], [Stage("y", ("b",), GIB)], 2 * GIB + OUTSIDE)
+    assert not none.replays and not none.spared
+    less = make_plan(parts, stages, 4 * GIB + OUTSIDE)
+    assert not less.replays and not less.spared
+
+
+def test_graphs_of_the_text_encoder_are_counted(others):
+    """By what its layers compute; some 100 to 200 MiB at full size, of ten lengths."""
+    arch = random_weights.text_config().encoder
+    longest, buckets = config.MAX_TEXT_TOKENS, range(64, config.MAX_TEXT_TOKENS + 1, 64)
+    assert len(buckets) == 10 and buckets[-1] == longest
+    widest = 2 * longest * (3 * arch.intermediate_size + 4 * arch.hidden_size)
+    kept = 2 * widest + sum(2 * tokens * arch.hidden_size for tokens in buckets)
+    assert 100 * 2**20 < kept < 200 * 2**20
+    names = {part.name for part in others}
+    for is_compiled in (True, False):
+        stage = placing.stages_of([held("distill", "bf16")], names, is_compiled)[0]
+        assert (stage.name, stage.graph_bytes) == ("text", kept if is_compiled else 0)
+    made = planned(others, "fp8", "540p", 78)
+    least = made.peak_bytes / GIB  # at which all of them just fit
+    assert not planned(others, "fp8", "540p", least).spared
+    beside = planned(others, "fp8", "540p", least - 2**20 / GIB)
+    assert beside.spared == {"text"} and beside.replays and not beside.streamed
+    assert made.peak_bytes - beside.peak_bytes == kept
+
+
+@pytest.mark.parametrize(
+    ("replays", "spared", "moves", "is_replayed"),
+    [
+        (True, set(), False, True),
+        (True, {"text"}, False, False),
+        (True, set(), True, False),
+        (False, set(), False, False),
+    ],
+)
+def test_prompts_are_encoded_by_graphs_where_the_plan_has_them(
+    replays, spared, moves, is_replayed, tiny_dir, monkeypatch
+):
+    from magihuman.graphs import replay_text
+
+    monkeypatch.setattr(replay_text.Captures, "__init__", lambda *arguments: None)
+    encoder = load_text_encoder(tiny_dir / TEXT_FOLDER, CPU, torch.float32)
+    encoder.model.config.encoder.sliding_window = 4096
+    streamed = {TEXT: ()} if moves else {}
+    made = memory_plan.MemoryPlan(GIB, streamed, replays, (), 0, frozenset(spared))
+    for plan_, expected in ((made, is_replayed), (None, True)):
+        got = loading.replayed(encoder, placing.Placer(plan_, CPU))
+        assert (got.replayed is not None) == expected
 
 
 def test_a_part_of_layers_that_moves_is_in_no_graph():
