@@ -32,12 +32,13 @@ def compile_decoder(
         dtype: of the pixels: uint8, or a float dtype for values as the decoder's own.
 
     Returns:
-        A module that takes latents [B, 48, T, H, W] in `channels_last_3d` and gives pixels [B,
-        frames, 16 H, 16 W, 3], and the report.
+        A module that takes latents [B, 48, T, H, W] in `channels_last_3d` and gives a tuple of one,
+        pixels [B, frames, 16 H, 16 W, 3], and the report.
 
     Raises:
         CaptureError: the forward is not one graph.
         CompileError: a pass found more or fewer places than the architecture has.
+        JoinError: an addition is not one of a residual block.
     """
     report = Report()
     start = time.perf_counter()
@@ -53,7 +54,7 @@ def compile_decoder(
         if found != expected:
             raise CompileError(
                 f"the pass {name} must find {expected} places in the video decoder, found {found};"
-                " the model and kernels/reference.py have drifted apart"
+                " the model and kernels/decoder_reference.py have drifted apart"
             )
     report.matches["joins"] = joins.run(module)
     module.graph.eliminate_dead_code()

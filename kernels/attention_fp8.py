@@ -2,7 +2,7 @@
 
 Tensor cores take 8-bit values only with the keys along a row, and 8-bit weights from registers only
 in an order of keys that differs from the one in which they leave the scores. So values come
-transposed and with their keys in the latter order (`reference.quantize_qkv`), and nothing moves
+transposed and with their keys in the latter order (`reference.qkv_fp8`), and nothing moves
 between threads. Weights are largest at 2^8, of e4m3's 448. Values have a scale for each block of
 keys; the weighted sum is kept in that of the block last added, a factor of its decay.
 """
@@ -91,7 +91,7 @@ def _consume(
     SELF: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     STAGES: gl.constexpr, LOCAL: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warp group: 64 queries against all valid keys, then gate and store."""
+    """A consumer warp group: 64 queries against the valid keys they see, then gate and store."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 32])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 32])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
@@ -234,13 +234,13 @@ def attention(
     length: Tensor,
     local: LocalAttention | None = None,
 ) -> Tensor:
-    """`reference.attention_fp8`.
+    """`reference.attention_fp8` in bf16.
 
     Args:
         q: [N, heads, D] e4m3 contiguous; D 32, 64 or 128.
         k: [N, kv_heads, D] e4m3 contiguous.
         v: [kv_heads, D, keys] e4m3, keys whole blocks of 128 in the order of
-            `reference.quantize_qkv`; those from `length` on are zeros.
+            `reference.qkv_fp8`; those from `length` on are zeros.
         qk_scale: [1] fp32, of q times k.
         v_scale: [kv_heads, keys / 128] fp32.
         gate: [N, heads] of a float dtype, any row stride.

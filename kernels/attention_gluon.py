@@ -218,7 +218,7 @@ def _consume(
     SELF: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, LOCAL: gl.constexpr,
 ):  # fmt: skip
-    """A consumer warp group: 64 queries against all valid keys, then gate and store."""
+    """A consumer warp group: 64 queries against the valid keys they see, then gate and store."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)

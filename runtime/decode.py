@@ -62,8 +62,8 @@ def decode_frames(
         on_frames: called as (done, of) with the frames finished; may raise to stop.
         decoder: stands in for the decoder of `vae`, a `TurboVAE` on a GPU.
         on_window: called with the next frames as soon as they are on the host, in order; from a GPU
-            also with what `reference.to_yuv420` makes of them, on the CPU with None. They stay as
-            they are.
+            also with what `decoder_reference.to_yuv420` makes of them, on the CPU with None. They
+            stay as they are.
         spread: decodes in place of both.
     """
     total = video_frames(latent.shape[2])
@@ -91,7 +91,7 @@ Parts = Iterator[tuple[Frames, Frames | None, int]]
 
 def _waited(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
     """All frames, on a GPU their planes where asked for, and how many of them each window has
-    filled in. One window is on the device.
+    filled in. Each window is on the host before the next is decoded.
     """
     shape = frames_shape(latent)
     out = np.empty(shape, np.uint8)
@@ -202,6 +202,6 @@ def frames_shape(latent: Tensor) -> tuple[int, int, int, int]:
 
 
 def planes_shape(frames: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    """Of `reference.to_yuv420` of frames [T, H, W, 3]."""
+    """Of what `decoder_reference.to_yuv420` makes of frames [T, H, W, 3]."""
     count, height, width, _ = frames
     return count, height // 2 * 3, width

@@ -218,5 +218,8 @@ def test_a_model_that_drifts_from_the_reference_is_refused(
     monkeypatch.setattr(
         vae.decoder.conv_out, "forward", lambda x: vae.decoder.conv_out.conv(plain(x * 1.0, 1))
     )
-    with pytest.raises(CompileError, match=r"norm, SiLU, pad must find 24 places .* found 23"):
+    with pytest.raises(
+        CompileError,
+        match=r"norm, SiLU, pad must find 24 places .* found 23; the model and kernels/decoder_ref",
+    ):
         compile_decoder(vae.decoder, vae.config, False)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import golden
+from magihuman.export import exporting
+from magihuman.graphs import compile as compiling
+from magihuman.kernels import decoder_reference
 from magihuman.kernels import reference as ref
+from magihuman.runtime import config
 
 FP32 = 1e-6  # fp32 sums over a few hundred terms
 BF16 = 2**-8  # one rounding to bf16, 8 bits of mantissa
@@ -192,3 +198,17 @@ def test_rows_are_padded_to_whole_tiles() -> None:
     """Those of the model's activations among them."""
     widths = {1: 128, 128: 128, 129: 256, 13652: 13696, 20480: 20480}
     assert {width: ref.padded_width(width) for width in widths} == widths
+
+
+def test_what_docstrings_name_is_there() -> None:
+    """Of both references, in any module's text."""
+    packages = [Path(name.__file__).parents[0] for name in (ref, compiling, config, exporting)]
+    files = [file for package in packages for file in sorted(package.rglob("*.py"))]
+    modules = {"reference": ref, "decoder_reference": decoder_reference}
+    named = [
+        (file.name, module, name)
+        for file in files
+        for module, name in re.findall(r"`((?:decoder_)?reference)\.(\w+)`", file.read_text())
+    ]
+    assert len(named) > 40
+    assert [entry for entry in named if not hasattr(modules[entry[1]], entry[2])] == []
