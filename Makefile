@@ -78,7 +78,8 @@ import av
 with av.open(sys.argv[1]) as file:
     picture, sound = file.streams.video[0], file.streams.audio[0]
     print(f"{sys.argv[1]}: {picture.codec_context.name} {picture.width}x{picture.height},",
-          f"{picture.frames} frames at {picture.average_rate}/s, {sound.codec_context.name} at",
-          f"{sound.sample_rate} Hz, {file.duration / av.time_base:.2f} s")
+          f"{picture.frames} frames at {float(picture.average_rate):g}/s,",
+          f"{sound.codec_context.name} at {sound.sample_rate} Hz,",
+          f"{file.duration / av.time_base:.2f} s")
 endef
 export FACTS

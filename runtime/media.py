@@ -106,7 +106,6 @@ def _decoded(container: Any) -> Iterator[Any]:
 def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
     """All frames of a file that `write_mp4` wrote, [T, H, W, 3] RGB, and how many are a second."""
     import av
-    from av.video.reformatter import ColorRange, Colorspace
 
     if not path.is_file():
         raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
@@ -114,13 +113,13 @@ def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
-            rate = container.streams.video[0].average_rate
+            rate = float(container.streams.video[0].average_rate)  # no Fraction since PyAV 19
             frames = [
                 frame.reformat(
                     format="rgb24",
-                    src_colorspace=Colorspace.ITU709,
-                    src_color_range=ColorRange.MPEG,
-                    dst_color_range=ColorRange.JPEG,
+                    src_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
+                    src_color_range="MPEG",
+                    dst_color_range="JPEG",
                 ).to_ndarray()
                 for frame in container.decode(video=0)
             ]

@@ -217,7 +217,7 @@ def _pictures(part: _Frames) -> Iterator[Any]:
     Its chroma is half a pixel to the right of that of `to_yuv420`.
     """
     import av
-    from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+    from av.video.reformatter import VideoReformatter
 
     if part.planes is not None:
         for planes in part.planes:
@@ -229,6 +229,6 @@ def _pictures(part: _Frames) -> Iterator[Any]:
         yield converter.reformat(
             frame,
             format="yuv420p",
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
+            dst_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
+            dst_color_range="MPEG",
         )

@@ -1,12 +1,43 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from magihuman.runtime import OutputError
-from magihuman.runtime.media import check_output
+from magihuman.runtime import OutputError, Video
+from magihuman.runtime.media import check_output, read_frames
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def clip(tmp_path) -> Path:
+    """Nine frames of one colour, 30 a second, and silence."""
+    frames = np.full((9, 32, 64, 3), (200, 100, 50), np.uint8)
+    return Video(frames, np.zeros((13230, 2), np.float32), 30, 44100).save(tmp_path / "clip.mp4")
+
+
+def test_frames_and_their_rate_come_back(clip):
+    """The rate is a whole number, whichever type PyAV has for it."""
+    frames, fps = read_frames(clip)
+    assert (frames.shape, frames.dtype) == ((9, 32, 64, 3), np.uint8)
+    assert type(fps) is int and fps == 30
+    # Even colours lose to the rounding of 8-bit YUV alone: see `test_colours_survive`.
+    assert np.abs(frames.astype(int) - (200, 100, 50)).max() <= 3
+
+
+def test_make_demo_tells_what_is_in_the_clip(clip):
+    """The script that it runs, as make hands it over."""
+    rule = f"facts: ; @'{sys.executable}' -c \"$$FACTS\" '{clip}'"
+    done = subprocess.run(
+        ["make", "--silent", f"--eval={rule}", "facts"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (f"{clip}: h264 64x32, 9 frames at 30/s, aac at 44100 Hz, 0.30 s\n")
 
 
 @pytest.mark.parametrize("name", ["clip.avi", "clip", "clip.mp4.part", ".mp4"])
