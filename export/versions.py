@@ -6,21 +6,19 @@ python -m magihuman.export.versions --builder SM  says what would make engines h
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]
-SOURCES = (
-    "export/*.py",
-    "runtime/exported.py",
-    "runtime/tensorrt.py",
-    "runtime/config.py",
-    "runtime/model/turbo_vae.py",
-    "kernels/reference.py",
-)
+HERE = Path(__file__).parent
+PACKAGE = HERE.parent  # the folder of `magihuman`
+ROOTS = ("magihuman.export.exporting", "magihuman.export.verify")  # what makes a folder
+NEVER = ("TYPE_CHECKING", "typing.TYPE_CHECKING")  # conditions of imports for annotations alone
 DISTRIBUTIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
@@ -33,10 +31,49 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     digest = hashlib.sha256()
-    for pattern in SOURCES:
-        for file in sorted(PACKAGE.glob(pattern)):
-            digest.update(file.read_bytes())
+    for file in sources():
+        digest.update(file.read_bytes())
     return {**found, "sources": digest.hexdigest()}
+
+
+def sources() -> list[Path]:
+    """The files of this folder, and those of every module of ours that `ROOTS` import, in turn.
+
+    Imports are read from the text, those inside functions too: to run them takes seconds.
+    """
+    found: dict[str, Path] = {}
+    left = list(ROOTS)
+    while left:
+        name = left.pop()
+        file, parent = _file_of(name), name.rpartition(".")[0]
+        if name in found or file is None:
+            continue
+        found[name] = file
+        package = name if file.name == "__init__.py" else parent
+        left += [parent, *_imports(ast.parse(file.read_bytes()), package)]
+    return sorted({*found.values(), *HERE.rglob("*.py")})
+
+
+def _file_of(name: str) -> Path | None:
+    """Of a module of ours; None for others, and for what is no module."""
+    top, *parts = name.split(".")
+    if top != "magihuman" or not parts:
+        return None
+    folder = PACKAGE.joinpath(*parts)
+    files = folder / "__init__.py", folder.with_suffix(".py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Names of what a module imports when it runs; what is taken out of another may be a module."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield from (origin, *(f"{origin}.{alias.name}" for alias in node.names))
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) in NEVER):
+            yield from _imports(node, package)
 
 
 def main() -> None:
