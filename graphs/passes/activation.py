@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.passes.rewrite import replace
+from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels import reference as ref
 
 

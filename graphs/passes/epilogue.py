@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from magihuman.graphs.passes.context import Context
+from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels.ops import UNSET
 
 OPS = torch.ops.magihuman

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from magihuman.kernels import decoder_ops  # noqa: F401 - registers torch.ops.magihuman
+
 OPS = torch.ops.magihuman
 ADD = torch.ops.aten.add.Tensor
 PHASE_TAPS = 2  # along a row, of a convolution by phases; others have 3, or 1

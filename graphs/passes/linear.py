@@ -9,6 +9,7 @@ from torch import fx
 
 from magihuman.graphs.passes.context import Context
 from magihuman.graphs.passes.rewrite import replace
+from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels import reference as ref
 from magihuman.kernels.ops import UNSET
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from magihuman.kernels import decoder_ops  # noqa: F401 - registers torch.ops.magihuman
+
 OPS = torch.ops.magihuman
 NORMS = OPS.join_norm.default, OPS.join_norm_.default
 TIME = 2  # dimension of a video's frames

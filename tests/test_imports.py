@@ -1,0 +1,91 @@
+"""Every module of the package by itself, in a process that has imported nothing else of it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from magihuman import runtime
+
+PACKAGE = Path(runtime.__file__).parents[1]
+NAMESPACE = "torch.ops.magihuman"
+WITHOUT_WHEELS = ("ray",)  # of an extra, and not made for every Python
+
+# A process is forked for each module once the libraries are there, which take seconds.
+SCRIPT = """
+import importlib, json, os, sys
+import fastapi, numpy, onnx, onnxscript, PIL.Image, rich.table, scipy.signal, torch, triton, typer
+from diffusers import AutoencoderKLWan
+from transformers import AutoTokenizer, T5GemmaEncoderModel
+
+def look(name, operators):
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return sorted(name for name in operators if not hasattr(torch.ops.magihuman, name))
+
+assert not [name for name in sys.modules if name.startswith("magihuman")]
+found = {}
+for name, operators in json.load(sys.stdin).items():
+    ours, its = os.pipe()
+    child = os.fork()
+    if not child:
+        with os.fdopen(its, "w") as answer:
+            json.dump(look(name, operators), answer)
+        os._exit(0)
+    os.close(its)
+    with os.fdopen(ours) as answer:
+        found[name] = json.loads(answer.read() or '"the process ended"')
+    os.waitpid(child, 0)
+print(json.dumps(found))
+"""
+
+
+def modules() -> Iterator[tuple[str, str]]:
+    """Name and text of each."""
+    for file in sorted(PACKAGE.glob("*/**/*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(("magihuman", *(part for part in parts if part != "__init__")))
+        yield name, file.read_text(encoding="utf-8")
+
+
+def operators(text: str) -> set[str]:
+    """Those of ours that a module names, by the namespace or by a name that it has given it."""
+    tree = ast.parse(text)
+    spaces = {NAMESPACE}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.value) == NAMESPACE:
+            spaces |= {ast.unparse(target) for target in node.targets}
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in spaces
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_every_module_can_be_imported_alone_and_finds_the_operators_it_names():
+    named = {name: sorted(operators(text)) for name, text in modules()}
+    assert sum(map(bool, named.values())) > 1  # or it would look for none
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        input=json.dumps(named), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == list(named)
+    excused = [f"ModuleNotFoundError: No module named '{name}'" for name in WITHOUT_WHEELS]
+    wrong = {
+        name: f"not registered: {', '.join(missing)}" if isinstance(missing, list) else missing
+        for name, missing in found.items()
+        if missing and missing not in excused
+    }
+    assert wrong == {}
