@@ -14,8 +14,8 @@ from torch import Tensor
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError
-from magihuman.runtime.media import read_audio
 from magihuman.runtime.model.oobleck import Oobleck
+from magihuman.runtime.sound import read_audio
 
 Waveform = npt.NDArray[np.float32]
 

@@ -16,7 +16,7 @@ from magihuman.runtime.audio import AudioVAE
 from magihuman.runtime.decode import VideoDecoder
 from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.exported import is_exported
-from magihuman.runtime.image import ImageVAE, load_image_vae
+from magihuman.runtime.image_encoder import ImageVAE
 from magihuman.runtime.locating import (
     AUDIO_FOLDER,
     IMAGE_FOLDER,
@@ -29,9 +29,11 @@ from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.parts import Components
 from magihuman.runtime.placing import Placer
+from magihuman.runtime.t5gemma import load_text_encoder
 from magihuman.runtime.tensorrt import load_engines
-from magihuman.runtime.text import TextEncoder, load_text_encoder
+from magihuman.runtime.text_encoder import TextEncoder
 from magihuman.runtime.transformer import Held
+from magihuman.runtime.wan_vae import load_image_vae
 
 log = logging.getLogger("magihuman")
 Made = TypeVar("Made")

@@ -370,7 +370,7 @@ def _check_before_loading(
     """What can be refused before weights are read: plan, input files, the output's place."""
     from magihuman.runtime import config
     from magihuman.runtime.errors import InvalidRequestError
-    from magihuman.runtime.media import check_output
+    from magihuman.runtime.mp4 import check_output
 
     if variant not in config.BASE_VARIANTS:
         raise InvalidRequestError(

@@ -24,7 +24,7 @@ from torch import Tensor
 from magihuman.kernels import reference as ref
 from magihuman.runtime.decode import Decoder, PlainDecoder, decode_group, frames_shape
 from magihuman.runtime.denoise import Forward
-from magihuman.runtime.failures import PeerLost, is_cuda_error
+from magihuman.runtime.device import PeerLost, is_cuda_error
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.turbo_vae import TurboVAE, Window
 from magihuman.runtime.parts import Components

@@ -19,17 +19,18 @@ import torch
 
 from magihuman.runtime import config, memory
 from magihuman.runtime.context_parallel import share
+from magihuman.runtime.device import forget, is_out_of_memory
 from magihuman.runtime.errors import (
     InvalidRequestError,
     MagiHumanError,
 )
-from magihuman.runtime.failures import Failures, forget, is_out_of_memory
+from magihuman.runtime.failures import Failures
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
-from magihuman.runtime.media import check_output
+from magihuman.runtime.limits import Limits
 from magihuman.runtime.memory_plan import MemoryPlan
-from magihuman.runtime.mp4 import Mp4Writer
+from magihuman.runtime.mp4 import Mp4Writer, check_output
 from magihuman.runtime.parts import Components, Encoded, Prepared
-from magihuman.runtime.queueing import Limits, Line, Station, Ticket
+from magihuman.runtime.queueing import Line, Station, Ticket
 from magihuman.runtime.request import (
     ProgressCallback,
     Request,

@@ -1,20 +1,15 @@
-"""What an error says of the device: that memory ran out, or that it has failed for good."""
+"""What went wrong on the device of an engine, and what is left of it."""
 
 from __future__ import annotations
 
-import ctypes
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from magihuman.runtime.device import PeerLost, abandon, cuda_failure, forget, is_out_of_memory
 from magihuman.runtime.errors import DeviceError, EngineUnusable
 from magihuman.runtime.queueing import Line
-
-
-class PeerLost(RuntimeError):  # noqa: N818 - a state, as EngineUnusable
-    """A process that shares the work has ended, or is no longer in step with this one."""
 
 
 class Failures:
@@ -66,64 +61,3 @@ class Failures:
             f"{self._failed} has failed for good in this process, and this engine with it; load"
             f" again in a new process. The first failure: {self.first}"
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or the host, however it is told."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    )
-
-
-def is_cuda_error(error: BaseException) -> bool:
-    """Other than a lack of memory."""
-    is_told = isinstance(error, torch.AcceleratorError) or (
-        isinstance(error, RuntimeError) and "CUDA error" in str(error)
-    )
-    return is_told and not is_out_of_memory(error)
-
-
-def forget(error: BaseException | None) -> None:
-    """Drop what the frames of an error hold: the tensors that filled the memory."""
-    for each in _chain(error):
-        traceback.clear_frames(each.__traceback__)
-
-
-def abandon(error: BaseException | None) -> None:
-    """Keep what the frames of an error hold for as long as the process lives.
-
-    Of tensors that two streams have used, and of pinned ones, PyTorch records an event when they
-    are freed. On a device that has failed that raises, in a destructor, which ends the process
-    (pytorch/pytorch#178154).
-    """
-    for each in _chain(error):
-        for frame, _ in traceback.walk_tb(each.__traceback__):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(list(frame.f_locals.values())))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that were being handled as it was raised."""
-    while error is not None:
-        yield error
-        error = error.__context__
-
-
-def cuda_failure(
-    error: BaseException, device: torch.device, stream: torch.cuda.Stream | None = None
-) -> str | None:
-    """What CUDA says where it has failed for good, None where it has not.
-
-    Such errors come back with every call, whatever was raised first; so the stream (by default the
-    current one) is waited for.
-    """
-    if is_cuda_error(error):
-        return str(error)
-    if device.type == "cuda":
-        try:
-            (stream or torch.cuda.current_stream(device)).synchronize()
-        except RuntimeError as found:
-            return str(found)
-    return None

@@ -15,6 +15,7 @@ from magihuman.graphs.precision import KEEP_NONE, KeepBf16
 from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.runtime import building, config, random_weights
 from magihuman.runtime.denoise import Forward
+from magihuman.runtime.device import pick_device
 from magihuman.runtime.engine import Engine
 from magihuman.runtime.errors import (
     CheckpointError,
@@ -52,7 +53,7 @@ from magihuman.runtime.placing import (
 )
 from magihuman.runtime.shipped import model_folder
 from magihuman.runtime.team import PeerFailed, Team
-from magihuman.runtime.text import TextEncoder
+from magihuman.runtime.text_encoder import TextEncoder
 from magihuman.runtime.transformer import (
     FP8_ATTENTION,
     FP8_PRECISIONS,
@@ -374,26 +375,6 @@ def replayed(encoder: TextEncoder, placer: Placer) -> TextEncoder:
 
     graphs = ReplayedEncoder(encoder.masked, encoder.model.dtype, placer.device)
     return dataclasses.replace(encoder, replayed=graphs)
-
-
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the first GPU, or the CPU; `DeviceError` where it is not there."""
-    if device is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidRequestError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
-    if target.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (target.index or 0) >= count:
-            raise DeviceError(
-                f"{target} is not there: this PyTorch sees {count} GPU(s); use device='cpu'"
-            )
-        return torch.device("cuda", target.index or 0)
-    if target.type != "cpu":
-        raise InvalidRequestError(f"device must be cpu, cuda or cuda:N, got {device!r}")
-    return target
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

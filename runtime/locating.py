@@ -10,8 +10,8 @@ from pathlib import Path
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import CheckpointError
-from magihuman.runtime.image import WEIGHTS_NAME
 from magihuman.runtime.shipped import model_folder
+from magihuman.runtime.wan_vae import WEIGHTS_NAME
 
 log = logging.getLogger("magihuman")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,17 +13,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from magihuman.runtime.errors import OutputError
+from magihuman.runtime.errors import InvalidRequestError, OutputError
 from magihuman.runtime.folders import atomic_path, sync
-from magihuman.runtime.media import check_output
-
-if TYPE_CHECKING:
-    from magihuman.runtime.request import Video
 
 ENCODER = {
     "preset": "veryfast",
@@ -34,17 +33,24 @@ AUDIO_BIT_RATE = 192_000
 AUDIO_BLOCK = 1024
 BT709 = 1  # code point of ITU-T H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
+BITS_PER_PIXEL = 2  # far above what H.264 needs at this quality, for the check of free space
 
 
-def write_mp4(video: Video, path: Path) -> Path:
+def write_mp4(
+    path: Path,
+    frames: npt.NDArray[np.uint8],
+    audio: npt.NDArray[np.float32],
+    fps: int,
+    sample_rate_hz: int,
+) -> Path:
     """H.264 (yuv420p, BT.709) and AAC, index first, whole or not at all.
 
-    Sound is cut to the picture's length.
+    frames: [T, H, W, 3] RGB. audio: [samples, 2], cut to the picture's length.
     """
-    frames, height, width = video.frames.shape[:3]
-    with Mp4Writer(path, frames, width, height, video.fps, video.sample_rate_hz) as writer:
-        writer.add_sound(video.audio)
-        writer.add(video.frames)
+    count, height, width = frames.shape[:3]
+    with Mp4Writer(path, count, width, height, fps, sample_rate_hz) as writer:
+        writer.add_sound(audio)
+        writer.add(frames)
         return writer.finish()
 
 
@@ -223,7 +229,7 @@ def _pictures(part: _Frames) -> Iterator[Any]:
         for planes in part.planes:
             yield av.VideoFrame.from_numpy_buffer(planes, format="yuv420p")
         return
-    converter = VideoReformatter()  # one for all frames: it keeps its tables
+    converter: Any = VideoReformatter()  # one for all frames: it keeps its tables
     for pixels in part.pixels:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         yield converter.reformat(
@@ -231,4 +237,67 @@ def _pictures(part: _Frames) -> Iterator[Any]:
             format="yuv420p",
             dst_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
             dst_color_range="MPEG",
+        )
+
+
+def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
+    """All frames of a file that `write_mp4` wrote, [T, H, W, 3] RGB, and how many are a second."""
+    import av
+
+    if not path.is_file():
+        raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
+            rate = float(container.streams.video[0].average_rate)  # no Fraction since PyAV 19
+            frames = [
+                frame.reformat(
+                    format="rgb24",
+                    src_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
+                    src_color_range="MPEG",
+                    dst_color_range="JPEG",
+                ).to_ndarray()
+                for frame in container.decode(video=0)
+            ]
+    except av.FFmpegError as error:
+        raise InvalidRequestError(
+            f"the clip must be in a format FFmpeg reads, got {path}: {error.strerror}"
+        ) from error
+    if not frames:
+        raise InvalidRequestError(f"the clip must have frames, got {path} without one")
+    return np.stack(frames), round(rate)
+
+
+def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:
+    """Raise `OutputError` now where `write_mp4` could not write such a clip later."""
+    path = path.absolute()
+    folder = path.parent
+    if path.suffix.lower() != ".mp4":
+        raise OutputError(f"the output's name must end in .mp4, got {path.name}")
+    if os.path.isdir(path):
+        raise OutputError(f"the output must be a file, got the folder {path}")
+    if not os.path.isdir(folder):
+        raise OutputError(f"the output's folder must exist, got {folder}; create it first")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".magihuman-"):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"the output's folder {folder} cannot be written to: {error.strerror}"
+        ) from error
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(
+            f"the output's name must be one the disk takes, got {path.name}: {error.strerror}"
+        ) from error
+    needed = frames * width_px * height_px * BITS_PER_PIXEL // 8 + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"the disk of {folder} must have {needed / 2**20:.0f} MiB free for this clip, got"
+            f" {free / 2**20:.1f} MiB"
         )

@@ -13,11 +13,11 @@ from torch import Tensor
 from magihuman.runtime import denoise
 from magihuman.runtime.audio import AudioVAE, Waveform
 from magihuman.runtime.decode import Decoder, Spread, VideoDecoder
-from magihuman.runtime.image import ImageVAE
+from magihuman.runtime.image_encoder import ImageVAE
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.offload import Residency
 from magihuman.runtime.request import Plan
-from magihuman.runtime.text import TextEncoder
+from magihuman.runtime.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

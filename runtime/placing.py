@@ -17,7 +17,6 @@ from torch import nn
 from magihuman.graphs.support import why_not
 from magihuman.runtime import checkpoint, config, memory, random_weights
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
-from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key
 from magihuman.runtime.memory_plan import (
     AUDIO,
     BASE,
@@ -39,6 +38,7 @@ from magihuman.runtime.offload import Offloaded, Residency, call_before_layers
 from magihuman.runtime.request import Request
 from magihuman.runtime.tokens import Layout
 from magihuman.runtime.transformer import FP8_PRECISIONS, Held, Wanted, layered_bytes
+from magihuman.runtime.wan_vae import WEIGHTS_NAME, diffusers_key
 
 log = logging.getLogger("magihuman")
 

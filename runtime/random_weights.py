@@ -19,12 +19,12 @@ from magihuman.graphs.precision import quantize_linear
 from magihuman.runtime.checkpoint import frozen
 from magihuman.runtime.config import VARIANTS, DiTConfig, TurboVAEConfig, Variant
 from magihuman.runtime.errors import InvalidRequestError
-from magihuman.runtime.image import ImageVAE, wan_vae
+from magihuman.runtime.image_encoder import ImageVAE, wan_vae
 from magihuman.runtime.model.dit import DiT, Norm, Rope
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, Snake
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.quiet import quiet_diffusers
-from magihuman.runtime.text import TextEncoder, uncapped
+from magihuman.runtime.text_encoder import TextEncoder, uncapped
 
 Module = TypeVar("Module", bound=nn.Module)
 

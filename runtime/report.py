@@ -20,9 +20,8 @@ from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.kernels.reference import Counts
 from magihuman.runtime import checkpoint, random_weights
 from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, VARIANTS, DiTConfig, Precision
+from magihuman.runtime.device import pick_device
 from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
-from magihuman.runtime.image import WEIGHTS_NAME, diffusers_key, load_image_vae
-from magihuman.runtime.loading import pick_device
 from magihuman.runtime.locating import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.memory_plan import GIB, MemoryPlan, Part
 from magihuman.runtime.placing import (
@@ -36,6 +35,7 @@ from magihuman.runtime.placing import (
 from magihuman.runtime.request import Request
 from magihuman.runtime.tokens import Layout
 from magihuman.runtime.transformer import FP8_PRECISIONS, Held, Wanted, linears_in_fp8, plan
+from magihuman.runtime.wan_vae import WEIGHTS_NAME, diffusers_key, load_image_vae
 
 PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "av", "scipy", "pillow",

@@ -315,7 +315,7 @@ class Video:
         """
         from magihuman.runtime.mp4 import write_mp4
 
-        return write_mp4(self, Path(path))
+        return write_mp4(Path(path), self.frames, self.audio, self.fps, self.sample_rate_hz)
 
 
 def _is_unicode(text: str) -> bool:

@@ -18,14 +18,14 @@ from magihuman.runtime.audio import AudioVAE, Waveform, open_driving_audio
 from magihuman.runtime.decode import Frames, decode_frames
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.image import open_image
+from magihuman.runtime.limits import Limits
 from magihuman.runtime.memory_plan import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.mp4 import Mp4Writer
 from magihuman.runtime.parts import Components, Encoded, Prepared
-from magihuman.runtime.queueing import Limits
 from magihuman.runtime.request import Plan, Progress, ProgressCallback, Request
 from magihuman.runtime.tensorrt import TensorRTVAE
-from magihuman.runtime.text import TextEncoder
+from magihuman.runtime.text_encoder import TextEncoder
 from magihuman.runtime.tokens import Layout
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from magihuman.runtime.config import SAMPLE_RATE_HZ
 from magihuman.runtime.image import fit, open_image
-from magihuman.runtime.media import read_audio, read_frames
+from magihuman.runtime.mp4 import read_frames
 from magihuman.runtime.quality import psnr_db
+from magihuman.runtime.sound import read_audio
 
 Frames = npt.NDArray[np.uint8]
 Array = npt.NDArray[np.float64]

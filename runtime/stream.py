@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 from magihuman.runtime.audio import Waveform
 from magihuman.runtime.config import FPS, SAMPLE_RATE_HZ
 from magihuman.runtime.decode import Frames
-from magihuman.runtime.queueing import Limits
+from magihuman.runtime.limits import Limits
 from magihuman.runtime.request import Chunk, Video
 
 Result = TypeVar("Result")

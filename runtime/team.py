@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from magihuman.kernels import exchange
+from magihuman.runtime.device import PeerLost, is_out_of_memory
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
-from magihuman.runtime.failures import PeerLost, is_out_of_memory
 
 Result = TypeVar("Result")
 Call = tuple[str, tuple[Any, ...]]  # what to do, with which arguments

@@ -23,10 +23,11 @@ from magihuman.runtime.checkpoint import (
 from magihuman.runtime.config import VARIANTS, DiTConfig, TurboVAEConfig
 from magihuman.runtime.errors import OutputError
 from magihuman.runtime.folders import write_json
-from magihuman.runtime.image import RES_BLOCKS, WEIGHTS_NAME, wan_vae
+from magihuman.runtime.image_encoder import wan_vae
 from magihuman.runtime.locating import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.quiet import quiet_transformers
+from magihuman.runtime.wan_vae import RES_BLOCKS, WEIGHTS_NAME
 
 TEXT_CHANNELS = 64
 DIT = DiTConfig(

@@ -18,6 +18,7 @@ from magihuman.graphs.precision import KEEP_NONE, KeepBf16
 from magihuman.kernels.reference import LocalAttention
 from magihuman.runtime import building, config, loading, locating, quality, scoring
 from magihuman.runtime.decode import decode_frames
+from magihuman.runtime.device import pick_device
 from magihuman.runtime.engine import Engine
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model.dit import DiT
@@ -125,7 +126,7 @@ def _check_keep(
         )
     chosen = config.VARIANTS[variant]
     paths = locating.find(model, chosen, None, {variant: folder})
-    wanted = Wanted(loading.pick_device(device), "bf16", None, compile=False)
+    wanted = Wanted(pick_device(device), "bf16", None, compile=False)
     linears_in_fp8(plan(chosen, paths.dit, wanted).config, keep_bf16)
 
 

@@ -152,7 +152,7 @@ def test_latents_of_an_image_are_those_trained_on(out, engine):
 
 
 def test_all_frames_at_once_are_diffusers_chunks(out):
-    from magihuman.runtime.image import wan_vae
+    from magihuman.runtime.image_encoder import wan_vae
 
     model = video.VideoAutoencoder()
     load(out / "vae.pt", model)

@@ -16,7 +16,7 @@ from captions import MAX_SYLLABLES, SYLLABLES, attributes, draw
 from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME, load_audio_vae
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
 from magihuman.runtime.folders import write_json
-from magihuman.runtime.loading import AUDIO_FOLDER
+from magihuman.runtime.locating import AUDIO_FOLDER
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, ResidualUnit
 from magihuman.runtime.model_score import spectral_snr_db
 from magihuman.runtime.tiny import unfold_weight_norm

@@ -20,10 +20,11 @@ from magihuman.runtime.config import (
     video_frames,
 )
 from magihuman.runtime.folders import write_json
-from magihuman.runtime.image import WEIGHTS_NAME, load_image_vae, wan_vae
-from magihuman.runtime.loading import IMAGE_FOLDER, TURBO_FOLDER
+from magihuman.runtime.image_encoder import wan_vae
+from magihuman.runtime.locating import IMAGE_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.turbo_vae import Decoder
 from magihuman.runtime.tiny import published_wan_key
+from magihuman.runtime.wan_vae import WEIGHTS_NAME, load_image_vae
 from training import (
     Average,
     Run,

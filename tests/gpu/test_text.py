@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from magihuman.graphs.replay_text import ReplayedEncoder
 from magihuman.runtime.config import MAX_TEXT_TOKENS
 from magihuman.runtime.random_weights import byte_tokenizer
-from magihuman.runtime.text import TextEncoder, uncapped
+from magihuman.runtime.text_encoder import TextEncoder, uncapped
 
 DEVICE = torch.device("cuda")
 FP32, BF16 = 1e-5, 2**-7

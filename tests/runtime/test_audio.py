@@ -16,8 +16,8 @@ from magihuman.runtime.audio import (
     open_driving_audio,
     resample,
 )
-from magihuman.runtime.media import read_audio
 from magihuman.runtime.model.oobleck import OobleckConfig
+from magihuman.runtime.sound import read_audio
 
 RATE = config.LATENT_AUDIO_RATE_HZ
 LATENT = 2048  # samples

@@ -16,7 +16,7 @@ from magihuman.runtime import CheckpointError, checkpoint, config, random_weight
 from magihuman.runtime.config import VARIANTS, DiTConfig
 from magihuman.runtime.locating import AUDIO_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.text import load_text_encoder
+from magihuman.runtime.t5gemma import load_text_encoder
 from magihuman.runtime.tiny import DIT
 
 CPU = torch.device("cpu")

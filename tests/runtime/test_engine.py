@@ -20,7 +20,8 @@ from magihuman.runtime import (
     Request,
 )
 from magihuman.runtime.locating import TEXT_FOLDER
-from magihuman.runtime.text import TextEncoder, load_text_encoder
+from magihuman.runtime.t5gemma import load_text_encoder
+from magihuman.runtime.text_encoder import TextEncoder
 
 # 9 frames, 3 latent ones; a short negative prompt, of which the tiny tokenizer makes few tokens.
 SMALL = {"seconds": 0.36, "width": 64, "height": 96, "steps": 2, "negative_prompt": "static"}

@@ -7,17 +7,11 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from magihuman.runtime import CheckpointError, InvalidRequestError, config
-from magihuman.runtime.image import (
-    WEIGHTS_NAME,
-    diffusers_key,
-    fit,
-    load_image_vae,
-    open_image,
-    to_tensor,
-    wan_vae,
-)
+from magihuman.runtime.image import fit, open_image
+from magihuman.runtime.image_encoder import to_tensor, wan_vae
 from magihuman.runtime.locating import IMAGE_FOLDER
 from magihuman.runtime.tiny import WAN_BASE_DIM, published_wan_key
+from magihuman.runtime.wan_vae import WEIGHTS_NAME, diffusers_key, load_image_vae
 
 CPU = torch.device("cpu")
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)

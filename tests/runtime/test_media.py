@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from magihuman.runtime import OutputError, Video
-from magihuman.runtime.media import check_output, read_frames
+from magihuman.runtime.mp4 import check_output, read_frames
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,8 @@ from magihuman.runtime.errors import (
     MagiHumanError,
     QueueFull,
 )
-from magihuman.runtime.queueing import Limits, Line, Station, Ticket
+from magihuman.runtime.limits import Limits
+from magihuman.runtime.queueing import Line, Station, Ticket
 
 AT_ONCE_S = 1.0  # far above the 20 ms that are promised: the machine may be busy
 

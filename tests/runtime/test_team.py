@@ -13,7 +13,7 @@ import teams
 from magihuman import runtime
 from magihuman.runtime import denoise, tokens
 from magihuman.runtime.context_parallel import Shared
-from magihuman.runtime.failures import PeerLost
+from magihuman.runtime.device import PeerLost
 from magihuman.runtime.team import Team
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ import golden
 from magihuman.graphs.replay_text import key_mask
 from magihuman.runtime.config import MAX_TEXT_TOKENS
 from magihuman.runtime.locating import TEXT_FOLDER
-from magihuman.runtime.text import TextEncoder, load_text_encoder
+from magihuman.runtime.t5gemma import load_text_encoder
+from magihuman.runtime.text_encoder import TextEncoder
 
 VOCABULARY = 200
 FP32 = 1e-5  # sums of other lengths, in another order

@@ -6,17 +6,12 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from magihuman.runtime.checkpoint import frozen
 from magihuman.runtime.config import MAX_TEXT_TOKENS
-from magihuman.runtime.errors import CheckpointError
-from magihuman.runtime.quiet import quiet_transformers
 
 log = logging.getLogger("magihuman")
 
@@ -76,41 +71,6 @@ class TextEncoder:
         masks = {"full_attention": mask, "sliding_attention": mask}
         hidden: Tensor = self.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
         return hidden
-
-
-def load_text_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """From a local folder in the published layout; the decoder's weights are not loaded."""
-    from transformers import AutoTokenizer, T5GemmaEncoderModel
-
-    # Where one of these is missing, transformers makes up a default in silence.
-    for names in (("config.json",), ("tokenizer.json", "tokenizer.model")):
-        if not any((path / name).is_file() for name in names):
-            raise CheckpointError(f"the text encoder at {path} lacks {' or '.join(names)}")
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
-            model, info = T5GemmaEncoderModel.from_pretrained(
-                str(path),
-                is_encoder_decoder=False,
-                dtype=dtype,
-                device_map={"": str(device)},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # named below; transformers only says that some are
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"the text encoder at {path} cannot be loaded: {error}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"the text encoder at {path} lacks {len(missing)} tensors: {', '.join(missing[:8])}"
-        )
-    misshapen = sorted(str(key) for key, *_ in info["mismatched_keys"])
-    if misshapen:
-        raise CheckpointError(
-            f"the text encoder at {path} has {len(misshapen)} misshapen tensors:"
-            f" {', '.join(misshapen[:8])}"
-        )
-    return TextEncoder(tokenizer, frozen(uncapped(model)))
 
 
 def uncapped(model: Any) -> Any:

@@ -1,10 +1,8 @@
-"""Files in and out: sound and clips read through PyAV, where a clip is to go checked."""
+"""A driving voice from a file, read through PyAV."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from magihuman.runtime.errors import InvalidRequestError, OutputError
+from magihuman.runtime.errors import InvalidRequestError
 
 MAX_BLOCK_VALUES = 2**26  # 256 MiB of floats; what is recorded has some 10,000 in a block
-BITS_PER_PIXEL = 2  # far above what H.264 needs at this quality, for the check of free space
 
 
 def read_audio(
@@ -101,66 +98,3 @@ def _decoded(container: Any) -> Iterator[Any]:
     except av.FFmpegError:
         if not decoded:
             raise
-
-
-def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
-    """All frames of a file that `write_mp4` wrote, [T, H, W, 3] RGB, and how many are a second."""
-    import av
-
-    if not path.is_file():
-        raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
-            rate = float(container.streams.video[0].average_rate)  # no Fraction since PyAV 19
-            frames = [
-                frame.reformat(
-                    format="rgb24",
-                    src_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
-                    src_color_range="MPEG",
-                    dst_color_range="JPEG",
-                ).to_ndarray()
-                for frame in container.decode(video=0)
-            ]
-    except av.FFmpegError as error:
-        raise InvalidRequestError(
-            f"the clip must be in a format FFmpeg reads, got {path}: {error.strerror}"
-        ) from error
-    if not frames:
-        raise InvalidRequestError(f"the clip must have frames, got {path} without one")
-    return np.stack(frames), round(rate)
-
-
-def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:
-    """Raise `OutputError` now where `write_mp4` could not write such a clip later."""
-    path = path.absolute()
-    folder = path.parent
-    if path.suffix.lower() != ".mp4":
-        raise OutputError(f"the output's name must end in .mp4, got {path.name}")
-    if os.path.isdir(path):
-        raise OutputError(f"the output must be a file, got the folder {path}")
-    if not os.path.isdir(folder):
-        raise OutputError(f"the output's folder must exist, got {folder}; create it first")
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".magihuman-"):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"the output's folder {folder} cannot be written to: {error.strerror}"
-        ) from error
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise OutputError(
-            f"the output's name must be one the disk takes, got {path.name}: {error.strerror}"
-        ) from error
-    needed = frames * width_px * height_px * BITS_PER_PIXEL // 8 + 2**20
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"the disk of {folder} must have {needed / 2**20:.0f} MiB free for this clip, got"
-            f" {free / 2**20:.1f} MiB"
-        )
