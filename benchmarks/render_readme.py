@@ -1,8 +1,9 @@
-"""Write the README's speed section and, there and in its cards, the figures of the nano model from
+"""Write the tables of figures in the README, in docs/ and in the cards of the nano model, from
 benchmarks/results/*.json and the newest full-size run of the suites in benchmarks/results/history.
 
     python benchmarks/render_readme.py [--check]
 
+Each table stands between `<!-- NAME:start -->` and `<!-- NAME:end -->`; nothing else is touched.
 With --check nothing is written, and a file that is out of date is an error.
 """
 
@@ -20,8 +21,20 @@ from magihuman.runtime import config
 from magihuman.runtime.model_score import LEAST
 
 ROOT = Path(__file__).parent.parent
-FILES = {  # which sections each has
-    "README.md": ("speed", "nano"),
+PRECISIONS = ("bf16", "fp8", "fp8-attn")
+FILES = {  # which tables each has
+    "README.md": ("headline", "nano"),
+    "docs/performance.md": (
+        "denoising",
+        "fp8",
+        "fp8-errors",
+        "decoding",
+        "super-resolution",
+        "memory",
+        "request",
+        "loading",
+        "kernels",
+    ),
     "examples/nano/MODEL_CARD.md": ("nano",),
     "runtime/models/nano/README.md": ("nano",),
 }
@@ -35,9 +48,64 @@ def result(name: str) -> dict[str, Any]:
     return value
 
 
-def section() -> str:
-    """The Markdown between the markers."""
-    forward, full = result("compiled_forward"), result("full_size")
+def tables() -> dict[str, str]:
+    """The Markdown between each pair of markers."""
+    decoding = result("vae_decode")
+    parts = {
+        "headline": headline_table(),
+        "denoising": denoising_table(result("compiled_forward")),
+        "fp8": fp8_table(result("fp8")),
+        "fp8-errors": error_table(result("fp8_errors")),
+        "decoding": vae_table(decoding),
+        "super-resolution": sr_table(result("super_resolution")),
+        "memory": memory_table(result("memory_limit")["cases"]),
+        "request": request_table(result("prompt_to_mp4"), decoding),
+        "loading": [*reading_lines(result("full_size")), "", *load_lines(result("load_artifact"))],
+        "kernels": newest_kernel_table(),
+        "nano": nano_lines(result("nano_score")),
+    }
+    return {name: "\n".join(lines) for name, lines in parts.items()}
+
+
+def headline_table() -> list[str]:
+    """The README's table: a whole request, its denoising, and super-resolution."""
+    request, sizes = result("prompt_to_mp4"), result("super_resolution")
+    forward, machine = result("compiled_forward"), request["environment"]
+    compiled_s = forward["baseline"]["torch_compile_fa3_8_steps_ms"] / 1e3
+    rows = [
+        (
+            "prompt to mp4, 480x256",
+            [f"**{request[name]['prompt_to_mp4_s']:.2f} s**" for name in PRECISIONS],
+            "",
+        ),
+        (
+            "its 8 denoising steps",
+            [f"{request[name]['stages_s']['denoise']:.2f} s" for name in PRECISIONS],
+            f"`torch.compile`, bf16: {compiled_s:.2f} s",
+        ),
+    ]
+    for size in ("540p", "1080p"):
+        width, height = config.SR_SIZES[size]
+        sums = [
+            f"{super_resolved_s(sizes, size, name):.1f} s" if name in sizes[size] else ""
+            for name in PRECISIONS
+        ]
+        published = f"published: {sizes[size]['published_s']:.1f} s"
+        rows.append((f"noise to frames of {width}x{height}", sums, published))
+    return [
+        f"| a clip of 5 s on one {machine['gpu']} | {' | '.join(PRECISIONS)} | for comparison |",
+        "|---|---|---|---|---|",
+        *(f"| {name} | {' | '.join(cells)} | {other} |" for name, cells, other in rows),
+        "",
+        "`torch.compile` had the plain model with FlashAttention-3, in a run of its own in which"
+        " this runtime took",
+        f"{forward['compiled_8_steps_ms'] / 1e3:.2f} s. The published seconds are the authors' own."
+        f" {machine['date']}, torch {machine['torch']}.",
+    ]
+
+
+def denoising_table(forward: dict[str, Any]) -> list[str]:
+    """8 steps in bf16 against `torch.compile`, and the layers of one forward."""
     machine = forward["environment"]
     base = forward["baseline"]["torch_compile_fa3_8_steps_ms"]
     ours = forward["compiled_8_steps_ms"]
@@ -46,15 +114,16 @@ def section() -> str:
         ("8 steps, `torch.compile` of the plain model with FlashAttention-3", base / 1e3, 1.0),
         ("8 steps, plain model, eager", forward["plain_8_steps_ms"] / 1e3,
          base / forward["plain_8_steps_ms"]),
-        ("its products (PyTorch's) and attention alone: the bound of bf16",
+        ("its matrix products (PyTorch's) and attention alone: the bound of bf16",
          forward["bare_8_steps_ms"] / 1e3, base / forward["bare_8_steps_ms"]),
     ]  # fmt: skip
-    lines = [
+    error = forward["error_after_8_steps"]
+    return [
         f"One {machine['gpu']}, driver {machine['driver']}, torch {machine['torch']},"
         f" {machine['date']}. Random weights at full",
-        f"size, 480x256, 5 s, 300 text tokens ({forward['tokens']} in all), bf16; medians after"
-        " warm-up, rows of one table",
-        "from one run.",
+        f"size, 480x256, 5 s, 300 text tokens ({forward['tokens']} in all), bf16. Figures are"
+        " medians after warm-up;",
+        "the rows of one table come from one run.",
         "",
         "| denoising | seconds | against `torch.compile` |",
         "|---|---|---|",
@@ -62,35 +131,10 @@ def section() -> str:
         "",
         *layer_table(forward),
         "",
-        *fp8_table(result("fp8")),
-        "",
-        *error_table(result("fp8_errors")),
-        "",
-        *vae_table(result("vae_decode")),
-        "",
-        *sr_table(result("super_resolution")),
-        "",
-        *memory_table(result("memory_limit")["cases"]),
-        "",
-        *request_table(result("prompt_to_mp4"), result("vae_decode")),
-    ]
-    error = forward["error_after_8_steps"]
-    read = full["published_layout"]["read"]
-    lines += [
-        "",
         f"After 8 steps the compiled model is {error['compiled against fp32'][0]:.4f} from the"
         " model with fp32 linears (relative",
-        f"error of the video latents), the plain one {error['plain against fp32'][0]:.4f}."
-        f" Reading {full['published_layout']['written']['bytes'] / 2**30:.1f} GiB of weights in the"
-        " published",
-        f"layout takes {read['seconds']:.1f} s from the page cache and"
-        f" {read['host_peak_growth_bytes'] / 2**30:.1f} GiB of host memory at its peak.",
+        f"error of the video latents), the plain one {error['plain against fp32'][0]:.4f}.",
     ]
-    lines += ["", *load_lines(result("load_artifact"))]
-    newest = [entry for entry in history.entries() if is_full(entry)][-1:]
-    for entry in newest:
-        lines += ["", *kernel_table(entry)]
-    return "\n".join(lines)
 
 
 def layer_table(forward: dict[str, Any]) -> list[str]:
@@ -121,7 +165,7 @@ def fp8_table(figures: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
         *rows,
         *(
-            f"| {name}: its products (PyTorch's) and attention alone |"
+            f"| {name}: its matrix products (PyTorch's) and attention alone |"
             f" {own['bare_8_steps_ms'] / 1e3:.3f} | {base / own['bare_8_steps_ms']:.2f}x | | |"
             for name, own in figures.items()
             if isinstance(own, dict) and "bare_8_steps_ms" in own
@@ -157,11 +201,11 @@ def error_table(figures: dict[str, Any]) -> list[str]:
         for sweep in figures["sweeps"].values()
     )
     return [
-        "Relative error of fp8, median and largest of all layers; a linear's against the product"
-        " of its",
-        "bf16 operands. The careful reference rounds operands to e4m3 with the same scales and does"
-        " all else",
-        "in fp32.",
+        "The table has the relative error of fp8: the median over all layers and, in parentheses,"
+        " the largest.",
+        "A linear is compared with the product of its bf16 operands. The careful reference rounds"
+        " operands to",
+        "e4m3 with the same scales and computes all else in fp32.",
         "",
         f"| weights | {' | '.join(kinds.values())} |",
         "|---|---|---|---|",
@@ -189,6 +233,17 @@ def verdict(said: dict[str, Any]) -> str:
     return f"fail, {reason}; {again} with what it suggests"
 
 
+def reading_lines(figures: dict[str, Any]) -> list[str]:
+    """A sentence on reading a transformer in the published layout."""
+    layout = figures["published_layout"]
+    read = layout["read"]
+    return [
+        f"Reading {layout['written']['bytes'] / 2**30:.1f} GiB of weights in the published layout"
+        f" takes {read['seconds']:.1f} s from the page",
+        f"cache and {read['host_peak_growth_bytes'] / 2**30:.1f} GiB of host memory at its peak.",
+    ]
+
+
 def load_lines(figures: dict[str, Any]) -> list[str]:
     """A sentence on reading a converted transformer."""
     read = figures["from the page cache"]
@@ -196,15 +251,16 @@ def load_lines(figures: dict[str, Any]) -> list[str]:
     return [
         f"Loading a transformer converted to fp8, {figures['written']['bytes'] / 2**30:.1f} GiB,"
         f" takes {read['seconds']:.1f} s in a new process, from the page",
-        f"cache; of its host memory {grown['RssAnon'] / 2**30:.1f} GiB are its own at their peak,"
-        f" {grown['RssFile'] / 2**30:.1f} GiB pages of the mapped file.",
+        f"cache. At its peak the process holds {grown['RssAnon'] / 2**30:.1f} GiB of host memory of"
+        f" its own and {grown['RssFile'] / 2**30:.1f} GiB of pages of the",
+        "mapped file.",
     ]
 
 
 def vae_table(figures: dict[str, Any]) -> list[str]:
     """Frames of a clip by the fast decoder and by the plain one."""
     lines = [
-        "| frames of 5 s, on the host | fast | `torch.compile` | | plain, eager | | memory, fast |",
+        "| 5 s of frames, on the host | fused | `torch.compile` | | plain, eager | | its memory |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, size in (("256p", "480x256"), ("540p", "896x512"), ("1080p", "1920x1088")):
@@ -223,7 +279,7 @@ def vae_table(figures: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"From the decoder in fp32 the fast one is {errors['default']:.4f} off (relative error of"
+        f"The fused decoder is {errors['default']:.4f} from the decoder in fp32 (relative error of"
         " the values), the plain",
         f"bf16 one {errors['plain bf16']:.4f}; at 1920x1088 their frames are {away:.1f} of 256"
         " levels apart on average. With",
@@ -239,6 +295,12 @@ def after_last_frame_s(figures: dict[str, Any]) -> tuple[float, float]:
     return soft["after_last_frame_s"], noise["after_last_frame_s"]
 
 
+def super_resolved_s(figures: dict[str, Any], size: str, precision: str) -> float:
+    """Base steps, super-resolution and decoding, each timed alone."""
+    base_s, loop_s = (figures[name][precision]["loop_s"] for name in ("256p", size))
+    return float(base_s + loop_s + figures[size]["decode"]["s"])
+
+
 def sr_table(figures: dict[str, Any]) -> list[str]:
     """Stages of super-resolved clips, each timed alone, from base latents to frames on the host."""
     lines = [
@@ -249,14 +311,11 @@ def sr_table(figures: dict[str, Any]) -> list[str]:
     for size in ("540p", "1080p"):
         width, height = config.SR_SIZES[size]
         decode_s, published_s = figures[size]["decode"]["s"], figures[size]["published_s"]
-        for precision in ("bf16", "fp8", "fp8-attn"):
+        for precision in PRECISIONS:
             if precision not in figures[size]:
                 continue
-            base_s, loop_s = (
-                figures["256p"][precision]["loop_s"],
-                figures[size][precision]["loop_s"],
-            )
-            total_s = base_s + loop_s + decode_s
+            base_s, loop_s = (figures[name][precision]["loop_s"] for name in ("256p", size))
+            total_s = super_resolved_s(figures, size, precision)
             lines.append(
                 f"| {width}x{height}, {precision} | {base_s:.2f} s | {loop_s:.2f} s |"
                 f" {decode_s:.2f} s | {total_s:.2f} s | {published_s:.1f} s |"
@@ -273,13 +332,14 @@ def sr_table(figures: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Stages were timed one after another, in runs of one day, over the weights of one"
-        " transformer, which",
-        "are in the memory, the decoder's is not; what the authors published is from their own"
-        " runs.",
+        "The stages were timed one after another, in runs of one day, over the weights of one"
+        " transformer. The",
+        "memory includes these weights and leaves out the decoder's memory. The published figures"
+        " come from the",
+        "authors' own runs.",
         f"Full attention in bf16 was that of `{figures['1080p']['bf16']['attention']}`, which"
-        " measured fastest. A step in bf16 against",
-        "the plain model with FlashAttention-3, each pair in one run:",
+        " measured fastest. One step in bf16",
+        "against one of the plain model with FlashAttention-3, each pair in one run:",
         f"{'; '.join(steps)}.",
     ]
 
@@ -299,15 +359,16 @@ def memory_table(cases: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "What was held, the driver's included, was read every 20 ms, in the first request too,"
-        " which at 1080p",
-        "timed an attention of cuDNN's with a mask of 8 GiB; it is no longer tried there.",
+        "The memory held, the driver's included, was read every 20 ms, during the first request"
+        " too. At 1080p",
+        "that request timed an attention of cuDNN's with a mask of 8 GiB, which is no longer tried"
+        " there.",
     ]
 
 
 def request_table(figures: dict[str, Any], decoding: dict[str, Any]) -> list[str]:
     """Whole requests by precision, from the prompt to the file."""
-    names = [name for name in ("bf16", "fp8", "fp8-attn") if name in figures]
+    names = [name for name in PRECISIONS if name in figures]
     own = [figures[name] for name in names]
     soft_s, noise_s = after_last_frame_s(decoding)
     rows = [
@@ -327,15 +388,22 @@ def request_table(figures: dict[str, Any], decoding: dict[str, Any]) -> list[str
         f"|---|{'---|' * len(names)}",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
         "",
-        "One run, medians. Frames of random weights are noise, the most work there is for the mp4"
-        " encoder;",
-        f"in the table of decoders one of soft content ends {noise_s - soft_s:.2f} s sooner.",
+        "Medians of one run. Random weights make frames of noise, which is the most work there is"
+        " for the mp4",
+        f"encoder; in the run of the decoders a file of soft content ended {noise_s - soft_s:.2f} s"
+        " sooner.",
     ]
 
 
 def is_full(entry: history.Entry) -> bool:
     """Whether a GPU ran the full size."""
     return any(history.size(benchmark) == "full" for benchmark in entry["benchmarks"])
+
+
+def newest_kernel_table() -> list[str]:
+    """Of the newest full-size run, under a heading of its own; nothing where there is none."""
+    newest = [entry for entry in history.entries() if is_full(entry)][-1:]
+    return [line for entry in newest for line in ("## Single kernels", "", *kernel_table(entry))]
 
 
 def kernel_table(entry: history.Entry) -> list[str]:
@@ -401,14 +469,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    sections = {"speed": section(), "nano": "\n".join(nano_lines(result("nano_score")))}
+    rendered = tables()
     for name, parts in FILES.items():
         text = fresh = (ROOT / name).read_text()
         for part in parts:
             start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"
             head, rest = fresh.split(start)
             _, tail = rest.split(end)
-            fresh = f"{head}{start}\n{sections[part]}\n{end}{tail}"
+            fresh = f"{head}{start}\n{rendered[part]}\n{end}{tail}"
         if arguments.check and fresh != text:
             sys.exit(f"{name} is out of date; run python benchmarks/render_readme.py")
         if not arguments.check:
