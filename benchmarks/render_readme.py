@@ -23,7 +23,7 @@ from magihuman.runtime.model_score import LEAST
 ROOT = Path(__file__).parent.parent
 PRECISIONS = ("bf16", "fp8", "fp8-attn")
 FILES = {  # which tables each has
-    "README.md": ("headline", "nano"),
+    "README.md": ("headline",),
     "docs/performance.md": (
         "denoising",
         "fp8",
@@ -35,6 +35,7 @@ FILES = {  # which tables each has
         "loading",
         "kernels",
     ),
+    "docs/models.md": ("nano",),
     "examples/nano/MODEL_CARD.md": ("nano",),
     "runtime/models/nano/README.md": ("nano",),
 }

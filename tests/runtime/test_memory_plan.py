@@ -69,7 +69,7 @@ def planned(others, precision, sr, limit_gib) -> memory_plan.MemoryPlan:
 
 def test_the_parts_of_the_published_model(others):
     size = {part.name: part.total_bytes / GIB for part in others}
-    assert size[TEXT] == pytest.approx(17.2, abs=0.1)  # as README says
+    assert size[TEXT] == pytest.approx(17.2, abs=0.1)  # as docs/models.md says
     assert size[AUDIO] + size[IMAGE] + size[VIDEO] == pytest.approx(1.26, abs=0.05)
     base = placing.dit_part(BASE, held("distill", "bf16"))
     assert base.total_bytes / GIB == pytest.approx(28.5, abs=0.1)
