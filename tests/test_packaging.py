@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("runtime", "graphs", "kernels", "export")
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "data", "results")
 
+SOURCE = "https://github.com/magihuman/magihuman"
 INSTALL = ("-m", "pip", "install", "--no-deps", "--quiet")
 
 T5GEMMA = """
@@ -91,6 +95,54 @@ def test_types_license_and_command_are_in_the_wheel(wheel, names):
     assert (metadata["Name"], metadata["License-Expression"]) == ("magihuman", "Apache-2.0")
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel, names) -> Message:
+    (name,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    with zipfile.ZipFile(wheel) as archive:
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_the_package_says_whose_it_is_and_where_to_find_more(metadata):
+    assert metadata["Author"] == "the magihuman authors"
+    assert "text-to-video" in metadata["Keywords"].split(",")
+    urls = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    assert set(urls) == {"Homepage", "Documentation", "Source", "Changelog", "Issues"}
+    assert all(url.startswith(SOURCE) for url in urls.values())
+    classifiers = metadata.get_all("Classifier")
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(classifiers)
+    assert not any("License ::" in text for text in classifiers)  # License-Expression says it
+
+
+def test_the_long_description_has_no_relative_link(metadata):
+    """It is the README, whose relative links lead to files of the repository."""
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    description = metadata.get_payload()
+    readme = (ROOT / "README.md").read_text()
+    assert description.splitlines()[0] == readme.splitlines()[0] == "# magihuman"
+    before, after = links(readme), links(description)
+    assert len(before) == len(after) > 20
+    relative = 0
+    for (kind, given), (_, made) in zip(before, after, strict=True):
+        if re.match(r"[a-z]+:|#", given):
+            assert made == given
+            continue
+        raw = "https://raw.githubusercontent.com/magihuman/magihuman/HEAD/"
+        assert made == (raw if kind == "image" else f"{SOURCE}/blob/HEAD/") + given
+        relative += 1
+    assert relative > 20
+
+
+def links(text: str) -> list[tuple[str, str]]:
+    """Kind and target of every link and picture."""
+    names = {"link_open": "href", "image": "src"}
+    return [
+        (part.type, str(part.attrs[names[part.type]]))
+        for token in MarkdownIt("commonmark").enable("table").parse(text)
+        for part in token.children or ()
+        if part.type in names
+    ]
 
 
 def test_the_installed_wheel_works(installed, tmp_path):
