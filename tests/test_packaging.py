@@ -12,6 +12,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,23 @@ def test_the_long_description_has_no_relative_link(metadata):
         assert made == (raw if kind == "image" else f"{SOURCE}/blob/HEAD/") + given
         relative += 1
     assert relative > 20
+
+
+def test_the_citation_is_of_this_version_and_names_the_paper():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (cited["cff-version"], cited["type"], cited["title"]) == (
+        "1.2.0",
+        "software",
+        "magihuman",
+    )
+    for field in ("version", "license"):
+        assert cited[field] == project[field]
+    assert cited["authors"] == project["authors"]
+    assert cited["repository-code"] == project["urls"]["Source"] == SOURCE
+    (paper,) = cited["references"]
+    assert paper["url"] == "https://arxiv.org/abs/2603.21986"
+    assert {"type", "title", "authors"} <= set(paper)  # required of every reference
 
 
 def links(text: str) -> list[tuple[str, str]]:
