@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Folders are listed too, so that a removed module is noticed.
 SOURCES := $(shell find $(wildcard export runtime graphs kernels) -name '*.py' -o -name py.typed \
-    -o -type d ! -name __pycache__ -o -path '*/models/*' -type f)
+    -o -type d ! -name __pycache__ -o -path '*/nano/*' -type f)
 
 DEMO := "A woman with long black hair in a yellow shirt on a pink background looks into the camera\
     and says: ho ba hu bu ge de pi bi pi ke gu"

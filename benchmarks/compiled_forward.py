@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import environment
-from magihuman.graphs.replay import CompiledForward
-from magihuman.kernels import attention_backends
-from magihuman.runtime import config, denoise, random_weights
+from magihuman.graphs.transformer.replay import CompiledForward
+from magihuman.kernels.attention import backends
+from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import random_weights
 from measure import (
     LAYOUT,
     STEPS,
@@ -82,7 +84,7 @@ def bare(model: DiT) -> list[Callable[[], object]]:
     config, device = model.config, torch.device("cuda")
     rows = sum(LAYOUT.counts[:2]) + 320
     shape = (rows, config.heads, config.kv_heads, config.head_dim)
-    backend = attention_backends.fastest(*shape, device)
+    backend = backends.fastest(*shape, device)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, device=device, dtype=torch.bfloat16)
@@ -96,7 +98,7 @@ def bare(model: DiT) -> list[Callable[[], object]]:
             if whole.shape[1] not in inputs:
                 inputs[whole.shape[1]] = randn(rows, whole.shape[1])
             calls.append(partial(F.linear, inputs[whole.shape[1]], whole))
-        calls.append(partial(attention_backends.run, backend, q, k, k, gate, length))
+        calls.append(partial(backends.run, backend, q, k, k, gate, length))
     return calls
 
 

@@ -23,15 +23,18 @@ from typing import Any
 import torch
 
 import environment
-from magihuman.graphs import precision as fp8
-from magihuman.graphs.compile import compile_forward
-from magihuman.graphs.replay import CompiledForward
+from magihuman.graphs import quantization as fp8
+from magihuman.graphs.transformer.compile import compile_forward
+from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels.reference import Sharding
-from magihuman.runtime import config, denoise, random_weights, tokens
-from magihuman.runtime.context_parallel import Shared, Transformer
+from magihuman.runtime import config
+from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.team import Team
-from magihuman.runtime.transformer import FP8_ATTENTION
+from magihuman.runtime.parallel.context_parallel import Shared, Transformer
+from magihuman.runtime.parallel.team import Team
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import random_weights
+from magihuman.runtime.weights.transformer import FP8_ATTENTION
 from measure import LAYOUT, Timed, by_kernel, error, example, kernels_ms, release
 
 RANKS = 2

@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 import environment
-from magihuman.graphs import precision
-from magihuman.graphs.replay import CompiledForward
-from magihuman.kernels import attention_backends, ops
-from magihuman.runtime import config, denoise, random_weights
+from magihuman.graphs import quantization
+from magihuman.graphs.transformer.replay import CompiledForward
+from magihuman.kernels import ops
+from magihuman.kernels.attention import backends
+from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import random_weights
 from measure import (
     LAYOUT,
     STEPS,
@@ -65,8 +68,8 @@ def bare(model: DiT, fp8_attention: bool) -> list[Callable[[], object]]:
     else:
         q, k, v, _ = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim, heads], dim=1)
         q, k, v = (x.unflatten(1, (-1, dim)).contiguous() for x in (q, k, v))
-        backend = attention_backends.fastest(rows, heads, kv_heads, dim, device)
-        attend = partial(attention_backends.run, backend, q, k, v, gate, length)
+        backend = backends.fastest(rows, heads, kv_heads, dim, device)
+        attend = partial(backends.run, backend, q, k, v, gate, length)
     inputs: dict[int, Tensor] = {}
     calls: list[Callable[[], object]] = []
     for layer in model.block.layers:
@@ -97,7 +100,7 @@ def main() -> None:
                 before = torch.cuda.memory_allocated()
                 model = random_weights.dit(arch, 0, device, torch.bfloat16, "distill")
                 if keep is not None:
-                    precision.quantize_model(model, precision.quantized_linears(arch, keep))
+                    quantization.quantize_model(model, quantization.quantized_linears(arch, keep))
                 torch.cuda.empty_cache()
                 weights_gib = (torch.cuda.memory_allocated() - before) / 2**30
             if keep == "none":

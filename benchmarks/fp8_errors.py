@@ -28,16 +28,18 @@ import environment
 import sizes
 import weight_kinds
 from magihuman import runtime
-from magihuman.graphs import compile as compiling
-from magihuman.graphs import precision
-from magihuman.graphs.replay import CompiledForward
+from magihuman.graphs import quantization
+from magihuman.graphs.transformer import compile as compiling
+from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
-from magihuman.runtime import denoise, random_weights, tokens
+from magihuman.runtime.evaluate.simulated_fp8 import Mode, SimulatedFp8
+from magihuman.runtime.evaluate.verify_report import Report
+from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT, Layer
+from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.request import Request
-from magihuman.runtime.simulated_fp8 import Mode, SimulatedFp8
-from magihuman.runtime.verify_report import Report
+from magihuman.runtime.weights import random_weights
 from measure import STEPS, distilled_steps, error, example, release
 
 KINDS = ("normal", "outliers", "broken")
@@ -66,7 +68,7 @@ class Linear:
 
     @classmethod
     def of(cls, weight: Tensor, counts: ref.Counts | None) -> Linear:
-        return cls(weight, counts, *precision.quantize(weight))
+        return cls(weight, counts, *quantization.quantize(weight))
 
     @property
     def out(self) -> int:
@@ -243,18 +245,18 @@ def loops(
     model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor, cache: Path
 ) -> dict[str, Any]:
     """Latents after 8 steps against bf16: simulated, and by the kernels. Leaves rounded weights."""
-    names = precision.quantized_linears(model.config)
+    names = quantization.quantized_linears(model.config)
     plain = denoise.velocity_of(model, layout, text, "v2")
     bf16 = distilled_steps(plain, *latents)
     with SimulatedFp8(model, names) as simulation, simulation.running(Mode.FP8):
         simulated = distilled_steps(plain, *latents)
-    precision.quantize_model(model, names)
+    quantization.quantize_model(model, names)
     release()
     forward = fp8_forward(model, layout, cache)
     fp8 = distilled_steps(denoise.velocity_of(model, layout, text, "v2", forward), *latents)
     del forward
     release()
-    precision.dequantize_model(model)
+    quantization.dequantize_model(model)
     pairs = {
         "kernels against bf16": (fp8, bf16),
         "simulated against bf16": (simulated, bf16),

@@ -24,7 +24,9 @@ from safetensors.torch import save_file
 
 import environment
 from magihuman import runtime
-from magihuman.runtime import config, denoise, random_weights
+from magihuman.runtime import config
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import random_weights
 from measure import LAYOUT, PROMPT, error, example, median_ms
 
 REPEATS = 3

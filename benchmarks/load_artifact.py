@@ -25,10 +25,11 @@ from torch import Tensor
 
 import environment
 import sizes
-from magihuman.graphs import precision
-from magihuman.runtime import config, converting, random_weights
+from magihuman.graphs import quantization
+from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.transformer import Wanted, plan
+from magihuman.runtime.weights import converting, random_weights
+from magihuman.runtime.weights.transformer import Wanted, plan
 
 VARIANT = config.VARIANTS["distill"]
 SAMPLE_S = 0.01
@@ -128,9 +129,9 @@ def check(loaded: DiT, source: DiT, rounded: bool) -> int:
 
     rounded: they were made bf16 again, as where fp8 cannot run.
     """
-    precision.quantize_model(source, precision.linears(source.config))
+    quantization.quantize_model(source, quantization.linears(source.config))
     if rounded:
-        precision.dequantize_model(source)
+        quantization.dequantize_model(source)
     wanted = source.state_dict()
     found = loaded.state_dict()
     if found.keys() != wanted.keys():

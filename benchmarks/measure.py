@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from magihuman.runtime import config, denoise, tokens
+from magihuman.runtime import config
+from magihuman.runtime.model import tokens
+from magihuman.runtime.pipeline import denoise
 
 LAYOUT = tokens.Layout(frames=32, rows=16, columns=30, audio=126, text=300)  # 480x256, 5 s
 PROMPT = ("A woman with red hair looks into the camera, smiles and says: good morning! " * 4)[:300]

@@ -27,8 +27,8 @@ import torch
 
 import environment
 from magihuman import runtime
-from magihuman.runtime import memory
-from magihuman.runtime.memory_plan import GIB
+from magihuman.runtime.memory import estimate
+from magihuman.runtime.memory.plan import GIB
 from measure import PROMPT
 
 CASES: dict[str, dict[str, Any]] = {
@@ -96,7 +96,7 @@ def run_case(
     torch.zeros(1, device="cuda")
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved()
-    host = memory.free_bytes(torch.device("cpu"))
+    host = estimate.free_bytes(torch.device("cpu"))
     limit_gb = options.get("memory_limit_gb")
     found: dict[str, Any] = {
         "limit_gib": limit_gb,

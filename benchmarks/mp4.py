@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from magihuman.kernels import decoder_reference as ref
-from magihuman.runtime.mp4 import Mp4Writer, _Frames, _pictures
+from magihuman.kernels.decoder import reference as ref
+from magihuman.runtime.media.mp4 import Mp4Writer, _Frames, _pictures
 
 FRAMES, FPS, RATE = 125, 25, 44100
 WINDOWS = (25, 53, 81, 109, 125)  # frames finished after each of the video decoder's

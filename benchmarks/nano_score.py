@@ -14,8 +14,8 @@ from typing import Any
 
 import environment
 from magihuman import runtime
-from magihuman.runtime.model_score import score_model
-from magihuman.runtime.shipped import NANO_FOLDER
+from magihuman.runtime.evaluate.model_score import score_model
+from magihuman.runtime.weights.shipped import NANO_FOLDER
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import history
 from magihuman.runtime import config
-from magihuman.runtime.model_score import LEAST
+from magihuman.runtime.evaluate.model_score import LEAST
 
 ROOT = Path(__file__).parent.parent
 PRECISIONS = ("bf16", "fp8", "fp8-attn")
@@ -37,7 +37,7 @@ FILES = {  # which tables each has
     ),
     "docs/models.md": ("nano",),
     "examples/nano/MODEL_CARD.md": ("nano",),
-    "runtime/models/nano/README.md": ("nano",),
+    "runtime/weights/nano/README.md": ("nano",),
 }
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from magihuman.runtime import config, tiny, tokens
+from magihuman.runtime import config
+from magihuman.runtime.model import tokens
 from magihuman.runtime.model.oobleck import OobleckConfig
+from magihuman.runtime.weights import tiny
 from measure import LAYOUT, PROMPT
 
 FULL_GIB = 60  # weights and working memory of the whole engine take 49 GiB

@@ -26,15 +26,18 @@ import torch
 from torch import Tensor
 
 import environment
-from magihuman.graphs import precision
-from magihuman.graphs.replay import CompiledForward
-from magihuman.graphs.replay_decoder import CompiledDecoder
+from magihuman.graphs import quantization
+from magihuman.graphs.decoder.replay import CompiledDecoder
+from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import reference
 from magihuman.kernels.reference import LocalAttention
-from magihuman.runtime import config, denoise, random_weights, tokens
-from magihuman.runtime.decode import decode_frames
+from magihuman.runtime import config
+from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.transformer import FP8_ATTENTION
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.pipeline.decode import decode_frames
+from magihuman.runtime.weights import random_weights
+from magihuman.runtime.weights.transformer import FP8_ATTENTION
 from measure import LAYOUT, Timed, distilled_steps, error, example, release
 
 GIB = 2**30
@@ -223,7 +226,9 @@ def main() -> None:
                     config.VARIANTS["distill"], 0, DEVICE, torch.bfloat16
                 )
                 if name != "bf16":
-                    precision.quantize_model(narrow, precision.quantized_linears(narrow.config))
+                    quantization.quantize_model(
+                        narrow, quantization.quantized_linears(narrow.config)
+                    )
                 release()
                 weights = used_gib() - before
             figures.setdefault("weights_gib", {})[name] = weights

@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from magihuman.graphs import precision as weights_precision
+from magihuman.graphs import quantization as weights_precision
 from magihuman.graphs import support
-from magihuman.kernels import attention_backends, linear_routes, ops
+from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
+from magihuman.kernels.attention import backends
+from magihuman.kernels.linear import routes
 from magihuman.runtime.config import FRAME_REACH
-from magihuman.runtime.tokens import Layout
+from magihuman.runtime.model.tokens import Layout
 from sizes import Size
 
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
@@ -141,7 +143,7 @@ def test_head_gate(size: Size, time_kernel: Callable, is_fused: bool) -> None:
         x, gate = randn(size, rows, heads, dim), gates(size)
         if not is_fused:
             return partial(ref.head_gate, x, gate)
-        from magihuman.kernels.head_gate import head_gate
+        from magihuman.kernels.attention.head_gate import head_gate
 
         return partial(head_gate, x, gate)
 
@@ -150,12 +152,12 @@ def test_head_gate(size: Size, time_kernel: Callable, is_fused: bool) -> None:
 
 
 @pytest.mark.benchmark(group="attention")
-@pytest.mark.parametrize("backend", [*attention_backends.NAMES, "reference"])
+@pytest.mark.parametrize("backend", [*backends.NAMES, "reference"])
 def test_attention(size: Size, time_kernel: Callable, backend: str) -> None:
     rows, heads, dim = size.layout.tokens, size.arch.heads, size.arch.head_dim
     kv_heads = size.arch.kv_heads
     if backend != "reference":
-        reason = attention_backends.why_not(backend, dim, size.device)
+        reason = backends.why_not(backend, dim, size.device)
         if reason is not None:
             pytest.skip(reason)
     length = torch.tensor(rows, dtype=torch.int32, device=size.device)
@@ -184,7 +186,7 @@ def test_attention_of_super_resolution(
     local = ref.LocalAttention(layout.frames, layout.frame_tokens, FRAME_REACH)
     rows = layout.tokens
     if device.type == "cuda":
-        reason = attention_backends.why_not(attention_backends.LOCAL, dim, device)
+        reason = backends.why_not(backends.LOCAL, dim, device)
         if reason is not None:
             pytest.skip(reason)
     length = torch.tensor(rows, dtype=torch.int32, device=device)
@@ -199,7 +201,7 @@ def test_attention_of_super_resolution(
             parts = ops.qkv_fp8(qkv, *norms, rope, length, [], heads, kv_heads)
             return partial(ops.gated_attention_fp8, *parts, gate, length, fields)
         parts = ops.qk_norm_rope(qkv, *norms, rope, [], heads, kv_heads)
-        backend = attention_backends.LOCAL
+        backend = backends.LOCAL
         return partial(ops.gated_attention, *parts, gate, length, fields, backend)
 
     pairs = pairs_seen(layout, local) if is_local else rows * rows
@@ -225,11 +227,11 @@ def gates(size: Size) -> Tensor:
     "name", ["qkv", "proj", "gelu7_up", "gelu7_down", "swiglu7_up", "swiglu7_down"]
 )
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-@pytest.mark.parametrize("route", [linear_routes.LIBRARY, *linear_routes.TILES])
+@pytest.mark.parametrize("route", [routes.LIBRARY, *routes.TILES])
 def test_linear(size: Size, time_kernel: Callable, name: str, precision: str, route: str) -> None:
     """With what follows each; those of the GELU7 layers have weights for each modality."""
     rows, arch, is_fp8 = size.layout.tokens, size.arch, precision == "fp8"
-    is_library = route == linear_routes.LIBRARY
+    is_library = route == routes.LIBRARY
     if not is_library and size.device.type == "cpu":
         pytest.skip("the own product needs a GPU")
     if is_fp8 and is_library and size.device.type == "cuda":

@@ -14,11 +14,13 @@ import torch
 import measure
 from magihuman import runtime
 from magihuman.graphs import support
-from magihuman.graphs.replay import CompiledForward
-from magihuman.runtime import config, decode, denoise, random_weights
-from magihuman.runtime.audio import AudioVAE
+from magihuman.graphs.transformer.replay import CompiledForward
+from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.tokens import Layout
+from magihuman.runtime.model.tokens import Layout
+from magihuman.runtime.pipeline import decode, denoise
+from magihuman.runtime.pipeline.audio import AudioVAE
+from magihuman.runtime.weights import random_weights
 from sizes import Size
 
 pytestmark = pytest.mark.benchmark(group="model")

@@ -27,15 +27,16 @@ from torch import Tensor, fx
 
 import environment
 import mp4
-from magihuman.graphs.compile_decoder import compile_decoder
-from magihuman.graphs.replay_decoder import CompiledDecoder
-from magihuman.kernels import decoder_reference as ref
-from magihuman.runtime import config, random_weights
-from magihuman.runtime.audio import AudioVAE
-from magihuman.runtime.decode import _groups, _kind, decode_frames
+from magihuman.graphs.decoder.compile import compile_decoder
+from magihuman.graphs.decoder.replay import CompiledDecoder
+from magihuman.kernels.decoder import reference as ref
+from magihuman.runtime import config
+from magihuman.runtime.media.mp4 import Mp4Writer
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
-from magihuman.runtime.mp4 import Mp4Writer
+from magihuman.runtime.pipeline.audio import AudioVAE
+from magihuman.runtime.pipeline.decode import _groups, _kind, decode_frames
+from magihuman.runtime.weights import random_weights
 from measure import by_kernel, error, kernels_ms, median_ms, replay_ms
 
 SIZES = {"256p": (480, 256), "540p": (896, 512), "1080p": (1920, 1088)}  # width, height in pixels

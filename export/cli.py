@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from magihuman.runtime import cli
+from magihuman.runtime.cli import main as cli
+from magihuman.runtime.cli.console import FAILED, Bar, JsonOption, err, out, size_text, user_errors
 from magihuman.runtime.errors import InvalidRequestError
-from magihuman.runtime.terminal import FAILED, Bar, JsonOption, err, out, size_text, user_errors
 
 if TYPE_CHECKING:
     from magihuman.export.verify import Verdict

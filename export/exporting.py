@@ -16,7 +16,6 @@ import torch
 from magihuman.export.onnx import OPSET, SharedWeights, Sound, Window, write_onnx
 from magihuman.export.sizes import Size
 from magihuman.export.tensorrt import build_engine, builder_for
-from magihuman.runtime import checkpoint, exported
 from magihuman.runtime.config import LATENT_MEAN, LATENT_STD
 from magihuman.runtime.errors import InvalidRequestError, OutputError
 from magihuman.runtime.exported import (
@@ -28,7 +27,8 @@ from magihuman.runtime.exported import (
     Dims,
     Graph,
 )
-from magihuman.runtime.folders import (
+from magihuman.runtime.exported import manifest as exported
+from magihuman.runtime.files import (
     OnBytes,
     atomic_folder,
     check_new_folder,
@@ -37,9 +37,8 @@ from magihuman.runtime.folders import (
     version,
     write_json,
 )
-from magihuman.runtime.locating import AUDIO_FOLDER, TURBO_FOLDER
-from magihuman.runtime.model.turbo_vae import TurboVAE, window_kinds
-from magihuman.runtime.shipped import model_folder
+from magihuman.runtime.model import TurboVAE, window_kinds
+from magihuman.runtime.weights import AUDIO_FOLDER, TURBO_FOLDER, checkpoint, model_folder
 
 SIZES = ("480x256",)
 CPU = torch.device("cpu")

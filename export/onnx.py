@@ -22,8 +22,7 @@ from onnxscript import optimizer
 from torch import Tensor, nn
 
 from magihuman.runtime.exported import INPUT, OUTPUT, Dims
-from magihuman.runtime.model.oobleck import Oobleck
-from magihuman.runtime.model.turbo_vae import Decoder
+from magihuman.runtime.model import Decoder, Oobleck
 
 OPSET = 20
 WEIGHTS_NAME = "weights.bin"

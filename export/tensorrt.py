@@ -6,10 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from magihuman.kernels import cache
+from magihuman.kernels.jit import cache
 from magihuman.runtime.errors import DeviceError, MagiHumanError
-from magihuman.runtime.exported import INPUT, Builder, Dims
-from magihuman.runtime.tensorrt import FULL, device_sm, flavour_for, library, logger
+from magihuman.runtime.exported import (
+    FULL,
+    INPUT,
+    Builder,
+    Dims,
+    device_sm,
+    flavour_for,
+    library,
+    logger,
+)
 
 KIND = "tensorrt"  # in the cache
 

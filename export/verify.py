@@ -22,7 +22,6 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from magihuman.export.onnx import Sound, Window
-from magihuman.runtime import checkpoint
 from magihuman.runtime.config import LATENT_MEAN, LATENT_STD
 from magihuman.runtime.errors import MagiHumanError
 from magihuman.runtime.exported import (
@@ -32,14 +31,14 @@ from magihuman.runtime.exported import (
     OUTPUT,
     Exported,
     Graph,
+    TensorRTVAE,
     check_sources,
+    device_sm,
     read_manifest,
 )
-from magihuman.runtime.folders import atomic_path, write_json
-from magihuman.runtime.locating import AUDIO_FOLDER, TURBO_FOLDER
-from magihuman.runtime.model.turbo_vae import window_kinds
-from magihuman.runtime.shipped import model_folder
-from magihuman.runtime.tensorrt import TensorRTVAE, device_sm
+from magihuman.runtime.files import atomic_path, write_json
+from magihuman.runtime.model import window_kinds
+from magihuman.runtime.weights import AUDIO_FOLDER, TURBO_FOLDER, checkpoint, model_folder
 
 EXACT = 1e-4  # two libraries that sum in fp32, in different orders, through some forty layers
 ROUNDINGS = 20

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from magihuman.graphs.capture import capture
-from magihuman.graphs.compile import (
+from magihuman.graphs.rewrite import Report
+from magihuman.graphs.trace import capture
+from magihuman.graphs.transformer import (
     TRACE_COUNTS,
+    Context,
     example_inputs,
     rewrite,
     route_linears,
     specialize,
 )
-from magihuman.graphs.passes.context import Context
-from magihuman.graphs.report import Report
-from magihuman.kernels.ops import UNSET
+from magihuman.kernels.jit import UNSET
 from magihuman.kernels.reference import Counts
 
 META = torch.device("meta")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from magihuman.kernels import nvrtc
+from magihuman.kernels.jit import nvrtc
 
 MIN_CAPABILITY = (9, 0)  # the fused kernels are written and measured for Hopper
 FP8_CAPABILITY = (9, 0)  # the fp8 product is written in instructions that only Hopper has
@@ -40,10 +40,10 @@ def why_not(
     if fp8 and not nvrtc.is_available():
         return "the fp8 kernels need cuda-bindings: pip install 'magihuman[cuda]'"
     if fp8_attention or config.local_attention_layers:
-        from magihuman.kernels import attention_backends
+        from magihuman.kernels.attention import backends
 
         what = "fp8" if fp8_attention else "frame-local"
-        reason = attention_backends.why_not(attention_backends.LOCAL, config.head_dim, device)
+        reason = backends.why_not(backends.LOCAL, config.head_dim, device)
         return None if reason is None else f"{what} attention has one kernel, and {reason}"
     return None
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels import reference as ref
-
-UNSET = "unset"  # of a route or a backend: not chosen yet
+from magihuman.kernels.jit import UNSET
 
 
 def _counts(counts: list[int]) -> ref.Counts | None:
@@ -67,7 +66,7 @@ def _fp8_rows(x: Tensor) -> Tensor:
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantize_rows`; rows of values start at multiples of 16 bytes, zeros between."""
     if x.is_cuda:
-        from magihuman.kernels.quantize import quantize_rows
+        from magihuman.kernels.linear.quantize import quantize_rows
 
         return quantize_rows(x)
     values, scale = ref.quantize_rows(x)
@@ -83,7 +82,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 def norm_fp8(x: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
     """`quantize_fp8` of `reference.rms_norm` in fp32."""
     if x.is_cuda:
-        from magihuman.kernels.quantize import norm_rows
+        from magihuman.kernels.linear.quantize import norm_rows
 
         return norm_rows(x, weight, _counts(counts))
     return quantize_fp8(ref.rms_norm(x, weight, _counts(counts)))
@@ -106,7 +105,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v of `reference.split_qkv`, contiguous."""
     if qkv.is_cuda:
-        from magihuman.kernels import qk_norm_rope as kernel
+        from magihuman.kernels.attention import qk_norm_rope as kernel
 
         return kernel.qk_norm_rope(qkv, q_weight, k_weight, rope, _counts(counts), heads, kv_heads)
     parts = ref.split_qkv(qkv, q_weight, k_weight, rope, _counts(counts), heads, kv_heads)
@@ -143,7 +142,7 @@ def qkv_fp8(
     """`reference.qkv_fp8`."""
     arguments = (qkv, q_weight, k_weight, rope, length, _counts(counts), heads, kv_heads)
     if qkv.is_cuda:
-        from magihuman.kernels import qkv_fp8 as kernel
+        from magihuman.kernels.attention import qkv_fp8 as kernel
 
         return kernel.qkv_fp8(*arguments)
     return ref.qkv_fp8(*arguments)
@@ -183,7 +182,7 @@ def gated_attention_fp8(
     """`reference.attention_fp8`; local: as above."""
     arguments = (q, k, v, qk_scale, v_scale, gate, length, _local(local))
     if q.is_cuda:
-        from magihuman.kernels import attention_fp8
+        from magihuman.kernels.attention import fp8 as attention_fp8
 
         return attention_fp8.attention(*arguments)
     return ref.attention_fp8(*arguments)
@@ -218,9 +217,9 @@ def gated_attention(
     local: the fields of `reference.LocalAttention`, or empty.
     """
     if q.is_cuda:
-        from magihuman.kernels import attention_backends
+        from magihuman.kernels.attention import backends
 
-        return attention_backends.run(backend, q, k, v, gate, length, _local(local))
+        return backends.run(backend, q, k, v, gate, length, _local(local))
     return ref.gated_attention(q, k, v, gate, _local(local), length).contiguous()
 
 
@@ -241,7 +240,7 @@ def _(
 def activation(x: Tensor, kind: str, padded: int) -> Tensor:
     """`reference.swiglu7` or `gelu7`, rows padded with zeros to `padded` columns."""
     if x.is_cuda:
-        from magihuman.kernels import activations as kernels
+        from magihuman.kernels.linear import activations as kernels
 
         return {"swiglu7": kernels.swiglu7, "gelu7": kernels.gelu7}[kind](x, padded)
     out = {"swiglu7": ref.swiglu7, "gelu7": ref.gelu7}[kind](x)
@@ -260,9 +259,9 @@ def linear(x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET) -> 
     x: [N, K'], K' at least K; weight: [out, K] or [3 out, K], of row stride K' where K' is not K.
     """
     if x.is_cuda:
-        from magihuman.kernels import linear_routes
+        from magihuman.kernels.linear import routes
 
-        return linear_routes.linear(x, weight, _counts(counts), route)
+        return routes.linear(x, weight, _counts(counts), route)
     return ref.linear(x[:, : weight.shape[1]], weight, _counts(counts))
 
 
@@ -277,9 +276,9 @@ def linear_activation(
 ) -> Tensor:
     """`activation` of `linear`, rounded between the two as the plain model does."""
     if x.is_cuda:
-        from magihuman.kernels import linear_routes
+        from magihuman.kernels.linear import routes
 
-        return linear_routes.linear_activation(x, weight, _counts(counts), kind, padded, route)
+        return routes.linear_activation(x, weight, _counts(counts), kind, padded, route)
     return activation(ref.linear(x, weight, _counts(counts)), kind, padded)
 
 
@@ -305,9 +304,9 @@ def linear_add_(
 ) -> Tensor:
     """`linear` joins the fp32 stream [N, out] in place; on a GPU without a rounding before it."""
     if x.is_cuda:
-        from magihuman.kernels import linear_routes
+        from magihuman.kernels.linear import routes
 
-        linear_routes.linear_add(stream, x, weight, _counts(counts), route)
+        routes.linear_add(stream, x, weight, _counts(counts), route)
         return stream
     return stream.add_(ref.linear(x[:, : weight.shape[1]], weight, _counts(counts)))
 
@@ -328,9 +327,9 @@ def linear_fp8(
 ) -> Tensor:
     """`reference.scaled_linear` by this route."""
     if x.is_cuda:
-        from magihuman.kernels import linear_routes
+        from magihuman.kernels.linear import routes
 
-        return linear_routes.linear_fp8(x, x_scale, weight, weight_scale, _counts(counts), route)
+        return routes.linear_fp8(x, x_scale, weight, weight_scale, _counts(counts), route)
     return ref.scaled_linear(x, x_scale, weight, weight_scale, _counts(counts))
 
 
@@ -361,9 +360,9 @@ def linear_activation_fp8(
 ) -> Tensor:
     """`activation` of `linear_fp8`, in bf16, or in e4m3 divided by `reference.STATIC_SCALES`."""
     if x.is_cuda:
-        from magihuman.kernels import linear_routes
+        from magihuman.kernels.linear import routes
 
-        return linear_routes.linear_activation_fp8(
+        return routes.linear_activation_fp8(
             x, x_scale, weight, weight_scale, _counts(counts), kind, padded, out_dtype, route
         )
     product = ref.scaled_linear(x, x_scale, weight, weight_scale, _counts(counts))
@@ -408,10 +407,10 @@ def linear_add_fp8_(
 ) -> Tensor:
     """`linear_fp8` joins the fp32 stream in place; without x_scale all rows have one scale."""
     if x.is_cuda:
-        from magihuman.kernels import linear_routes
+        from magihuman.kernels.linear import routes
 
         scale = scale_of_all if x_scale is None else x_scale
-        linear_routes.linear_add_fp8(stream, x, scale, weight, weight_scale, _counts(counts), route)
+        routes.linear_add_fp8(stream, x, scale, weight, weight_scale, _counts(counts), route)
         return stream
     if x_scale is None:
         x_scale = torch.full((x.shape[0],), scale_of_all)

@@ -1,5 +1,5 @@
 """Every fusable block of the transformer, once, as a small plain-torch function; those of the video
-decoder are in `decoder_reference`.
+decoder are in `decoder/reference.py`.
 
 The models call these functions; a graph rewrite traces them to obtain its pattern; the test of a
 fused kernel compares against them. Source of the maths: daVinci-MagiHuman, arXiv 2603.21986,

@@ -28,12 +28,10 @@ from magihuman.runtime.hooks import Hooks, NvtxHooks, OpenTelemetryHooks, Promet
 from magihuman.runtime.request import Chunk, Plan, Progress, Request, Video
 
 if TYPE_CHECKING:
-    from magihuman.runtime.converting import convert
-    from magihuman.runtime.engine import Engine
-    from magihuman.runtime.loading import load
-    from magihuman.runtime.random_weights import Synthetic as synthetic
-    from magihuman.runtime.tiny import write_tiny
-    from magihuman.runtime.verifying import verify
+    from magihuman.runtime.engine import Engine, load
+    from magihuman.runtime.evaluate import verify
+    from magihuman.runtime.weights import Synthetic as synthetic
+    from magihuman.runtime.weights import convert, write_tiny
 
 __all__ = [
     "Cancelled",
@@ -64,11 +62,11 @@ __all__ = [
 
 _LAZY = {
     "Engine": ("engine", "Engine"),
-    "convert": ("converting", "convert"),
-    "load": ("loading", "load"),
-    "synthetic": ("random_weights", "Synthetic"),
-    "verify": ("verifying", "verify"),
-    "write_tiny": ("tiny", "write_tiny"),
+    "convert": ("weights", "convert"),
+    "load": ("engine", "load"),
+    "synthetic": ("weights", "Synthetic"),
+    "verify": ("evaluate", "verify"),
+    "write_tiny": ("weights", "write_tiny"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from magihuman.runtime.errors import CheckpointError
 
+NANO = "nano"  # the model that comes with this package
 FPS = 25
 SAMPLE_RATE_HZ = 44100  # what decoded audio is called, after resampling
 LATENT_AUDIO_RATE_HZ = (

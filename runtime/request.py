@@ -313,7 +313,7 @@ class Video:
 
         The file appears whole or not at all. Raises `OutputError`.
         """
-        from magihuman.runtime.mp4 import write_mp4
+        from magihuman.runtime.media import write_mp4
 
         return write_mp4(Path(path), self.frames, self.audio, self.fps, self.sample_rate_hz)
 

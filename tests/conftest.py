@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from magihuman import runtime
-from magihuman.runtime import mp4
+from magihuman.runtime.media import mp4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,7 +47,10 @@ def same_bytes(monkeypatch):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--soak-requests", type=int, default=200, help="requests of tests/runtime/test_soak.py"
+        "--soak-requests",
+        type=int,
+        default=200,
+        help="requests of tests/runtime/engine/test_soak.py",
     )
 
 

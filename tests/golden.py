@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from magihuman.runtime import tokens
 from magihuman.runtime.config import DiTConfig
+from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
 
 FOLDER = Path(__file__).parent / "data" / "golden"

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 import golden
-from magihuman.graphs import compile as compiling
-from magihuman.graphs import precision, replay
-from magihuman.graphs.replay import CompiledForward
-from magihuman.kernels import cache as kept
+from magihuman.graphs import quantization
+from magihuman.graphs.transformer import compile as compiling
+from magihuman.graphs.transformer import replay
+from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import reference as ref
-from magihuman.runtime import random_weights
+from magihuman.kernels.jit import cache as kept
 from magihuman.runtime.config import DiTConfig
-from magihuman.runtime.context_parallel import Shared, Transformer
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.team import Team
+from magihuman.runtime.parallel.context_parallel import Shared, Transformer
+from magihuman.runtime.parallel.team import Team
+from magihuman.runtime.weights import random_weights
 
 # By name: whether it has frame-local layers, dtype of its linears, and whether it is rewritten,
 # with which attention.
@@ -123,7 +124,7 @@ def model_of(name: str) -> DiT:
         if not name.startswith("block."):
             model.get_parameter(name).data = parameter.data
     if attention is not None and attention != "bf16":
-        precision.quantize_model(model, precision.quantized_linears(model.config))
+        quantization.quantize_model(model, quantization.quantized_linears(model.config))
     compiling.pad_weights(model, model.config)
     return model
 
@@ -168,7 +169,7 @@ def compiled(name: str, device: torch.device, rank: int = 0, ranks: int = 1) -> 
     else:
         model = golden.dit(local=size == "frame-local").to(device)
     if kind != "bf16":
-        precision.quantize_model(model, precision.quantized_linears(model.config))
+        quantization.quantize_model(model, quantization.quantized_linears(model.config))
     narrow = kind == "fp8-attn"
     forward = CompiledForward(
         model, model.config, torch.bfloat16, device, fp8_attention=narrow,

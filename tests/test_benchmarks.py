@@ -20,7 +20,7 @@ import load_artifact
 import render_latency
 import render_readme
 import weight_kinds
-from magihuman.runtime import random_weights, tiny
+from magihuman.runtime.weights import random_weights, tiny
 
 ROOT = Path(__file__).parents[1]
 GPU = "NVIDIA H100 80GB HBM3"

@@ -22,9 +22,11 @@ import world
 from captions import attributes, caption, draw
 from distill import Matcher
 from magihuman import runtime
-from magihuman.runtime import config, denoise, tokens
+from magihuman.runtime import config
+from magihuman.runtime.evaluate.model_score import SECONDS, score_model
+from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.model_score import SECONDS, score_model
+from magihuman.runtime.pipeline import denoise
 from publish import reopen
 from stock import Clips, Pair, Stock
 from training import Average, Run, Standardized, finish, load, save
@@ -124,8 +126,8 @@ def test_components_fit_the_package(out):
 
 
 def test_its_folder_has_what_the_score_needs(out, engine, monkeypatch):
-    monkeypatch.setattr("magihuman.runtime.model_score.SIZE_PX", 32)
-    monkeypatch.setattr("magihuman.runtime.model_score.SECONDS", 0.4)
+    monkeypatch.setattr("magihuman.runtime.evaluate.model_score.SIZE_PX", 32)
+    monkeypatch.setattr("magihuman.runtime.evaluate.model_score.SECONDS", 0.4)
     found = score_model(engine, out / "model", clips=1)
     assert (found.prompts, found.references) == (1, 1)
     assert len(found.broken) == 6  # after a step of training
@@ -152,7 +154,7 @@ def test_latents_of_an_image_are_those_trained_on(out, engine):
 
 
 def test_all_frames_at_once_are_diffusers_chunks(out):
-    from magihuman.runtime.image_encoder import wan_vae
+    from magihuman.runtime.model.image_encoder import wan_vae
 
     model = video.VideoAutoencoder()
     load(out / "vae.pt", model)
@@ -520,8 +522,8 @@ def test_the_stock_is_a_ring(out):
 
 
 def test_the_architecture_is_read_back(out):
-    from magihuman.runtime.checkpoint import dit_config
     from magihuman.runtime.config import VARIANTS
+    from magihuman.runtime.weights.checkpoint import dit_config
 
     found = dit_config(out / "model" / "distill", VARIANTS["distill"])
     assert dataclasses.asdict(found) == dataclasses.asdict(transformer.CONFIG)

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from magihuman import runtime
-from magihuman.runtime.shipped import NANO, sized
+from magihuman.runtime.config import NANO
+from magihuman.runtime.weights import sized
 
 PROMPTS = (
     "A woman with long black hair in a yellow shirt on a pink background looks into the camera and"

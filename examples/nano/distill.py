@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit import Model, Trainer, compile_layers, draw_sigma, losses, optimizer_of
-from magihuman.runtime import sampling
+from magihuman.runtime.pipeline import schedulers
 from sampler import STEPS, Task, cleaned, noise_like, noised, sample
 from stock import Clips, Pair
 from training import Run, step, trained
@@ -24,7 +24,7 @@ def train(run: Run, batch: int, size_px: int, compiled: bool, stock: int, matchi
     matcher = Matcher(trainer, compiled) if matching else None
     if compiled:
         compile_layers(trainer.model)
-    levels = sampling.sigmas(STEPS).to(run.device)
+    levels = schedulers.sigmas(STEPS).to(run.device)
     for number in run.steps():
         clips, task = trainer.clips()
         index = torch.randint(STEPS, (batch,), device=run.device, generator=trainer.generator)
@@ -61,7 +61,7 @@ class Matcher:
                 compile_layers(model)
         self.teacher.eval().requires_grad_(False)
         self.optimizer = optimizer_of(self.critic, LEARNING_RATE)
-        self.levels = sampling.sigmas(STEPS).tolist()
+        self.levels = schedulers.sigmas(STEPS).tolist()
 
     def make(self, clips: Clips, task: Task) -> Pair:
         """Clean clips of one of the sampler's steps; gradients of the last forward alone."""

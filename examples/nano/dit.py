@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import prompts
-from magihuman.runtime import sampling
-from magihuman.runtime.checkpoint import ARCHITECTURE_NAME, SINGLE_NAME, load_dit
 from magihuman.runtime.config import VARIANTS
-from magihuman.runtime.folders import write_json
+from magihuman.runtime.files import write_json
+from magihuman.runtime.pipeline import schedulers
+from magihuman.runtime.weights.checkpoint import ARCHITECTURE_NAME, SINGLE_NAME, load_dit
 from preview import preview
 from sampler import Task, draw_task, noise_like, noised
 from stock import Clips, Pair, Stock
@@ -143,7 +143,7 @@ def compile_layers(model: Model) -> None:
 def draw_sigma(count: int, generator: torch.Generator) -> Tensor:
     """Noise levels [B]: half as the sampler has them, half uniform."""
     kind, level = torch.rand(2, count, device=generator.device, generator=generator).unbind()
-    high = sampling.SHIFT * level / (1 + (sampling.SHIFT - 1) * level)
+    high = schedulers.SHIFT * level / (1 + (schedulers.SHIFT - 1) * level)
     return torch.where(kind < 0.5, high, level).clamp(0.002, 0.9999)
 
 

@@ -18,7 +18,7 @@ from magihuman.runtime.config import (
     LATENT_CHANNELS,
     latent_frames,
 )
-from magihuman.runtime.scoring import score
+from magihuman.runtime.evaluate.clip_score import score
 from sampler import Task, sample
 from stock import Clips, Pair
 from training import Run, autocast

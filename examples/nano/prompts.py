@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from captions import caption, draw
-from magihuman.runtime.locating import TEXT_FOLDER
-from magihuman.runtime.quiet import quiet_transformers
-from magihuman.runtime.t5gemma import load_text_encoder
-from magihuman.runtime.text_encoder import uncapped
+from magihuman.runtime.model.text_encoder import uncapped
+from magihuman.runtime.weights.locate import TEXT_FOLDER
+from magihuman.runtime.weights.quiet import quiet_transformers
+from magihuman.runtime.weights.t5gemma import load_text_encoder
 
 VOCABULARY = 768
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # in the order of T5Gemma

@@ -14,9 +14,9 @@ import video
 import world
 from captions import caption, draw
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
-from magihuman.runtime.folders import write_json
-from magihuman.runtime.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
-from magihuman.runtime.shipped import SUITED
+from magihuman.runtime.evaluate.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
+from magihuman.runtime.files import write_json
+from magihuman.runtime.weights.shipped import SUITED
 from stock import latents_of
 from training import Average, save, trained
 from world import AUDIO, LONGEST

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from magihuman.runtime import sampling
 from magihuman.runtime.config import VARIANTS
+from magihuman.runtime.pipeline import schedulers
 from stock import Clips, Pair
 from training import autocast
 from video import CHANNELS
@@ -64,7 +64,7 @@ def sample(
     model: nn.Module, clips: Clips, task: Task, generator: torch.Generator, steps: int = STEPS
 ) -> Pair:
     """The sampler's state after so many of its 8 steps; after all, the finished clips."""
-    levels = sampling.sigmas(STEPS).tolist()
+    levels = schedulers.sigmas(STEPS).tolist()
     x = noised(clips.latents, noise_like(clips.latents, generator), 1.0, task)
     for i in range(steps):
         clean = cleaned(model, x, levels[i], clips, task)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import world
 from captions import MAX_SYLLABLES, SYLLABLES, attributes, draw
-from magihuman.runtime.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME, load_audio_vae
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
-from magihuman.runtime.folders import write_json
-from magihuman.runtime.locating import AUDIO_FOLDER
+from magihuman.runtime.evaluate.model_score import spectral_snr_db
+from magihuman.runtime.files import write_json
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, ResidualUnit
-from magihuman.runtime.model_score import spectral_snr_db
-from magihuman.runtime.tiny import unfold_weight_norm
+from magihuman.runtime.weights.checkpoint import AUDIO_VAE_PREFIX, SINGLE_NAME, load_audio_vae
+from magihuman.runtime.weights.locate import AUDIO_FOLDER
+from magihuman.runtime.weights.tiny import unfold_weight_norm
 from training import (
     Average,
     Run,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magihuman.runtime.folders import atomic_path, sync
+from magihuman.runtime.files import atomic_path, sync
 
 LOG_S, SAVE_S = 5.0, 60.0
 WARMUP_STEPS = 100

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import LATENT_CHANNELS, PATCH, DiTConfig
 from magihuman.runtime.model.dit import Attention, DiT, Norm
-from magihuman.runtime.tokens import Layout, coordinates
+from magihuman.runtime.model.tokens import Layout, coordinates
 from prompts import CHANNELS as TEXT_CHANNELS
 from video import CHANNELS
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import world
-from magihuman.runtime.checkpoint import TURBO_VAE_CONFIG, TURBO_VAE_WEIGHTS, load_turbo_vae
 from magihuman.runtime.config import (
     LATENT_CHANNELS,
     LATENT_MEAN,
@@ -19,12 +18,17 @@ from magihuman.runtime.config import (
     TurboVAEConfig,
     video_frames,
 )
-from magihuman.runtime.folders import write_json
-from magihuman.runtime.image_encoder import wan_vae
-from magihuman.runtime.locating import IMAGE_FOLDER, TURBO_FOLDER
+from magihuman.runtime.files import write_json
+from magihuman.runtime.model.image_encoder import wan_vae
 from magihuman.runtime.model.turbo_vae import Decoder
-from magihuman.runtime.tiny import published_wan_key
-from magihuman.runtime.wan_vae import WEIGHTS_NAME, load_image_vae
+from magihuman.runtime.weights.checkpoint import (
+    TURBO_VAE_CONFIG,
+    TURBO_VAE_WEIGHTS,
+    load_turbo_vae,
+)
+from magihuman.runtime.weights.locate import IMAGE_FOLDER, TURBO_FOLDER
+from magihuman.runtime.weights.tiny import published_wan_key
+from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME, load_image_vae
 from training import (
     Average,
     Run,

@@ -1,1 +1,40 @@
-"""The models in plain PyTorch, under the published key names."""
+"""The models in plain PyTorch, under the published key names.
+
+Each reads as its specification and is right on any device; nothing here is written for speed.
+`tokens` makes tokens of latents, and places them in time and space.
+"""
+
+from magihuman.runtime.model import tokens
+from magihuman.runtime.model.dit import DiT, Layer, Norm, Rope
+from magihuman.runtime.model.image_encoder import ImageVAE, wan_vae
+from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, Snake
+from magihuman.runtime.model.text_encoder import TextEncoder, uncapped
+from magihuman.runtime.model.tokens import Layout
+from magihuman.runtime.model.turbo_vae import (
+    Decoder,
+    TurboVAE,
+    Window,
+    decode_windows,
+    window_kinds,
+)
+
+__all__ = [
+    "Decoder",
+    "DiT",
+    "ImageVAE",
+    "Layer",
+    "Layout",
+    "Norm",
+    "Oobleck",
+    "OobleckConfig",
+    "Rope",
+    "Snake",
+    "TextEncoder",
+    "TurboVAE",
+    "Window",
+    "decode_windows",
+    "tokens",
+    "uncapped",
+    "wan_vae",
+    "window_kinds",
+]

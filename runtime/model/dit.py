@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from magihuman.kernels import exchange
 from magihuman.kernels import reference as ref
+from magihuman.kernels.parallel import exchange
 from magihuman.runtime.config import DiTConfig
 
 MODALITIES = (

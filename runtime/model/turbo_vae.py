@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from magihuman.kernels import decoder_reference as ref
+from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime.config import LATENT_MEAN, LATENT_STD, TurboVAEConfig
 
 NORM_EPS = 1e-8

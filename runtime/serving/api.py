@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from magihuman.runtime.folders import version
+from magihuman.runtime.files import version
 from magihuman.runtime.serving import uploads
 from magihuman.runtime.serving.errors import ApiError, invalid, too_large
 from magihuman.runtime.serving.jobs import Draining, Jobs, LineFull

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from magihuman import runtime
-from magihuman.runtime.folders import sync
+from magihuman.runtime.files import sync
 from magihuman.runtime.serving.messages import EngineLost, Event, Failed, Made, Report, Work
 
 log = logging.getLogger("magihuman")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from magihuman.runtime.errors import OutputError
-from magihuman.runtime.folders import atomic_folder, atomic_path, write_json
+from magihuman.runtime.files import atomic_folder, atomic_path, write_json
 from magihuman.runtime.request import Request
 
 log = logging.getLogger("magihuman")

@@ -178,13 +178,13 @@ def _check(path: Path, name: str, open_it: Callable[[Path], object]) -> None:
 
 
 def _open_image(path: Path, limits: Limits) -> None:
-    from magihuman.runtime.image import open_image
+    from magihuman.runtime.media import open_image
 
     open_image(path, max_pixels=limits.image_pixels, formats=IMAGE_FORMATS)
 
 
 def _open_audio(path: Path, limits: Limits) -> None:
-    from magihuman.runtime.audio import open_driving_audio
+    from magihuman.runtime.pipeline import open_driving_audio
 
     end_s = limits.audio_s + 1  # decoded no further, and enough to see that it is too long
     samples, _ = open_driving_audio(path, end_s, limit_s=end_s, formats=AUDIO_FORMATS)

@@ -21,7 +21,7 @@ from magihuman.runtime.errors import (
     InvalidRequestError,
     OutputError,
 )
-from magihuman.runtime.exported import read_manifest
+from magihuman.runtime.exported.manifest import read_manifest
 
 assert export.__name__ in {command.callback.__name__ for command in cli.app.registered_commands}
 
@@ -139,7 +139,7 @@ def test_verifying_writes_its_figures_again(sound, tiny_dir):
 
 def test_a_graph_that_is_off_fails(sound, tiny_dir, tmp_path, monkeypatch):
     """Other weights under the same names and hashes: what verification is for."""
-    from magihuman.runtime import checkpoint
+    from magihuman.runtime.weights import checkpoint
 
     def altered(folder: Path, device: object) -> object:
         model = original(folder, device)

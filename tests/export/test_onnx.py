@@ -13,11 +13,11 @@ from onnx import TensorProto
 
 from magihuman.export.onnx import INPUT, OPSET, OUTPUT, SharedWeights, Sound, Window, write_onnx
 from magihuman.export.tensorrt import build_engine
-from magihuman.runtime import random_weights
 from magihuman.runtime.config import TurboVAEConfig
-from magihuman.runtime.exported import Builder
+from magihuman.runtime.exported.manifest import Builder
 from magihuman.runtime.model.turbo_vae import TurboVAE
-from magihuman.runtime.tiny import AUDIO_VAE, TURBO_VAE
+from magihuman.runtime.weights import random_weights
+from magihuman.runtime.weights.tiny import AUDIO_VAE, TURBO_VAE
 
 # Every operator and every change of size, in a third of the time: exporting costs by the node.
 SHALLOW = dataclasses.replace(TURBO_VAE, decoder_layers_per_block=(1,) * 5)

@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-import magihuman.kernels.decoder_ops
-import magihuman.kernels.decoder_reference
+import magihuman.kernels.decoder.ops
+import magihuman.kernels.decoder.reference
 import magihuman.kernels.reference
+import magihuman.runtime.evaluate.clip_score
 import magihuman.runtime.model.turbo_vae
-import magihuman.runtime.scoring
 from magihuman.export import versions
 
 USED = [
-    magihuman.kernels.decoder_reference,
+    magihuman.kernels.decoder.reference,
     magihuman.kernels.reference,
     magihuman.runtime.model.turbo_vae,
     versions,
 ]
-UNUSED = [magihuman.kernels.decoder_ops, magihuman.runtime.scoring]
+UNUSED = [magihuman.kernels.decoder.ops, magihuman.runtime.evaluate.clip_score]
 
 
 def python(*arguments: str, path: Path | None = None) -> str:
@@ -77,7 +77,7 @@ def test_all_that_is_imported_is_looked_at():
         "    if name.startswith('magihuman.') and module.__file__: print(module.__file__)\n"
     )
     imported = {Path(line) for line in python("-c", code).splitlines()}
-    assert Path(magihuman.kernels.decoder_reference.__file__) in imported
+    assert Path(magihuman.kernels.decoder.reference.__file__) in imported
     assert imported <= set(versions.sources())
 
 

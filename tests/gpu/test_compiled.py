@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 import golden
-from magihuman.runtime import denoise, tokens
+from magihuman.runtime.model import tokens
+from magihuman.runtime.pipeline import denoise
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from magihuman import runtime
-from magihuman.graphs import precision
-from magihuman.graphs.addresses import MovedError
-from magihuman.graphs.replay import CompiledForward
-from magihuman.kernels import attention_backends, linear_routes
+from magihuman.graphs import quantization
+from magihuman.graphs.cuda_graphs.addresses import MovedError
+from magihuman.graphs.transformer.replay import CompiledForward
+from magihuman.kernels.attention import backends
+from magihuman.kernels.linear import routes
 
 DEVICE = torch.device("cuda")
 LOOP = 1e-2
@@ -155,7 +157,7 @@ def test_fp8_linears(attention: bool) -> None:
     layout = tokens.Layout(3, 4, 6, 9, 33)
     reference, _ = compiled_of()
     model = golden.dit(local=False).to(DEVICE)
-    precision.quantize_model(model, precision.quantized_linears(model.config))
+    quantization.quantize_model(model, quantization.quantized_linears(model.config))
     forward = CompiledForward(model, model.config, torch.bfloat16, DEVICE, fp8_attention=attention)
     text = torch.randn(layout.text, model.config.text_channels, device=DEVICE)
     with torch.inference_mode():
@@ -172,13 +174,13 @@ def test_nothing_but_the_expected_kernels_runs(
     backend: str, route: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cuda.bindings")
-    reason = attention_backends.why_not(backend, 32, DEVICE)
+    reason = backends.why_not(backend, 32, DEVICE)
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setattr(attention_backends, "fastest", lambda *shape: backend)
+    monkeypatch.setattr(backends, "fastest", lambda *shape: backend)
     # The tiny architecture's rows of q, k, v and gates are no multiple of 16 bytes.
     monkeypatch.setattr(
-        linear_routes, "fastest", lambda after, *rest: "library" if after == "store" else route
+        routes, "fastest", lambda after, *rest: "library" if after == "store" else route
     )
     model, forward = compiled_of(debug=True)
     found = forward.recorded(72, 9, 64)
@@ -241,7 +243,7 @@ def test_sizes_beyond_the_budget_are_captured_again() -> None:
 
 
 def test_out_of_memory_leaves_the_forward_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_backends, "fastest", lambda *shape: "triton")
+    monkeypatch.setattr(backends, "fastest", lambda *shape: "triton")
     model, forward = compiled_of()
     layout = tokens.Layout(3, 4, 6, 9, 8)
     total = torch.cuda.get_device_properties(DEVICE).total_memory

@@ -14,17 +14,18 @@ import pytest
 import torch
 
 import golden
-from magihuman.runtime import denoise, tokens
+from magihuman.runtime.model import tokens
+from magihuman.runtime.pipeline import denoise
 
 if torch.cuda.device_count() < 2:
     pytest.skip("needs two GPUs", allow_module_level=True)
 
 import teams
 from magihuman import runtime
-from magihuman.runtime.context_parallel import Shared
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.team import Team
-from magihuman.runtime.transformer import FP8_ATTENTION
+from magihuman.runtime.parallel.context_parallel import Shared
+from magihuman.runtime.parallel.team import Team
+from magihuman.runtime.weights.transformer import FP8_ATTENTION
 
 DEVICES = [torch.device("cuda", rank) for rank in range(2)]
 SMALL = [tokens.Layout(3, 4, 6, 9, text) for text in (7, 70)]

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import golden
 import weight_kinds
 from magihuman import runtime
-from magihuman.graphs import precision
+from magihuman.graphs import quantization
 from magihuman.kernels import reference as ref
-from magihuman.runtime import checkpoint, simulated_fp8, tiny
 from magihuman.runtime.config import VARIANTS
+from magihuman.runtime.evaluate import simulated_fp8
+from magihuman.runtime.weights import checkpoint, tiny
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -40,7 +41,7 @@ def test_convert_load_generate(tiny_dir: Path, tmp_path: Path, keep: str) -> Non
     assert clip.frames.shape == (5, 64, 64, 3)
 
     model = checkpoint.load_dit(tiny_dir / "distill", VARIANTS["distill"], DEVICE, torch.bfloat16)
-    precision.quantize_model(model, precision.quantized_linears(tiny.DIT, keep))
+    quantization.quantize_model(model, quantization.quantized_linears(tiny.DIT, keep))
     wanted = model.state_dict()
     assert found.keys() == wanted.keys()
     for key, value in found.items():
@@ -73,7 +74,7 @@ def test_an_artifact_in_the_plain_model(
 def test_the_simulation_sums_as_the_reference_does(counts: ref.Counts | None) -> None:
     x = torch.randn(300, 340, device=DEVICE)
     weight = torch.randn(128 * (3 if counts else 1), 340, device=DEVICE)
-    operands = (*ref.quantize_rows(x), *precision.quantize(weight))
+    operands = (*ref.quantize_rows(x), *quantization.quantize(weight))
     ours = simulated_fp8.scaled_linear(*operands, counts)
     theirs = ref.scaled_linear(*operands, counts)
     assert ours.dtype == torch.bfloat16

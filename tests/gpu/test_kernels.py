@@ -16,17 +16,20 @@ from magihuman.kernels import reference as ref
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from magihuman.kernels import (
-    activations,
-    attention_backends,
-    attention_fp8,
-    attention_gluon,
+from magihuman.kernels import ops, sandwich_norm
+from magihuman.kernels.attention import (
+    backends,
     head_gate,
-    ops,
     qk_norm_rope,
     qkv_fp8,
-    sandwich_norm,
 )
+from magihuman.kernels.attention import (
+    fp8 as attention_fp8,
+)
+from magihuman.kernels.attention import (
+    gluon as attention_gluon,
+)
+from magihuman.kernels.linear import activations
 
 DEVICE = torch.device("cuda")
 ROWS = [1, 63, 127, 4266, 14762]
@@ -110,11 +113,11 @@ def test_head_gate(rows: int) -> None:
     assert_close(head_gate.head_gate(x, gate), ref.head_gate(x, gate), exact)
 
 
-@pytest.mark.parametrize("name", attention_backends.NAMES)
+@pytest.mark.parametrize("name", backends.NAMES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (4, 2, 64), (4, 2, 32)])
 def test_attention(name: str, rows: int, heads: int, kv_heads: int, dim: int) -> None:
-    reason = attention_backends.why_not(name, dim, DEVICE)
+    reason = backends.why_not(name, dim, DEVICE)
     if name == "cudnn" and rows == 1:
         reason = "cuDNN takes no single query with a mask"
     if reason is not None:
@@ -126,7 +129,7 @@ def test_attention(name: str, rows: int, heads: int, kv_heads: int, dim: int) ->
     for length in sorted({1, max(1, rows // 2), max(1, rows - 1), rows}):
         k[length:], v[length:] = 50.0, -1000.0  # must not be seen
         valid = torch.tensor(length, device=DEVICE, dtype=torch.int32)
-        ours = attention_backends.run(name, q, k, v, gate, valid)
+        ours = backends.run(name, q, k, v, gate, valid)
         keys, values = k[:length], v[:length]
         exact = exact_attention(q, keys, values, gate)
         plain = ref.gated_attention(q, keys, values, gate)
@@ -138,7 +141,7 @@ def test_attention(name: str, rows: int, heads: int, kv_heads: int, dim: int) ->
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (4, 2, 64), (3, 1, 32)])
 def test_fp8_attention(rows: int, heads: int, kv_heads: int, dim: int) -> None:
     """From the projection to the gated heads: what is quantised, and what that costs."""
-    reason = attention_backends.why_not("gluon", dim, DEVICE)
+    reason = backends.why_not("gluon", dim, DEVICE)
     if reason is not None:
         pytest.skip(reason)
     angle = randn(rows, 3 * dim // 8, dtype=torch.float32)
@@ -175,7 +178,7 @@ LOCAL_SHAPES = [
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (4, 2, 64), (3, 1, 32)])
 def test_frame_local_attention(heads: int, kv_heads: int, dim: int, is_fp8: bool) -> None:
     """Against the definition in fp32; valid lengths that cut the text."""
-    reason = attention_backends.why_not("gluon", dim, DEVICE)
+    reason = backends.why_not("gluon", dim, DEVICE)
     if reason is not None:
         pytest.skip(reason)
     for frames, frame_tokens, reach, rest in LOCAL_SHAPES:

@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings")
 
-from magihuman.kernels import linear_routes
-from magihuman.kernels.matmul_sm90 import Epilogue
+from magihuman.kernels.linear import routes
+from magihuman.kernels.linear.matmul_sm90 import Epilogue
 
 DEVICE = torch.device("cuda")
 FP8 = torch.float8_e4m3fn
@@ -40,7 +40,7 @@ def poisoned(rows: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.full((rows, width), float("nan"), device=DEVICE, dtype=dtype)[:, :columns]
 
 
-@pytest.mark.parametrize("route", linear_routes.TILES)
+@pytest.mark.parametrize("route", routes.TILES)
 @pytest.mark.parametrize("epilogue", ["store", "gelu7", "swiglu7", "add"])
 @pytest.mark.parametrize(("rows", "depth", "columns", "counts"), SHAPES)
 def test_product(
@@ -50,7 +50,7 @@ def test_product(
     weight = randn(columns * (3 if counts else 1), depth) * 2 * depth**-0.5
     product = ref.per_modality(lambda a, b: a.double() @ b.double().t(), x, weight, counts)
     rounded = product.to(torch.bfloat16)
-    tile = linear_routes.TILES[route]
+    tile = routes.TILES[route]
     if epilogue == "add":
         before = torch.randn(rows, columns, device=DEVICE)
         out, exact, plain = before.clone(), before + product, before + rounded.double()
@@ -59,7 +59,7 @@ def test_product(
         exact, plain = fn(product.float()), fn(rounded)
         width = exact.shape[1]
         out = poisoned(rows, width, -(-width // 8) * 8 + 8, torch.bfloat16)
-    linear_routes.matmul(x, weight, out, counts, epilogue, tile)
+    routes.matmul(x, weight, out, counts, epilogue, tile)
     assert golden.error(out, exact) <= 1.1 * golden.error(plain, exact) + 1e-7
     if epilogue != "add":
         written = -(-out.shape[1] // 8) * 8  # the copy engine writes 16 bytes at a time
@@ -67,7 +67,7 @@ def test_product(
         assert beyond.isnan().all()
 
 
-@pytest.mark.parametrize("route", linear_routes.TILES)
+@pytest.mark.parametrize("route", routes.TILES)
 @pytest.mark.parametrize("epilogue", ["store", "gelu7", "swiglu7", "add"])
 @pytest.mark.parametrize(("rows", "depth", "columns", "counts"), SHAPES)
 def test_fp8_product(
@@ -80,7 +80,7 @@ def test_fp8_product(
     x, weight = (F.pad(v.view(torch.uint8), (0, wide - depth)).view(FP8) for v in (x, weight))
     whole = ref.dequantize_rows(x, x_scale).double(), ref.dequantize_rows(weight, scale).double()
     product = ref.per_modality(lambda a, b: a @ b.t(), *whole, counts)
-    tile = linear_routes.TILES[route]
+    tile = routes.TILES[route]
     dtypes = [torch.bfloat16, FP8] if epilogue in ("gelu7", "swiglu7") else [torch.bfloat16]
     for dtype in dtypes if epilogue != "add" else [torch.float32]:
         if epilogue == "add":
@@ -96,13 +96,13 @@ def test_fp8_product(
             width = -(-exact.shape[1] // 16) * 16
             out = torch.full((rows, width), 0x7F, device=DEVICE, dtype=torch.uint8).to(dtype)
             out = out[:, : exact.shape[1]]
-        linear_routes.matmul(x, weight[:, :depth], out, counts, epilogue, tile, x_scale, scale)
+        routes.matmul(x, weight[:, :depth], out, counts, epilogue, tile, x_scale, scale)
         ours = out.float() * (factor if epilogue != "add" else 1.0)
         # The tensor cores keep about 14 bits of a sum: 1.5e-3 at a depth of 5120.
         assert golden.error(ours, exact) <= 1.1 * golden.error(plain, exact) + 3e-3
 
 
-@pytest.mark.parametrize("route", linear_routes.TILES)
+@pytest.mark.parametrize("route", routes.TILES)
 @pytest.mark.parametrize("counts", [None, (150, 1, 149)])
 def test_fp8_product_of_odd_weights(route: str, counts: ref.Counts | None) -> None:
     """A run's scales begin anywhere: 323 rows are three heads of 64, k, v, and three gates."""
@@ -110,13 +110,13 @@ def test_fp8_product_of_odd_weights(route: str, counts: ref.Counts | None) -> No
     weight, scale = ref.quantize_rows(randn(323 * (3 if counts else 1), 192) / 14)
     # What lies behind the last scale is not the weight's.
     scale = F.pad(scale, (0, 1), value=float("nan"))[:-1]
-    out = linear_routes.linear_fp8(x, x_scale, weight, scale, counts, route)
+    out = routes.linear_fp8(x, x_scale, weight, scale, counts, route)
     whole = ref.dequantize_rows(x, x_scale).double(), ref.dequantize_rows(weight, scale).double()
     exact = ref.per_modality(lambda a, b: a @ b.t(), *whole, counts)
     assert golden.error(out, exact) <= 1.1 * golden.error(exact.to(torch.bfloat16), exact) + 1e-3
 
 
-@pytest.mark.parametrize("route", [linear_routes.LIBRARY, *linear_routes.TILES])
+@pytest.mark.parametrize("route", [routes.LIBRARY, *routes.TILES])
 @pytest.mark.parametrize("counts", [None, (150, 1, 149)])
 def test_routes_agree_with_the_reference(route: str, counts: ref.Counts | None) -> None:
     """Through the operators, with a padded activation that the next product reads."""
@@ -144,7 +144,7 @@ def test_routes_agree_with_the_reference(route: str, counts: ref.Counts | None) 
 
 def test_what_the_own_product_does_not_take() -> None:
     x, weight = randn(8, 64), randn(32, 64)
-    assert linear_routes.why_not(x, weight, "store", None) is None
-    assert "bfloat16" in str(linear_routes.why_not(x.float(), weight.float(), "store", None))
-    assert "16" in str(linear_routes.why_not(x, randn(20, 64), "store", None))
-    assert "multiples of 8" in str(linear_routes.why_not(randn(8, 60), randn(32, 60), "add", None))
+    assert routes.why_not(x, weight, "store", None) is None
+    assert "bfloat16" in str(routes.why_not(x.float(), weight.float(), "store", None))
+    assert "16" in str(routes.why_not(x, randn(20, 64), "store", None))
+    assert "multiples of 8" in str(routes.why_not(randn(8, 60), randn(32, 60), "add", None))

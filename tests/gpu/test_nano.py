@@ -11,10 +11,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from magihuman import runtime
-from magihuman.graphs.precision import quantize_model, quantized_linears
-from magihuman.graphs.replay import CompiledForward
-from magihuman.runtime import denoise, random_weights, shipped, tokens
-from magihuman.runtime.model_score import score_model
+from magihuman.graphs.quantization import quantize_model, quantized_linears
+from magihuman.graphs.transformer.replay import CompiledForward
+from magihuman.runtime.evaluate.model_score import score_model
+from magihuman.runtime.model import tokens
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import random_weights, shipped
 from transformer import CONFIG
 
 DEVICE = torch.device("cuda")

@@ -19,10 +19,10 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from magihuman import runtime
-from magihuman.runtime import loading
-from magihuman.runtime.memory import free_bytes
-from magihuman.runtime.memory_plan import AUDIO, BASE, GIB, IMAGE, SR, TEXT, MemoryPlan
-from magihuman.runtime.offload import Offloaded
+from magihuman.runtime.engine import loading
+from magihuman.runtime.memory.estimate import free_bytes
+from magihuman.runtime.memory.offload import Offloaded
+from magihuman.runtime.memory.plan import AUDIO, BASE, GIB, IMAGE, SR, TEXT, MemoryPlan
 
 DEVICE = torch.device("cuda")
 # One window of the decoder: where nothing is captured, windows are decoded one at a time, and a
@@ -156,7 +156,7 @@ def test_an_error_amid_a_forward_leaves_the_next_its_weights(
 def test_slow_copies_are_waited_for(load, clip_of, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each copy comes a few milliseconds late, long after the layer before it is done."""
     with load(SPLITS["all layers"]) as engine:
-        from magihuman.runtime.offload import Copies
+        from magihuman.runtime.memory.offload import Copies
 
         add = Copies.add
 

@@ -14,7 +14,7 @@ from magihuman.kernels import reference as ref
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from magihuman.kernels.quantize import norm_rows, quantize_rows
+from magihuman.kernels.linear.quantize import norm_rows, quantize_rows
 
 DEVICE = torch.device("cuda")
 ROWS = [1, 63, 127, 4266]

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from magihuman import runtime
-from magihuman.runtime import checkpoint
-from magihuman.runtime.decode import decode_frames
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
-from magihuman.runtime.exported import read_manifest
-from magihuman.runtime.tensorrt import TensorRTVAE, device_sm, flavour_for
+from magihuman.runtime.exported.manifest import read_manifest
+from magihuman.runtime.exported.tensorrt import TensorRTVAE, device_sm, flavour_for
+from magihuman.runtime.pipeline.decode import decode_frames
+from magihuman.runtime.weights import checkpoint
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)

@@ -13,10 +13,10 @@ import golden
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from magihuman.graphs.replay_text import ReplayedEncoder
+from magihuman.graphs.text.replay import ReplayedEncoder
 from magihuman.runtime.config import MAX_TEXT_TOKENS
-from magihuman.runtime.random_weights import byte_tokenizer
-from magihuman.runtime.text_encoder import TextEncoder, uncapped
+from magihuman.runtime.model.text_encoder import TextEncoder, uncapped
+from magihuman.runtime.weights.random_weights import byte_tokenizer
 
 DEVICE = torch.device("cuda")
 FP32, BF16 = 1e-5, 2**-7

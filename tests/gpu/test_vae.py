@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 
 import golden
-from magihuman.kernels import decoder_reference as ref
-from magihuman.runtime import random_weights
+from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime.config import TurboVAEConfig
-from magihuman.runtime.decode import Frames, decode_frames
 from magihuman.runtime.model.turbo_vae import TurboVAE
+from magihuman.runtime.pipeline.decode import Frames, decode_frames
+from magihuman.runtime.weights import random_weights
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from magihuman.graphs.replay_decoder import CompiledDecoder
-from magihuman.kernels import channel_norm, decoder_ops, frames
+from magihuman.graphs.decoder.replay import CompiledDecoder
+from magihuman.kernels.decoder import channel_norm, frames
+from magihuman.kernels.decoder import ops as decoder_ops
 
 DEVICE = torch.device("cuda")
 SLACK = 1.1

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from magihuman.kernels import decoder_reference as decoder
 from magihuman.kernels import reference as ref
+from magihuman.kernels.decoder import reference as decoder
 
 pytest.importorskip("triton")
 
@@ -62,7 +62,7 @@ def check_sandwich_norm() -> None:
 
 
 def check_qk_norm_rope() -> None:
-    from magihuman.kernels.qk_norm_rope import qk_norm_rope
+    from magihuman.kernels.attention.qk_norm_rope import qk_norm_rope
 
     for heads, kv_heads, dim in ((10, 2, 128), (4, 2, 64), (3, 1, 32)):
         angle = torch.randn(ROWS, 3 * dim // 8)
@@ -77,7 +77,7 @@ def check_qk_norm_rope() -> None:
 
 
 def check_activations() -> None:
-    from magihuman.kernels.activations import gelu7, swiglu7
+    from magihuman.kernels.linear.activations import gelu7, swiglu7
 
     kernels = ((swiglu7, ref.swiglu7), (gelu7, ref.gelu7))
     for width, (ours, plain) in itertools.product((1, 21, 340, 1100), kernels):
@@ -93,7 +93,7 @@ def check_activations() -> None:
 
 def check_quantize() -> None:
     """Scales, and that values are in place: the interpreter's rounding to e4m3 loses carries."""
-    from magihuman.kernels.quantize import norm_rows, quantize_rows
+    from magihuman.kernels.linear.quantize import norm_rows, quantize_rows
 
     def check(ours: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
         assert_close(ours[1], expected[1])
@@ -114,7 +114,7 @@ def check_quantize() -> None:
 
 def check_qkv_fp8() -> None:
     """As `check_quantize`; whole blocks of keys, and those beyond the valid ones zeros."""
-    from magihuman.kernels.qkv_fp8 import qkv_fp8
+    from magihuman.kernels.attention.qkv_fp8 import qkv_fp8
 
     for rows, heads, kv_heads, dim in ((ROWS, 10, 2, 128), (130, 4, 2, 64), (3, 3, 1, 32)):
         angle = torch.randn(rows, 3 * dim // 8)
@@ -137,7 +137,7 @@ def video(*shape: int) -> Tensor:
 
 
 def check_channel_norm() -> None:
-    from magihuman.kernels.channel_norm import channel_norm
+    from magihuman.kernels.decoder.channel_norm import channel_norm
 
     for channels, activation, pads, bias in itertools.product(
         (8, 24),
@@ -169,7 +169,7 @@ def check_channel_norm() -> None:
 
 
 def check_frames() -> None:
-    from magihuman.kernels.frames import join_frames, pixels, yuv420
+    from magihuman.kernels.decoder.frames import join_frames, pixels, yuv420
 
     for channels, drop in ((8, 0), (24, 1)):
         for in_time, delta, bias in itertools.product((True, False), (True, False), (True, False)):
@@ -190,7 +190,7 @@ def check_frames() -> None:
 
 
 def check_head_pack() -> None:
-    from magihuman.kernels.head_pack import pack_heads, unpack_heads
+    from magihuman.kernels.parallel.head_pack import pack_heads, unpack_heads
 
     for heads, kv_heads, dim, ranks in ((40, 8, 128, 2), (40, 8, 128, 8), (4, 2, 32, 2)):
         for qkv in in_wider_rows((heads + 2 * kv_heads) * dim + heads):

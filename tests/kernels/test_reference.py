@@ -12,9 +12,9 @@ from torch import Tensor
 
 import golden
 from magihuman.export import exporting
-from magihuman.graphs import compile as compiling
-from magihuman.kernels import decoder_reference
+from magihuman.graphs.transformer import compile as compiling
 from magihuman.kernels import reference as ref
+from magihuman.kernels.decoder import reference as decoder_reference
 from magihuman.runtime import config
 
 FP32 = 1e-6  # fp32 sums over a few hundred terms

@@ -17,18 +17,20 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from magihuman.kernels import (  # noqa: E402
-    activations,
-    attention_fp8,
-    attention_triton,
-    channel_norm,
-    frames,
-    head_gate,
-    head_pack,
-    qk_norm_rope,
-    quantize,
-    sandwich_norm,
+from magihuman.kernels import sandwich_norm  # noqa: E402
+from magihuman.kernels.attention import (  # noqa: E402
+    fp8 as attention_fp8,
 )
+from magihuman.kernels.attention import (  # noqa: E402
+    head_gate,
+    qk_norm_rope,
+)
+from magihuman.kernels.attention import (  # noqa: E402
+    triton as attention_triton,
+)
+from magihuman.kernels.decoder import channel_norm, frames  # noqa: E402
+from magihuman.kernels.linear import activations, quantize  # noqa: E402
+from magihuman.kernels.parallel import head_pack  # noqa: E402
 
 BF16, FP32, I32, U8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
 POINTERS = {BF16: "*bf16", FP32: "*fp32", I32: "*i32", U8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 from video_client import LONG, SMALL, TOKEN, until
 
-from magihuman.runtime import serve_command
-from magihuman.runtime.cli import app
+from magihuman.runtime.cli import serve
+from magihuman.runtime.cli.main import app
 
 pytest.importorskip("ray", reason="the extra [serve] is not installed")
 
@@ -131,7 +131,7 @@ def test_everything_killed_and_started_again(server):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_bad_arguments(server, tiny_dir, tmp_path, monkeypatch, arguments, says):
-    monkeypatch.setattr(serve_command, "WAIT_S", 0.1)
+    monkeypatch.setattr(serve, "WAIT_S", 0.1)
     (tmp_path / "empty").write_text("\n")
     known = {
         "port": server.url.rpartition(":")[2],

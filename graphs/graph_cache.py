@@ -1,0 +1,118 @@
+"""Rewritten graphs on disk, so that a model is captured once per machine, not once per process."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+import magihuman.graphs
+import magihuman.kernels.reference
+from magihuman.kernels.jit import cache
+
+KIND = "graphs"  # in the cache
+VERSION = 1
+
+
+def key_of(
+    config: Any,
+    dtype: torch.dtype,
+    model: nn.Module,
+    quantized: Sequence[str] = (),
+    fp8_attention: bool = False,
+    ranks: int = 1,
+) -> str:
+    """What a rewritten graph depends on: architecture, dtype, the linears with e4m3 weights, the
+    attention beside them, the processes that share a sequence, torch, and the code that makes it.
+    """
+    sources = [
+        *sorted(Path(magihuman.graphs.__file__).parent.rglob("*.py")),
+        Path(magihuman.kernels.reference.__file__),
+        Path(str(__import__(type(model).__module__, fromlist=["_"]).__file__)),
+    ]
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(source.read_bytes())
+    facts = (VERSION, torch.__version__, str(dtype), list(quantized), fp8_attention, ranks)
+    digest.update(json.dumps([*facts, dataclasses.asdict(config)], sort_keys=True).encode())
+    return digest.hexdigest()[:32]
+
+
+def save(module: fx.GraphModule, key: str, folder: Path | None = None) -> None:
+    """Keep a graph whose only tensors are the model's own. A full disk is no error."""
+    nodes = [
+        [node.op, node.name, _target(node), _encode(node.args), _encode(node.kwargs)]
+        for node in module.graph.nodes
+    ]
+    cache.write(KIND, key, json.dumps(nodes).encode(), folder)
+
+
+def load(key: str, model: nn.Module, folder: Path | None = None) -> fx.GraphModule | None:
+    """The graph over this model's weights, or None where there is none that can be read."""
+    content = cache.read(KIND, key, folder)
+    if content is None:
+        return None
+    try:
+        return _build(json.loads(content), model)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _build(nodes: list[Any], model: nn.Module) -> fx.GraphModule:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    for op, name, target, args, kwargs in nodes:
+        resolved = _resolve(target) if op == "call_function" else target
+        made[name] = graph.create_node(
+            op, resolved, tuple(_decode(args, made)), _decode(kwargs, made), name
+        )
+    return fx.GraphModule(model, graph)
+
+
+def _target(node: fx.Node) -> str:
+    if node.op != "call_function":
+        return str(node.target)
+    if node.target is operator.getitem:
+        return "getitem"
+    return str(node.target)  # an operator prints as namespace.name.overload
+
+
+def _resolve(target: str) -> Callable[..., Any]:
+    if target == "getitem":
+        return operator.getitem
+    namespace, name, overload = target.split(".")
+    found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return found
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        return {"dict": {key: _encode(item) for key, item in value.items()}}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a graph with a {type(value).__name__} in it cannot be kept")
+
+
+def _decode(value: Any, made: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, made) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "node" in value:
+        return made[value["node"]]
+    if "dtype" in value:
+        return getattr(torch, value["dtype"])
+    return {key: _decode(item, made) for key, item in value["dict"].items()}

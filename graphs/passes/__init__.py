@@ -1,1 +1,0 @@
-"""Graph rewrites, one file each, in the order in which `compile.py` runs them."""

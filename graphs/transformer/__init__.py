@@ -1,0 +1,27 @@
+"""The DiT: captured once at any token counts, rewritten by `passes`, replayed by size.
+
+`compile` has the order of the passes and the counts that they must reach. `replay` keeps a CUDA
+graph for each size, `layer_hooks` lets weights come layer by layer.
+"""
+
+from magihuman.graphs.transformer.compile import (
+    TRACE_COUNTS,
+    example_inputs,
+    pad_weights,
+    rewrite,
+    route_linears,
+    specialize,
+)
+from magihuman.graphs.transformer.passes.context import Context
+from magihuman.graphs.transformer.replay import CompiledForward
+
+__all__ = [
+    "TRACE_COUNTS",
+    "CompiledForward",
+    "Context",
+    "example_inputs",
+    "pad_weights",
+    "rewrite",
+    "route_linears",
+    "specialize",
+]

@@ -1,0 +1,304 @@
+"""The transformer in fused kernels: the order of the passes and the counts they must reach."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from magihuman.graphs import graph_cache
+from magihuman.graphs.quantization import is_quantized
+from magihuman.graphs.rewrite import CompileError, Report
+from magihuman.graphs.trace import capture
+from magihuman.graphs.transformer.passes import (
+    activation,
+    attention,
+    attention_fp8,
+    epilogue,
+    linear,
+    precision,
+    qk_norm_rope,
+    sandwich_norm,
+)
+from magihuman.graphs.transformer.passes.context import Context
+from magihuman.kernels.jit import UNSET
+from magihuman.kernels.parallel import exchange  # noqa: F401 - registers torch.ops.magihuman, as ops do
+from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding, padded_width
+
+OPS = torch.ops.magihuman
+Pass = Callable[[fx.GraphModule, Context], int]
+
+TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do; these occur nowhere else in a graph
+TRACE_LOCAL = LocalAttention(frames=3, frame_tokens=8, reach=1)  # of so many video tokens
+META = torch.device("meta")
+ONE_KERNEL = "one kernel"  # where all attention is over fp8 or frame-local
+
+
+def passes_for(config: Any) -> list[tuple[str, Pass, int]]:
+    """Every pass with the number of matches that the architecture implies."""
+    layers = config.num_layers
+    return [
+        ("sandwich_norm", sandwich_norm.run, 2 * layers),
+        ("qk_norm_rope", qk_norm_rope.run, layers),
+        ("attention", attention.run, layers),
+        ("activation", activation.run, layers),
+        ("linear", linear.run, 4 * layers),
+        ("epilogue", epilogue.run, 3 * layers),
+    ]
+
+
+def compile_forward(
+    model: nn.Module,
+    config: Any,
+    counts: Counts,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention_backend: str | None = None,
+    linear_route: str | None = None,
+    cache: Path | None = None,
+    fp8_attention: bool = False,
+    local: LocalAttention | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[fx.GraphModule, Report]:
+    """The forward of `model` for sequences of `counts` tokens, in fused kernels.
+
+    Args:
+        model: a DiT with the signature of `magihuman.runtime.model.dit.DiT.forward`.
+        config: its architecture.
+        counts: tokens of each modality; text includes the padding of its bucket. With `sharding`,
+            of the rows of this process.
+        dtype: of the linears inside the blocks.
+        device: that the model is on.
+        attention_backend: one of `attention_backends.NAMES`; by default what measures fastest here.
+        linear_route: one of `linear_routes.TILES` or "library"; by default what measures fastest
+            here for each shape.
+        cache: folder of rewritten graphs; by default the user's.
+        fp8_attention: in the layers whose projection to q, k and v has e4m3 weights.
+        local: shape of frame-local attention, where the architecture has such layers.
+        sharding: how several processes share a sequence, where they do. The graph is every one's.
+
+    Returns:
+        A module that takes video, audio, text, rope and length, and the report.
+
+    Raises:
+        CaptureError: the forward is not one graph.
+        CompileError: a pass found more or fewer places than the architecture has.
+    """
+    report = Report()
+    start = time.perf_counter()
+    quantized = [name for name, module in model.named_modules() if is_quantized(module)]
+    ranks = 1 if sharding is None else sharding.ranks
+    key = graph_cache.key_of(config, dtype, model, quantized, fp8_attention, ranks)
+    module = graph_cache.load(key, model, cache)
+    report.from_cache = module is not None
+    report.seconds["cache"] = time.perf_counter() - start
+    if module is None:
+        is_local = bool(config.local_attention_layers)
+        context = Context(
+            config, TRACE_COUNTS, dtype, device, TRACE_LOCAL if is_local else None, _traced(ranks)
+        )
+        module = rewrite(model, context, report, quantized, fp8_attention)
+        graph_cache.save(module, key, cache)
+    start = time.perf_counter()
+    has_choice = any(
+        node.target is OPS.gated_attention.default and not node.args[5]
+        for node in module.graph.nodes
+    )
+    if has_choice and device.type == "cuda" and attention_backend is None:
+        context = Context(config, counts, dtype, device, local, sharding)
+        shape = (sum(context.attended), *context.heads, config.head_dim)
+        from magihuman.kernels.attention import backends
+
+        attention_backend = backends.fastest(*shape, device)
+    backend = attention_backend or UNSET
+    report.attention = backend if has_choice else ONE_KERNEL
+    report.seconds["choose attention"] = time.perf_counter() - start
+    specialize(module, counts, backend, local, sharding)
+    start = time.perf_counter()
+    report.linears = route_linears(module, sum(counts), linear_route)
+    report.seconds["choose linears"] = time.perf_counter() - start
+    report.nodes_after = len(module.graph.nodes)
+    return module, report
+
+
+def rewrite(
+    model: nn.Module,
+    context: Context,
+    report: Report,
+    quantized: Sequence[str] = (),
+    fp8_attention: bool = False,
+) -> fx.GraphModule:
+    """Capture the whole forward and run every pass on it, at the context's token counts."""
+    start = time.perf_counter()
+    source = model
+    # The forward knows nothing of e4m3 weights, and a capture nothing of weights that share memory:
+    # it is made over others, of no size.
+    stands_in = bool(quantized) or _shares_memory(model)
+    if stands_in:
+        context = dataclasses.replace(context, device=META)
+        with META:
+            source = type(model)(context.config, context.dtype)
+    inputs = example_inputs(context)
+    module = capture(source, inputs, local=context.local, sharding=context.sharding)
+    report.seconds["capture"] = time.perf_counter() - start
+    report.nodes_before = len(module.graph.nodes)
+    for name, run, expected in passes_for(context.config):
+        start = time.perf_counter()
+        found = run(module, context)
+        report.seconds[name] = time.perf_counter() - start
+        report.matches[name] = found
+        if found != expected:
+            raise CompileError(
+                f"the pass {name} must find {expected} places in {context.config.num_layers}"
+                f" layers, found {found}; the model and kernels/reference.py have drifted apart"
+            )
+    if quantized:
+        start = time.perf_counter()
+        report.matches["precision"] = precision.run(module.graph, quantized)
+        report.seconds["precision"] = time.perf_counter() - start
+        if report.matches["precision"] != len(quantized):
+            raise CompileError(
+                f"{len(quantized)} linears have e4m3 weights, the graph has"
+                f" {report.matches['precision']} of them"
+            )
+        if fp8_attention:
+            report.matches["attention_fp8"] = attention_fp8.run(module.graph)
+    if stands_in:
+        module = fx.GraphModule(model, module.graph)  # a copy of the model's attributes it names
+        module.graph.lint()
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _shares_memory(model: nn.Module) -> bool:
+    """Whether parameters are views of one another's memory."""
+    storages = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
+    return len(set(storages)) < len(storages)
+
+
+def specialize(
+    module: fx.GraphModule,
+    counts: Counts,
+    attention_backend: str,
+    local: LocalAttention | None = None,
+    sharding: Sharding | None = None,
+) -> None:
+    """Put token counts, the shape of frame-local attention and the attention backend into a graph
+    rewritten at `TRACE_COUNTS` and `TRACE_LOCAL`.
+
+    Once rewritten, a graph holds the counts only as whole lists: of the modality layers' operators
+    and of the split before the heads; and so the shape, of the operators of attention. So one
+    capture serves every length and size. Where processes share a sequence, its own counts are in
+    the operators between two exchanges.
+    """
+    wanted = {TRACE_COUNTS: list(counts), tuple(TRACE_LOCAL): list(local or ())}
+    if sharding is not None:
+        traced = _traced(sharding.ranks)
+        assert traced is not None
+        wanted[traced.counts] = list(sharding.counts)
+    for node in module.graph.nodes:
+        node.args = tuple(
+            wanted.get(tuple(argument), argument) if _is_numbers(argument) else argument
+            for argument in node.args
+        )
+        if node.target is OPS.gated_attention.default:
+            node.args = (*node.args[:-1], attention_backend)
+    module.recompile()
+
+
+def _traced(ranks: int) -> Sharding | None:
+    """What to trace with for so many processes: any counts of so many rows for each of them."""
+    if ranks == 1:
+        return None
+    video, audio, text = TRACE_COUNTS
+    return Sharding((video + (ranks - 1) * sum(TRACE_COUNTS), audio, text), ranks)
+
+
+def _is_numbers(argument: Any) -> bool:
+    return isinstance(argument, (list, tuple)) and all(type(item) is int for item in argument)
+
+
+def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[str, str]:
+    """Put the route of each linear into a specialised graph; by default the fastest for its shape,
+    or none where the weights are on no GPU.
+
+    Returns the route of each kind, by what follows the product, its shape and its runs.
+    """
+    chosen: dict[str, str] = {}
+    for node in module.graph.nodes:
+        if node.target not in ROUTED:
+            continue
+        after, weight, scale, counts, padded = ROUTED[node.target](node.args)
+        values, scales = _attribute(module, weight), _attribute(module, scale)
+        kind = f"{after} {tuple(values.shape)}{' fp8' if scale else ''}"
+        kind += " by modality" if counts else ""
+        if kind not in chosen:
+            chosen[kind] = route or _fastest(after, values, counts, rows, padded, scales)
+        node.args = (*node.args[:-1], chosen[kind])
+    module.recompile()
+    return chosen
+
+
+# From an operator's arguments: what follows the product, weight, its scale, runs, padded columns.
+ROUTED: dict[Any, Callable[[Any], tuple[Any, ...]]] = {
+    OPS.linear.default: lambda args: ("store", args[1], None, args[2], 0),
+    OPS.linear_add_.default: lambda args: ("add", args[2], None, args[3], 0),
+    OPS.linear_activation.default: lambda args: (args[3], args[1], None, args[2], args[4]),
+    OPS.linear_fp8.default: lambda args: ("store", *args[2:5], 0),
+    OPS.linear_add_fp8_.default: lambda args: ("add", *args[4:7], 0),
+    OPS.linear_activation_fp8.default: lambda args: (args[5], *args[2:5], args[6]),
+}
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node | None) -> Any:
+    """The tensor that a node stands for, if there is one."""
+    return node and functools.reduce(getattr, str(node.target).split("."), module)
+
+
+def _fastest(
+    after: Any, weight: Tensor, counts: list[int], rows: int, padded: int, scale: Tensor | None
+) -> str:
+    if not weight.is_cuda:
+        return UNSET
+    from magihuman.kernels.linear import routes
+
+    runs = (counts[0], counts[1], counts[2]) if counts else None
+    return routes.fastest(after, weight, runs, rows, padded, scale)
+
+
+def example_inputs(context: Context) -> dict[str, Tensor]:
+    """Tensors of the shapes that the captured graph takes."""
+    config = context.config
+    video, audio, text = context.counts
+    return {
+        "video": context.example(video, config.video_channels),
+        "audio": context.example(audio, config.audio_channels),
+        "text": context.example(text, config.text_channels),
+        "rope": context.example(sum(context.attended), 6 * config.rope_bands),
+        "length": context.example(dtype=torch.int32),
+    }
+
+
+def pad_weights(model: nn.Module, config: Any) -> None:
+    """Lay the weights of the last product of each MLP out in rows of whole tiles, once.
+
+    Values and shapes stay what they are; the storage behind a row is longer and filled with zeros.
+    """
+    for name, parameter in model.named_parameters():
+        width = parameter.shape[-1]
+        padded = padded_width(width)
+        if (
+            name.endswith("down_proj.weight")
+            and parameter.dtype != FP8
+            and parameter.stride(0) == width != padded
+        ):
+            storage = parameter.new_zeros(parameter.shape[0], padded)
+            storage[:, :width] = parameter.data
+            parameter.data = storage[:, :width]

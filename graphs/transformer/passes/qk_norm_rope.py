@@ -1,0 +1,48 @@
+"""Norm and rotation of q and k, and their layout, become one kernel."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from magihuman.graphs.rewrite import replace
+from magihuman.graphs.transformer.passes.context import Context
+from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
+from magihuman.kernels import reference as ref
+
+
+def run(module: fx.GraphModule, context: Context) -> int:
+    """One a layer. The gates stay a view of the projection."""
+    return sum(_run(module, context, counts and context.attended) for counts in context.groupings)
+
+
+def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) -> int:
+    config = context.config
+    heads, kv_heads = context.heads
+    columns = config.qkv_rows // context.ranks
+    rows = sum(context.attended)
+    norm = config.head_dim * (3 if counts else 1)
+
+    def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
+        call = graph.call_function(
+            torch.ops.magihuman.qk_norm_rope.default,
+            (*inputs, list(counts or ()), heads, kv_heads),
+        )
+        gate = graph.call_function(
+            torch.ops.aten.slice.Tensor, (inputs[0], 1, columns - heads, columns)
+        )
+        return [*(graph.call_function(operator.getitem, (call, i)) for i in range(3)), gate]
+
+    return replace(
+        module,
+        lambda qkv, q, k, rope: ref.split_qkv(qkv, q, k, rope, counts, heads, kv_heads),
+        (
+            context.example(rows, columns, dtype=context.dtype),
+            context.example(norm),
+            context.example(norm),
+            context.example(rows, 6 * config.rope_bands),
+        ),
+        build,
+    )

@@ -1,0 +1,57 @@
+"""Residual add and norm become one kernel."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from magihuman.graphs.rewrite import replace
+from magihuman.graphs.transformer.passes.context import Context
+from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
+from magihuman.kernels import reference as ref
+
+
+def run(module: fx.GraphModule, context: Context) -> int:
+    """Two norms a layer, the first of them without an addition. Heads stay fp32 and plain."""
+    return sum(
+        _with_addition(module, context, counts) + _first(module, context, counts)
+        for counts in context.groupings
+    )
+
+
+def _with_addition(module: fx.GraphModule, context: Context, counts: ref.Counts | None) -> int:
+    def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
+        call = graph.call_function(
+            torch.ops.magihuman.add_norm.default, (*inputs, list(counts or ()))
+        )
+        return [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+
+    return replace(
+        module,
+        lambda x, delta, weight: ref.add_norm(x, delta, weight, counts, context.dtype),
+        (
+            context.example(context.tokens, context.hidden),
+            context.example(context.tokens, context.hidden, dtype=context.dtype),
+            context.example(context.hidden * (3 if counts else 1)),
+        ),
+        build,
+    )
+
+
+def _first(module: fx.GraphModule, context: Context, counts: ref.Counts | None) -> int:
+    def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
+        arguments: tuple[Any, ...] = (*inputs, list(counts or ()), context.dtype)
+        return [inputs[0], graph.call_function(torch.ops.magihuman.norm.default, arguments)]
+
+    return replace(
+        module,
+        lambda x, weight: ref.add_norm(x, None, weight, counts, context.dtype),
+        (
+            context.example(context.tokens, context.hidden),
+            context.example(context.hidden * (3 if counts else 1)),
+        ),
+        build,
+    )

@@ -1,0 +1,174 @@
+"""Which attention kernels this machine can run, and which of them is fastest for a shape.
+
+`gluon` and `triton` are the project's own, with the head gate in their epilogue. `fa3` is
+FlashAttention-3 from the distribution `fa3-fwd`, `cudnn` PyTorch's binding of cuDNN; both are
+followed by a gate kernel.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from magihuman.kernels.jit import UNSET
+from magihuman.kernels.jit.measured import Measurements
+from magihuman.kernels.reference import LocalAttention
+
+NAMES = ("gluon", "triton", "fa3", "cudnn")
+LOCAL = "gluon"  # the backend of frame-local attention
+GLUON_TRITON = "3.6"  # Gluon is experimental: other releases of triton have another one
+REPEATS, CALLS = 5, 4
+LONG_ROWS = 2**15  # a call takes a tenth of a second, and a few tell
+
+
+def why_not(name: str, dim: int, device: torch.device) -> str | None:
+    """Why a backend cannot run heads of `dim` on this device; None where it can."""
+    if name not in NAMES:
+        return f"there is no backend {name!r}; there are {', '.join(NAMES)}"
+    if device.type != "cuda":
+        return "it needs a GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if name in ("gluon", "triton"):
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if dim not in (32, 64, 128):
+            return f"it takes heads of 32, 64 or 128, not {dim}"
+        if capability[0] != 9 if name == "gluon" else capability < (9, 0):
+            return f"it is written for sm_90, this GPU is sm_{capability[0]}{capability[1]}"
+        version = importlib.metadata.version("triton")
+        if name == "gluon" and not version.startswith(f"{GLUON_TRITON}."):
+            return f"it is written for triton {GLUON_TRITON}, whose Gluon changes, not {version}"
+    if name == "fa3" and importlib.util.find_spec("fa3_fwd_interface") is None:
+        return "fa3-fwd is not installed"
+    if name == "fa3" and (capability[0] != 9 or dim % 8):
+        return "it needs sm_90 and heads of a multiple of 8"
+    if name == "cudnn" and (capability < (8, 0) or dim % 8 or dim > 128):
+        return "it needs sm_80 and heads of a multiple of 8, up to 128"
+    return None
+
+
+def usable(dim: int, device: torch.device) -> list[str]:
+    """The backends that can run heads of `dim` on this device."""
+    return [name for name in NAMES if why_not(name, dim, device) is None]
+
+
+def run(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    length: Tensor,
+    local: LocalAttention | None = None,
+) -> Tensor:
+    """`reference.gated_attention` over the first `length` keys, by this backend.
+
+    Frame-local attention has one kernel, whichever backend is asked for.
+    """
+    if name == LOCAL or local is not None:
+        from magihuman.kernels.attention import gluon as attention_gluon
+
+        return attention_gluon.attention(q, k, v, gate, length, local)
+    if name == "triton":
+        from magihuman.kernels.attention import triton as attention_triton
+
+        return attention_triton.attention(q, k, v, gate, length)
+    if name == UNSET:
+        raise ValueError(
+            f"the backend of attention must be chosen before it runs on a GPU, got {UNSET!r}; give"
+            " the graph to compile.specialize with one first"
+        )
+    if name not in NAMES:
+        raise ValueError(
+            f"the backend of attention must be one of {', '.join(NAMES)}, got {name!r}"
+        )
+    from magihuman.kernels.attention.head_gate import head_gate
+
+    library: Callable[..., Tensor] = {"fa3": _fa3, "cudnn": _cudnn}[name]
+    return head_gate(library(q, k, v, length), gate)
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    from fa3_fwd_interface import flash_attn_with_kvcache
+
+    out: Tensor = flash_attn_with_kvcache(
+        q[None], k[None], v[None], cache_seqlens=length.view(1), num_splits=1
+    )
+    return out[0].contiguous()
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    rows = q.shape[0]
+    valid = (torch.arange(k.shape[0], device=k.device) < length).expand(1, 1, rows, -1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid, enable_gqa=True)
+    return out[0].transpose(0, 1).contiguous()
+
+
+def fastest(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> str:
+    """The backend that measured fastest for this shape on this GPU; measured once, then kept.
+
+    Raises `RuntimeError` where none can run.
+    """
+    names = usable(dim, device)
+    if not names:
+        reasons = "; ".join(f"{name}: {why_not(name, dim, device)}" for name in NAMES)
+        raise RuntimeError(f"no attention kernel can run here: {reasons}")
+    if rows >= LONG_ROWS and len(names) > 1:
+        # Its mask is rows x rows: 8 GiB at 1080p, for one that the others beat at 14,762 rows.
+        names = [name for name in names if name != "cudnn"]
+    if len(names) == 1:
+        return names[0]
+
+    def measure() -> dict[str, float]:
+        times, lack = dict[str, float](), None
+        for name in names:
+            try:
+                times[name] = _milliseconds(name, rows, heads, kv_heads, dim, device)
+            except torch.OutOfMemoryError as error:  # of cuDNN, whose mask is rows x rows
+                lack = str(error)
+        if not times:
+            raise torch.OutOfMemoryError(lack)
+        return times
+
+    key = f"attention rows={rows} heads={heads}/{kv_heads} dim={dim} of {','.join(names)}"
+    return Measurements(device).fastest(key, measure)
+
+
+def _milliseconds(
+    name: str, rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
+) -> float:
+    """Device time of one call, from replays of a graph of several; the host does not count."""
+    q = torch.randn(rows, heads, dim, device=device, dtype=torch.bfloat16)
+    k, v = (torch.randn(rows, kv_heads, dim, device=device, dtype=torch.bfloat16) for _ in "kv")
+    gate = torch.randn(rows, heads, device=device, dtype=torch.bfloat16)
+    length = torch.tensor(rows, device=device, dtype=torch.int32)
+    repeats, calls = (REPEATS, CALLS) if rows < LONG_ROWS else (3, 1)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run(name, q, k, v, gate, length)  # compiles
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            # NCCL's watchdog asks for events meanwhile, which must not break it.
+            for _ in range(calls):
+                run(name, q, k, v, gate, length)
+        times = []
+        for _ in range(repeats):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            graph.replay()
+            stop.record(stream)
+            torch.cuda.synchronize(device)
+            times.append(start.elapsed_time(stop) / calls)
+    return statistics.median(times)

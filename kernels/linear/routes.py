@@ -1,0 +1,271 @@
+"""The ways to compute a linear and what follows it, and which of them is fastest for a shape.
+
+`library` is PyTorch's product with a kernel after it; the other routes are tiles of the project's
+own product, which does the rest in its epilogue.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from magihuman.kernels.jit import UNSET, nvrtc
+from magihuman.kernels.jit.measured import Measurements
+from magihuman.kernels.linear.matmul_sm90 import (
+    Epilogue,
+    Tile,
+    columns_of,
+    compile_tiles,
+    matmul,
+    out_dtypes,
+)
+from magihuman.kernels.linear.quantize import quantize_rows
+from magihuman.kernels.reference import FP8, STATIC_SCALES, Counts
+
+LIBRARY = "library"
+TILES = {
+    "128x192": Tile(columns=192, group=17),
+    "128x192 in pairs": Tile(columns=192, cluster_rows=2, group=8),
+    "128x224 in pairs": Tile(columns=224, cluster_rows=2, group=8),
+    "128x256": Tile(columns=256, group=8),
+}
+SMALL_FLOPS = 1e10  # a product below this takes microseconds, and measuring it tenths of a second
+ROUNDS = 3
+WARM_MS, TIMED_MS = 10, 30  # the card slows down as it heats; shorter runs would not see it
+
+
+def why_not(x: Tensor, weight: Tensor, epilogue: Epilogue, counts: Counts | None) -> str | None:
+    """Why the own product cannot take these operands; None where it can."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+        return "it is written for sm_90"
+    if not nvrtc.is_available():
+        return "cuda-bindings, or the compiler that it loads, is not installed"
+    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16:
+        return f"it takes bfloat16, not {weight.dtype}"
+    columns = columns_of(weight, counts)
+    width = columns * 4 if epilogue == "add" else columns * 2
+    if epilogue != "swiglu7" and epilogue != "gelu7" and width % 16:
+        return f"rows of {width} bytes do not start at multiples of 16"
+    if x.stride(0) % 8 or weight.stride(0) % 8:
+        return f"rows of {x.stride(0)} and {weight.stride(0)} elements are not multiples of 8"
+    return None
+
+
+def linear(x: Tensor, weight: Tensor, counts: Counts | None, route: str) -> Tensor:
+    """`reference.linear`, on a GPU. See `ops.linear`."""
+    out = x.new_empty(x.shape[0], columns_of(weight, counts))
+    if route == LIBRARY:
+        for rows, own, result in _runs(x, weight, counts, out):
+            torch.mm(rows, own.t(), out=result)
+    else:
+        matmul(x, weight, out, counts, "store", _tile(route))
+    return out
+
+
+def linear_activation(
+    x: Tensor, weight: Tensor, counts: Counts | None, kind: str, padded: int, route: str
+) -> Tensor:
+    """`reference.swiglu7` or `gelu7` of `linear`, [N, padded], columns beyond its own zeros."""
+    from magihuman.kernels.linear import activations
+
+    if route == LIBRARY:
+        product = linear(x, weight, counts, LIBRARY)
+        return {"swiglu7": activations.swiglu7, "gelu7": activations.gelu7}[kind](product, padded)
+    width = columns_of(weight, counts) // (2 if kind == "swiglu7" else 1)
+    out = x.new_empty(x.shape[0], padded)
+    if counts is None:
+        matmul(x, weight, out, None, cast(Epilogue, kind), _tile(route))
+    else:
+        matmul(x, weight, out[:, :width], counts, cast(Epilogue, kind), _tile(route))
+        out[:, width:].zero_()  # where the next run's weight has left something
+    return out
+
+
+def linear_add(
+    stream: Tensor, x: Tensor, weight: Tensor, counts: Counts | None, route: str
+) -> None:
+    """`stream += linear(x, weight)` with the product in fp32."""
+    if route != LIBRARY:
+        matmul(x, weight, stream, counts, "add", _tile(route))
+        return
+    for rows, own, result in _runs(x, weight, counts, stream):
+        if x.dtype == torch.float32:
+            result.addmm_(rows, own.t())
+        else:
+            torch.addmm(result, rows, own.t(), out_dtype=torch.float32, out=result)
+
+
+def linear_fp8(
+    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, counts: Counts | None, route: str
+) -> Tensor:
+    """`reference.scaled_linear`, on a GPU, in bf16; rows start at multiples of 16 bytes."""
+    rows, columns = x.shape[0], columns_of(weight, counts)
+    out = torch.empty(rows, -(-columns // 8) * 8, dtype=torch.bfloat16, device=x.device)
+    out = out[:, :columns]
+    matmul(x, weight, out, counts, "store", _tile(route), x_scale, scale)
+    return out
+
+
+def linear_activation_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Counts | None,
+    kind: str,
+    padded: int,
+    out_dtype: torch.dtype,
+    route: str,
+) -> Tensor:
+    """The activation of `linear_fp8`, [N, padded], in bf16, or in e4m3 over `STATIC_SCALES`."""
+    width = columns_of(weight, counts) // (2 if kind == "swiglu7" else 1)
+    out = torch.empty(x.shape[0], padded, dtype=out_dtype, device=x.device)
+    result = out[:, :width]
+    matmul(x, weight, result, counts, cast(Epilogue, kind), _tile(route), x_scale, scale)
+    if out_dtype != FP8:  # what reads e4m3 stops at the width
+        out[:, width:].zero_()
+    return out
+
+
+def linear_add_fp8(
+    stream: Tensor,
+    x: Tensor,
+    x_scale: Tensor | float,
+    weight: Tensor,
+    scale: Tensor,
+    counts: Counts | None,
+    route: str,
+) -> None:
+    """`stream += linear_fp8(...)` with the product in fp32."""
+    matmul(x, weight, stream, counts, "add", _tile(route), x_scale, scale)
+
+
+def _tile(route: str) -> Tile:
+    """That of a route which is not the library's, or `ValueError`."""
+    if route == UNSET:
+        raise ValueError(
+            f"a linear's route must be chosen before it runs on a GPU, got {UNSET!r}; give the"
+            " graph to compile.route_linears first"
+        )
+    if route == LIBRARY:
+        raise ValueError(
+            f"the route of a linear over e4m3 must be one of {', '.join(TILES)}, got {LIBRARY!r},"
+            " which has none; leave the choice to `fastest`"
+        )
+    if route not in TILES:
+        raise ValueError(
+            f"a linear's route must be one of {', '.join((LIBRARY, *TILES))}, got {route!r}"
+        )
+    return TILES[route]
+
+
+def _runs(
+    x: Tensor, weight: Tensor, counts: Counts | None, out: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of x, weight and rows of the result for each run that is not empty."""
+    if weight.shape[1] != x.shape[1]:
+        weight = weight.as_strided((weight.shape[0], x.shape[1]), weight.stride())
+    if counts is None:
+        return [(x, weight, out)]
+    parts = zip(x.split(counts), weight.chunk(3), out.split(counts), strict=True)
+    return [part for part in parts if part[0].shape[0]]
+
+
+def fastest(
+    epilogue: Epilogue,
+    weight: Tensor,
+    counts: Counts | None,
+    rows: int,
+    padded: int,
+    scale: Tensor | None = None,
+) -> str:
+    """The route that measured fastest for this shape on this GPU; measured once, then kept.
+
+    Args:
+        epilogue: what follows the product.
+        weight: [M, K] or [3 M, K], on the device; the model's own, since the power that a product
+            draws, and so its speed, depends on its operands.
+        counts: rows of each run, or None.
+        rows: of the other operand.
+        padded: columns of the output of an activation.
+        scale: of the weight's rows, where it is e4m3. The library has no such route.
+    """
+    device = weight.device
+    names = list(TILES) if scale is not None else [LIBRARY, *TILES]
+    if not weight.is_cuda or 2 * rows * weight.numel() < SMALL_FLOPS:
+        return names[0]
+    x = torch.randn(rows, weight.stride(0), device=device, dtype=torch.bfloat16)
+    x[:, weight.shape[1] :] = 0
+    if scale is None and why_not(x, weight, epilogue, counts) is not None:
+        return LIBRARY
+
+    def measure() -> dict[str, float]:
+        is_activation = epilogue in STATIC_SCALES
+        out_dtype = FP8 if is_activation and scale is not None else out_dtypes(epilogue)[0]
+        compile_tiles(TILES.values(), epilogue, scale is not None, out_dtype)
+        run = _runner(epilogue, x, weight, counts, padded, scale)
+        return _milliseconds(run, names, device)
+
+    precision = "" if scale is None else " fp8"
+    key = f"linear{precision} {epilogue} {counts or rows} {tuple(weight.shape)} of {names}"
+    return Measurements(device).fastest(key, measure)
+
+
+def _runner(
+    epilogue: Epilogue,
+    x: Tensor,
+    weight: Tensor,
+    counts: Counts | None,
+    padded: int,
+    scale: Tensor | None,
+) -> Callable[[str], object]:
+    """A call by a given route. x: as wide as the weight's rows are laid out."""
+    # Only an addition has a stream: where memory is limited there is no room for one as wide as
+    # what goes into an activation.
+    columns = columns_of(weight, counts) if epilogue == "add" else 0
+    stream = torch.zeros(x.shape[0], columns, device=x.device)
+    if scale is None:
+        if epilogue == "add":
+            return lambda route: linear_add(stream, x, weight, counts, route)
+        narrow = x[:, : weight.shape[1]]
+        if epilogue == "store":
+            return lambda route: linear(narrow, weight, counts, route)
+        return lambda route: linear_activation(narrow, weight, counts, epilogue, padded, route)
+    q, x_scale = quantize_rows(x)
+    if epilogue == "store":
+        return lambda route: linear_fp8(q, x_scale, weight, scale, counts, route)
+    if epilogue == "add":
+        return lambda route: linear_add_fp8(stream, q, x_scale, weight, scale, counts, route)
+    return lambda route: linear_activation_fp8(
+        q, x_scale, weight, scale, counts, epilogue, padded, FP8, route
+    )
+
+
+def _milliseconds(
+    run: Callable[[str], object], names: list[str], device: torch.device
+) -> dict[str, float]:
+    """Device time of one call by each route, in turns and each for long enough to heat the card."""
+
+    def timed(name: str, calls: int) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            run(name)
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop) / calls
+
+    with torch.cuda.device(device):
+        for name in names:
+            run(name)  # compiles
+        once = {name: timed(name, 2) for name in names}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(ROUNDS):
+            for name in names:
+                timed(name, 1 + int(WARM_MS / once[name]))
+                times[name].append(timed(name, 1 + int(TIMED_MS / once[name])))
+    return {name: statistics.median(values) for name, values in times.items()}

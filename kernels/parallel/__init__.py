@@ -1,0 +1,5 @@
+"""Between the processes that share a sequence.
+
+`exchange` swaps rows for heads and back around attention, `head_pack` has the copies before and
+after it.
+"""

@@ -1,0 +1,217 @@
+"""What the commands share: options, consoles, errors as exit codes, progress, a clip's summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from magihuman import runtime
+
+if TYPE_CHECKING:
+    from magihuman.runtime.memory import MemoryPlan
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+BAD_INPUT, FAILED = 2, 1
+BAD_INPUT_ERRORS = (runtime.InvalidRequestError, runtime.CheckpointError, runtime.OutputError)
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="MAGIHUMAN_MODEL",
+        help="Model directory, hub id (owner/name), or nano, the small one in this package.",
+    ),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="bf16, fp32, fp8 or fp8-attn; by default that of a converted transformer, else bf16."
+    ),
+]
+PlanVariantOption = Annotated[str, typer.Option(help="For the memory plan: distill or base.")]
+PlanSrOption = Annotated[
+    str | None, typer.Option(help="For the memory plan: super-resolution, 540p or 1080p.")
+]
+LimitOption = Annotated[
+    float | None,
+    typer.Option(
+        help="GiB of GPU memory to stay below; what has no room rests in host memory. By default"
+        " what is free."
+    ),
+]
+SrOption = Annotated[str | None, typer.Option(help="Super-resolution: 540p or 1080p.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision of the hub repository.")]
+TransformerOption = Annotated[
+    str | None, typer.Option(help="Folder of the transformer, published or converted.")
+]
+SrTransformerOption = Annotated[
+    str | None, typer.Option(help="Folder of the super-resolution transformer.")
+]
+TurboVaeOption = Annotated[str | None, typer.Option(help="Path of the Turbo VAE.")]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        help="With fp8, what stays bf16: none, modality, or names and patterns, by commas."
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn the package's own errors into one line and an exit code."""
+    try:
+        yield
+    except BAD_INPUT_ERRORS as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(BAD_INPUT) from None
+    except runtime.MagiHumanError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(FAILED) from None
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise typer.Exit(FAILED) from None
+
+
+class Bar:
+    """A live bar on a terminal, plain lines elsewhere, nothing with --json."""
+
+    def __init__(self, silent: bool) -> None:
+        self._live = None
+        self._silent = silent
+        self._tasks: dict[str, object] = {}
+        if not silent and err.is_terminal:
+            columns = (
+                TextColumn("{task.description:>16}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            self._live = Progress(*columns, TimeElapsedColumn(), console=err, transient=True)
+
+    def __enter__(self) -> None:
+        if self._live is not None:
+            self._live.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def on_load(self, component: str, done: int, of: int) -> None:
+        """Weights are being read."""
+        finished = of > 0 and done == of
+        note = size_text(done) if of > 1 else ""
+        self._show(f"load {component}", done, of, note, line=finished and of == 1)
+
+    def on_convert(self, stage: str, done: int, of: int) -> None:
+        """Weights are being hashed or converted."""
+        self._show(stage, done, of, size_text(done), line=done == of)
+
+    def on_step(self, stage: str, done: int, of: int) -> None:
+        """A graph has been exported, or a step of a build is done."""
+        self._show(stage, done, of, f"{done}/{of}", line=done == of)
+
+    def on_progress(self, progress: runtime.Progress) -> None:
+        """A step has finished."""
+        note = f"{progress.step}/{progress.of}"
+        self._show(progress.stage, progress.step, progress.of, note, line=progress.step > 0)
+
+    def _show(self, name: str, done: int, of: int, note: str, line: bool) -> None:
+        if self._live is not None:
+            task = self._tasks.get(name)
+            if task is None:
+                task = self._tasks[name] = self._live.add_task(name, total=None, note="")
+            self._live.update(task, completed=done, total=of or None, note=note)  # type: ignore[arg-type]
+        elif line and not self._silent:
+            err.print(f"{name} {note}".rstrip(), highlight=False)
+
+
+def print_result(
+    path: Path, video: runtime.Video, timings: dict[str, float], as_json: bool
+) -> None:
+    """Say what was written and how long each stage took."""
+    frames, height, width = video.frames.shape[:3]
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "path": os.fspath(path),
+                    "frames": frames,
+                    "width": width,
+                    "height": height,
+                    "fps": video.fps,
+                    "duration_s": video.duration_s,
+                    "sample_rate_hz": video.sample_rate_hz,
+                    "seed": video.seed,
+                    "warnings": list(video.warnings),
+                    "timings_s": timings,
+                }
+            )
+        )
+        return
+    table = Table("stage", "seconds")
+    for name, seconds in timings.items():
+        table.add_row(name, f"{seconds:.3f}")
+    table.add_row("total", f"{sum(timings.values()):.3f}")
+    out.print(table)
+    out.print(
+        f"{path}: {frames} frames of {width}x{height}, {video.duration_s:.2f} s, seed {video.seed}"
+    )
+
+
+def print_plan(plan: MemoryPlan) -> None:
+    """What is on the device in each stage, and what moving is expected to cost."""
+    title = f"memory plan within {size_text(plan.limit_bytes)}, estimated"
+    table = Table(Column("stage", no_wrap=True), title=title, title_justify="left")
+    for name in ("on the device", "activations", "sum", "brought over", "extra"):
+        table.add_column(name, justify="left" if name == "on the device" else "right")
+    for stage in plan.stages:
+        parts = [
+            f"{name} {size_text(size)}"
+            + (f" ({count} layers streamed)" if (count := stage.streamed.get(name)) else "")
+            for name, size in stage.weights.items()
+        ]
+        table.add_row(
+            stage.name,
+            ", ".join(parts),
+            size_text(stage.working_bytes),
+            size_text(stage.total_bytes),
+            size_text(stage.copied_bytes) if stage.copied_bytes else "",
+            f"{stage.extra_s:.2f} s" if stage.extra_s >= 0.005 else "",
+        )
+    out.print(table)
+    if not plan.streamed:
+        out.print("all weights stay on the device")
+        return
+    out.print(
+        f"{', '.join(plan.streamed)}: {size_text(plan.host_bytes)} rest in host memory;"
+        f" {plan.extra_s:.1f} s more for a clip are expected"
+    )
+
+
+def size_text(count: int) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} GiB"
+
+
+def keep_list(given: str | None) -> str | list[str] | None:
+    """The words that `load` knows as they are, anything else as a list of names."""
+    return given if given in (None, "none", "modality") else given.split(",")

@@ -1,0 +1,344 @@
+"""What `inspect`, `doctor` and `explain` say of a model directory and this machine, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, util
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+
+from magihuman.graphs.cuda_graphs import NoBindingsError, Recorded, bindings
+from magihuman.graphs.explain import one_of_each
+from magihuman.graphs.support import why_not, why_not_decode
+from magihuman.kernels.reference import Counts
+from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, VARIANTS, DiTConfig, Precision
+from magihuman.runtime.device import pick_device
+from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
+from magihuman.runtime.memory import (
+    GIB,
+    MemoryPlan,
+    Part,
+    check_limit,
+    folder_parts,
+    held_by_others,
+    limit_of,
+    plan_memory,
+    synthetic_parts,
+)
+from magihuman.runtime.model import Layout
+from magihuman.runtime.request import Request
+from magihuman.runtime.weights import (
+    AUDIO_FOLDER,
+    FP8_PRECISIONS,
+    IMAGE_FOLDER,
+    TEXT_FOLDER,
+    TURBO_FOLDER,
+    WEIGHTS_NAME,
+    Held,
+    Wanted,
+    checkpoint,
+    diffusers_key,
+    linears_in_fp8,
+    load_image_vae,
+    plan,
+    random_weights,
+)
+
+PACKAGES = (
+    "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "av", "scipy", "pillow",
+    "huggingface_hub",
+)  # fmt: skip
+Tensors = list[tuple[str, int]]  # dtype and bytes of each
+WIDTH = 2  # bytes of an element of the autoencoders for images, bf16
+WORKSPACE_BYTES = 4 * 2**30  # activations of a 256p clip and the decoder's, rounded up
+
+
+@dataclass
+class Component:
+    """One folder of a model directory."""
+
+    name: str
+    state: str  # "ok", "missing", or what is wrong with it
+    tensors: int = 0
+    dtypes: dict[str, int] = field(default_factory=dict)
+    disk_bytes: int = 0
+    device_bytes: int = 0
+
+    @property
+    def is_ok(self) -> bool:
+        """Complete, with every name and shape as the model wants it."""
+        return self.state == "ok"
+
+
+def inspect_model(root: Path) -> list[Component]:
+    """Every component of a model directory: transformers and text encoder by file headers alone,
+    the small ones by loading them.
+    """
+    if not root.is_dir():
+        raise CheckpointError(f"{root} must be a directory with the published folders")
+    found = [_inspect_dit(root / name, name) for name in VARIANTS]
+    cpu = torch.device("cpu")
+    found.append(
+        _inspect(
+            root / TURBO_FOLDER,
+            lambda f: _pickled(checkpoint.load_turbo_vae(f, cpu, torch.float32)),
+        )
+    )
+    found.append(_inspect(root / TEXT_FOLDER, lambda f: _scanned(f, "model.encoder.", "encoder.")))
+    found.append(_inspect(root / AUDIO_FOLDER, _inspect_audio))
+    found.append(_inspect(root / IMAGE_FOLDER, _inspect_image))
+    return found
+
+
+def fits(components: list[Component], memory_bytes: int) -> dict[str, bool]:
+    """Which of the usual line-ups stay in so much memory together, with room to work."""
+    size = {component.name: component.device_bytes for component in components}
+    shared = sum(size[name] for name in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER))
+    lineups = {
+        "distill": ["distill"],
+        "base": ["base"],
+        "distill + 540p": ["distill", "540p_sr"],
+        "distill + 1080p": ["distill", "1080p_sr"],
+    }
+    ok = {component.name for component in components if component.is_ok}
+    return {
+        label: shared + sum(size[name] for name in names) + WORKSPACE_BYTES <= memory_bytes
+        for label, names in lineups.items()
+        if ok.issuperset(names)
+    }
+
+
+@dataclass(frozen=True)
+class PlanAsked:
+    """What a memory plan is asked for. Each answer is a plan, or None and why there is none."""
+
+    variant: str
+    sr: str | None
+    precision: str | None
+    memory_limit_gb: float | None
+
+    def __post_init__(self) -> None:
+        precisions = (None, *get_args(Precision))
+        for name, value, allowed in (
+            ("variant", self.variant, BASE_VARIANTS),
+            ("sr", self.sr, (None, *SR_SIZES)),
+            ("precision", self.precision, precisions),
+        ):
+            if value not in allowed:
+                raise InvalidRequestError(
+                    f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+                )
+        check_limit(self.memory_limit_gb)
+
+    @property
+    def _names(self) -> list[str]:
+        return [self.variant, *([f"{self.sr}_sr"] if self.sr else [])]
+
+    def of_folder(
+        self, root: Path, components: Sequence[Component]
+    ) -> tuple[MemoryPlan | None, str]:
+        """For the components of a model directory."""
+        state = {component.name: component.state for component in components}
+        for name in (*self._names, TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER):
+            if state[name] != "ok":
+                reason = "is missing" if state[name] == "missing" else "cannot be read"
+                return None, f"{name} {reason}"
+        image = root / IMAGE_FOLDER if state[IMAGE_FOLDER] == "ok" else None
+
+        def others() -> list[Part]:
+            decoder, text, audio = (root / n for n in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER))
+            return folder_parts(decoder, text, audio, image, WIDTH, is_engine=False)
+
+        return self._plan([self._held(name, root / name) for name in self._names], others)
+
+    def of_published(self) -> tuple[MemoryPlan | None, str]:
+        """For the published sizes."""
+        held = [self._held(name, None) for name in self._names]
+        return self._plan(held, lambda: synthetic_parts(torch.bfloat16))
+
+    def _held(self, name: str, folder: Path | None) -> Held:
+        """As it would be held where that is possible, whatever this machine can."""
+        precision = cast("Precision | None", self.precision)
+        one = plan(VARIANTS[name], folder, Wanted(torch.device("cpu"), "bf16", compile=False))
+        if precision in FP8_PRECISIONS:
+            names = linears_in_fp8(one.config, "none")
+            return dataclasses.replace(one, precision=precision, quantized=names)
+        return one if precision is None else dataclasses.replace(one, precision=precision)
+
+    def _plan(
+        self, held: list[Held], others: Callable[[], list[Part]]
+    ) -> tuple[MemoryPlan | None, str]:
+        device = pick_device(None)
+        if device.type == "cuda":
+            limit = limit_of(self.memory_limit_gb, device)
+            is_compiled = why_not(held[0].config, held[0].linear, device) is None
+        else:  # as on a GPU that compiles
+            limit = None if self.memory_limit_gb is None else int(self.memory_limit_gb * GIB)
+            is_compiled = True
+        already = [] if self.memory_limit_gb is None else held_by_others(device)
+        if limit is None:
+            return None, "there is no GPU; --memory-limit-gb plans for one of so much memory"
+        sr = held[1] if len(held) > 1 else None
+        try:
+            parts = [*others(), *already]
+            return plan_memory(parts, held[0], sr, limit, is_compiled=is_compiled), ""
+        except DeviceError as error:
+            return None, str(error)
+
+
+def machine() -> dict[str, str]:
+    """Versions, devices and the paths that will be taken here, each with its reason."""
+    facts = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for name in PACKAGES:
+        facts[name] = metadata.version(name) if util.find_spec(_module(name)) else "not installed"
+    fp8 = why_not(DiTConfig(), torch.bfloat16, pick_device(None), fp8=True)
+    facts["fp8 linears"] = "usable" if fp8 is None else f"not usable: {fp8}"
+    facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here"
+    if not torch.cuda.is_available():
+        built = (
+            "built for CUDA, but no GPU is usable" if torch.version.cuda else "built without CUDA"
+        )
+        facts["device"] = f"cpu, {torch.get_num_threads()} threads (this PyTorch is {built})"
+        facts["transformer"] = "plain PyTorch; sums in fp32 over bf16 operands"
+        facts["attention"] = "plain PyTorch in fp32"
+        facts["image and video autoencoders"] = "fp32, exact and faster than bf16 on a CPU"
+        facts["video decoder"] = "plain PyTorch"
+        return facts
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        facts[f"cuda:{index}"] = (
+            f"{properties.name}, sm_{properties.major}{properties.minor},"
+            f" {properties.multi_processor_count} SMs, {free / 2**30:.1f} of {total / 2**30:.1f}"
+            " GiB free"
+        )
+    facts["device"] = f"cuda:0 by default, CUDA {torch.version.cuda}"
+    reason = why_not(DiTConfig(), torch.bfloat16, torch.device("cuda:0"))
+    if reason is None:
+        from magihuman.kernels.attention import backends
+
+        facts["transformer"] = "compiled: one captured graph of fused kernels, replayed"
+        dim = DiTConfig().head_dim
+        missing = backends.why_not(backends.LOCAL, dim, torch.device("cuda:0"))
+        facts["super-resolution to 1080p"] = (
+            "compiled" if missing is None else f"plain PyTorch: for its attention, {missing}"
+        )
+        for name in backends.NAMES:
+            missing = backends.why_not(name, dim, torch.device("cuda:0"))
+            facts[f"attention by {name}"] = "usable" if missing is None else f"not used: {missing}"
+    else:
+        facts["transformer"] = f"plain PyTorch, bf16 linears on the tensor cores: {reason}"
+        facts["attention"] = "PyTorch's scaled_dot_product_attention in bf16"
+    facts["image and video autoencoders"] = "bf16, as published"
+    reason = why_not_decode(torch.bfloat16, torch.device("cuda:0"))
+    facts["video decoder"] = (
+        "fast: fused kernels in captured graphs" if reason is None else f"plain PyTorch: {reason}"
+    )
+    return facts
+
+
+def compiled_counts(variant: str, request: Request, text_tokens: int) -> Counts:
+    """Tokens of each modality in one forward pass of a variant that compiles."""
+    chosen = VARIANTS.get(variant)
+    if chosen is None or chosen.local_attention:
+        raise InvalidRequestError(
+            f"variant must be distill, base or 540p_sr, without frame-local layers, got {variant!r}"
+        )
+    plan = request.plan(VARIANTS["distill"], None)
+    return Layout(plan.frames, plan.rows, plan.columns, plan.audio, text_tokens).counts
+
+
+def recorded_forward(counts: Counts) -> Recorded:
+    """What this GPU records of the compiled forward, over random weights and one layer of each kind
+    so that it needs little memory.
+
+    Raises:
+        InvalidRequestError: this machine cannot compile, or cannot read what it has recorded.
+    """
+    config = one_of_each(DiTConfig())
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    reason = why_not(config, torch.bfloat16, device)
+    if reason is not None:
+        raise InvalidRequestError(
+            f"--recorded needs a GPU that runs the compiled forward, and here {reason}; leave it"
+            " out to explain without one"
+        )
+    try:
+        bindings()
+    except NoBindingsError as error:
+        raise InvalidRequestError(f"--recorded: {error}") from error
+    from magihuman.graphs.transformer import CompiledForward
+
+    model = random_weights.dit(config, 0, device, torch.bfloat16, "explain")
+    forward = CompiledForward(model, config, torch.bfloat16, device, debug=True)
+    return forward.recorded(*counts)
+
+
+def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:
+    component = Component(folder.name, "ok")
+    if not folder.is_dir():
+        component.state = "missing"
+        return component
+    component.disk_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    try:
+        tensors = read(folder)
+    except CheckpointError as error:
+        component.state = str(error)
+        return component
+    component.tensors = len(tensors)
+    component.dtypes = dict(Counter(dtype for dtype, _ in tensors))
+    component.device_bytes = sum(size for _, size in tensors)
+    return component
+
+
+def _inspect_dit(folder: Path, name: str) -> Component:
+    def read(place: Path) -> Tensors:
+        found = plan(VARIANTS[name], place, wanted).scan()
+        return [(info.dtype, info.size_bytes) for info in found.values()]
+
+    wanted = Wanted(pick_device(None))
+    component = _inspect(folder, read)
+    if component.is_ok:
+        component.device_bytes = plan(VARIANTS[name], folder, wanted).device_bytes
+    return component
+
+
+def _inspect_image(folder: Path) -> Tensors:
+    load_image_vae(folder, torch.device("cpu"), torch.float32)
+    state = checkpoint.load_pickle(folder / WEIGHTS_NAME)
+    return _tensors({key: value for key, value in state.items() if diffusers_key(key)})
+
+
+def _inspect_audio(folder: Path) -> Tensors:
+    checkpoint.load_audio_vae(folder, torch.device("cpu"))
+    return _scanned(folder, checkpoint.AUDIO_VAE_PREFIX)
+
+
+def _scanned(folder: Path, *prefixes: str) -> Tensors:
+    found = checkpoint.scan(folder)
+    kept = [info for key, info in found.items() if key.startswith(prefixes)]
+    if not kept:
+        raise CheckpointError(f"{folder} has no tensors named {' or '.join(prefixes)}...")
+    return [(info.dtype, info.size_bytes) for info in kept]
+
+
+def _pickled(model: torch.nn.Module) -> Tensors:
+    return _tensors(model.state_dict())
+
+
+def _tensors(state: dict[str, torch.Tensor]) -> Tensors:
+    return [
+        (str(value.dtype).removeprefix("torch."), value.numel() * value.element_size())
+        for value in state.values()
+    ]
+
+
+def _module(package: str) -> str:
+    return {"pillow": "PIL"}.get(package, package)

@@ -1,0 +1,269 @@
+"""`magihuman serve`: runs until it is told to stop. Exit codes as for all commands."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from magihuman import runtime
+from magihuman.runtime.cli.console import (
+    KeepOption,
+    ModelOption,
+    PrecisionOption,
+    RevisionOption,
+    SrOption,
+    SrTransformerOption,
+    TransformerOption,
+    TurboVaeOption,
+    err,
+    keep_list,
+    user_errors,
+)
+from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, MIN_SECONDS, MIN_SIDE_PX
+
+TOKEN_VARIABLE = "MAGIHUMAN_TOKEN"
+WAIT_S = 15.0  # for the processes of a server that has just been killed
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: ModelOption,
+    folder: Annotated[
+        Path, typer.Option(help="Where videos and what is asked for are kept; made if need be.")
+    ] = Path("videos"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help=f"A file with the token that clients must send; or {TOKEN_VARIABLE}."),
+    ] = None,
+    min_replicas: Annotated[int, typer.Option(min=1, help="Engines to begin with.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Engines under load; by default one for each GPU.")
+    ] = None,
+    queue_limit: Annotated[int, typer.Option(min=1, help="Videos that may wait.")] = 64,
+    max_upload_mib: Annotated[int, typer.Option(min=1, help="Of a request, its files too.")] = 32,
+    max_prompt_chars: Annotated[int, typer.Option(min=1, help="Of a prompt.")] = 10_000,
+    max_seconds: Annotated[float, typer.Option(help="Of a clip.")] = MAX_SECONDS,
+    max_pixels: Annotated[
+        int, typer.Option(min=MIN_SIDE_PX**2, help="Of a frame, before super-resolution.")
+    ] = MAX_SIDE_PX**2,
+    timeout_seconds: Annotated[
+        float | None, typer.Option(help="A video that takes an engine longer fails.")
+    ] = None,
+    keep_hours: Annotated[float, typer.Option(help="How long finished videos are kept.")] = 24.0,
+    drain_seconds: Annotated[
+        float, typer.Option(help="For what is being made when the server is told to stop.")
+    ] = 60.0,
+    warmup: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WxHxS", help="Compile for clips like 480x272x5; may be repeated."),
+    ] = None,
+    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill",
+    sr: SrOption = None,
+    precision: PrecisionOption = None,
+    keep_bf16: KeepOption = None,
+    vae: Annotated[str | None, typer.Option(help="fast, plain or tensorrt.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda, one GPU an engine.")] = None,
+    revision: RevisionOption = None,
+    transformer: TransformerOption = None,
+    sr_transformer: SrTransformerOption = None,
+    turbo_vae: TurboVaeOption = None,
+) -> None:
+    """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
+    with user_errors():
+        token = _token(token_file)
+        for name, value in (("--keep-hours", keep_hours), ("--drain-seconds", drain_seconds)):
+            if not 0 <= value <= 1e6:
+                raise runtime.InvalidRequestError(f"{name} must be 0 to 1000000, got {value:g}")
+        if not MIN_SECONDS <= max_seconds <= MAX_SECONDS:
+            raise runtime.InvalidRequestError(
+                f"--max-seconds must be {MIN_SECONDS:g} to {MAX_SECONDS:g}, got {max_seconds:g}"
+            )
+        if timeout_seconds is not None and not 0 < timeout_seconds < math.inf:
+            raise runtime.InvalidRequestError(
+                f"--timeout-seconds must be above 0, got {timeout_seconds:g}"
+            )
+        sizes = tuple(_size(text) for text in warmup or ())
+        _check_extra()
+        gpus = _gpus(device)
+        most = max_replicas or max(min_replicas, gpus)
+        if not min_replicas <= most <= (gpus or most):
+            raise runtime.InvalidRequestError(
+                f"--max-replicas must be from --min-replicas, {min_replicas}, to the number of"
+                f" GPUs, {gpus}, got {most}"
+            )
+        options: dict[str, Any] = {
+            "model": model,
+            "variant": variant,
+            "sr": sr,
+            "precision": precision,
+            "keep_bf16": keep_list(keep_bf16),
+            "vae": vae,
+            "device": "cuda:0" if gpus else "cpu",  # of those that its process sees
+            "revision": revision,
+            "transformer": transformer,
+            "sr_transformer": sr_transformer,
+            "turbo_vae": turbo_vae,
+        }
+        _check_model(options, sizes)
+        from magihuman.runtime.serving import app
+        from magihuman.runtime.serving.settings import Limits, Settings
+        from magihuman.runtime.serving.store import locked
+
+        settings = Settings(
+            folder=folder.absolute(),
+            model=Path(model).absolute().name if Path(model).exists() else model,
+            variant=variant,
+            sr=sr,
+            keep_s=keep_hours * 3600,
+            timeout_s=timeout_seconds,
+            token_sha256=token,
+            is_local=host in LOOPBACK and token is None,
+            limits=Limits(
+                body_bytes=max_upload_mib * 2**20,
+                prompt_chars=max_prompt_chars,
+                queued=queue_limit,
+                seconds=max_seconds,
+                pixels=max_pixels,
+            ),
+        )
+        engines = app.Engines(options, sizes, gpus > 0, min_replicas, most)
+        with locked(settings.folder, WAIT_S):
+            pass  # the process that keeps the jobs takes it
+        _check_port(host, port)
+        if host not in LOOPBACK and token is None:
+            _say(
+                f"warning: without a token, everybody who reaches {host} can make videos and"
+                f" fetch them; set {TOKEN_VARIABLE} or --token-file"
+            )
+        _say(f"loading {model}")
+        place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        app.run(settings, engines, host, port, drain_seconds, lambda: _wait(place))
+
+
+def _wait(place: str) -> None:
+    """Until the process is told to stop. A second signal then ends it at once."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    _say(f"serving at {place}")
+    stop.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    _say("stopping: what is being made may end, all else is kept for the next start")
+
+
+def _token(file: Path | None) -> bytes | None:
+    """SHA-256 of the token. It leaves the environment, which other processes are given."""
+    token = os.environ.pop(TOKEN_VARIABLE, None)
+    if file is not None:
+        try:
+            token = file.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise runtime.InvalidRequestError(
+                f"--token-file must be a text file that can be read, got {file}: {error}"
+            ) from error
+    if token is None:
+        return None
+    if not token or not all("!" <= letter <= "~" for letter in token):
+        raise runtime.InvalidRequestError(
+            "the token must be printable ASCII without spaces, and not empty"
+        )
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _size(text: str) -> tuple[int, int, float]:
+    try:
+        width, height, seconds = text.split("x")
+        return int(width), int(height), float(seconds)
+    except ValueError:
+        raise runtime.InvalidRequestError(
+            f"--warmup must be WIDTHxHEIGHTxSECONDS, as in 480x272x5, got {text!r}"
+        ) from None
+
+
+def _check_extra() -> None:
+    try:
+        for name in ("fastapi", "python_multipart", "prometheus_client", "ray.serve"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise runtime.MagiHumanError(
+            f"serving needs the extra: pip install 'magihuman[serve]' ({error})"
+        ) from error
+
+
+def _gpus(device: str | None) -> int:
+    """How many to use."""
+    import torch
+
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if device not in (None, "cpu", "cuda") or (device == "cuda" and not gpus):
+        raise runtime.InvalidRequestError(
+            f"--device must be cpu, or cuda where there is a GPU, got {device!r}"
+        )
+    return gpus
+
+
+def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]]) -> None:
+    """What can be refused before processes are started: sizes, files missing or damaged."""
+    import torch
+
+    from magihuman.runtime import config
+    from magihuman.runtime.weights import TURBO_FOLDER, Wanted, find, plan
+
+    variant, sr = options["variant"], options["sr"]
+    if variant not in config.BASE_VARIANTS or sr not in (None, *config.SR_SIZES):
+        raise runtime.InvalidRequestError(
+            f"--variant must be one of {', '.join(config.BASE_VARIANTS)}, --sr one of"
+            f" {', '.join(config.SR_SIZES)} or left out, got {variant!r} and {sr!r}"
+        )
+    for width, height, seconds in sizes:
+        request = runtime.Request("-", width=width, height=height, seconds=seconds)
+        request.plan(config.VARIANTS[variant], sr)
+    overrides = {variant: options["transformer"], TURBO_FOLDER: options["turbo_vae"]}
+    upscaler = None if sr is None else config.VARIANTS[f"{sr}_sr"]
+    if upscaler is not None:
+        overrides[upscaler.name] = options["sr_transformer"]
+    chosen = config.VARIANTS[variant]
+    paths = find(options["model"], chosen, upscaler, overrides, options["revision"])
+    # Headers alone are read, and no GPU is touched: its memory belongs to the engines.
+    headers = Wanted(torch.device("cpu"), None, None, False)
+    plan(chosen, paths.dit, headers).scan()
+    if upscaler is not None:
+        plan(upscaler, paths.sr, headers).scan()
+
+
+def _check_port(host: str, port: int) -> None:
+    end_s = time.monotonic() + WAIT_S
+    while True:
+        try:
+            family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+            return
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and time.monotonic() < end_s:
+                time.sleep(0.1)
+                continue
+            raise runtime.InvalidRequestError(
+                f"the server must be able to listen on {host} port {port}: {error.strerror}; name"
+                " others with --host and --port"
+            ) from error
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False)

@@ -1,0 +1,150 @@
+"""`magihuman verify`. Exit codes: 0 for a pass, 1 for a fail, else as for all commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+from rich.table import Table
+
+from magihuman import runtime
+from magihuman.runtime.cli.console import (
+    FAILED,
+    Bar,
+    JsonOption,
+    KeepOption,
+    ModelOption,
+    err,
+    keep_list,
+    out,
+    user_errors,
+)
+
+if TYPE_CHECKING:
+    from magihuman.runtime.config import Precision
+    from magihuman.runtime.evaluate import Report
+
+SHOWN_LINEARS = 8
+
+
+def verify(
+    model: ModelOption,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="One clip each; may be repeated.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None,
+    precision: Annotated[str, typer.Option(help="fp8, or fp8-attn: attention too.")] = "fp8",
+    keep_bf16: KeepOption = None,
+    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill",
+    transformer: Annotated[
+        str | None, typer.Option(help="Folder of a transformer that lies elsewhere.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(help="By default 5, or as suits.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; by default 480, or as suits.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; by default 272, or as suits.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int, typer.Option(help="Of both clips of a prompt.")] = 42,
+    max_linear_error: Annotated[float, typer.Option(help="Of any linear's product.")] = 0.08,
+    max_attention_error: Annotated[float, typer.Option(help="Of any layer's attention.")] = 0.12,
+    max_latents_error: Annotated[float, typer.Option(help="Of video and audio.")] = 0.15,
+    min_psnr_db: Annotated[float | None, typer.Option(help="Of the frames.")] = None,
+    min_ssim: Annotated[float | None, typer.Option(help="Of the frames.")] = None,
+    min_snr_db: Annotated[float | None, typer.Option(help="Of the sound.")] = None,
+    score: Annotated[
+        bool, typer.Option("--score", help="Of the nano model: compare colours and mouth too.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare fp8, simulated on any device, with bf16, on your weights and prompts.
+
+    Errors of linears, layers and latents, PSNR and SSIM of frames, SNR of the sound; exit code 1
+    where a threshold is not met, with the linears to keep in bf16.
+    """
+    with user_errors():
+        wanted = [*(prompt or ()), *_read(prompts)]
+        if not wanted:
+            raise runtime.InvalidRequestError("verify needs --prompt or --prompts, got neither")
+        if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
+            raise runtime.OutputError(f"--html must be a file in a folder that exists, got {html}")
+        from magihuman.runtime.evaluate import Thresholds, write_page
+        from magihuman.runtime.weights import sized
+
+        bar = Bar(as_json)
+        with bar:
+            report = runtime.verify(
+                model,
+                wanted,
+                precision=cast("Precision", precision),
+                keep_bf16=keep_list(keep_bf16) or "none",
+                **sized(model, seconds=seconds, width=width, height=height),
+                steps=steps,
+                seed=seed,
+                thresholds=Thresholds(
+                    max_linear_error=max_linear_error,
+                    max_attention_error=max_attention_error,
+                    max_video_error=max_latents_error,
+                    max_audio_error=max_latents_error,
+                    min_psnr_db=min_psnr_db,
+                    min_ssim=min_ssim,
+                    min_snr_db=min_snr_db,
+                ),
+                score=score,
+                variant=variant,
+                transformer=transformer,
+                device=device,
+                on_load=bar.on_load,
+                on_progress=bar.on_progress,
+            )
+        if html is not None:
+            write_page(report, html)
+        if as_json:
+            print(json.dumps(report.to_dict(), allow_nan=False))
+        else:
+            _print(report)
+    if report.broken:
+        raise typer.Exit(FAILED)
+
+
+def _read(path: Path | None) -> list[str]:
+    """The lines of a file of prompts, blank ones left out."""
+    if path is None:
+        return []
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise runtime.InvalidRequestError(f"--prompts {path} cannot be read: {error}") from error
+
+
+def _print(report: Report) -> None:
+    """The worst linears, every clip, and the verdict."""
+    ranked = sorted(report.per_linear.items(), key=lambda item: item[1].worst, reverse=True)
+    table = Table("linear", "first step", "last step", title="largest relative errors")
+    for name, error in ranked[:SHOWN_LINEARS]:
+        table.add_row(name, f"{error.first:.4f}", f"{error.last:.4f}")
+    out.print(table)
+    if report.per_attention:
+        worst = max(report.per_attention.items(), key=lambda item: item[1].worst)
+        out.print(f"attention: {worst[1].worst:.4f} at most, after {worst[0]}", markup=False)
+    table = Table("prompt", "video latents", "audio latents", "PSNR", "SSIM", "SNR")
+    for clip in report.clips:
+        errors = (f"{clip.video_error[-1]:.4f}", f"{clip.audio_error[-1]:.4f}")
+        quality = (f"{clip.psnr_db:.1f} dB", f"{clip.ssim:.3f}", f"{clip.snr_db:.1f} dB")
+        table.add_row(clip.prompt[:40], *errors, *quality)
+    out.print(table)
+    for clip in report.clips:
+        if clip.scores is not None:
+            figures = " and ".join(
+                f"{score.right} of {len(score.named)} colours, mouth and sound"
+                f" {score.synchrony.correlation:.3f}"
+                for score in clip.scores
+            )
+            out.print(f"{clip.prompt[:40]}: bf16 and fp8 have {figures}", markup=False)
+    for sentence in report.broken:
+        err.print(sentence, style="red", markup=False, highlight=False)
+    if report.suggested_keep_bf16:
+        out.print(f"try: --keep-bf16 '{','.join(report.suggested_keep_bf16)}'", markup=False)
+    out.print(report.verdict)

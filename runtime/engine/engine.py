@@ -1,0 +1,462 @@
+"""A loaded model that takes requests from any thread, one at a time on the device."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar, Unpack
+
+import torch
+
+from magihuman.runtime import config
+from magihuman.runtime.device import forget, is_out_of_memory
+from magihuman.runtime.engine.failures import Failures
+from magihuman.runtime.engine.queue import Line, Station, Ticket
+from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, spawn
+from magihuman.runtime.errors import (
+    InvalidRequestError,
+    MagiHumanError,
+)
+from magihuman.runtime.exported import TensorRTVAE
+from magihuman.runtime.hooks import REQUEST, Hooks, spans
+from magihuman.runtime.media import Mp4Writer, check_output
+from magihuman.runtime.memory import MemoryPlan, estimate
+from magihuman.runtime.parallel import Team, share
+from magihuman.runtime.pipeline import Components, Encoded, Limits, Prepared, Run
+from magihuman.runtime.request import (
+    ProgressCallback,
+    Request,
+    RequestOptions,
+    Video,
+    request_of,
+)
+
+log = logging.getLogger("magihuman")
+Started = TypeVar("Started")
+Size = tuple[int, int, float]  # width and height in pixels, seconds
+
+# Below this a request is encoded alone: an image of 1920x1088 takes most of it.
+FREE_TO_ENCODE_BYTES = 8 * 2**30
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request that has arrived, and all that was given with it."""
+
+    request: Request
+    ticket: Ticket
+    save: Path | None
+    on_progress: ProgressCallback | None
+
+
+class Engine:
+    """A loaded model. Made by `load`. Safe to call from many threads: requests are served in the
+    order of arrival, one at a time on the device, while neighbours encode and write files.
+
+    Attributes:
+        variant: the base variant's name.
+        sr: None, "540p" or "1080p".
+        precision: of the transformer's linears.
+        device: where everything runs.
+        is_compiled: whether the base transformer runs as captured graphs of fused kernels.
+        vae: how frames are decoded, "fast", "plain" or "tensorrt".
+        rank: of this process among those of `context_parallel`; only rank 0 takes requests.
+        hooks: that are told of requests and stages.
+        memory_plan: what is on the GPU in each stage, and what rests in host memory; None on a CPU.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        variant: config.Variant,
+        sr: str | None,
+        precision: str,
+        device: torch.device,
+        queue_limit: int,
+        hooks: Sequence[Hooks],
+        team: Team | None = None,
+        memory_plan: MemoryPlan | None = None,
+    ) -> None:
+        self.memory_plan = memory_plan
+        self.variant = variant.name
+        self.sr = sr
+        self.precision = precision
+        self.device = device
+        self.is_compiled = components.forward is not None
+        is_engine = isinstance(components.turbo_vae, TensorRTVAE)
+        self.vae = "tensorrt" if is_engine else "plain" if components.decoder is None else "fast"
+        self.hooks = tuple(hooks)
+        self._parts: Components | None = components
+        self._variant = variant
+        self._line = Line(queue_limit)
+        self._failures = Failures(device, self._line)
+        self._shared = None if team is None else share(components, team)
+        self.rank = 0 if team is None else team.rank
+        if device.type == "cuda":
+            components.encode_stream = torch.cuda.Stream(device)
+            components.sound_stream = torch.cuda.Stream(device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it takes requests: not closed, and its GPU has not failed for good."""
+        return self._parts is not None and self._failures.first is None
+
+    @property
+    def queue_length(self) -> int:
+        """Requests that wait or run."""
+        return len(self._line)
+
+    def close(self) -> None:
+        """Free the memory. Waits for the running request; those waiting and later ones raise."""
+        self._line.refuse(lambda: MagiHumanError("the engine is closed; load another"))
+        self._line.wait_until_empty()
+        if self._shared is not None:
+            self._shared.close()
+        self._parts = self._shared = None
+        gc.collect()  # models and what brings their weights over refer to each other
+        if self.device.type == "cuda" and self._failures.first is None:
+            torch.cuda.empty_cache()
+
+    def follow(self) -> None:
+        """With `context_parallel` under torchrun, on every rank but 0: serve rank 0 until it closes
+        its engine. On rank 0 it returns at once.
+
+        Raises:
+            EngineUnusable: another process has ended.
+        """
+        if self._shared is not None and self.rank:
+            with self._on_device(), self._failures.guard(None):
+                self._shared.follow()
+
+    def generate(
+        self,
+        prompt: str | Request,
+        *,
+        save: str | os.PathLike[str] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Video:
+        """Make one clip.
+
+        Args:
+            prompt: or a `Request`, which stands for all options.
+            save: also write the clip to this mp4, as `Video.save` does, while it is being decoded.
+                The file appears whole or not at all.
+            on_progress: called after every step with a `Progress`, from the thread that runs it.
+            cancel: an event checked between steps and while waiting; once set, `Cancelled` is
+                raised.
+            deadline_s: seconds from now, waiting included, after which `DeadlineExceeded` is
+                raised, checked as `cancel` is.
+            options: the other fields of `Request`.
+
+        Raises:
+            InvalidRequestError: the request cannot be served; nothing has run.
+            QueueFull: too many wait already.
+            OutputError: `save` cannot be written.
+            Cancelled, DeadlineExceeded: see above. The engine stays usable.
+            DeviceError: the device ran out of memory. The engine stays usable.
+            EngineUnusable: the GPU has failed for good, now or before.
+        """
+        return self._serve(self._arrive(prompt, options, save, on_progress, cancel, deadline_s))
+
+    def generate_stream(
+        self,
+        prompt: str | Request,
+        *,
+        save: str | os.PathLike[str] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Stream:
+        """As `generate`, but an iterator of `Chunk`s: frames with their sound as they are decoded.
+
+        What is wrong with the request, or with the queue, is raised here; all else where the next
+        chunk is taken. Closing the stream, or forgetting it, cancels the request.
+        """
+        call = self._arrive(prompt, options, save, on_progress, cancel, deadline_s)
+        limits = call.ticket.limits
+        return self._start(call, lambda: Stream(limits, lambda emit: self._serve(call, emit)))
+
+    async def agenerate(
+        self,
+        prompt: str | Request,
+        *,
+        save: str | os.PathLike[str] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Video:
+        """As `generate`, in a thread of its own, from which `on_progress` is called.
+
+        Cancelling the task cancels the request, and returns once the device is free.
+        """
+        call = self._arrive(prompt, options, save, on_progress, cancel, deadline_s)
+        _, future = self._start(call, lambda: spawn(lambda: self._serve(call)))
+        result = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            call.ticket.limits.stop.set()
+            with suppress(Exception):
+                await result
+            raise
+
+    def agenerate_stream(
+        self,
+        prompt: str | Request,
+        *,
+        save: str | os.PathLike[str] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AsyncStream:
+        """As `generate_stream`, for `async for` and `async with`."""
+        return AsyncStream(
+            self.generate_stream(
+                prompt,
+                save=save,
+                on_progress=on_progress,
+                cancel=cancel,
+                deadline_s=deadline_s,
+                **options,
+            )
+        )
+
+    def warmup(
+        self, sizes: Iterable[Size], text_tokens: Sequence[int] = (config.MAX_TEXT_TOKENS,)
+    ) -> dict[Size, float]:
+        """Compile, capture and load what clips of these sizes need, without making one.
+
+        Every model runs once for each size and length, over zeros. Where nothing is compiled, as on
+        a CPU, that only fills caches of libraries, and the log says so.
+
+        Args:
+            sizes: (width, height, seconds) of clips, as for `Request`.
+            text_tokens: lengths of prompts, 1 to 640; graphs serve up to the next multiple of 64.
+                With guidance, the negative prompt's too.
+
+        Returns:
+            Seconds taken by each size.
+
+        Raises:
+            InvalidRequestError: before anything has run.
+            DeviceError, EngineUnusable: as `generate`.
+        """
+        for length in text_tokens:
+            if type(length) is not int or not 0 < length <= config.MAX_TEXT_TOKENS:
+                raise InvalidRequestError(
+                    f"text_tokens must be whole numbers from 1 to {config.MAX_TEXT_TOKENS}, got"
+                    f" {length!r}"
+                )
+        requests = {
+            (width, height, seconds): Request("-", width=width, height=height, seconds=seconds)
+            for width, height, seconds in sizes
+        }
+        for request in requests.values():
+            request.plan(self._variant, self.sr)
+        if not self.is_compiled:
+            log.info("nothing is compiled on %s: warming up runs the plain models", self.device)
+        taken_s = {}
+        for size, request in requests.items():
+            with self.hold(request) as run:
+                start = time.perf_counter()
+                run.warm(text_tokens)
+                taken_s[size] = time.perf_counter() - start
+        return taken_s
+
+    @contextmanager
+    def hold(self, request: Request) -> Iterator[Run]:
+        """A request with the engine to itself, nothing of it done yet."""
+        self._check_rank()
+        ticket = self._line.join(Limits())
+        with ticket, self._on_device():
+            ticket.check()
+            run = self._run(Call(request, ticket, None, None))
+            ticket.wait(Station.DEVICE)
+            with ticket.at(Station.DEVICE), self._guard(run):
+                yield run
+
+    def _arrive(
+        self,
+        prompt: str | Request,
+        options: RequestOptions,
+        save: str | os.PathLike[str] | None,
+        on_progress: ProgressCallback | None,
+        cancel: threading.Event | None,
+        deadline_s: float | None,
+    ) -> Call:
+        """Check what costs nothing to check, and take a place in line."""
+        self._check_rank()
+        path = None if save is None else Path(save)  # what can raise, before there is a place
+        try:
+            limits = Limits(cancel, deadline_s)
+            request = request_of(prompt, options)
+            request.plan(self._variant, self.sr)
+        except InvalidRequestError as error:
+            with self._span(REQUEST, self._line.join(Limits(), error).number):
+                raise
+        ticket = self._line.join(limits)
+        call = Call(request, ticket, path, on_progress)
+        if ticket.refusal is not None:
+            self._serve(call)
+        return call
+
+    def _check_rank(self) -> None:
+        if self.rank:
+            raise InvalidRequestError(
+                f"requests must go to rank 0, and this is rank {self.rank}; call follow() here"
+            )
+
+    def _start(self, call: Call, start: Callable[[], Started]) -> Started:
+        """Start a thread for the call, which loses its place where that fails."""
+        try:
+            return start()
+        except BaseException:
+            call.ticket.leave()
+            raise
+
+    def _serve(self, call: Call, emit: Emit | None = None) -> Video:
+        """From its place in line to the finished clip, in the thread of the caller."""
+        try:
+            return self._make(call, emit)
+        except BaseException as error:
+            forget(error)  # futures and services keep errors for longer than tensors may stay
+            raise
+
+    def _make(self, call: Call, emit: Emit | None) -> Video:
+        ticket = call.ticket
+        with ticket, self._span(REQUEST, ticket.number), self._on_device(), ExitStack() as files:
+            ticket.check()
+            run = self._run(call)
+            with run.stage("prepare", on_device=False):
+                prepared = run.prepare()
+                plan = prepared.plan
+                if call.save is not None:
+                    check_output(call.save, config.video_frames(plan.frames), *plan.size_px)
+            with run.stage("queue", on_device=False):
+                ticket.wait(Station.ENCODE)
+            with ticket.at(Station.ENCODE), self._guard(run, is_alone=False):
+                encoded = self._encode_beside(run, prepared)
+            with run.stage("queue", on_device=False):
+                ticket.wait(Station.DEVICE)
+            chunker = None if emit is None else Chunker(emit, call.request.seed)
+            with ticket.at(Station.DEVICE), self._guard(run):
+                if encoded is None:
+                    encoded = run.encode(prepared)
+                video, audio = run.sample(encoded)
+                file: Mp4Writer | None = None
+                if call.save is not None:
+                    file = files.enter_context(run.writer(call.save, video))
+                on_window = None if chunker is None else chunker.add
+                frames, wave = run.decode(video, audio, file, on_window)
+            del encoded, video, audio, run.parts  # nothing is held while the file is finished
+            ticket.leave()
+            if file is not None:
+                with run.stage("write", on_device=False):
+                    file.finish()
+            made = Video(
+                frames=frames,
+                audio=wave,
+                fps=config.FPS,
+                sample_rate_hz=config.SAMPLE_RATE_HZ,
+                timings_s=run.timings_s,
+                seed=call.request.seed,
+                warnings=plan.warnings,
+            )
+            if chunker is not None:
+                chunker.finish(made)
+            return made
+
+    def _run(self, call: Call) -> Run:
+        assert self._parts is not None  # for as long as somebody is in line
+        return Run(
+            self._parts,
+            self._variant,
+            self.sr,
+            self.device,
+            call.request,
+            call.ticket.limits,
+            call.on_progress,
+            lambda name: self._span(name, call.ticket.number),
+        )
+
+    def _encode_beside(self, run: Run, prepared: Prepared) -> Encoded | None:
+        """While another request denoises; None where there is no memory to."""
+        if run.parts.residency.moves:  # the plan has stages one after another
+            return None
+        if self.device.type == "cuda":
+            with run.encoders():
+                if estimate.free_bytes(self.device) < FREE_TO_ENCODE_BYTES:
+                    return None
+        try:
+            return run.encode(prepared)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _guard(self, run: Run, is_alone: bool = True) -> AbstractContextManager[None]:
+        """Say what a failure means. is_alone: with the device to itself."""
+        if is_alone:
+            return self._alone(run)
+        return self._failures.guard(None, run.parts.encode_stream)
+
+    @contextmanager
+    def _alone(self, run: Run) -> Iterator[None]:
+        with self._failures.guard(lambda: self._advice(run)):
+            yield
+            if self._shared is not None:
+                self._shared.team.check()
+
+    def _advice(self, run: Run) -> str:
+        """Free what can be freed, and tell what fits then."""
+        for captured in run.parts.captured:
+            captured.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        dit = run.parts.dit.config
+        rows = max(dit.mlp_widths(layer)[0] for layer in range(dit.num_layers))
+        free = estimate.free_bytes(self.device)
+        return estimate.advice(run.request, self._variant, self.sr, rows, free)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Kernels go to the current device of the thread that launches them."""
+        if self.device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.current_device()
+        torch.cuda.set_device(self.device)
+        try:
+            yield
+        finally:
+            if self._failures.first is None:  # else this would raise in place of what says so
+                torch.cuda.set_device(before)
+
+    def _span(self, name: str, request: int) -> AbstractContextManager[None]:
+        return spans(self.hooks, name, request)

@@ -1,0 +1,63 @@
+"""What went wrong on the device of an engine, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from magihuman.runtime.device import PeerLost, abandon, cuda_failure, forget, is_out_of_memory
+from magihuman.runtime.engine.queue import Line
+from magihuman.runtime.errors import DeviceError, EngineUnusable
+
+
+class Failures:
+    """What went wrong on a device, and what is left of it.
+
+    Attributes:
+        first: what CUDA said when the device failed for good, or what became of a process that
+            shares the work; None for as long as nothing did.
+    """
+
+    def __init__(self, device: torch.device, line: Line) -> None:
+        """line: of those who want the device; closed once it has failed."""
+        self.first: str | None = None
+        self._device, self._line = device, line
+        self._failed = str(device)
+
+    @contextmanager
+    def guard(
+        self, advice: Callable[[], str] | None, stream: torch.cuda.Stream | None = None
+    ) -> Iterator[None]:
+        """Turn what is raised by work on the device into what it means.
+
+        advice: frees memory and tells what fits then; None where another request has the device.
+        stream: that the work is launched on, by default the current one.
+        """
+        try:
+            yield
+        except BaseException as error:
+            is_lost = isinstance(error, PeerLost)
+            failure = str(error) if is_lost else cuda_failure(error, self._device, stream)
+            if failure is not None:
+                if self.first is None:
+                    self._failed = "context_parallel" if is_lost else self._failed
+                    self.first = failure
+                if not is_lost:
+                    abandon(error)
+                self._line.refuse(self.unusable)
+                raise self.unusable() from error
+            if advice is not None and is_out_of_memory(error):
+                forget(error)
+                raise DeviceError(
+                    f"{self._device} ran out of memory: {advice()} ({error})"
+                ) from error
+            raise
+
+    def unusable(self) -> EngineUnusable:
+        """What every request is told from then on."""
+        return EngineUnusable(
+            f"{self._failed} has failed for good in this process, and this engine with it; load"
+            f" again in a new process. The first failure: {self.first}"
+        )

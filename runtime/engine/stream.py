@@ -1,0 +1,208 @@
+"""Clips as they are made: a thread makes them, whoever asked takes them piece by piece."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Self, TypeVar
+
+from magihuman.runtime.config import FPS, SAMPLE_RATE_HZ
+from magihuman.runtime.pipeline import Frames, Limits, Waveform
+from magihuman.runtime.request import Chunk, Video
+
+Result = TypeVar("Result")
+Emit = Callable[[Chunk], None]
+Part = Chunk | BaseException | None  # a piece, why there are no more, or that it was the last
+
+
+def spawn(work: Callable[[], Result]) -> tuple[threading.Thread, Future[Result]]:
+    """Run in a thread of its own, in the caller's context."""
+    future: Future[Result] = Future()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        try:
+            result = context.run(work)
+        except BaseException as error:  # raised where the result is taken
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    thread = threading.Thread(target=run, name="magihuman")
+    thread.start()
+    return thread, future
+
+
+class Chunker:
+    """Cuts a clip that is being decoded into `Chunk`s.
+
+    The last is kept until all is known of the clip.
+    """
+
+    def __init__(self, emit: Emit, seed: int) -> None:
+        self._emit, self._seed = emit, seed
+        self._first = 0
+        self._kept: tuple[Frames, Waveform] | None = None
+
+    def add(self, frames: Frames, audio: Waveform) -> None:
+        """The next frames, and all of the sound."""
+        if self._kept is not None:
+            self._emit(self._cut(*self._kept, is_last=False))
+        self._kept = frames, audio
+
+    def finish(self, video: Video) -> None:
+        """The clip is done."""
+        assert self._kept is not None
+        self._emit(self._cut(*self._kept, is_last=True, video=video))
+
+    def _cut(
+        self, frames: Frames, audio: Waveform, is_last: bool, video: Video | None = None
+    ) -> Chunk:
+        first, self._first = self._first, self._first + len(frames)
+        begin, end = (index * SAMPLE_RATE_HZ // FPS for index in (first, self._first))
+        return Chunk(
+            frames=frames,
+            first_frame=first,
+            audio=audio[begin : None if is_last else end],
+            fps=FPS,
+            sample_rate_hz=SAMPLE_RATE_HZ,
+            is_last=is_last,
+            seed=self._seed,
+            timings_s={} if video is None else video.timings_s,
+            warnings=() if video is None else video.warnings,
+        )
+
+
+class _Pipe:
+    """Chunks on their way from one thread to another, or to an event loop."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Lock()
+        self._ready: deque[Part] = deque()
+        self._waiting: Future[Part] | None = None
+
+    def next(self) -> Future[Part]:
+        """What comes next, once it is there. For one consumer."""
+        with self._changed:
+            future: Future[Part] = Future()
+            if self._ready:
+                future.set_result(self._ready.popleft())
+            else:
+                self._waiting = future
+            return future
+
+    def put(self, part: Part) -> None:
+        """Never waits."""
+        with self._changed:
+            waiting, self._waiting = self._waiting, None
+            if waiting is not None and waiting.set_running_or_notify_cancel():
+                waiting.set_result(part)
+            else:
+                self._ready.append(part)
+
+
+class Stream:
+    """The chunks of one clip, in order: an iterator, and a context that closes itself.
+
+    The clip is made in a thread of its own, whether or not chunks are taken, so a slow consumer
+    does not hold the device. A stream that nobody holds any more is cancelled.
+    """
+
+    def __init__(self, limits: Limits, work: Callable[[Emit], object]) -> None:
+        self._limits = limits
+        self._is_over = False
+        self._pipe = pipe = _Pipe()
+
+        def run() -> None:
+            try:
+                work(pipe.put)
+            except BaseException as error:  # raised in the consumer's thread
+                pipe.put(error)
+            else:
+                pipe.put(None)
+
+        self._thread, _ = spawn(run)  # which holds the pipe, not the stream
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        chunk = None if self._is_over else self._taken(self._pipe.next().result())
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._limits.stop.set()
+
+    def close(self) -> None:
+        """Cancel what is not yet made, and return once the device is free."""
+        self._is_over = True
+        self._limits.stop.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    async def take(self) -> Chunk | None:
+        """The next chunk, None after the last; cancelling this cancels the clip."""
+        if self._is_over:
+            return None
+        try:
+            return self._taken(await asyncio.wrap_future(self._pipe.next()))
+        except asyncio.CancelledError:
+            self._is_over = True
+            self._limits.stop.set()
+            raise
+
+    def _taken(self, part: Part) -> Chunk | None:
+        self._is_over = not isinstance(part, Chunk)
+        if isinstance(part, BaseException):
+            raise part
+        return part
+
+
+class AsyncStream:
+    """A `Stream` for `async for`, and a context that closes itself."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        chunk = await self._stream.take()
+        if chunk is None:
+            raise StopAsyncIteration
+        return chunk
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancel what is not yet made, and return once the device is free."""
+        await asyncio.to_thread(self._stream.close)

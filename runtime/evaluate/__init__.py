@@ -1,0 +1,22 @@
+"""How good clips are.
+
+`clip_score` measures a clip of the nano world, `model_score` a model by many of them. `verify_runs`
+has fp8, simulated on any device, against bf16 from the same noise, and writes a report and a page.
+"""
+
+from magihuman.runtime.evaluate.clip_score import ClipScore, Synchrony, score_file
+from magihuman.runtime.evaluate.model_score import score_model
+from magihuman.runtime.evaluate.verify_page import write_page
+from magihuman.runtime.evaluate.verify_report import Report, Thresholds
+from magihuman.runtime.evaluate.verify_runs import verify
+
+__all__ = [
+    "ClipScore",
+    "Report",
+    "Synchrony",
+    "Thresholds",
+    "score_file",
+    "score_model",
+    "verify",
+    "write_page",
+]

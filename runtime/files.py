@@ -1,0 +1,85 @@
+"""Files and folders that this package makes, whole or not at all, and hashes of what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from magihuman.kernels.jit.cache import atomic_path as atomic_path  # for files of every kind
+from magihuman.runtime.errors import CheckpointError, OutputError
+
+OnBytes = Callable[[str, int, int], None]  # (stage, bytes done, of how many)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside it, renamed to `folder` on success and removed otherwise."""
+    temporary = folder.parent / f".magihuman-{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        if folder.exists():  # a rename would replace an empty folder
+            raise FileExistsError(f"{folder} has been made by somebody else meanwhile")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(folder: Path, needed: int) -> None:
+    """Raise `OutputError` now where a folder of `needed` bytes could not be written later."""
+    if folder.exists() or folder.is_symlink():
+        raise OutputError(f"the output must not exist yet, got {folder}; name another or remove it")
+    if not folder.parent.is_dir():
+        raise OutputError(f"the output's folder must exist, got {folder.parent}; create it first")
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise OutputError(
+            f"the disk of {folder.parent} must have {needed / 2**30:.1f} GiB free, got"
+            f" {free / 2**30:.1f} GiB"
+        )
+
+
+def hashed(
+    files: Sequence[Path], report: OnBytes = lambda stage, done, of: None
+) -> dict[str, dict[str, object]]:
+    """Size and SHA-256 of each file."""
+    sizes = [file.stat().st_size for file in files]
+    found: dict[str, dict[str, object]] = {}
+    done = 0
+    for file, size in zip(files, sizes, strict=True):
+        try:
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        found[file.name] = {"bytes": size, "sha256": digest}
+        done += size
+        report("hash", done, sum(sizes))
+    return found
+
+
+def write_json(path: Path, values: Mapping[str, object]) -> None:
+    """A JSON object, on the disk when this returns."""
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have the disk take a file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def version() -> str:
+    """Of this package."""
+    try:
+        return metadata.version("magihuman")
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "unknown"

@@ -1,0 +1,24 @@
+"""Files of pictures and sound, in and out.
+
+`image` and `sound` read what a request names, `mp4` writes clips and reads them back.
+`quality` says how far two clips are apart.
+"""
+
+from magihuman.runtime.media import quality
+from magihuman.runtime.media.image import fit, open_image
+from magihuman.runtime.media.mp4 import Mp4Writer, check_output, read_frames, write_mp4
+from magihuman.runtime.media.quality import Frames, psnr_db
+from magihuman.runtime.media.sound import read_audio
+
+__all__ = [
+    "Frames",
+    "Mp4Writer",
+    "check_output",
+    "fit",
+    "open_image",
+    "psnr_db",
+    "quality",
+    "read_audio",
+    "read_frames",
+    "write_mp4",
+]

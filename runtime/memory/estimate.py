@@ -1,0 +1,131 @@
+"""What a clip needs of a device's memory beside the weights, as an estimate, and what would fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from magihuman.graphs.cuda_graphs import pool
+from magihuman.runtime import config
+from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.model import Layout
+from magihuman.runtime.request import MIN_SECONDS, Request
+
+# From peaks on an H100 at full size, rounded up: 6.5 GiB for 14762 tokens of the transformer, for
+# each of them and each row of its widest linear; 7.6 GiB for decoding frames of 896x512, 34.6 GiB
+# for those of 1920x1088. Compiled: 1.3 and, for 65706 tokens, 6.8 GiB; 4.5 and 19.7 GiB.
+BYTES_PER_TOKEN_ROW = 18
+BYTES_PER_TOKEN_ROW_COMPILED = 4.5
+BYTES_PER_PIXEL = 35 * 2**9
+BYTES_PER_PIXEL_COMPILED = 10 * 2**10
+# Estimates from the shapes: of an image's encoder at its widest; of the sound's decoder, whose last
+# blocks hold 128 channels of 51,200 samples a second in fp32, about eight times over; of the text
+# encoder over the longest prompt.
+BYTES_PER_IMAGE_PIXEL = 4 * 2**10
+BYTES_PER_SECOND_OF_SOUND = 51200 * 128 * 4 * 8
+TEXT_BYTES = 2**29
+# An estimate, too, of what the encoder's graphs keep, in bf16, once every bucket is captured. They
+# share a pool: of the longest prompt it holds a layer at its widest (gate, up, their product, and
+# the stream before and after two norms), and about as much again in blocks of shorter prompts that
+# were captured before, too small for it. Each graph has an output of its own.
+TEXT_CHANNELS, TEXT_MLP_CHANNELS = 3584, 14336  # of T5Gemma 9B
+TEXT_LAYER_BYTES = 2 * (3 * TEXT_MLP_CHANNELS + 4 * TEXT_CHANNELS)  # for each token
+TEXT_BUCKETS = range(pool.TEXT_BUCKET, config.MAX_TEXT_TOKENS + 1, pool.TEXT_BUCKET)
+TEXT_GRAPHS_BYTES = 2 * config.MAX_TEXT_TOKENS * TEXT_LAYER_BYTES + 2 * TEXT_CHANNELS * sum(
+    TEXT_BUCKETS
+)
+MEMINFO = Path("/proc/meminfo")
+SMALLER = tuple(step / 10 for step in range(9, 0, -1))
+
+
+def working_bytes(request: Request, variant: config.Variant, sr: str | None, rows: int) -> int:
+    """Of the stage that needs most. rows: of the transformer's widest linear, for one modality."""
+    plan = request.plan(variant, sr)
+    sides = [(plan.rows, plan.columns)]
+    if plan.sr_rows is not None and plan.sr_columns is not None:
+        sides.append((plan.sr_rows, plan.sr_columns))
+    tokens = max(
+        Layout(plan.frames, *side, plan.audio, config.MAX_TEXT_TOKENS).tokens for side in sides
+    )
+    return max(denoising_bytes(tokens, rows), decoding_bytes(*plan.size_px))
+
+
+def denoising_bytes(tokens: int, rows: int, is_compiled: bool = False) -> int:
+    """Of a forward of the transformer. rows: as above."""
+    per_row = BYTES_PER_TOKEN_ROW_COMPILED if is_compiled else BYTES_PER_TOKEN_ROW
+    return int(tokens * rows * per_row)
+
+
+def decoding_bytes(width: int, height: int, is_compiled: bool = False) -> int:
+    """Of one window of frames, in pixels."""
+    return width * height * (BYTES_PER_PIXEL_COMPILED if is_compiled else BYTES_PER_PIXEL)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated there."""
+    if device.type == "cuda":
+        return pool.free_bytes(device)
+    try:  # pages of files that can be let go of count as free
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
+    except OSError:  # not on Linux
+        found = None
+    if found is not None:
+        return 1024 * int(found[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def advice(request: Request, variant: config.Variant, sr: str | None, rows: int, free: int) -> str:
+    """What was asked, what is free, and the largest clips that fit it, by the estimate."""
+
+    def fits(other: Request) -> bool:
+        try:
+            return working_bytes(other, variant, sr, rows) <= free
+        except InvalidRequestError:  # smaller than is made
+            return False
+
+    needed = working_bytes(request, variant, sr, rows)
+    said = (
+        f"{_text(request, variant, sr)} takes about {_size(needed)} beside the weights, and"
+        f" {_size(free)} are free now"
+    )
+    if needed <= free:
+        return f"{said}, so that it may fit once whatever else held memory has let go; try again"
+    shorter = (
+        dataclasses.replace(request, seconds=max(MIN_SECONDS, round(request.seconds * share, 1)))
+        for share in SMALLER
+    )
+    smaller = (_scaled(request, variant, sr, share) for share in SMALLER)
+    found = [next(filter(fits, others), None) for others in (shorter, filter(None, smaller))]
+    options = [_text(other, variant, sr) for other in found if other is not None]
+    if not options:
+        return f"{said}; by this estimate no clip fits: free memory, or use a larger device"
+    return f"{said}; by this estimate {' or '.join(options)} would fit"
+
+
+def _scaled(
+    request: Request, variant: config.Variant, sr: str | None, share: float
+) -> Request | None:
+    """The request with both sides of every size so much shorter."""
+    width, height = int(request.width * share), int(request.height * share)
+    try:
+        if sr is None:
+            return dataclasses.replace(request, width=width, height=height)
+        sr_width, sr_height = (int(side * share) for side in request.plan(variant, sr).size_px)
+        return dataclasses.replace(
+            request, width=width, height=height, sr_width=sr_width, sr_height=sr_height
+        )
+    except InvalidRequestError:  # a side below the least
+        return None
+
+
+def _text(request: Request, variant: config.Variant, sr: str | None) -> str:
+    width, height = request.plan(variant, sr).size_px
+    return f"{request.seconds:g} s of {width}x{height}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

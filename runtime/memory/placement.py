@@ -1,0 +1,403 @@
+"""The memory plan of a model: what its components weigh, what its stages need, and their moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from magihuman.graphs.support import why_not
+from magihuman.runtime import config
+from magihuman.runtime.errors import DeviceError, InvalidRequestError
+from magihuman.runtime.memory import estimate
+from magihuman.runtime.memory.offload import Offloaded, Residency, call_before_layers
+from magihuman.runtime.memory.plan import (
+    AUDIO,
+    BASE,
+    CONTEXT_BYTES,
+    GIB,
+    IMAGE,
+    SR,
+    TEXT,
+    VIDEO,
+    MemoryPlan,
+    NoPlanError,
+    Part,
+    Stage,
+    make_plan,
+)
+from magihuman.runtime.model import Layout, Oobleck, OobleckConfig, TurboVAE
+from magihuman.runtime.request import Request
+from magihuman.runtime.weights import (
+    FP8_PRECISIONS,
+    WEIGHTS_NAME,
+    Held,
+    Wanted,
+    checkpoint,
+    diffusers_key,
+    layered_bytes,
+    random_weights,
+)
+
+log = logging.getLogger("magihuman")
+
+CPU = torch.device("cpu")
+MARGIN_BYTES = GIB  # of a card, left free where no limit is given
+# Of products and of attention on an H100, for estimates; plain PyTorch reaches about half.
+FLOPS = {"bf16": 6e14, "fp8": 1e15, "fp8-attn": 1e15, "fp32": 5e13}
+ATTENTION_FLOPS = 5.5e14
+TEXT_LAYER = "layers."
+
+
+def plan_memory(
+    others: Sequence[Part],
+    base: Held,
+    sr: Held | None,
+    limit_bytes: int,
+    *,
+    is_compiled: bool,
+    share: float = 1.0,
+) -> MemoryPlan:
+    """The plan for clips of the default sizes.
+
+    Args:
+        others: all parts but the transformers.
+        base: the transformer.
+        sr: that for super-resolution.
+        limit_bytes: of everything that the process holds on the device.
+        is_compiled: whether the transformers and the video decoder run as captured graphs.
+        share: of the activations of such clips, for smaller ones.
+
+    Raises:
+        NoPlanError: there is none.
+    """
+    parts = [*others, dit_part(BASE, base)]
+    if sr is not None:
+        parts.append(dit_part(SR, sr))
+    held = [base] if sr is None else [base, sr]
+    stages = [
+        dataclasses.replace(
+            stage,
+            working_bytes=int(share * stage.working_bytes),
+            graph_bytes=int(share * stage.graph_bytes),
+        )
+        for stage in stages_of(held, {part.name for part in parts}, is_compiled)
+    ]
+    return make_plan(parts, stages, limit_bytes, max(reading_bytes(h) for h in held))
+
+
+def plan_placement(
+    others: Callable[[], list[Part]],
+    base: Held,
+    sr: Held | None,
+    limit_bytes: int | None,
+    is_limit_asked: bool,
+    wanted: Wanted,
+) -> MemoryPlan | None:
+    """Where weights will be; None on a CPU. Without a limit that was asked for, what is free may
+    be too little for clips of the default sizes: there are smaller ones.
+    """
+    if limit_bytes is None:
+        return None
+    reason = why_not(base.config, base.linear, wanted.device)
+    is_compiled = wanted.compile and reason is None
+    already = held_by_others(wanted.device) if is_limit_asked else []
+    parts, made, share = [*others(), *already], None, 1.0
+    while made is None:
+        try:
+            made = plan_memory(parts, base, sr, limit_bytes, is_compiled=is_compiled, share=share)
+        except NoPlanError as error:
+            if is_limit_asked or share < 0.2:
+                raise
+            if share == 1.0:
+                log.warning("clips of the default size have no room, smaller ones may: %s", error)
+            share -= 0.1
+    if made.streamed and wanted.ranks > 1:
+        raise DeviceError(
+            f"GPUs that work together must each hold all weights, and {limit_bytes / GIB:.1f} GiB"
+            f" have no room for {', '.join(made.streamed)}; free memory, use context_parallel=1, or"
+            " load without sr or with precision='fp8'"
+        )
+    check_host(made)
+    if made.streamed:
+        log.info("resting in host memory between stages: %s", ", ".join(made.streamed))
+    return made
+
+
+def limit_of(memory_limit_gb: float | None, device: torch.device) -> int | None:
+    """Bytes that the process may hold on the device; None on a CPU.
+
+    Raises:
+        InvalidRequestError: the limit is no number above 0, or there is no GPU.
+    """
+    check_limit(memory_limit_gb)
+    if device.type != "cuda":
+        if memory_limit_gb is not None:
+            raise InvalidRequestError(
+                f"memory_limit_gb must go with a GPU, got {memory_limit_gb:g} with {device}"
+            )
+        return None
+    free = estimate.free_bytes(device)
+    if memory_limit_gb is None:
+        return free + CONTEXT_BYTES - MARGIN_BYTES
+    held = torch.cuda.memory_allocated(device)  # the limit counts it, and it is not free
+    return min(int(memory_limit_gb * GIB), free + CONTEXT_BYTES + held)
+
+
+def held_by_others(device: torch.device) -> list[Part]:
+    """What this process holds on a GPU already, which a limit counts too."""
+    size = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return [Part("other tensors of this process", size, can_move=False)] if size else []
+
+
+class Cap:
+    """For as long as it lives, PyTorch is refused what passes a limit; cached blocks go first."""
+
+    def __init__(self, device: torch.device, limit_bytes: int) -> None:
+        """limit_bytes: of everything that the process holds on the device."""
+        total = torch.cuda.mem_get_info(device)[1]
+        before = torch.cuda.get_per_process_memory_fraction(device)
+        share = min(before, (limit_bytes - CONTEXT_BYTES) / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
+        lift = weakref.finalize(self, torch.cuda.set_per_process_memory_fraction, before, device)
+        lift.atexit = False
+
+
+def check_limit(memory_limit_gb: float | None) -> None:
+    """Raise `InvalidRequestError` for what is no limit."""
+    if memory_limit_gb is None:
+        return
+    is_number = isinstance(memory_limit_gb, (int, float)) and type(memory_limit_gb) is not bool
+    if not is_number or not math.isfinite(memory_limit_gb) or memory_limit_gb <= 0:
+        raise InvalidRequestError(
+            f"memory_limit_gb must be a number of GiB above 0, got {memory_limit_gb!r}"
+        )
+
+
+def check_host(plan: MemoryPlan) -> None:
+    """Raise `DeviceError` where what is to rest in host memory has no room there."""
+    free = estimate.free_bytes(CPU)
+    if plan.host_bytes > free:
+        raise DeviceError(
+            f"{plan.host_bytes / GIB:.1f} GiB of weights are to rest in host memory"
+            f" ({', '.join(plan.streamed)}) and {free / GIB:.1f} GiB are free there; free host"
+            " memory, or give a larger memory_limit_gb"
+        )
+
+
+def dit_part(name: str, held: Held) -> Part:
+    """A transformer."""
+    outside, layers = layered_bytes(held.config, held.linear, held.quantized)
+    return Part(name, outside, layers)
+
+
+def reading_bytes(held: Held) -> int:
+    """Of the device while a transformer is read: its largest tensor as it is on disk, fp32 at most,
+    in bf16 and in fp8.
+    """
+    rows, columns = max(
+        (held.config.mlp_widths(layer) for layer in range(held.config.num_layers)),
+        key=lambda widths: widths[0],
+    )
+    experts = 3 if held.config.modality_layers else 1
+    return experts * max(rows, columns) * held.config.hidden_size * (4 + 2 + 1)
+
+
+def text_part(folder: Path) -> Part:
+    """The text encoder of a folder, from file headers."""
+    outside, layers = 0, dict[int, int]()
+    for key, info in checkpoint.scan(folder).items():
+        name = key.removeprefix("model.")
+        if not name.startswith("encoder."):
+            continue
+        size = 2 * math.prod(info.shape)  # read as bf16
+        name = name.removeprefix("encoder.")
+        if name.startswith(TEXT_LAYER):
+            layer = int(name.split(".")[1])
+            layers[layer] = layers.get(layer, 0) + size
+        else:
+            outside += size
+    return Part(TEXT, outside, tuple(layers[i] for i in sorted(layers)))
+
+
+def part_of(
+    name: str, model: nn.Module, width: int, layers: Sequence[nn.Module] = (), **options: bool
+) -> Part:
+    """A model whose elements take `width` bytes each; its weights need not be there."""
+    inside = tuple(width * sum(t.numel() for t in layer.parameters()) for layer in layers)
+    whole = width * sum(t.numel() for t in model.parameters())
+    return Part(name, whole - sum(inside), inside, **options)
+
+
+def small_parts(
+    turbo_vae: TurboVAE | int, audio_vae: Oobleck, image_vae: nn.Module | int | None, width: int
+) -> list[Part]:
+    """The autoencoders; an int is bytes. width: bytes of an element of all but that for sound.
+
+    The compiled decoder has its weights a second time, in another layout, and so stays.
+    """
+    if isinstance(turbo_vae, TurboVAE):
+        turbo_vae = 2 * part_of(VIDEO, turbo_vae, width).total_bytes
+    found = [Part(VIDEO, turbo_vae, can_move=False), part_of(AUDIO, audio_vae, 4)]
+    if isinstance(image_vae, nn.Module):
+        found.append(part_of(IMAGE, image_vae, width))
+    elif image_vae is not None:
+        found.append(Part(IMAGE, image_vae))
+    return found
+
+
+def folder_parts(
+    turbo_vae: Path, text: Path, audio: Path, image: Path | None, width: int, is_engine: bool
+) -> list[Part]:
+    """All parts but the transformers, from headers and configurations."""
+    with torch.device("meta"):
+        oobleck = Oobleck(checkpoint.oobleck_config(audio / "model_config.json"))
+        decoder: TurboVAE | int
+        if is_engine:
+            decoder = sum(f.stat().st_size for f in turbo_vae.iterdir() if f.is_file())
+        else:
+            decoder = TurboVAE(checkpoint.turbo_vae_config(turbo_vae))
+    picture = None
+    if image is not None:
+        weights = checkpoint.load_pickle(image / WEIGHTS_NAME if image.is_dir() else image)
+        picture = sum(width * t.numel() for key, t in weights.items() if diffusers_key(str(key)))
+    return [*small_parts(decoder, oobleck, picture, width), text_part(text)]
+
+
+def synthetic_parts(dtype: torch.dtype) -> list[Part]:
+    """All parts but the transformers, of random weights in the published sizes. dtype: of the
+    autoencoders for images.
+    """
+    with torch.device("meta"):
+        model = random_weights.text_model()
+        text = part_of(TEXT, model, 2, model.encoder.layers, made_whole=True)
+        small = small_parts(
+            TurboVAE(config.TurboVAEConfig()),
+            Oobleck(OobleckConfig()),
+            random_weights.image_model(),
+            dtype.itemsize,
+        )
+    return [*small, text]
+
+
+def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[Stage]:
+    """What a request of default size goes through, as far as the parts are there: text, sound,
+    image, denoising with the first of `held`, super-resolution with the second, decoding.
+    """
+    base = held[0]
+    sr = held[1] if len(held) > 1 else None
+    request = Request("-")
+    plan = request.plan(base.variant, None if sr is None else sr.variant.name.removesuffix("_sr"))
+    width, height = plan.size_px
+    sound = int(request.seconds * estimate.BYTES_PER_SECOND_OF_SOUND)
+    stages = []
+    if TEXT in parts:
+        graphs = estimate.TEXT_GRAPHS_BYTES if is_compiled else 0
+        text = Stage("text", (TEXT,), estimate.TEXT_BYTES, graph_bytes=graphs, spares_graphs=True)
+        stages.append(text)
+    if AUDIO in parts:
+        stages.append(Stage("audio", (AUDIO,), sound))
+    if IMAGE in parts:
+        stages.append(Stage("image", (IMAGE,), width * height * estimate.BYTES_PER_IMAGE_PIXEL))
+    sizes = [(plan.rows, plan.columns)]
+    if plan.sr_rows is not None and plan.sr_columns is not None:
+        sizes.append((plan.sr_rows, plan.sr_columns))
+    names = (("denoise", BASE), ("super_resolve", SR))
+    for (name, part), one, size in zip(names, held, sizes, strict=False):
+        layout = Layout(plan.frames, *size, plan.audio, config.MAX_TEXT_TOKENS)
+        rows = max(one.config.mlp_widths(layer)[0] for layer in range(one.config.num_layers))
+        working = estimate.denoising_bytes(layout.tokens, rows, is_compiled)
+        stages.append(
+            Stage(
+                name,
+                (part,),
+                working,
+                forwards=one.variant.steps * (1 if one.variant.guidance is None else 2),
+                forward_s=forward_s(one, layout),
+                graph_bytes=working if is_compiled else 0,
+            )
+        )
+    window = estimate.decoding_bytes(width, height, is_compiled)
+    decoders = tuple(name for name in (VIDEO, AUDIO) if name in parts)
+    kept = window if is_compiled else 0
+    return [*stages, Stage("decode", decoders, window + sound, graph_bytes=kept)]
+
+
+def forward_s(held: Held, layout: Layout) -> float:
+    """Seconds of a forward on an H100, roughly: what copies can hide behind."""
+    arch, tokens = held.config, layout.tokens
+    linears = attention = 0.0
+    for layer in range(arch.num_layers):
+        up, down = arch.mlp_widths(layer)
+        weights = arch.hidden_size * (arch.qkv_rows + arch.hidden_size + up + down)
+        linears += 2.0 * tokens * weights
+        seen = tokens
+        if layer in arch.local_attention_layers:
+            seen = min(tokens, (2 * arch.frame_reach + 1) * layout.frame_tokens)
+        attention += 4.0 * tokens * seen * arch.hidden_size
+    precision = held.precision if held.quantized else "bf16"
+    rate = FLOPS[precision if precision in FP8_PRECISIONS else held.precision]
+    return linears / rate + attention / ATTENTION_FLOPS
+
+
+@dataclass
+class Placer:
+    """Brings parts to where a plan has them, as they are read."""
+
+    plan: MemoryPlan | None
+    device: torch.device
+    residency: Residency = field(default_factory=Residency)
+
+    @property
+    def replays(self) -> bool:
+        """Whether graphs are captured, over weights that stay."""
+        return self.plan is None or self.plan.replays
+
+    @property
+    def replays_text(self) -> bool:
+        """Whether those of the text encoder are among them."""
+        spares = self.plan is not None and "text" in self.plan.spared
+        return self.replays and not spares and not self.moves(TEXT)
+
+    def moves(self, name: str) -> bool:
+        """Whether the part rests in host memory."""
+        return self.plan is not None and name in self.plan.streamed
+
+    def rest(self, name: str) -> torch.device:
+        """Where the part is read to."""
+        return CPU if self.moves(name) else self.device
+
+    def before_layer(self, name: str) -> Callable[[int], None] | None:
+        """What a part that moves and has been placed is to call."""
+        return self.residency[name].before_layer if self.moves(name) else None
+
+    def place(
+        self,
+        name: str,
+        model: nn.Module,
+        layers: Sequence[nn.Module] = (),
+        runs: Any = None,
+        made: Iterable[nn.Module] | None = None,
+    ) -> None:
+        """Let a part that moves rest in pinned memory, and come for its layers.
+
+        runs: the module that runs the layers. made: the layers, where they get their weights when
+        they are asked for.
+        """
+        if not self.moves(name):
+            return
+        assert self.plan is not None
+        part = Offloaded(model, made or layers, self.device, self.plan.streamed[name])
+        if layers:
+            call_before_layers(runs, layers, part.before_layer)
+        self.residency.add(name, part)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what was made there before it came to rest

@@ -1,0 +1,262 @@
+"""One request on several devices: the transformers' sequence is split, and so are the decoder's
+windows.
+
+Every process has all weights. Rank 0 runs the loops of `pipeline/denoise.py`; for each forward it
+calls the others, sends them what the model takes, and gets all velocities. Around attention the
+processes exchange rows for heads (`kernels/parallel/exchange.py`). What a forward sends beside that
+is small: at 896x512 and 5 s, 27 MB of inputs to each process and 11 MB of velocities in all, once a
+step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from magihuman.kernels import reference as ref
+from magihuman.runtime.device import PeerLost, is_cuda_error
+from magihuman.runtime.model import DiT, TurboVAE, Window
+from magihuman.runtime.parallel.team import CLOSE, Team
+from magihuman.runtime.pipeline import (
+    Components,
+    Decoder,
+    Forward,
+    PlainDecoder,
+    decode_group,
+    frames_shape,
+)
+
+if TYPE_CHECKING:
+    from magihuman.graphs.transformer import CompiledForward
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A model, and the compiled forward of its own rows that stands in for it, if there is one."""
+
+    model: DiT
+    compiled: CompiledForward | None = None
+
+
+class Shared:
+    """What the processes of a team do together; each has one, over the same models."""
+
+    def __init__(
+        self,
+        team: Team,
+        transformers: Mapping[str, Transformer],
+        vae: TurboVAE | None = None,
+        decoder: Decoder | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        """transformers: by a name for calls. decoder: stands in for that of `vae`. release: gives
+        up this process's captured graphs.
+        """
+        self.team, self._transformers, self._vae = team, transformers, vae
+        self._decoder = PlainDecoder(vae) if decoder is None and vae else decoder
+        self._release = release
+
+    def forward(self, name: str) -> Forward:
+        """On rank 0: a stand-in for `DiT.forward` that has every process do its share."""
+        return cast(Forward, partial(self._call_forward, name))
+
+    @torch.inference_mode()
+    def frames(self, latent: Tensor) -> Iterator[Tensor]:
+        """On rank 0: a clip's windows in order, uint8 [frames, 16 H, 16 W, 3] each, decoded by the
+        processes in turns. latent: [1, 48, T, H, W] normalised.
+        """
+        assert self._vae is not None
+        x, size = self._vae.denormalize(latent), frames_shape(latent)[1:]
+        windows = self._vae.plan(latent.shape[2])
+        for first in range(0, len(windows), self.team.ranks):
+            turn = windows[first : first + self.team.ranks]
+            self.team.call("decode", turn, size, tuple(x.shape), x.dtype)
+            made = self._decode(turn, size, tuple(x.shape), x.dtype, x)
+            assert made is not None
+            yield from (frames[: window.frames] for frames, window in zip(made, turn, strict=False))
+
+    def release(self) -> None:
+        """On rank 0: have every process give up its captured graphs."""
+        with suppress(PeerLost):  # which the next request is told
+            self.team.call("release")
+        self._release()
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """On the others: do as rank 0 says, until it closes."""
+        calls: dict[str, Callable[..., object]] = {
+            "forward": self._forward,
+            "decode": self._decode,
+            "release": self._release,
+        }
+        while True:
+            name, arguments = self.team.listen()
+            if name == CLOSE:
+                return
+            try:
+                calls[name](*arguments)
+            except Exception as error:
+                if is_cuda_error(error):  # leaving in order would wait for this GPU
+                    self.team.lose(f"rank {self.team.rank} failed for good: {error}")
+                # Else all have agreed that it cannot be done, and rank 0 tells its caller.
+                if self.team.lost is not None:
+                    raise
+
+    def close(self) -> None:
+        """Give up the graphs, which hold on to the connections, and leave the team."""
+        with suppress(RuntimeError):  # of a GPU that has failed
+            self._release()
+        self.team.close()
+
+    def _call_forward(
+        self,
+        name: str,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        local: ref.LocalAttention | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (video, audio, text, rope)
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs)
+        self.team.call("forward", name, shapes, local)
+        made = self._forward(name, shapes, local, inputs)
+        assert made is not None
+        return made
+
+    def _forward(
+        self,
+        name: str,
+        shapes: Shapes,
+        local: ref.LocalAttention | None,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """One forward pass; inputs and velocities on rank 0."""
+        team, own = self.team, self._transformers[name]
+        sizes = [math.prod(shape) for shape in shapes]
+        video, audio, text, _ = (shape[0] for shape in shapes)
+        counts = (video, audio, text)
+        if own.compiled is None:
+            sharding = ref.Sharding.of(counts, team.ranks)
+        else:
+            sharding = own.compiled.sharding(*counts)
+
+        def prepare() -> Tensor:
+            if own.compiled is not None:
+                own.compiled.prepare(*counts, local)
+            if inputs is None:
+                return torch.empty(sum(sizes), device=team.device)
+            return torch.cat([tensor.flatten() for tensor in inputs])
+
+        flat = team.agree(prepare)
+        with team.together():
+            dist.broadcast(flat, 0)
+            given = [part.view(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
+            if own.compiled is not None:
+                velocities = own.compiled(given[0], given[1], given[2], given[3], local)
+            else:
+                velocities = _plain(own.model, sharding, team.rank, given, local)
+            every = self._gather(_side_by_side(velocities, sharding.rows))
+        if every is None:
+            return None
+        rows = every.flatten(0, 1)  # in the order of the sequence
+        channels = velocities[1].shape[1]
+        return rows[:video], rows[video : video + audio, :channels].contiguous()
+
+    def _decode(
+        self,
+        turn: Sequence[Window],
+        size: tuple[int, int, int],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        x: Tensor | None = None,
+    ) -> Tensor | None:
+        """A window on each process; latents x, and the frames, on rank 0."""
+        team, decoder = self.team, self._decoder
+        assert decoder is not None
+        most = max(window.frames for window in turn)
+
+        def prepare() -> tuple[Tensor, Tensor]:
+            frames = torch.empty((most, *size), dtype=torch.uint8, device=team.device)
+            return torch.empty(shape, dtype=dtype, device=team.device) if x is None else x, frames
+
+        def decode() -> None:
+            if team.rank < len(turn):
+                own = decode_group(decoder, latents, turn[team.rank : team.rank + 1])
+                frames[: len(own)] = own
+
+        latents, frames = team.agree(prepare)
+        with team.together():
+            dist.broadcast(latents, 0)
+        team.agree(decode)
+        with team.together():
+            return self._gather(frames)
+
+    def _gather(self, own: Tensor) -> Tensor | None:
+        """On rank 0 the tensors of all processes, [ranks, ...]."""
+        if self.team.rank:
+            dist.gather(own, dst=0)
+            return None
+        every = own.new_empty(self.team.ranks, *own.shape)
+        dist.gather(own, list(every.unbind()), dst=0)
+        return every
+
+
+def _plain(
+    model: DiT,
+    sharding: ref.Sharding,
+    rank: int,
+    inputs: Sequence[Tensor],
+    local: ref.LocalAttention | None,
+) -> tuple[Tensor, Tensor]:
+    """The model over the rows of one process, which are those of its velocities."""
+    video, audio, text, rope = inputs
+    padding = sharding.counts[2] - text.shape[0]
+    length = torch.tensor(rope.shape[0], device=rope.device) if padding else None
+    text, rope = (F.pad(tensor, (0, 0, 0, padding)) for tensor in (text, rope))
+    own = (
+        tensor[rows] for tensor, rows in zip((video, audio, text), sharding.own(rank), strict=True)
+    )
+    made: Any = model(*own, rope, local, length, sharding)
+    return made[0], made[1]
+
+
+def _side_by_side(velocities: tuple[Tensor, Tensor], rows: int) -> Tensor:
+    """Video and audio of so many rows of the sequence, text rows unset, as wide as the widest."""
+    video, audio = velocities
+    out = video.new_empty(rows, max(video.shape[1], audio.shape[1]))
+    out[: len(video), : video.shape[1]] = video
+    out[len(video) : len(video) + len(audio), : audio.shape[1]] = audio
+    return out
+
+
+def share(parts: Components, team: Team) -> Shared:
+    """Have the transformers and the video decoder of an engine run on every process of a team."""
+    own = list(parts.captured)
+
+    def release() -> None:
+        for captured in own:
+            captured.release()
+
+    given = {"base": (parts.dit, parts.forward), "sr": (parts.sr_dit, parts.sr_forward)}
+    models = {
+        name: Transformer(model, cast("CompiledForward | None", forward))
+        for name, (model, forward) in given.items()
+        if model is not None
+    }
+    shared = Shared(team, models, cast(TurboVAE, parts.turbo_vae), parts.decoder, release)
+    parts.forward, parts.spread, parts.captured = shared.forward("base"), shared, [shared]
+    if parts.sr_dit is not None:
+        parts.sr_forward = shared.forward("sr")
+    return shared

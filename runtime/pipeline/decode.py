@@ -1,0 +1,207 @@
+"""Video latents to frames, window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from magihuman.kernels.decoder import ops as decoder_ops
+from magihuman.kernels.decoder import reference as ref
+from magihuman.runtime.config import VIDEO_STRIDE, video_frames
+from magihuman.runtime.model import TurboVAE, Window
+
+Frames = npt.NDArray[np.uint8]
+OnWindow = Callable[[Frames, Frames | None], None]
+
+
+class VideoDecoder(Protocol):
+    """`TurboVAE`, or what decodes in its place."""
+
+    def windows(self, z: Tensor) -> Iterator[Tensor]:
+        """As `TurboVAE.windows`."""
+
+
+class Decoder(Protocol):
+    """Windows of latents [B, 48, T, H, W] to uint8 [B, kept, 16 H, 16 W, 3], without waiting."""
+
+    def batch_of(self, rows: int, columns: int) -> int:
+        """How many windows of this size are decoded at once, at most."""
+
+    def prepare(self, calls: Iterable[tuple[Sequence[int], bool, int, int]]) -> None:
+        """Make ready for these calls, each with the shape alone of its latents."""
+
+    def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor: ...
+
+
+class Spread(Protocol):
+    """Decodes on several devices."""
+
+    def frames(self, latent: Tensor) -> Iterator[Tensor]:
+        """Of each window of normalised latents, in order: uint8 [frames, 16 H, 16 W, 3]."""
+
+
+@torch.inference_mode()
+def decode_frames(
+    vae: VideoDecoder,
+    latent: Tensor,
+    on_frames: Callable[[int, int], None] = lambda done, of: None,
+    decoder: Decoder | None = None,
+    on_window: OnWindow | None = None,
+    spread: Spread | None = None,
+) -> Frames:
+    """[1, 48, T, H, W] normalised latents to uint8 [4 (T - 1) + 1, 16 H, 16 W, 3].
+
+    Args:
+        vae: on the latents' device.
+        latent: any float dtype.
+        on_frames: called as (done, of) with the frames finished; may raise to stop.
+        decoder: stands in for the decoder of `vae`, a `TurboVAE` on a GPU.
+        on_window: called with the next frames as soon as they are on the host, in order; from a GPU
+            also with what `decoder_reference.to_yuv420` makes of them, on the CPU with None. They
+            stay as they are.
+        spread: decodes in place of both.
+    """
+    total = video_frames(latent.shape[2])
+    done = 0
+    on_frames(done, total)
+    if spread is not None:
+        pixels = spread.frames(latent)
+    elif decoder is not None:
+        pixels = _grouped(cast(TurboVAE, vae), latent, decoder)
+    else:
+        pixels = (ref.to_uint8(window)[0] for window in vae.windows(latent))
+    is_ahead = latent.is_cuda and (decoder is not None or spread is not None)
+    windows = (_overlapped if is_ahead else _waited)(pixels, latent, on_window is not None)
+    for frames, planes, count in windows:
+        if on_window is not None:
+            part = slice(done, done + count)
+            on_window(frames[part], None if planes is None else planes[part])
+        done += count
+        on_frames(done, total)
+    return frames
+
+
+Parts = Iterator[tuple[Frames, Frames | None, int]]
+
+
+def _waited(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
+    """All frames, on a GPU their planes where asked for, and how many of them each window has
+    filled in. Each window is on the host before the next is decoded.
+    """
+    shape = frames_shape(latent)
+    out = np.empty(shape, np.uint8)
+    planes = np.empty(planes_shape(shape), np.uint8) if with_planes and latent.is_cuda else None
+    done = 0
+    for pixels in windows:
+        part = slice(done, done + len(pixels))
+        out[part] = pixels.cpu().numpy()
+        if planes is not None:
+            planes[part] = ref.to_yuv420(pixels).cpu().numpy()
+        done += len(pixels)
+        yield out, planes, len(pixels)
+
+
+def _overlapped(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
+    """As `_waited`. A window is copied to the host while the next is decoded, and handed over while
+    that one still runs.
+    """
+    shape = frames_shape(latent)
+    out: Tensor | None = None
+    planes: Tensor | None = None
+    compute, copies = torch.cuda.current_stream(latent.device), torch.cuda.Stream(latent.device)
+    done = 0
+    running: tuple[torch.cuda.Event, int] | None = None
+    for kept in windows:
+        yuv = decoder_ops.yuv420(kept) if with_planes else None
+        if out is None:  # the device is busy meanwhile
+            out = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            if with_planes:
+                planes = torch.empty(planes_shape(shape), dtype=torch.uint8, pin_memory=True)
+        copies.wait_stream(compute)
+        with torch.cuda.stream(copies):
+            for host, made in ((planes, yuv), (out, kept)):
+                if host is not None and made is not None:
+                    host[done : done + len(made)].copy_(made, non_blocking=True)
+                    made.record_stream(copies)
+        copied = torch.cuda.Event()
+        copied.record(copies)
+        done += len(kept)
+        if running is not None:
+            running[0].synchronize()
+            yield out.numpy(), None if planes is None else planes.numpy(), running[1]
+        running = copied, len(kept)
+    assert out is not None and running is not None
+    running[0].synchronize()
+    yield out.numpy(), None if planes is None else planes.numpy(), running[1]
+
+
+def _grouped(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[Tensor]:
+    """Frames of each group of windows."""
+    x = vae.denormalize(latent)
+    groups = list(_groups(vae.plan(latent.shape[2]), decoder.batch_of(*latent.shape[3:])))
+    decoder.prepare(
+        ((len(group), x.shape[1], group[0].latents, *x.shape[3:]), *_kind(group[0]))
+        for group in groups
+    )
+    for group in groups:
+        yield decode_group(decoder, x, group)
+
+
+def decode_group(decoder: Decoder, x: Tensor, group: Sequence[Window]) -> Tensor:
+    """The frames kept of windows of one kind and size, uint8 [frames, 16 H, 16 W, 3].
+
+    x: from `TurboVAE.denormalize`.
+    """
+    latents = torch.cat([x[:, :, window.begin : window.end] for window in group])
+    # A copy: the next window may overwrite the decoder's own.
+    return decoder(latents, *_kind(group[0])).flatten(0, 1).clone()
+
+
+class PlainDecoder:
+    """The `Decoder` that a `TurboVAE` has, one window at a time."""
+
+    def __init__(self, vae: TurboVAE) -> None:
+        self._decoder = vae.decoder
+
+    def batch_of(self, rows: int, columns: int) -> int:
+        return 1
+
+    def prepare(self, calls: Iterable[tuple[Sequence[int], bool, int, int]]) -> None:
+        pass
+
+    def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor:
+        return ref.to_uint8(self._decoder(latents, is_first)[:, :, skip : skip + kept])
+
+
+def _groups(windows: list[Window], batch: int) -> Iterator[list[Window]]:
+    """Neighbours of one kind and size, at most `batch` together."""
+    group: list[Window] = []
+    for window in windows:
+        alike = group and (window.latents, *_kind(window)) == (group[0].latents, *_kind(group[0]))
+        if group and (len(group) == batch or not alike):
+            yield group
+            group = []
+        group.append(window)
+    yield group
+
+
+def _kind(window: Window) -> tuple[bool, int, int]:
+    return window.is_first, window.skip, window.frames
+
+
+def frames_shape(latent: Tensor) -> tuple[int, int, int, int]:
+    """Of the frames decoded from [1, 48, T, H, W]."""
+    _, _, frames, rows, columns = latent.shape
+    _, down, across = VIDEO_STRIDE
+    return video_frames(frames), rows * down, columns * across, 3
+
+
+def planes_shape(frames: tuple[int, int, int, int]) -> tuple[int, int, int]:
+    """Of what `decoder_reference.to_yuv420` makes of frames [T, H, W, 3]."""
+    count, height, width, _ = frames
+    return count, height // 2 * 3, width

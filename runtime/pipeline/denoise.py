@@ -1,0 +1,171 @@
+"""The denoising loops: distilled, guided, super-resolving. Latents in, latents out.
+
+Streams: video [1, 48, T, H, W], audio [1, A, 64], fp32. `noise(like)` returns fresh noise of a
+tensor's shape; where both streams draw, video draws first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from magihuman.kernels.reference import LocalAttention
+from magihuman.runtime import config
+from magihuman.runtime.model import DiT, tokens
+from magihuman.runtime.pipeline import schedulers
+
+Velocity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Noise = Callable[[Tensor], Tensor]
+OnStep = Callable[[int, int], None]  # (steps finished, of how many); may raise to stop
+
+
+class Forward(Protocol):
+    """What the loops need of a DiT: `DiT.forward`, or a compiled stand-in of the same signature."""
+
+    def __call__(
+        self, video: Tensor, audio: Tensor, text: Tensor, rope: Tensor, local: LocalAttention | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def velocity_of(
+    model: DiT,
+    layout: tokens.Layout,
+    text: Tensor,
+    style: config.CoordinateStyle,
+    forward: Forward | None = None,
+) -> Velocity:
+    """Velocity of both streams for one prompt; tables are made once, here.
+
+    text: [L, C] fp32, L = layout.text. forward: stands in for the model's own.
+    """
+    rope = model.adapter.rope(tokens.coordinates(layout, style, text.device))
+    local = None
+    if model.config.local_attention_layers:
+        local = LocalAttention(layout.frames, layout.frame_tokens, model.config.frame_reach)
+    run: Forward = forward or model
+
+    def velocity(video: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        v_video, v_audio = run(tokens.patchify(video), audio[0], text, rope, local)
+        return tokens.unpatchify(v_video, layout), v_audio[None]
+
+    return velocity
+
+
+def distilled(
+    velocity: Velocity,
+    video: Tensor,
+    audio: Tensor,
+    *,
+    steps: int,
+    noise: Noise,
+    image: Tensor | None = None,
+    keep_audio: bool = False,
+    on_step: OnStep = lambda step, of: None,
+) -> tuple[Tensor, Tensor]:
+    """The distilled model's sampler: predict the clean clip, noise it afresh, no guidance.
+
+    image: [1, 48, 1, H, W], held as latent frame 0. keep_audio: the audio is given and stays as it
+    is; its noise is drawn all the same, so that the video's noise does not depend on it.
+    """
+    levels = [float(s) for s in schedulers.sigmas(steps)]
+    for step in range(steps):
+        on_step(step, steps)
+        video = hold_first_frame(video, image)
+        v_video, v_audio = velocity(video, audio)
+        video_noise, audio_noise = noise(video), noise(audio)
+        video = schedulers.renoise_step(video, v_video, levels[step], levels[step + 1], video_noise)
+        if not keep_audio:
+            audio = schedulers.renoise_step(
+                audio, v_audio, levels[step], levels[step + 1], audio_noise
+            )
+    on_step(steps, steps)
+    return hold_first_frame(video, image), audio
+
+
+def guided(
+    velocity: Velocity,
+    velocity_null: Velocity | None,
+    video: Tensor,
+    audio: Tensor,
+    *,
+    steps: int,
+    guidance: float = 5.0,
+    image: Tensor | None = None,
+    keep_audio: bool = False,
+    on_step: OnStep = lambda step, of: None,
+) -> tuple[Tensor, Tensor]:
+    """The base model's sampler: UniPC on both streams.
+
+    Guidance applies where `velocity_null` is given. Video guidance is `guidance` while timestep >
+    500, then 2.0; audio guidance is 5.0.
+    """
+    levels, times = schedulers.sigmas(steps), schedulers.timesteps(steps)
+    video_solver, audio_solver = schedulers.UniPC(levels), schedulers.UniPC(levels)
+    for step in range(steps):
+        on_step(step, steps)
+        video = hold_first_frame(video, image)
+        v_video, v_audio = velocity(video, audio)
+        if velocity_null is not None:
+            null_video, null_audio = velocity_null(video, audio)
+            scale = guidance if times[step] > 500 else min(guidance, config.BASE_LOW_NOISE_GUIDANCE)
+            v_video = null_video + scale * (v_video - null_video)
+            v_audio = null_audio + config.BASE_AUDIO_GUIDANCE * (v_audio - null_audio)
+        video = video_solver.step(v_video, video)
+        if not keep_audio:
+            audio = audio_solver.step(v_audio, audio)
+    on_step(steps, steps)
+    return hold_first_frame(video, image), audio
+
+
+def super_resolve(
+    velocity: Velocity,
+    velocity_null: Velocity | None,
+    video: Tensor,
+    audio: Tensor,
+    *,
+    steps: int,
+    guidance: float = config.SR_GUIDANCE,
+    image: Tensor | None = None,
+    on_step: OnStep = lambda step, of: None,
+) -> Tensor:
+    """The super-resolution sampler: UniPC on the video alone, which it returns.
+
+    video, audio: from `sr_start`. Guidance, where `velocity_null` is given, is `guidance`, but at
+    most 2.0 for the first 13 latent frames.
+    """
+    solver = schedulers.UniPC(schedulers.sigmas(steps))
+    scale = torch.full((1, 1, video.shape[2], 1, 1), guidance, device=video.device)
+    scale[:, :, : config.SR_EARLY_FRAMES] = min(guidance, config.SR_EARLY_GUIDANCE)
+    for step in range(steps):
+        on_step(step, steps)
+        video = hold_first_frame(video, image)
+        v_video, _ = velocity(video, audio)
+        if velocity_null is not None:
+            null_video, _ = velocity_null(video, audio)
+            v_video = null_video + scale * (v_video - null_video)
+        video = solver.step(v_video, video)
+    on_step(steps, steps)
+    return hold_first_frame(video, image)
+
+
+def sr_start(
+    video: Tensor, audio: Tensor, rows: int, columns: int, noise: Noise
+) -> tuple[Tensor, Tensor]:
+    """Start of super-resolution: video resized trilinearly and partly noised, audio 0.3 kept."""
+    size = (video.shape[2], rows, columns)
+    video = F.interpolate(video, size=size, mode="trilinear", align_corners=True)
+    keep = float(schedulers.zero_snr_table()[config.SR_NOISE_INDEX])
+    video = video * keep + noise(video) * (1 - keep**2) ** 0.5
+    audio = noise(audio) * config.SR_AUDIO_NOISE + audio * (1 - config.SR_AUDIO_NOISE)
+    return video, audio
+
+
+def hold_first_frame(video: Tensor, image: Tensor | None) -> Tensor:
+    """`video` with latent frame 0 replaced by the reference image's latent, where there is one."""
+    if image is None:
+        return video
+    return torch.cat((image[:, :, :1], video[:, :, 1:]), dim=2)

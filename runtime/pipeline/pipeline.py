@@ -1,0 +1,381 @@
+"""One request, top to bottom: text -> tokens -> denoise [-> super-resolve] -> decode -> Video."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from magihuman.runtime import config
+from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.exported import TensorRTVAE
+from magihuman.runtime.media import Mp4Writer, open_image
+from magihuman.runtime.memory import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO
+from magihuman.runtime.model import DiT, Layout, TextEncoder
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, open_driving_audio
+from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
+from magihuman.runtime.pipeline.decode import Frames, decode_frames
+from magihuman.runtime.pipeline.limits import Limits
+from magihuman.runtime.request import Plan, Progress, ProgressCallback, Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger("magihuman")
+
+
+class Run:
+    """State of one request on its way through the stages."""
+
+    def __init__(
+        self,
+        parts: Components,
+        variant: config.Variant,
+        sr: str | None,
+        device: torch.device,
+        request: Request,
+        limits: Limits,
+        on_progress: ProgressCallback | None,
+        span: Callable[[str], AbstractContextManager[object]],
+    ) -> None:
+        self.parts, self.variant, self.sr, self.device = parts, variant, sr, device
+        self.request, self.limits, self.on_progress = request, limits, on_progress
+        self.span = span
+        self.timings_s: dict[str, float] = {}
+        self.start_s = time.perf_counter()
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(request.seed)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Which every engine has that takes requests."""
+        assert self.parts.text_encoder is not None
+        return self.parts.text_encoder
+
+    @property
+    def audio_vae(self) -> AudioVAE:
+        """Likewise."""
+        assert self.parts.audio_vae is not None
+        return self.parts.audio_vae
+
+    def prepare(self) -> Prepared:
+        """Everything that can be wrong with a request, found before any work on the device."""
+        request = self.request
+        plan = request.plan(self.variant, self.sr)
+        if isinstance(self.parts.turbo_vae, TensorRTVAE):
+            rows, columns = (side // config.VIDEO_STRIDE[1] for side in plan.size_px[::-1])
+            self.parts.turbo_vae.exported.check_size(rows, columns)
+        image = samples = None
+        if request.image is not None:
+            if self.parts.image_vae is None:
+                raise InvalidRequestError(
+                    "image needs the Wan 2.2 image encoder, which this engine was loaded"
+                    " without; put Wan2.2-TI2V-5B into the model directory or give load(...,"
+                    " image_vae=PATH)"
+                )
+            image = open_image(request.image)
+        if request.audio is not None:
+            samples, note = open_driving_audio(request.audio, request.seconds)
+            plan = plan.with_note(note)
+        ids, note = self.text_encoder.tokenize(request.prompt)
+        plan = plan.with_note(note)
+        for warning in plan.warnings:
+            log.warning(warning)
+        return Prepared(plan, image, samples, ids)
+
+    @torch.inference_mode()
+    def encode(self, prepared: Prepared) -> Encoded:
+        """Text, sound and picture through their encoders, and the first noise.
+
+        On a GPU on a stream of its own, so that another request can denoise meanwhile.
+        """
+        plan, parts = prepared.plan, self.parts
+        with self.encoders(), self.on_stream(parts.encode_stream):
+            self.generator.manual_seed(self.request.seed)  # encoding may be done a second time
+            with self.stage("text", TEXT):
+                text = self.text_encoder.encode(prepared.ids)
+                null_text = None
+                if plan.guidance is not None or plan.sr_guidance is not None:
+                    null_ids, _ = self.text_encoder.tokenize(self.request.negative_prompt)
+                    null_text = self.text_encoder.encode(null_ids)
+            with self.stage("audio", *(() if prepared.samples is None else (AUDIO,))):
+                if prepared.samples is None:
+                    audio = self.draw(1, plan.audio, config.AUDIO_CHANNELS)
+                else:
+                    audio = self.audio_vae.encode(prepared.samples, self.noise)
+                    plan = plan.with_audio(audio.shape[1])
+                video = self.draw(1, config.LATENT_CHANNELS, plan.frames, plan.rows, plan.columns)
+            pictured = () if prepared.image is None else (IMAGE,)
+            with self.stage("image", *pictured):
+                image = self.encode_image(prepared.image, plan.rows, plan.columns)
+            sr_image = None
+            if plan.sr_rows is not None and plan.sr_columns is not None:
+                with self.stage("image_sr", *pictured):
+                    sr_image = self.encode_image(prepared.image, plan.sr_rows, plan.sr_columns)
+        return Encoded(plan, text, null_text, audio, video, image, sr_image)
+
+    @torch.inference_mode()
+    def sample(self, given: Encoded) -> tuple[Tensor, Tensor]:
+        """Clean latents of video and sound, super-resolved where that is wanted."""
+        if self.device.type == "cuda":
+            for tensor in given.tensors():  # made on another stream
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        texts = given.text, given.null_text
+        with self.stage("denoise", BASE):
+            video, audio = self.run_base(given.plan, *texts, given.video, given.audio, given.image)
+        if self.sr is not None:
+            with self.stage("super_resolve", SR):
+                video = self.run_sr(given.plan, *texts, video, audio, given.sr_image)
+        return video, audio
+
+    def writer(self, path: Path, video: Tensor) -> Mp4Writer:
+        """Of the clip decoded from these latents."""
+        _, _, frames, rows, columns = video.shape
+        size = columns * config.VIDEO_STRIDE[2], rows * config.VIDEO_STRIDE[1]
+        return Mp4Writer(
+            path, config.video_frames(frames), *size, config.FPS, config.SAMPLE_RATE_HZ
+        )
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        file: Mp4Writer | None = None,
+        on_window: Callable[[Frames, Waveform], None] | None = None,
+    ) -> tuple[Frames, Waveform]:
+        """Frames and sound; on a GPU the sound on a stream and a thread of its own meanwhile.
+
+        on_window: called with the next frames, as they come, and the whole sound.
+        """
+        with self.parts.residency.present(VIDEO, AUDIO):
+            return self.decode_both(video, audio, file, on_window)
+
+    def decode_both(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        file: Mp4Writer | None,
+        on_window: Callable[[Frames, Waveform], None] | None,
+    ) -> tuple[Frames, Waveform]:
+        """`decode`, with both decoders there."""
+        parts = self.parts
+
+        # An argument, not closed over: `failures.forget` cannot take that from an error.
+        def frames(latents: Tensor, heard: Callable[[], Waveform]) -> Frames:
+            def add(window: Frames, planes: Frames | None) -> None:
+                if file is not None:
+                    file.add(window, planes)
+                if on_window is not None:
+                    on_window(window, heard())
+
+            with self.stage("decode_video"):
+                is_heard = file is not None or on_window is not None
+                return decode_frames(
+                    parts.turbo_vae,
+                    latents,
+                    self.reporter("decode_video"),
+                    parts.decoder,
+                    add if is_heard else None,
+                    parts.spread,
+                )
+
+        @torch.inference_mode()
+        def sound() -> Waveform:
+            with self.on_stream(parts.sound_stream):
+                wave = self.audio_vae.decode(audio)
+            if file is not None:
+                file.add_sound(wave)
+            return wave
+
+        if parts.sound_stream is None:
+            with self.stage("decode_audio"):
+                wave = sound()
+            return frames(video, lambda: wave), wave
+        parts.sound_stream.wait_stream(torch.cuda.current_stream(self.device))
+        # Leaving the pool waits for the sound, also where decoding frames raises.
+        with ThreadPoolExecutor(1, "sound") as pool:
+            decoding = pool.submit(sound)
+            pictures = frames(video, decoding.result)
+            with self.stage("decode_audio"):
+                return pictures, decoding.result()
+
+    @torch.inference_mode()
+    def warm(self, text_tokens: Sequence[int]) -> None:
+        """Run every model once for a clip of this size and prompts of these lengths, over zeros."""
+        plan, parts = self.request.plan(self.variant, self.sr), self.parts
+        audio = torch.zeros(1, plan.audio, config.AUDIO_CHANNELS, device=self.device)
+        shape = (1, config.LATENT_CHANNELS, plan.frames)
+        video = torch.zeros(*shape, plan.rows, plan.columns, device=self.device)
+        for length in text_tokens:
+            with self.encoders(), parts.residency.present(TEXT):
+                text = self.text_encoder.encode(torch.zeros(1, length, dtype=torch.long))
+            with parts.residency.present(BASE):
+                velocity = self.velocity(parts.dit, self.variant, video, audio, text, parts.forward)
+                velocity(video, audio)
+            if parts.sr_dit is not None and plan.sr_rows and plan.sr_columns:
+                large = torch.zeros(*shape, plan.sr_rows, plan.sr_columns, device=self.device)
+                variant = config.VARIANTS[f"{self.sr}_sr"]
+                with parts.residency.present(SR):
+                    velocity = self.velocity(
+                        parts.sr_dit, variant, large, audio, text, parts.sr_forward
+                    )
+                    velocity(large, audio)
+        if self.sr is not None:
+            video = torch.zeros(*shape, plan.sr_rows or 0, plan.sr_columns or 0, device=self.device)
+        self.decode(video, audio)
+
+    def run_base(
+        self,
+        plan: Plan,
+        text: Tensor,
+        null_text: Tensor | None,
+        video: Tensor,
+        audio: Tensor,
+        image: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The base model's loop."""
+        keep_audio = self.request.audio is not None
+        on_step = self.reporter("denoise")
+        forward = self.parts.forward
+        velocity = self.velocity(self.parts.dit, self.variant, video, audio, text, forward)
+        if self.variant.guidance is None:
+            return denoise.distilled(
+                velocity,
+                video,
+                audio,
+                steps=plan.steps,
+                noise=self.noise,
+                image=image,
+                keep_audio=keep_audio,
+                on_step=on_step,
+            )
+        null = None
+        if plan.guidance is not None and null_text is not None:
+            null = self.velocity(self.parts.dit, self.variant, video, audio, null_text, forward)
+        return denoise.guided(
+            velocity,
+            null,
+            video,
+            audio,
+            steps=plan.steps,
+            guidance=plan.guidance or 1.0,
+            image=image,
+            keep_audio=keep_audio,
+            on_step=on_step,
+        )
+
+    def run_sr(
+        self,
+        plan: Plan,
+        text: Tensor,
+        null_text: Tensor | None,
+        video: Tensor,
+        audio: Tensor,
+        image: Tensor | None,
+    ) -> Tensor:
+        """The super-resolution model's loop; its audio stream only conditions it."""
+        model = self.parts.sr_dit
+        assert model is not None and plan.sr_rows is not None and plan.sr_columns is not None
+        variant, forward = config.VARIANTS[f"{self.sr}_sr"], self.parts.sr_forward
+        video, audio = denoise.sr_start(video, audio, plan.sr_rows, plan.sr_columns, self.noise)
+        null = None
+        if plan.sr_guidance is not None and null_text is not None:
+            null = self.velocity(model, variant, video, audio, null_text, forward)
+        return denoise.super_resolve(
+            self.velocity(model, variant, video, audio, text, forward),
+            null,
+            video,
+            audio,
+            steps=plan.sr_steps,
+            guidance=plan.sr_guidance or 1.0,
+            image=image,
+            on_step=self.reporter("super_resolve"),
+        )
+
+    def velocity(
+        self,
+        model: DiT,
+        variant: config.Variant,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        forward: denoise.Forward | None,
+    ) -> denoise.Velocity:
+        """The model with its tables for these streams and this text."""
+        frames, rows, columns = video.shape[2:]
+        layout = Layout(frames, rows, columns, audio.shape[1], text.shape[0])
+        return denoise.velocity_of(model, layout, text, variant.coordinates, forward)
+
+    def encode_image(self, image: Image | None, rows: int, columns: int) -> Tensor | None:
+        """The reference image's latent at this size."""
+        if image is None:
+            return None
+        assert self.parts.image_vae is not None
+        stride = config.VIDEO_STRIDE[1]
+        return self.parts.image_vae.encode(image, columns * stride, rows * stride)
+
+    def draw(self, *shape: int) -> Tensor:
+        """Fresh fp32 noise from the request's generator, on the device."""
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Fresh noise of this shape."""
+        return self.draw(*like.shape)
+
+    def reporter(self, stage: str) -> Callable[[int, int], None]:
+        """A callback for the loops: ends a request that is to end, then reports progress."""
+
+        def report(step: int, of: int) -> None:
+            self.limits.check()
+            if self.on_progress is not None:
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
+                elapsed_s = time.perf_counter() - self.start_s
+                self.on_progress(Progress(stage, step, of, elapsed_s))
+
+        return report
+
+    @contextmanager
+    def encoders(self) -> Iterator[None]:
+        """`Components.encoding`, held; a first capture can keep it for a minute."""
+        while not self.parts.encoding.acquire(timeout=self.limits.look_s()):
+            self.limits.check()
+        try:
+            yield
+        finally:
+            self.parts.encoding.release()
+
+    @contextmanager
+    def on_stream(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """Launch on this stream, where there is one, and wait for it in the end."""
+        if stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    @contextmanager
+    def stage(self, name: str, *parts: str, on_device: bool = True) -> Iterator[None]:
+        """Time a stage, for the clip and for hooks, its work on the device included.
+
+        parts: of the memory plan, that are on the device meanwhile.
+        """
+        self.limits.check()
+        start = time.perf_counter()
+        present = self.parts.residency.present(*parts) if on_device else nullcontext()
+        with self.span(name), present:
+            yield
+            if on_device and self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+        elapsed_s = time.perf_counter() - start
+        self.timings_s[name] = self.timings_s.get(name, 0.0) + elapsed_s

@@ -1,0 +1,63 @@
+"""Files of weights, in and out.
+
+`locate` finds the components of a model, `checkpoint` reads the published layouts, checked by name
+and shape, `artifacts` those that `converting` writes. `random_weights` and `tiny` stand in for
+files, and `shipped` is the model in this package.
+"""
+
+from magihuman.runtime.weights import checkpoint, locate, random_weights
+from magihuman.runtime.weights.checkpoint import turbo_vae_files
+from magihuman.runtime.weights.converting import convert
+from magihuman.runtime.weights.locate import (
+    AUDIO_FOLDER,
+    IMAGE_FOLDER,
+    TEXT_FOLDER,
+    TURBO_FOLDER,
+    PathLike,
+    Paths,
+    find,
+)
+from magihuman.runtime.weights.random_weights import Synthetic
+from magihuman.runtime.weights.shipped import model_folder, sized
+from magihuman.runtime.weights.t5gemma import load_text_encoder
+from magihuman.runtime.weights.tiny import write_tiny
+from magihuman.runtime.weights.transformer import (
+    FP8_ATTENTION,
+    FP8_PRECISIONS,
+    Held,
+    Wanted,
+    layered_bytes,
+    linears_in_fp8,
+    plan,
+)
+from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME, diffusers_key, load_image_vae
+
+__all__ = [
+    "AUDIO_FOLDER",
+    "FP8_ATTENTION",
+    "FP8_PRECISIONS",
+    "IMAGE_FOLDER",
+    "TEXT_FOLDER",
+    "TURBO_FOLDER",
+    "WEIGHTS_NAME",
+    "Held",
+    "PathLike",
+    "Paths",
+    "Synthetic",
+    "Wanted",
+    "checkpoint",
+    "convert",
+    "diffusers_key",
+    "find",
+    "layered_bytes",
+    "linears_in_fp8",
+    "load_image_vae",
+    "load_text_encoder",
+    "locate",
+    "model_folder",
+    "plan",
+    "random_weights",
+    "sized",
+    "turbo_vae_files",
+    "write_tiny",
+]

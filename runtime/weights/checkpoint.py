@@ -1,0 +1,333 @@
+"""Published files to weights on the device, checked by name and shape before anything is read."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from magihuman.graphs.quantization import quantize_linear
+from magihuman.runtime.config import DiTConfig, TurboVAEConfig, Variant
+from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.model import DiT, Oobleck, OobleckConfig, TurboVAE
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+ARCHITECTURE_NAME = "magihuman.json"  # beside a DiT that is not of the published size
+TURBO_VAE_CONFIG = "TurboV3-Wan22-TinyShallow_7_7.json"
+TURBO_VAE_WEIGHTS = "checkpoint-340000.ckpt"
+AUDIO_VAE_PREFIX = "pretransform.model."
+NAMED_IN_ERRORS = 8
+
+OnRead = Callable[[int, int], None]  # (bytes read, of how many)
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, from the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or a `CheckpointError` that says what is wrong with the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped; damage raises `CheckpointError`."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; download the folder again")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({error}); compare its size with the published one"
+            " and download it again"
+        ) from error
+
+
+def scan(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a sharded or single-file folder, from headers alone."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(name, str) for name in weight_map.values())
+        ):
+            raise CheckpointError(f"{index} must have a weight_map of tensor names to files")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    elif (folder / SINGLE_NAME).is_file():
+        weight_map, files = None, [folder / SINGLE_NAME]
+    else:
+        raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+
+    found = scan_files(files)
+    if weight_map is not None:
+        lost = [key for key, name in weight_map.items() if found.get(key) is None]
+        if lost:
+            raise CheckpointError(f"{index} names tensors that its files lack: {_names(lost)}")
+    return found
+
+
+def scan_files(files: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Every tensor of these files, from their headers."""
+    found: dict[str, TensorInfo] = {}
+    for file in files:
+        with open_shard(file) as shard:
+            for key in shard.keys():  # noqa: SIM118 - not a mapping
+                part = shard.get_slice(key)
+                shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
+                width = int(re.sub(r"\D", "", dtype.split("_")[0]) or 8) // 8
+                size = width * int(torch.Size(shape).numel())
+                found[key] = TensorInfo(file, shape, dtype, size)
+    return found
+
+
+def check_keys(found: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:
+    """Raise unless names and shapes agree exactly with the model's."""
+    check_shapes(found, shapes(model.state_dict(), source), source)
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Raise unless names and shapes are exactly those wanted."""
+    problems = []
+    missing = [key for key in wanted if key not in found]
+    unexpected = [key for key in found if key not in wanted]
+    misshapen = [
+        f"{key} is {list(found[key])}, should be {list(wanted[key])}"
+        for key in wanted
+        if key in found and tuple(found[key]) != tuple(wanted[key])
+    ]
+    for title, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("misshapen", misshapen),
+    ):
+        if names:
+            problems.append(f"{len(names)} {title}: {_names(names)}")
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
+
+
+def dit_config(folder: Path, variant: Variant) -> DiTConfig:
+    """The published architecture, or that of the folder's `magihuman.json`."""
+    path = folder / ARCHITECTURE_NAME
+    if not path.is_file():
+        return variant.architecture(DiTConfig())
+    values = read_json(path)
+    config = DiTConfig.from_dict(values, str(path))
+    return config if "local_attention_layers" in values else variant.architecture(config)
+
+
+def load_dit(
+    folder: Path,
+    variant: Variant,
+    device: torch.device,
+    linear_dtype: torch.dtype,
+    on_read: OnRead = lambda done, total: None,
+    quantized: Collection[str] = (),
+    rest: torch.device | None = None,
+) -> DiT:
+    """A DiT on the device. Shards are mapped one at a time and copied tensor by tensor.
+
+    Block linears are converted to `linear_dtype`, and those in `quantized` from there to fp8 before
+    the next tensor is read; everything else is fp32, whatever is on disk. rest: where the weights
+    are to be, if not on the device, which then only quantises.
+    """
+    with torch.device("meta"):
+        model = DiT(dit_config(folder, variant), linear_dtype)
+    found = scan(folder)
+    check_keys({key: info.shape for key, info in found.items()}, model, str(folder))
+
+    fp8 = {f"{name}.weight": model.get_submodule(name) for name in quantized}
+    for linear in fp8.values():
+        del linear.weight  # no room is made for what is never held
+    model = model.to_empty(device=rest or device)
+    targets = model.state_dict()
+    total, done = sum(info.size_bytes for info in found.values()), 0
+    for file in sorted({info.file for info in found.values()}):
+        with open_shard(file) as shard:
+            for key in shard.keys():  # noqa: SIM118
+                value = shard.get_tensor(key)
+                if key in fp8:
+                    quantize_linear(fp8[key], value.to(device).to(linear_dtype), rest)
+                else:
+                    targets[key].copy_(value if rest is not None else value.to(device))
+                done += found[key].size_bytes
+                on_read(done, total)
+    return frozen(model)
+
+
+def load_pickle(path: Path) -> dict[str, Any]:
+    """A PyTorch pickle, tensors only, mapped where its format (zip, since PyTorch 1.6) allows."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        mmap = zipfile.is_zipfile(path)
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # of damaged bytes, the unpickler raises anything
+        raise CheckpointError(
+            f"{path} is damaged, cut short or holds more than tensors ({type(error).__name__});"
+            " download it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a dictionary, got {type(value).__name__}")
+    return value
+
+
+def turbo_vae_files(folder: Path) -> tuple[Path, Path]:
+    """JSON and checkpoint of the decoder, by their published names or as the only ones."""
+    return _one(folder, TURBO_VAE_CONFIG, "*.json"), _one(folder, TURBO_VAE_WEIGHTS, "*.ckpt")
+
+
+def turbo_vae_config(folder: Path) -> TurboVAEConfig:
+    """Sizes of the decoder."""
+    path, _ = turbo_vae_files(folder)
+    return TurboVAEConfig.from_dict(read_json(path), str(path))
+
+
+def load_turbo_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> TurboVAE:
+    """The decoder from its JSON and its training checkpoint.
+
+    Of `ema_state_dict` only `decoder.` is taken (after `module.`); the rest,
+    `aligned_feature_projection_heads` among it, belongs to training. Latent statistics are Wan
+    2.2's, not the checkpoint's.
+    """
+    config, (_, weights_path) = turbo_vae_config(folder), turbo_vae_files(folder)
+    state = load_pickle(weights_path).get("ema_state_dict")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{weights_path} must hold an ema_state_dict")
+    named = {str(key).removeprefix("module."): value for key, value in state.items()}
+    kept = {key: value for key, value in named.items() if key.startswith("decoder.")}
+    model = TurboVAE(config)
+    load_strictly(model, kept, str(weights_path))
+    return frozen(model.to(device=device, dtype=dtype))
+
+
+def oobleck_config(path: Path) -> OobleckConfig:
+    """Sizes of the autoencoder in a stable-audio-tools `model_config.json`."""
+    try:
+        model = read_json(path)["model"]
+        config = model["pretransform"]["config"] if "pretransform" in model else model
+        encoder, decoder = config["encoder"], config["decoder"]
+        if encoder["type"] != "oobleck" or decoder["type"] != "oobleck":
+            raise CheckpointError(f"{path}: encoder and decoder must be of type oobleck")
+        enc, dec = encoder["config"], decoder["config"]
+        same = all(enc[name] == dec[name] for name in ("channels", "c_mults", "strides"))
+        if not same or enc["latent_dim"] != 2 * dec["latent_dim"]:
+            raise CheckpointError(f"{path}: encoder and decoder must mirror each other")
+        if not enc["use_snake"] or not dec["use_snake"] or dec["final_tanh"]:
+            raise CheckpointError(f"{path}: use_snake must be true and final_tanh false")
+        if config["bottleneck"]["type"] != "vae":
+            raise CheckpointError(f"{path}: the bottleneck must be of type vae")
+        sizes = (dec["channels"], *dec["c_mults"], *dec["strides"], dec["latent_dim"])
+        if any(type(size) is not int or size < 1 for size in sizes):
+            raise CheckpointError(f"{path}: sizes must be positive whole numbers, got {sizes}")
+        return OobleckConfig(
+            dec["channels"],
+            tuple(dec["c_mults"]),
+            tuple(dec["strides"]),
+            dec["latent_dim"],
+            dec["out_channels"],
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path}: the field {error} is missing") from error
+    except TypeError as error:
+        raise CheckpointError(f"{path}: a field is not as expected ({error})") from error
+
+
+def load_audio_vae(folder: Path, device: torch.device) -> Oobleck:
+    """The autoencoder of a stable-audio-open folder; its diffusion model, if there, is not read."""
+    config = oobleck_config(folder / "model_config.json")
+    weights_path = folder / SINGLE_NAME
+    with open_shard(weights_path) as shard:
+        state = {
+            key.removeprefix(AUDIO_VAE_PREFIX): shard.get_tensor(key)
+            for key in shard.keys()  # noqa: SIM118
+            if key.startswith(AUDIO_VAE_PREFIX)
+        }
+        model = Oobleck(config)
+        load_strictly(model, fold_weight_norm(state), str(weights_path))
+    return frozen(model.to(device=device, dtype=torch.float32))
+
+
+def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each `weight_g`, `weight_v` pair as `weight` = g v / ||v||, the norm over all but dim 0."""
+    folded = {}
+    for key, value in state.items():
+        if key.endswith(".weight_v"):
+            stem = key.removesuffix("_v")
+            gain = state.get(f"{stem}_g")
+            if gain is None:
+                raise CheckpointError(f"{key} has no {stem}_g beside it")
+            norm = value.float().flatten(1).norm(dim=1).view(gain.shape)
+            folded[stem] = value.float() * (gain.float() / norm)
+        elif not key.endswith(".weight_g"):
+            folded[key] = value
+    return folded
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """`load_state_dict` with our error."""
+    check_keys(shapes(state, source), model, source)
+    model.load_state_dict(dict(state), strict=True)
+
+
+def shapes(state: Mapping[str, object], source: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor; anything else in the file's dictionary is refused by name."""
+    found = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{source}: {key} must be a tensor, got {type(value).__name__}")
+        found[key] = tuple(value.shape)
+    return found
+
+
+def frozen(model: Module) -> Module:
+    """In evaluation mode, without gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def _one(folder: Path, name: str, pattern: str) -> Path:
+    """The published file name, or the only file of its kind."""
+    if (folder / name).is_file():
+        return folder / name
+    matches = sorted(folder.glob(pattern))
+    if len(matches) == 1:
+        return matches[0]
+    raise CheckpointError(
+        f"{folder} must hold {name}, or exactly one {pattern} file; it has {len(matches)}"
+    )
+
+
+def _names(names: list[str]) -> str:
+    more = len(names) - NAMED_IN_ERRORS
+    return ", ".join(names[:NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,220 @@
+"""Published transformer in, artifact out: whole, or nothing at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from magihuman.graphs.quantization import KEEP_NONE, KeepBf16, quantize
+from magihuman.runtime.config import VARIANTS, DiTConfig, Precision, Variant
+from magihuman.runtime.errors import CheckpointError, InvalidRequestError, OutputError
+from magihuman.runtime.files import (
+    OnBytes,
+    atomic_folder,
+    check_new_folder,
+    hashed,
+    sync,
+    version,
+    write_json,
+)
+from magihuman.runtime.model import DiT
+from magihuman.runtime.weights import artifacts, checkpoint
+from magihuman.runtime.weights.artifacts import SCALE, Stored
+from magihuman.runtime.weights.shipped import model_folder
+from magihuman.runtime.weights.transformer import linears_in_fp8
+
+SHARD_BYTES = 4 * 2**30 - 2**20  # of tensors in a file, which also has a header
+
+PathLike = str | os.PathLike[str]
+
+
+def convert(
+    model: PathLike,
+    folder: PathLike,
+    *,
+    variant: str = "distill",
+    precision: Precision = "fp8",
+    keep_bf16: KeepBf16 = KEEP_NONE,
+    on_progress: OnBytes | None = None,
+) -> Path:
+    """Write one transformer of a model as an artifact, for `load(..., transformer=folder)`.
+
+    It appears whole under its name or not at all, also when interrupted. Needs no GPU, and host
+    memory for one file of 4 GiB.
+
+    Args:
+        model: a directory with the published folders.
+        folder: to make; must not exist.
+        variant: "base", "distill", "540p_sr" or "1080p_sr".
+        precision: of the block linears: "fp8" or "bf16".
+        keep_bf16: with fp8, the linears that stay bf16, as for `load`.
+        on_progress: called with ("hash" or "convert", bytes done, bytes in all).
+
+    Raises:
+        InvalidRequestError: an argument is not one of those above.
+        CheckpointError: a published file is missing, damaged, or does not fit.
+        OutputError: the folder cannot be written; nothing is left of it.
+    """
+    for name, value, allowed in (
+        ("variant", variant, tuple(VARIANTS)),
+        ("precision", precision, artifacts.PRECISIONS),
+    ):
+        if value not in allowed:
+            raise InvalidRequestError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+            )
+    if precision != "fp8" and keep_bf16 != KEEP_NONE:
+        raise InvalidRequestError(
+            f"keep_bf16 must go with precision='fp8', got {keep_bf16!r} with {precision!r}"
+        )
+    source = _Source(model_folder(model) / variant, VARIANTS[variant])
+    quantized: tuple[str, ...] = ()
+    if precision == "fp8":
+        quantized = linears_in_fp8(source.config, keep_bf16)
+    wanted = artifacts.layout(source.config, quantized)
+    report = on_progress or (lambda stage, done, of: None)
+    target = Path(folder).absolute()
+    check_new_folder(target, sum(stored.size_bytes for stored in wanted.values()))
+    try:
+        with atomic_folder(target) as temporary:
+            sources = hashed(source.files, report)
+            write_artifact(temporary, source, variant, precision, keep_bf16, sources, report)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{target} could not be written: {error}; nothing is left of it"
+        ) from error
+    return target
+
+
+class Source(Protocol):
+    """Where an artifact's weights come from, under their published names."""
+
+    config: DiTConfig
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """All names."""
+
+    def read(self, keys: list[str]) -> Iterable[tuple[str, Tensor]]:
+        """Tensors by name, on any device, one after another."""
+
+
+def write_artifact(
+    folder: Path,
+    source: Source,
+    variant: str,
+    precision: Precision,
+    keep_bf16: KeepBf16,
+    sources: dict[str, dict[str, object]],
+    report: OnBytes = lambda stage, done, of: None,
+) -> None:
+    """Weights and, last, the manifest into an empty folder. Arguments are those of `convert`.
+
+    sources: size and hash of every file that the weights came from.
+    """
+    quantized: tuple[str, ...] = ()
+    if precision == "fp8":
+        quantized = linears_in_fp8(source.config, keep_bf16)
+    files = _write_shards(folder, source, artifacts.layout(source.config, quantized), report)
+    manifest = {
+        "format": artifacts.FORMAT,
+        "format_version": artifacts.FORMAT_VERSION,
+        "variant": variant,
+        "architecture": dataclasses.asdict(source.config),
+        "precision": precision,
+        "keep_bf16": keep_bf16 if isinstance(keep_bf16, str) else list(keep_bf16),
+        "files": files,
+        "sources": sources,
+        "magihuman": version(),
+        "torch": torch.__version__,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    write_json(folder / artifacts.MANIFEST_NAME, manifest)
+
+
+class _Source:
+    """A published transformer, its names and shapes checked."""
+
+    def __init__(self, folder: Path, variant: Variant) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"model must be a directory that holds {folder.name}, got {folder.parent}"
+            )
+        if artifacts.is_artifact(folder):
+            raise CheckpointError(
+                f"{folder} must hold the published files, got an artifact, converted before"
+            )
+        self.config = checkpoint.dit_config(folder, variant)
+        self.tensors = checkpoint.scan(folder)
+        with torch.device("meta"):
+            model = DiT(self.config)
+        shapes = {key: info.shape for key, info in self.tensors.items()}
+        checkpoint.check_keys(shapes, model, str(folder))
+        self.files = sorted({info.file for info in self.tensors.values()})
+
+    def read(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors by name, mapped; each file is opened once."""
+        with ExitStack() as opened:
+            shards = {
+                file: opened.enter_context(checkpoint.open_shard(file))
+                for file in {self.tensors[key].file for key in keys}
+            }
+            for key in keys:
+                yield key, shards[self.tensors[key].file].get_tensor(key)
+
+
+def _write_shards(
+    folder: Path, source: Source, wanted: dict[str, Stored], report: OnBytes
+) -> dict[str, int]:
+    """The weights in files of at most `SHARD_BYTES`. Returns their names and sizes."""
+    shards = _grouped(source, wanted)
+    total, done = sum(stored.size_bytes for stored in wanted.values()), 0
+    files: dict[str, int] = {}
+    for i, keys in enumerate(shards, 1):
+        state: dict[str, Tensor] = {}
+        for key, value in source.read(keys):
+            state.update(_stored(key, value, wanted))
+        file = folder / f"weights-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(state, file, metadata={"format": "pt"})
+        sync(file)
+        files[file.name] = file.stat().st_size
+        done += sum(value.nbytes for value in state.values())
+        report("convert", done, total)
+    return files
+
+
+def _grouped(source: Source, wanted: dict[str, Stored]) -> list[list[str]]:
+    """Published names by file, in the order of the model; a scale goes with its weight."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key in (key for key in wanted if key in source.tensors):
+        scale = wanted.get(key.removesuffix(".weight") + SCALE)
+        size = wanted[key].size_bytes + (scale.size_bytes if scale else 0)
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    return shards
+
+
+def _stored(key: str, value: Tensor, wanted: dict[str, Stored]) -> dict[str, Tensor]:
+    """A published tensor as an artifact has it, with its scale where it has one."""
+    stored, scale_key = wanted[key], key.removesuffix(".weight") + SCALE
+    if scale_key in wanted:
+        values, scale = quantize(value.to(torch.bfloat16))
+        rows = values.as_strided(stored.shape, values.stride())  # the padding too
+        return {key: rows, scale_key: scale}
+    laid_out = value.new_zeros(stored.shape, dtype=stored.dtype)
+    laid_out[..., : value.shape[-1]] = value
+    return {key: laid_out}

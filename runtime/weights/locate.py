@@ -1,0 +1,128 @@
+"""Where a model's components lie: a folder, folders given one by one, or a hub's cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from magihuman.runtime import config
+from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.weights.shipped import model_folder
+from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME
+
+log = logging.getLogger("magihuman")
+
+TURBO_FOLDER = "turbo_vae"
+TEXT_FOLDER = "t5gemma-9b-9b-ul2"
+AUDIO_FOLDER = "stable-audio-open-1.0"
+IMAGE_FOLDER = "Wan2.2-TI2V-5B"
+HUB_IDS = {
+    TEXT_FOLDER: "google/t5gemma-9b-9b-ul2",
+    AUDIO_FOLDER: "stabilityai/stable-audio-open-1.0",
+    IMAGE_FOLDER: "Wan-AI/Wan2.2-TI2V-5B",
+}
+HUB_FILES = {
+    TEXT_FOLDER: ["*.json", "*.safetensors", "tokenizer.model"],
+    AUDIO_FOLDER: ["model_config.json", "model.safetensors"],
+    IMAGE_FOLDER: [WEIGHTS_NAME],
+}
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where each component lies."""
+
+    dit: Path
+    turbo_vae: Path
+    text_encoder: Path
+    audio_vae: Path
+    image_vae: Path | None
+    sr: Path | None
+
+
+def find(
+    model: PathLike,
+    variant: config.Variant,
+    sr: config.Variant | None,
+    overrides: dict[str, PathLike | None],
+    revision: str | None = None,
+) -> Paths:
+    """Locate every component, downloading what a hub id names. Errors name all that is missing."""
+    root = model_folder(model)
+    wanted = [variant.name, TURBO_FOLDER, *([sr.name] if sr else [])]
+    is_hub = not root.exists() and HUB_ID.fullmatch(os.fspath(model)) is not None
+    if is_hub:
+        patterns = [f"{name}/*" for name in wanted if overrides.get(name) is None]
+        root = _download(os.fspath(model), patterns, revision)
+    elif not root.is_dir():
+        raise CheckpointError(
+            f"model must be a directory with the published folders or a hub id (owner/name), got"
+            f" {os.fspath(model)}"
+        )
+
+    found: dict[str, Path | None] = {}
+    for name in (*wanted, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER):
+        override = overrides.get(name)
+        if override is None:
+            place = root / name
+            if not place.exists() and is_hub and name in HUB_IDS:
+                place = _third_party(name, place)
+        else:
+            place = Path(override)
+            if not place.exists() and name in HUB_IDS and HUB_ID.fullmatch(os.fspath(override)):
+                place = _download(os.fspath(override), HUB_FILES[name], None)
+        found[name] = place if place.exists() else None
+        if found[name] is None and override is not None:
+            raise CheckpointError(
+                f"{name} must be at the path given, {place}, which does not exist"
+            )
+    missing = [name for name, place in found.items() if place is None and name != IMAGE_FOLDER]
+    if missing:
+        raise CheckpointError(
+            f"{root} lacks {', '.join(missing)}; download what is missing or give its path"
+        )
+
+    def required(name: str) -> Path:
+        place = found[name]
+        assert place is not None
+        return place
+
+    return Paths(
+        dit=required(variant.name),
+        turbo_vae=required(TURBO_FOLDER),
+        text_encoder=required(TEXT_FOLDER),
+        audio_vae=required(AUDIO_FOLDER),
+        image_vae=found[IMAGE_FOLDER],
+        sr=required(sr.name) if sr else None,
+    )
+
+
+def _third_party(name: str, place: Path) -> Path:
+    """A third-party model from its own repository; the image encoder is optional there too."""
+    try:
+        return _download(HUB_IDS[name], HUB_FILES[name], None)
+    except CheckpointError as error:
+        if name != IMAGE_FOLDER:
+            raise
+        log.warning("no image encoder, so requests with an image will be refused: %s", error)
+        return place
+
+
+def _download(repo: str, patterns: list[str], revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo} is not in the local Hugging Face cache and cannot be downloaded (offline"
+            " mode, or no network); go online once, or give a directory"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"{repo} cannot be downloaded: {error}") from error

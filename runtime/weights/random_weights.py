@@ -1,0 +1,231 @@
+"""Seeded random weights: the full-size model without files, and tiny checkpoints.
+
+Every tensor is drawn from its own generator, seeded by the tensor's name, on the device that holds
+it: the same seed and device kind give the same weights whatever else is built. Scales keep
+activations finite through all layers. What comes out of such a model is noise.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from magihuman.graphs.quantization import quantize_linear
+from magihuman.runtime.config import VARIANTS, DiTConfig, TurboVAEConfig, Variant
+from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.model import (
+    DiT,
+    ImageVAE,
+    Norm,
+    Oobleck,
+    OobleckConfig,
+    Rope,
+    Snake,
+    TextEncoder,
+    TurboVAE,
+    uncapped,
+    wan_vae,
+)
+from magihuman.runtime.weights.checkpoint import frozen
+from magihuman.runtime.weights.quiet import quiet_diffusers
+
+Module = TypeVar("Module", bound=nn.Module)
+
+WAN_BASE_DIM = 160  # width of the published image encoder
+AUDIO_GAIN = 0.55  # snake adds up to 1 to every channel; keeps the waveform within about [-1, 1]
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Stands in for a model directory in `load`: full-size components, seeded random weights."""
+
+    variant: str = "distill"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS or VARIANTS[self.variant].is_sr:
+            raise InvalidRequestError(f"variant must be base or distill, got {self.variant!r}")
+
+
+def randomize(module: Module, seed: int, name: str = "") -> Module:
+    """Fill every parameter in place: by fan-in, norms near their neutral value."""
+    depth = _depth(module)
+    for key, parameter in module.named_parameters():
+        owner = module.get_submodule(key.rpartition(".")[0])
+        _fill(parameter, key, owner, depth, f"{seed}:{name}")
+    return frozen(module)
+
+
+def _depth(module: nn.Module) -> int:
+    """Layers of a DiT, else 1: by its norms."""
+    return max(1, sum(isinstance(owner, Norm) for owner in module.modules()) // 4)
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, key: str, owner: nn.Module, depth: int, seed: str) -> None:
+    """Draw one tensor, of a generator of its own."""
+    generator = torch.Generator(parameter.device)
+    generator.manual_seed(zlib.crc32(f"{seed}:{key}".encode()))
+    scale, centre = _distribution(key, parameter, owner, depth)
+    parameter.normal_(0.0, scale, generator=generator).add_(centre)
+
+
+def _distribution(key: str, parameter: Tensor, owner: nn.Module, depth: int) -> tuple[float, float]:
+    """(standard deviation, mean) of one tensor."""
+    if isinstance(owner, (Norm, Snake)):
+        return 0.1, 0.0
+    if key.endswith("gamma"):  # Wan's norms
+        return 0.1, 1.0
+    if parameter.ndim == 1:
+        return 0.02, 0.0
+    fan_in = parameter[0].numel()
+    if isinstance(owner, nn.ConvTranspose1d):
+        fan_in = parameter.shape[0] * parameter.shape[2] // owner.stride[0]
+    scale = fan_in**-0.5
+    if isinstance(owner, (nn.Conv1d, nn.ConvTranspose1d)):
+        scale *= AUDIO_GAIN
+    if key.endswith(("linear_proj.weight", "down_proj.weight")):
+        scale *= (2 * depth) ** -0.5  # 2 depth terms are added to the residual stream
+    return float(scale), 0.0
+
+
+def dit(
+    config: DiTConfig, seed: int, device: torch.device, linear_dtype: torch.dtype, name: str
+) -> DiT:
+    """A DiT of any size."""
+    with torch.device(device):
+        return randomize(DiT(config, linear_dtype), seed, name)
+
+
+def dit_by_layer(
+    config: DiTConfig,
+    seed: int,
+    device: torch.device,
+    linear_dtype: torch.dtype,
+    name: str,
+    quantized: Collection[str] = (),
+) -> tuple[DiT, Iterator[nn.Module]]:
+    """As `dit`, with some linears in fp8, and its layers, each of which gets its weights when it is
+    asked for: so it can go elsewhere before the next is made.
+    """
+    with torch.device("meta"):
+        model = DiT(config, linear_dtype)
+    with torch.device(device):
+        model.adapter.rope = Rope(config.rope_bands)
+    depth = _depth(model)
+
+    def make(prefix: str, module: nn.Module) -> None:
+        for own in [key for key, parameter in module.named_parameters() if parameter.is_meta]:
+            path, _, last = own.rpartition(".")
+            owner = module.get_submodule(path)
+            value = torch.empty_like(owner.get_parameter(last), device=device)
+            _fill(value, prefix + own, owner, depth, f"{seed}:{name}")
+            if (prefix + own).removesuffix(".weight") in quantized:
+                quantize_linear(owner, value)
+            else:
+                setattr(owner, last, nn.Parameter(value, requires_grad=False))
+
+    def layers() -> Iterator[nn.Module]:
+        for index, layer in enumerate(model.block.layers):
+            make(f"block.layers.{index}.", layer)
+            yield layer
+
+    for path, module in model.named_children():
+        if module is not model.block:
+            make(f"{path}.", module)
+    return frozen(model), layers()
+
+
+def full_dit(variant: Variant, seed: int, device: torch.device, linear_dtype: torch.dtype) -> DiT:
+    """A DiT of the published size."""
+    return dit(variant.architecture(DiTConfig()), seed, device, linear_dtype, variant.name)
+
+
+def turbo_vae(
+    config: TurboVAEConfig, seed: int, device: torch.device, dtype: torch.dtype
+) -> TurboVAE:
+    """A Turbo VAE decoder."""
+    with torch.device(device):
+        return randomize(TurboVAE(config), seed, "turbo_vae").to(dtype)
+
+
+def audio_vae(config: OobleckConfig, seed: int, device: torch.device) -> Oobleck:
+    """An Oobleck autoencoder."""
+    with torch.device(device):
+        return randomize(Oobleck(config), seed, "audio_vae")
+
+
+def image_model() -> Any:
+    """A Wan VAE encoder of the published size, its weights as its constructor leaves them."""
+    vae = wan_vae(WAN_BASE_DIM)
+    del vae.decoder, vae.post_quant_conv
+    return vae
+
+
+def image_vae(seed: int, device: torch.device, dtype: torch.dtype) -> ImageVAE:
+    """A Wan VAE encoder of the published size."""
+    vae = image_model()
+    with quiet_diffusers():
+        return ImageVAE(randomize(vae.to(device), seed, "image_vae").to(dtype))
+
+
+def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte."""
+    before = torch.get_default_dtype()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                model = text_model()
+        finally:
+            torch.set_default_dtype(before)
+    return TextEncoder(byte_tokenizer(), frozen(model.to(dtype)))
+
+
+def text_model() -> Any:
+    """The encoder alone, on the default device and in the default dtype."""
+    from transformers import T5GemmaEncoderModel
+
+    return uncapped(T5GemmaEncoderModel(text_config()))
+
+
+def text_config() -> Any:
+    """Of the published encoder, and of a decoder like it, which transformers wants."""
+    from transformers import T5GemmaConfig
+
+    sizes = {
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+    }
+    return T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), is_encoder_decoder=False)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer that needs no files: one token a byte, special tokens as T5Gemma has them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+    )

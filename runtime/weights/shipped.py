@@ -1,0 +1,57 @@
+"""The model that comes with this package, and what suits a model beside its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from magihuman.runtime.config import NANO
+from magihuman.runtime.errors import CheckpointError
+
+NANO_FOLDER = Path(__file__).parent / NANO
+# In a model's folder, where that is not made for requests as they are by default: {"seconds": 3.2,
+# "width": 160, "height": 160}.
+SUITED = "request.json"
+STANDARD: dict[str, float] = {"seconds": 5.0, "width": 480, "height": 272}  # the published model's
+
+
+def model_folder(model: str | os.PathLike[str]) -> Path:
+    """Where a model lies: of "nano" in this package, unless a folder here has that name."""
+    given = Path(model)
+    if os.fspath(model) != NANO or given.exists():
+        return given
+    if not NANO_FOLDER.is_dir():
+        raise CheckpointError(
+            f"the weights of {NANO} must be in {NANO_FOLDER}, and this copy of the package came"
+            " without: train them as examples/nano/README.md says, or give a model directory"
+        )
+    return NANO_FOLDER
+
+
+def suited(model: str | os.PathLike[str]) -> dict[str, float]:
+    """Length and size of a clip that a model makes best: those in its folder, else the standard."""
+    path = model_folder(model) / SUITED
+    if not path.is_file():
+        return dict(STANDARD)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if (
+        not isinstance(values, dict)
+        or set(values) != set(STANDARD)
+        or not all(type(value) in (int, float) for value in values.values())
+    ):
+        raise CheckpointError(
+            f"{path} must hold a number for each of {', '.join(STANDARD)}, got {values!r}"
+        )
+    return values
+
+
+def sized(model: str | os.PathLike[str], **given: float | None) -> dict[str, Any]:
+    """Length and size as given, by the names of `Request`, and what suits the model for None."""
+    return {
+        name: suits if given[name] is None else given[name] for name, suits in suited(model).items()
+    }

@@ -1,0 +1,192 @@
+"""One transformer: where its weights come from, and the precision in which they are held here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from magihuman.graphs.quantization import KEEP_NONE, KeepBf16, dequantize_model, quantized_linears
+from magihuman.graphs.support import why_not
+from magihuman.runtime.config import DiTConfig, Precision, Variant
+from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.model import DiT
+from magihuman.runtime.weights import artifacts, checkpoint
+from magihuman.runtime.weights.artifacts import Artifact
+
+log = logging.getLogger("magihuman")
+
+FP8_ATTENTION = "fp8-attn"
+FP8_PRECISIONS = ("fp8", FP8_ATTENTION)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller asks of every transformer. None: what its files have, or bf16."""
+
+    device: torch.device
+    precision: Precision | None = None
+    keep_bf16: KeepBf16 | None = None
+    compile: bool = True
+    ranks: int = 1  # processes that share its heads
+
+
+@dataclass(frozen=True)
+class Held:
+    """How one transformer will be held.
+
+    Attributes:
+        folder: of its files, None for random weights.
+        artifact: what the folder holds where that is no published checkpoint.
+        precision: that it runs in.
+        quantized: linears in fp8.
+        why_bf16: why the fp8 weights of an artifact cannot be used as they are.
+    """
+
+    variant: Variant
+    config: DiTConfig
+    folder: Path | None
+    artifact: Artifact | None
+    precision: Precision
+    quantized: tuple[str, ...] = ()
+    why_bf16: str | None = None
+
+    @property
+    def linear(self) -> torch.dtype:
+        """Dtype of the linears that are not in fp8."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+    @property
+    def device_bytes(self) -> int:
+        """Of all weights."""
+        return dit_bytes(self.config, self.linear, self.quantized)
+
+    def scan(self) -> dict[str, checkpoint.TensorInfo]:
+        """Every tensor on disk, from file headers; raises where names or shapes do not fit."""
+        if self.artifact is not None:
+            return artifacts.scan(self.artifact)
+        assert self.folder is not None
+        found = checkpoint.scan(self.folder)
+        with torch.device("meta"):
+            model = DiT(self.config)
+        shapes = {key: info.shape for key, info in found.items()}
+        checkpoint.check_keys(shapes, model, str(self.folder))
+        return found
+
+    def read(
+        self,
+        device: torch.device,
+        on_read: checkpoint.OnRead = lambda done, total: None,
+        rest: torch.device | None = None,
+    ) -> DiT:
+        """The model on the device, or, with its weights at rest, elsewhere."""
+        if self.artifact is None:
+            assert self.folder is not None
+            return checkpoint.load_dit(
+                self.folder, self.variant, device, self.linear, on_read, self.quantized, rest
+            )
+        model = artifacts.load(self.artifact, rest or device, on_read)
+        if self.why_bf16 is not None:
+            log.warning(
+                "the fp8 weights of %s run as bf16, rounded as they are: %s",
+                self.variant.name,
+                self.why_bf16,
+            )
+            dequantize_model(model)
+        return model
+
+
+def plan(variant: Variant, folder: Path | None, wanted: Wanted) -> Held:
+    """How a transformer will be held, before any of its weights is read.
+
+    Raises:
+        InvalidRequestError: it cannot be held as asked, on this device or from these files.
+        CheckpointError: an artifact is stale, partial or another's.
+    """
+    artifact, config = None, variant.architecture(DiTConfig())
+    if folder is not None and artifacts.is_artifact(folder):
+        artifact = artifacts.read_manifest(folder, variant.name)
+        config = artifact.config
+    elif folder is not None:
+        config = checkpoint.dit_config(folder, variant)
+    if config.kv_heads % wanted.ranks:
+        heads = config.kv_heads
+        fitting = [str(count) for count in range(1, heads + 1) if heads % count == 0]
+        raise InvalidRequestError(
+            f"context_parallel must divide the transformer's key/value heads, {heads}, got"
+            f" {wanted.ranks}; use {' or '.join(fitting)}"
+        )
+    own = "bf16" if artifact is None else artifact.precision
+    precision = wanted.precision or own
+    if artifact is not None and own != ("fp8" if precision == FP8_ATTENTION else precision):
+        raise InvalidRequestError(
+            f"precision must be {own!r}, as the artifact's {artifact.folder}, got {precision!r};"
+            " leave it out, or convert the published files to another"
+        )
+    if precision not in FP8_PRECISIONS:
+        return Held(variant, config, folder, artifact, precision)
+
+    quantized = _quantized(config, wanted.keep_bf16, artifact)
+    reason: str | None = "compile=False asks for the plain one"
+    if wanted.compile:
+        is_attention = precision == FP8_ATTENTION
+        reason = why_not(
+            config, torch.bfloat16, wanted.device, fp8=True, fp8_attention=is_attention
+        )
+    if reason is None:
+        return Held(variant, config, folder, artifact, precision, quantized)
+    if artifact is None:
+        raise InvalidRequestError(
+            f"precision={precision!r} needs the compiled transformer, and for {variant.name}"
+            f" {reason}; use precision='bf16'"
+        )
+    return Held(variant, config, folder, artifact, "bf16", why_bf16=reason)
+
+
+def _quantized(
+    config: DiTConfig, keep_bf16: KeepBf16 | None, artifact: Artifact | None
+) -> tuple[str, ...]:
+    if artifact is not None and keep_bf16 is None:
+        return artifact.quantized
+    names = linears_in_fp8(config, KEEP_NONE if keep_bf16 is None else keep_bf16)
+    if artifact is not None and set(names) != set(artifact.quantized):
+        raise InvalidRequestError(
+            f"keep_bf16 must be that of the artifact {artifact.folder}, got {keep_bf16!r}; leave it"
+            " out, or convert the published files again"
+        )
+    return names
+
+
+def linears_in_fp8(config: DiTConfig, keep_bf16: KeepBf16) -> tuple[str, ...]:
+    """`quantized_linears`; what names no linear is the caller's mistake."""
+    try:
+        return tuple(quantized_linears(config, keep_bf16))
+    except ValueError as error:
+        raise InvalidRequestError(str(error)) from error
+
+
+def dit_bytes(config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()) -> int:
+    """Bytes of a DiT: block linears in `linear` or, with their scales, in fp8, the rest fp32."""
+    outside, layers = layered_bytes(config, linear, quantized)
+    return outside + sum(layers)
+
+
+def layered_bytes(
+    config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()
+) -> tuple[int, tuple[int, ...]]:
+    """As `dit_bytes`, of what is in no layer and of each layer."""
+    with torch.device("meta"):
+        state = DiT(config, linear).state_dict()
+    held = {key: value.nbytes for key, value in state.items()}
+    stored = artifacts.layout(config, tuple(quantized))
+    for name in quantized:
+        held[f"{name}.weight"] = stored[f"{name}.weight"].size_bytes
+        held[name + artifacts.SCALE] = stored[name + artifacts.SCALE].size_bytes
+    layers = tuple(
+        sum(size for key, size in held.items() if key.startswith(f"block.layers.{layer}."))
+        for layer in range(config.num_layers)
+    )
+    return sum(held.values()) - sum(layers), layers

@@ -1,0 +1,121 @@
+"""e4m3 linears in the rewritten graph, on the CPU, where operators compute the reference."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import golden
+from magihuman.graphs import quantization
+from magihuman.graphs.transformer import compile as compiling
+from magihuman.runtime.model import tokens
+
+CPU = torch.device("cpu")
+LAYOUT = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7)
+ALL = {
+    "norm_fp8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 5, "linear_fp8": 5,
+    "linear_activation_fp8": 5, "linear_add_fp8_": 10,
+}  # fmt: skip
+# Up and down projections read and write each other's type, whichever of them is kept.
+NO_DOWN = {
+    "norm_fp8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 5, "linear_fp8": 5,
+    "linear_activation_fp8": 5, "linear_add_fp8_": 5, "linear_add_": 5,
+}  # fmt: skip
+NO_UP = {
+    "norm_fp8": 5, "norm": 5, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 10,
+    "linear_fp8": 5, "linear_activation": 5, "linear_add_fp8_": 10,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [("none", ALL), (["*.down_proj"], NO_DOWN), (["*.up_gate_proj"], NO_UP)],
+)
+def test_quantized_linears(keep: str | list[str], expected: dict[str, int], tmp_path: Path) -> None:
+    """As near to the bf16 model as operands rounded to e4m3 leave it, from either cache."""
+    plain, model = golden.dit(local=False), golden.dit(local=False)
+    names = quantization.quantized_linears(model.config, keep)
+    quantization.quantize_model(model, names)
+    compiling.pad_weights(model, model.config)
+    torch.manual_seed(0)
+    inputs = golden.inputs_of(model, LAYOUT)
+    length = torch.tensor(LAYOUT.tokens, dtype=torch.int32)
+    theirs = plain(**inputs, length=length)
+    outputs = []
+    for from_cache in (False, True):
+        module, report = compiling.compile_forward(
+            model, model.config, LAYOUT.counts, torch.bfloat16, CPU, cache=tmp_path
+        )
+        assert report.from_cache == from_cache
+        found = Counter(
+            str(node.target).removeprefix("magihuman.").removesuffix(".default")
+            for node in module.graph.nodes
+            if str(node.target).startswith("magihuman.")
+        )
+        assert found == expected
+        outputs.append(module(*inputs.values(), length))
+        for a, b in zip(outputs[-1], theirs, strict=True):
+            assert 1e-3 < golden.error(a, b) < 0.1
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+ATTENTION_KEPT = ["block.layers.1.*", "block.layers.3.attention.linear_qkv"]
+
+
+@pytest.mark.parametrize(("keep", "layers"), [("none", 5), (ATTENTION_KEPT, 3)])
+def test_fp8_attention(keep: str | list[str], layers: int, tmp_path: Path) -> None:
+    """In the layers whose projection is quantised, and as near to bf16 as rounding leaves it."""
+    plain, model = golden.dit(local=False), golden.dit(local=False)
+    quantization.quantize_model(model, quantization.quantized_linears(model.config, keep))
+    compiling.pad_weights(model, model.config)
+    torch.manual_seed(0)
+    inputs = golden.inputs_of(model, LAYOUT)
+    length = torch.tensor(LAYOUT.tokens - 2, dtype=torch.int32)
+    theirs = plain(**inputs, length=length)
+    errors, outputs = [], []
+    for narrow in (False, True, True):
+        module, report = compiling.compile_forward(
+            model, model.config, LAYOUT.counts, torch.bfloat16, CPU, cache=tmp_path,
+            fp8_attention=narrow,
+        )  # fmt: skip
+        found = Counter(str(node.target).removesuffix(".default") for node in module.graph.nodes)
+        assert found["magihuman.gated_attention_fp8"] == (layers if narrow else 0)
+        assert found["magihuman.qkv_fp8"] == (layers if narrow else 0)
+        assert found["magihuman.gated_attention"] == 5 - (layers if narrow else 0)
+        assert (report.attention == compiling.ONE_KERNEL) == (narrow and layers == 5)
+        outputs.append(module(*inputs.values(), length))
+        errors.append(golden.error(outputs[-1][0], theirs[0]))
+    assert report.from_cache
+    assert all(torch.equal(a, b) for a, b in zip(*outputs[1:], strict=True))
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+    assert all(1e-3 < error < 0.1 for error in errors)
+
+
+def test_fp8_attention_does_not_see_padding() -> None:
+    model = golden.dit(local=False)
+    quantization.quantize_model(model, quantization.quantized_linears(model.config))
+    outputs = []
+    for text in (7, 64):  # the second one: padding in a block of its own
+        layout = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=text)
+        module, _ = compiling.compile_forward(
+            model, model.config, layout.counts, torch.bfloat16, CPU, fp8_attention=True
+        )
+        torch.manual_seed(0)
+        inputs = golden.inputs_of(model, LAYOUT)
+        padding = text - LAYOUT.text
+        inputs["text"] = torch.nn.functional.pad(inputs["text"], (0, 0, 0, padding), value=5.0)
+        inputs["rope"] = torch.nn.functional.pad(inputs["rope"], (0, 0, 0, padding))
+        outputs.append(module(*inputs.values(), torch.tensor(LAYOUT.tokens, dtype=torch.int32)))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_the_graphs_cache_tells_quantized_linears_apart() -> None:
+    model = golden.dit(local=False)
+    keys = {
+        compiling.store.key_of(model.config, torch.bfloat16, model, names)
+        for names in ([], ["block.layers.0.mlp.down_proj"], ["block.layers.1.mlp.down_proj"])
+    }
+    assert len(keys) == 3

@@ -1,0 +1,120 @@
+"""The Hopper product compiled without a Hopper: every tile that a route uses, with every epilogue.
+
+What it computes is tested on a GPU, in tests/gpu/test_matmul.py.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings")
+triton = pytest.importorskip("triton")
+
+from magihuman.kernels.jit import cache, nvrtc  # noqa: E402
+from magihuman.kernels.linear import routes  # noqa: E402
+from magihuman.kernels.linear.matmul_sm90 import (  # noqa: E402
+    CONSUMERS,
+    DEPTH_BYTES,
+    EPILOGUES,
+    FP8,
+    ROWS,
+    SHARED_BYTES,
+    Epilogue,
+    Tile,
+    compile_tiles,
+    out_bytes,
+    out_dtypes,
+    ring,
+    source,
+)
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+OUTPUTS = [(epilogue, dtype) for epilogue in EPILOGUES for dtype in out_dtypes(epilogue)]
+# Of bf16 operands no pass asks for e4m3.
+CASES = [(*out, fp8) for out in OUTPUTS for fp8 in (False, True) if fp8 or out[1] != FP8]
+
+
+@pytest.mark.parametrize("route", routes.TILES)
+@pytest.mark.parametrize(("epilogue", "out_dtype", "fp8"), CASES)
+def test_every_kernel_compiles_without_spills(
+    route: str, epilogue: Epilogue, out_dtype: torch.dtype, fp8: bool, tmp_path: Path
+) -> None:
+    text = source(routes.TILES[route], epilogue, fp8, out_dtype)
+    code = nvrtc.compile_cubin(text, "sm_90a", tmp_path)
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(code)
+
+    def dump(option: str) -> str:
+        done = subprocess.run(
+            [CUOBJDUMP, option, binary], capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    usage = dump("--dump-resource-usage")
+    assert re.findall(r"(?:LOCAL|STACK):(\d+)", usage) == ["0", "0"]
+    # 168 a thread at launch, which the warp groups then share out as 40, 232 and 232.
+    assert re.search(r"REG:168\b", usage)
+
+
+def test_a_compiler_that_is_not_found_makes_it_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import nvrtc as bindings
+
+    def fail() -> None:
+        raise RuntimeError("libnvrtc.so is not found")
+
+    nvrtc.is_available.cache_clear()
+    assert nvrtc.is_available()
+    monkeypatch.setattr(bindings, "nvrtcVersion", fail)
+    nvrtc.is_available.cache_clear()
+    assert not nvrtc.is_available()
+    monkeypatch.undo()
+    nvrtc.is_available.cache_clear()
+
+
+def test_kept_code_is_used_again(tmp_path: Path) -> None:
+    text = 'extern "C" __global__ void nothing() {}'
+    code = nvrtc.compile_cubin(text, "sm_90a", tmp_path)
+    (kept,) = tmp_path.iterdir()
+    cache.write(nvrtc.KIND, kept.name, b"kept", tmp_path)
+    assert nvrtc.compile_cubin(text, "sm_90a", tmp_path) == b"kept"
+    assert nvrtc.compile_cubin(text, "sm_90", tmp_path) not in (b"kept", code)
+
+
+def test_a_mistake_comes_with_the_compilers_words(tmp_path: Path) -> None:
+    with pytest.raises(nvrtc.CudaError, match=r"(?s)does not compile for sm_90a.*undefined_thing"):
+        nvrtc.compile_cubin(
+            'extern "C" __global__ void f() { undefined_thing(); }', "sm_90a", tmp_path
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tile", routes.TILES.values(), ids=routes.TILES)
+def test_rings_fit_the_shared_memory(tile: Tile) -> None:
+    for epilogue, out_dtype in OUTPUTS:
+        stages, buffers = ring(tile, epilogue, out_dtype)
+        stage = DEPTH_BYTES * (ROWS + tile.columns)
+        boxes = CONSUMERS * buffers * 64 * out_bytes(tile, epilogue, out_dtype)
+        assert stages >= 4
+        assert stages * stage + boxes <= SHARED_BYTES
+        # One box more for each warp group, or one stage more, would not fit or is not wanted.
+        assert (stages + 1) * stage + boxes > SHARED_BYTES
+
+
+def test_tiles_compiled_side_by_side_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    tiles = list(routes.TILES.values())[:2]
+    compile_tiles(tiles, "store", False, torch.bfloat16)
+    names = [path.name for path in (tmp_path / nvrtc.KIND).iterdir()]
+    kept = {cache.read(nvrtc.KIND, name) for name in names}
+    assert len(kept) == 2
+    text = source(tiles[0], "store", False, torch.bfloat16)
+    assert nvrtc.compile_cubin(text, "sm_90a") in kept

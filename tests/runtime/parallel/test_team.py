@@ -1,0 +1,104 @@
+"""Processes that share forwards, over gloo: velocities are those of one, and none waits in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import golden
+import teams
+from magihuman import runtime
+from magihuman.runtime.device import PeerLost
+from magihuman.runtime.model import tokens
+from magihuman.runtime.parallel.context_parallel import Shared
+from magihuman.runtime.parallel.team import Team
+from magihuman.runtime.pipeline import denoise
+
+CPU = torch.device("cpu")
+RANKS = 2
+# Lengths that 2 does and does not divide, borders within each modality, and rows of one alone.
+LAYOUTS = [
+    tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7),
+    tokens.Layout(frames=1, rows=2, columns=2, audio=9, text=3),
+    tokens.Layout(frames=1, rows=2, columns=2, audio=2, text=12),
+]
+ONE_ROUNDING = 7e-3  # between two runs of the model that round one sum to bf16 differently
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("graphs")
+
+
+def start(names: Sequence[str], cache: Path) -> Shared:
+    team = Team.start([CPU] * RANKS, "teams:follow", (names, cache))
+    return teams.shared(team, names, cache)
+
+
+def velocities(
+    name: str, layout: tokens.Layout, forward: denoise.Forward | None
+) -> tuple[torch.Tensor, ...]:
+    model = teams.model_of(name)
+    generator = torch.Generator().manual_seed(layout.tokens)
+    text = torch.randn(layout.text, model.config.text_channels, generator=generator)
+    shape = (1, 48, layout.frames, layout.rows, layout.columns)
+    video = torch.randn(shape, generator=generator)
+    sound = torch.randn(1, layout.audio, 64, generator=generator)
+    with torch.inference_mode():
+        return denoise.velocity_of(model, layout, text, "v2", forward)(video, sound)
+
+
+def test_a_process_that_ends_amid_an_exchange_is_named(cache: Path) -> None:
+    """At once, and for good; the others are ended, and a new team can be made."""
+    for name, code in ((teams.DYING, 7), (teams.FAILING, 1), ("plain", 0)):
+        shared = start([name], cache)
+        try:
+            if name == "plain":
+                velocities(name, LAYOUTS[0], shared.forward(name))
+                continue
+            for _ in range(2):
+                with pytest.raises(PeerLost, match=f"the process of rank 1 ended with code {code}"):
+                    velocities("plain", LAYOUTS[0], shared.forward(name))
+            with pytest.raises(PeerLost, match="rank 1"):
+                shared.team.check()
+        finally:
+            shared.close()
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magihuman.runtime.parallel.team.BOOT", "raise SystemExit(3)")
+    with pytest.raises(runtime.DeviceError, match="rank 1 ended with code 3"):
+        Team.start([CPU] * RANKS, "teams:follow", None)
+
+
+@pytest.fixture(scope="module")
+def team(cache):
+    """Of golden models in every form."""
+    shared = start([*teams.FORMS, teams.BROKEN, teams.LAUNCHED], cache)
+    yield shared
+    shared.close()
+
+
+@pytest.mark.parametrize("name", [*teams.FORMS, teams.LAUNCHED])
+def test_forwards_are_those_of_one_process(team, cache: Path, name: str) -> None:
+    alone = teams.transformer(name, 0, 1, cache).compiled
+    for layout in LAYOUTS:
+        ours = velocities(name, layout, team.forward(name))
+        for a, b in zip(ours, velocities(name, layout, alone), strict=True):
+            # In fp32 all that differs is the order of sums.
+            assert golden.error(a, b) < (1e-5 if name == "fp32" else ONE_ROUNDING)
+
+
+def test_what_one_cannot_prepare_fails_in_all_and_hurts_none(team) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="rank 1: no room here"):
+        velocities("plain", LAYOUTS[0], team.forward(teams.BROKEN))
+    ours = velocities("plain", LAYOUTS[0], team.forward("plain"))
+    assert golden.error(ours[0], velocities("plain", LAYOUTS[0], None)[0]) < ONE_ROUNDING
+
+
+def test_there_is_one_team_in_a_process(team, tiny_dir: Path) -> None:
+    with pytest.raises(runtime.InvalidRequestError, match=r"only use of torch\.distributed"):
+        runtime.load(tiny_dir, device="cpu", context_parallel=2)
