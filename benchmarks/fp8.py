@@ -23,15 +23,16 @@ import environment
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import ops
-from magihuman.kernels.attention import backends
 from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.model.tokens import Layout
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.weights import random_weights
 from measure import (
     LAYOUT,
     STEPS,
     Timed,
+    attention,
     bare_8_steps_ms,
     by_kernel,
     by_layers,
@@ -41,6 +42,7 @@ from measure import (
     kernels_ms,
     kinds_of,
     one_expert,
+    padded_rows,
 )
 
 MODALITY = "fp8, modality layers bf16"
@@ -49,27 +51,26 @@ KEPT = {"bf16": None, "fp8": "none", ATTENTION: "none", MODALITY: "modality"}
 ROUNDS = 5
 
 
-def bare(model: DiT, fp8_attention: bool) -> list[Callable[[], object]]:
+def bare(model: DiT, layout: Layout, fp8_attention: bool) -> list[Callable[[], object]]:
     """PyTorch's row-wise fp8 products and attention alone, of all layers. Random operands.
 
     Products of whole multiples of 16 columns, all rows by the first of a modality layer's weights.
     """
-    config, device = model.config, torch.device("cuda")
+    config, device = model.config, next(model.parameters()).device
     heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-    rows = sum(LAYOUT.counts[:2]) + 320
-    length = torch.tensor(LAYOUT.tokens, device=device, dtype=torch.int32)
+    rows = padded_rows(layout)
+    length = torch.tensor(layout.tokens, device=device, dtype=torch.int32)
     qkv = torch.randn(rows, config.qkv_rows, device=device).bfloat16()
     gate, row_scale = qkv[:, -heads:], torch.ones(rows, 1, device=device)
     if fp8_attention:
         norms = (torch.zeros(dim, device=device) for _ in "qk")
         rope = torch.zeros(rows, 6 * config.rope_bands, device=device)
         parts = ops.qkv_fp8(qkv, *norms, rope, length, [], heads, kv_heads)
-        attend = partial(ops.gated_attention_fp8, *parts, gate, length)
+        attend: Callable[[], Tensor] = partial(ops.gated_attention_fp8, *parts, gate, length, [])
     else:
         q, k, v, _ = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim, heads], dim=1)
         q, k, v = (x.unflatten(1, (-1, dim)).contiguous() for x in (q, k, v))
-        backend = backends.fastest(rows, heads, kv_heads, dim, device)
-        attend = partial(backends.run, backend, q, k, v, gate, length)
+        attend = attention(q, k, v, gate, length)
     inputs: dict[int, Tensor] = {}
     calls: list[Callable[[], object]] = []
     for layer in model.block.layers:
@@ -139,7 +140,7 @@ def main() -> None:
             figures[name]["layers_ms"] = by_layers(kernels, kinds_of(arch))
             print(name, figures[name]["8_steps_ms"], run.times_ms, flush=True)
         for name, is_narrow in (("fp8", False), (ATTENTION, True)):
-            bound = bare_8_steps_ms(bare(narrow, is_narrow), steps(name))
+            bound = bare_8_steps_ms(bare(narrow, LAYOUT, is_narrow), steps(name))
             figures[name]["bare_8_steps_ms"] = bound
             print(name, "bare", bound, flush=True)
     print(json.dumps({n: [figures[n]["kernels_ms"], figures[n]["layers_ms"]] for n in KEPT}))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from magihuman.graphs.transformer.replay import TEXT_BUCKET
+from magihuman.kernels import ops
+from magihuman.kernels.attention import backends
 from magihuman.runtime import config
 from magihuman.runtime.model import tokens
 from magihuman.runtime.pipeline import denoise
@@ -35,6 +39,22 @@ def example(
     text = torch.randn(layout.text, text_channels, device=device)
     video = torch.randn(1, 48, layout.frames, layout.rows, layout.columns, device=device)
     return video, torch.randn(1, layout.audio, 64, device=device), text
+
+
+def padded_rows(layout: tokens.Layout) -> int:
+    """Rows of the compiled forward, whose text is padded to a bucket."""
+    video, audio, text = layout.counts
+    return video + audio + -(-text // TEXT_BUCKET) * TEXT_BUCKET
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor
+) -> Callable[[], Tensor]:
+    """A call of the fastest attention for these operands; on the CPU that of the reference."""
+    backend = ""
+    if q.is_cuda:
+        backend = backends.fastest(*q.shape[:2], *k.shape[1:], q.device)
+    return partial(ops.gated_attention, q, k, v, gate, length, [], backend)
 
 
 def distilled_steps(
