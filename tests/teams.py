@@ -99,10 +99,10 @@ class Launched(CompiledForward):
 
     def __init__(self, model: DiT, attention: str, rank: int, ranks: int, cache: Path) -> None:
         cpu = torch.device("cpu")
-        with mock.patch.object(replay.Captures, "__init__", return_value=None):
-            super().__init__(
-                model, model.config, torch.bfloat16, cpu, replays=False, rank=rank, ranks=ranks
-            )
+        super().__init__(
+            model, model.config, torch.bfloat16, cpu, budget_bytes=0, replays=False, rank=rank,
+            ranks=ranks,
+        )  # fmt: skip
         self._cache = cache
 
     def _compile(self, size: replay.Size) -> Any:

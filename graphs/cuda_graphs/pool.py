@@ -36,7 +36,8 @@ class Captures(Generic[Key, Graph]):
     Attributes:
         kept: in no order.
         pool: that captures use and set; None where nothing is kept.
-        stream: that they are made on, since graphs that share a pool must share one.
+        stream: that they are made on, since graphs that share a pool must share one; None on the
+            CPU, where nothing can be captured.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Captures(Generic[Key, Graph]):
             budget_bytes = int(FREE_SHARE * free_bytes(device))
         self.kept: dict[Key, Graph] = {}
         self.pool: Any = None
-        self.stream = torch.cuda.Stream(device)
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._device, self._budget = device, Budget[Key](budget_bytes)
         self._capturing = capturing
 
