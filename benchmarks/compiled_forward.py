@@ -1,6 +1,6 @@
 """The compiled forward against the plain one: error, seconds of 8 steps, share of each kernel.
 
-    python benchmarks/compiled_forward.py [--folder RESULTS] [--layers N]
+    python benchmarks/compiled_forward.py [--folder RESULTS] [--layers N] [--baseline] [--tiny]
 
 Random weights at full size, 480x256, 5 s, 300 text tokens: N = 4,266.
 """
@@ -12,7 +12,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,37 +19,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import environment
-from magihuman.graphs.transformer.replay import CompiledForward
-from magihuman.kernels.attention import backends
-from magihuman.runtime import config
+import sizes
 from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.model.tokens import Layout
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.weights import random_weights
 from measure import (
-    LAYOUT,
-    STEPS,
+    attention,
     bare_8_steps_ms,
     by_kernel,
     by_layers,
+    compiled_forward,
     distilled_steps,
     error,
     example,
+    flash_attention,
     kernels_ms,
     kinds_of,
     median_ms,
     one_expert,
+    padded_rows,
+    peak_allocated_bytes,
+    reset_peaks,
 )
 
 
 def baseline_ms(model: Any, velocity: denoise.Velocity, steps: Any) -> dict[str, Any]:
     """The plain model through torch.compile with FlashAttention-3 in place of PyTorch's
-    attention.
+    attention; without a GPU, which is there to compile for, only through its tracing.
     """
     import time
 
     from magihuman.kernels import reference
 
-    interface = __import__("fa3_fwd_interface")
+    interface = flash_attention()
+    backend = "inductor" if torch.cuda.is_available() else "eager"
 
     @torch.library.custom_op("benchmark::fa3", mutates_args=())
     def fa3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,14 +63,14 @@ def baseline_ms(model: Any, velocity: denoise.Velocity, steps: Any) -> dict[str,
     def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return q.new_empty(q.shape)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
         out: Tensor = fa3(*(x.transpose(0, 1).contiguous() for x in (q, k, v)))
         return out.transpose(0, 1)
 
     original, forward = reference._fused_attention, model.forward
-    reference._fused_attention = attention
+    reference._fused_attention = attend
     try:
-        model.forward = torch.compile(forward, fullgraph=True, dynamic=False)
+        model.forward = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
         start = time.perf_counter()
         velocity_ms = median_ms(lambda: steps(velocity))
         seconds = time.perf_counter() - start
@@ -76,21 +79,21 @@ def baseline_ms(model: Any, velocity: denoise.Velocity, steps: Any) -> dict[str,
     return {"torch_compile_fa3_8_steps_ms": velocity_ms, "with_compile_s": seconds}
 
 
-def bare(model: DiT) -> list[Callable[[], object]]:
+def bare(model: DiT, layout: Layout) -> list[Callable[[], object]]:
     """PyTorch's products and the fastest attention alone, of all layers.
 
     Random operands, all rows by the first of a modality layer's weights.
     """
-    config, device = model.config, torch.device("cuda")
-    rows = sum(LAYOUT.counts[:2]) + 320
+    config, device = model.config, next(model.parameters()).device
+    rows = padded_rows(layout)
     shape = (rows, config.heads, config.kv_heads, config.head_dim)
-    backend = backends.fastest(*shape, device)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, device=device, dtype=torch.bfloat16)
 
     q, k, gate = randn(*shape[:2], shape[3]), randn(rows, *shape[2:]), randn(rows, shape[1])
-    length = torch.tensor(LAYOUT.tokens, device=device, dtype=torch.int32)
+    length = torch.tensor(layout.tokens, device=device, dtype=torch.int32)
+    attend = attention(q, k, k, gate, length)
     inputs: dict[int, Tensor] = {}
     calls: list[Callable[[], object]] = []
     for layer in model.block.layers:
@@ -98,7 +101,7 @@ def bare(model: DiT) -> list[Callable[[], object]]:
             if whole.shape[1] not in inputs:
                 inputs[whole.shape[1]] = randn(rows, whole.shape[1])
             calls.append(partial(F.linear, inputs[whole.shape[1]], whole))
-        calls.append(partial(backends.run, backend, q, k, k, gate, length))
+        calls.append(attend)
     return calls
 
 
@@ -114,33 +117,32 @@ def round_linears(model: DiT) -> None:
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
-    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--layers", type=int, help="of the model; by default all")
     parser.add_argument("--baseline", action="store_true", help="needs fa3-fwd")
-    arguments = parser.parse_args()
-    device = torch.device("cuda")
-    kept = [i for i in range(arguments.layers) if i in (0, 1, 2, 3, 36, 37, 38, 39)]
-    arch = dataclasses.replace(
-        config.DiTConfig(), num_layers=arguments.layers, modality_layers=tuple(kept)
-    )
-    video, sound, text = example(LAYOUT, arch.text_channels, device)
-    figures: dict[str, Any] = {"layers": arguments.layers, "tokens": LAYOUT.tokens, "steps": STEPS}
+    arguments = environment.arguments(parser)
+    size = sizes.of(arguments.tiny)
+    device, layout, arch = size.device, size.layout, size.arch
+    layers = arguments.layers or arch.num_layers
+    kept = tuple(i for i in arch.modality_layers if i < layers)
+    arch = dataclasses.replace(arch, num_layers=layers, modality_layers=kept)
+    video, sound, text = example(layout, arch.text_channels, device)
+    figures: dict[str, Any] = {"layers": layers, "tokens": layout.tokens, "steps": size.steps}
 
     def steps(velocity: denoise.Velocity) -> tuple[Tensor, Tensor]:
-        return distilled_steps(velocity, video, sound)
+        return distilled_steps(velocity, video, sound, size.steps)
 
     with torch.inference_mode():
         model = random_weights.dit(arch, 0, device, torch.float32, "distill")
-        exact = steps(denoise.velocity_of(model, LAYOUT, text, "v2"))
+        exact = steps(denoise.velocity_of(model, layout, text, "v2"))
         round_linears(model)
-        torch.cuda.reset_peak_memory_stats()
-        plain = denoise.velocity_of(model, LAYOUT, text, "v2")
+        reset_peaks()
+        plain = denoise.velocity_of(model, layout, text, "v2")
         expected = plain(video, sound)
         figures["plain_forward_ms"] = median_ms(lambda: plain(video, sound))
-        compiled_forward = CompiledForward(model, arch, torch.bfloat16, device)
-        compiled = denoise.velocity_of(model, LAYOUT, text, "v2", compiled_forward)
+        forward = compiled_forward(model)
+        compiled = denoise.velocity_of(model, layout, text, "v2", forward)
         actual = compiled(video, sound)
-        report = next(iter(compiled_forward.reports().values()))
+        report = next(iter(forward.reports().values()))
         figures["compile"] = dataclasses.asdict(report)
         print(json.dumps(figures), flush=True)
         figures["error"] = [error(a, b) for a, b in zip(actual, expected, strict=True)]
@@ -158,11 +160,13 @@ def main() -> None:
         if arguments.baseline:
             figures["baseline"] = baseline_ms(model, plain, steps)
         figures["ratio"] = figures["plain_8_steps_ms"] / figures["compiled_8_steps_ms"]
-        figures["bare_8_steps_ms"] = bare_8_steps_ms(bare(model), lambda: steps(compiled))
+        figures["bare_8_steps_ms"] = bare_8_steps_ms(
+            bare(model, layout), lambda: steps(compiled), size.steps
+        )
         kernels = kernels_ms(lambda: compiled(video, sound))
         figures["kernels_ms"] = by_kernel(kernels)
         figures["layers_ms"] = by_layers(kernels, kinds_of(arch))
-    figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    figures["peak_gib"] = peak_allocated_bytes() / 2**30
     print(json.dumps(figures, indent=1))
     print(environment.write("compiled_forward", figures, arguments.folder))
 

@@ -1,10 +1,12 @@
 """One forward on two GPUs against one, in one run: seconds, error, and what exchanges take.
 
     python benchmarks/context_parallel.py [--folder RESULTS] [--precision bf16 fp8 fp8-attn]
+        [--tiny]
 
 Random weights at full size, 5 s, 300 text tokens: 480x256 (N = 4,266), and a step of
 super-resolution at 896x512 (N = 14,762). Milliseconds are of rank 0 for one of a few forwards in a
 row, as the loops call them, to velocities on its GPU: calls, inputs and the gathering included.
+Without GPUs, with --tiny, the processes are on the CPU and exchange through gloo.
 Kernels that exchange also wait for the other GPU. The JSON is written anew with every result.
 """
 
@@ -23,11 +25,11 @@ from typing import Any
 import torch
 
 import environment
+import sizes
 from magihuman.graphs import quantization as fp8
 from magihuman.graphs.transformer.compile import compile_forward
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels.reference import Sharding
-from magihuman.runtime import config
 from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.parallel.context_parallel import Shared, Transformer
@@ -35,13 +37,19 @@ from magihuman.runtime.parallel.team import Team
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.weights import random_weights
 from magihuman.runtime.weights.transformer import FP8_ATTENTION
-from measure import LAYOUT, Timed, by_kernel, error, example, kernels_ms, release
+from measure import (
+    Timed,
+    by_kernel,
+    compiled_forward,
+    error,
+    example,
+    kernels_ms,
+    release,
+    rounds,
+    synchronize,
+)
 
 RANKS = 2
-LAYOUTS = {
-    "480x256": LAYOUT,
-    "896x512": tokens.Layout(frames=32, rows=32, columns=56, audio=126, text=300),
-}
 CALLS, ROUNDS = 3, 3  # forwards in a row, and how often they are timed
 WARM_S = 0.5  # before each timing, on the GPUs that it is of
 EXCHANGE = ("nccl", "_pack_heads", "_unpack_heads")
@@ -49,11 +57,20 @@ LINK_BYTES = 2**28
 LONG = ("kernels_ms", "compile")  # figures that are written only
 
 
-def build(team: Team, precisions: Sequence[str]) -> dict[str, DiT]:
-    """Full-size weights, the same in every process; once for all precisions in fp8."""
+def layouts(size: sizes.Size) -> dict[str, tokens.Layout]:
+    """Of both sequences, by the clip's size in pixels."""
+    found = {}
+    for width, height in (size.pixels["256p"], size.pixels["540p"]):
+        layout = dataclasses.replace(size.layout, rows=height // 16, columns=width // 16)
+        found[f"{width}x{height}"] = layout
+    return found
+
+
+def build(team: Team, size: sizes.Size, precisions: Sequence[str]) -> dict[str, DiT]:
+    """Random weights, the same in every process; once for all precisions in fp8."""
     made: dict[bool, DiT] = {}
     for is_narrow in sorted({precision != "bf16" for precision in precisions}):
-        model = random_weights.dit(config.DiTConfig(), 0, team.device, torch.bfloat16, "distill")
+        model = random_weights.dit(size.arch, 0, team.device, torch.bfloat16, "distill")
         if is_narrow:
             fp8.quantize_model(model, fp8.quantized_linears(model.config))
             release()
@@ -63,26 +80,23 @@ def build(team: Team, precisions: Sequence[str]) -> dict[str, DiT]:
 
 def compiled(model: DiT, precision: str, team: Team | None = None) -> CompiledForward:
     """For the rows of this process, or for all."""
-    return CompiledForward(
+    return compiled_forward(
         model,
-        model.config,
-        torch.bfloat16,
-        next(model.parameters()).device,
         fp8_attention=precision == FP8_ATTENTION,
         rank=team.rank if team else 0,
         ranks=team.ranks if team else 1,
     )
 
 
-def rewrite(team: Team, model: DiT, precision: str) -> None:
+def rewrite(team: Team, size: sizes.Size, model: DiT, precision: str) -> None:
     """Leave a rewritten graph in the cache of all processes: that for two GPUs from rank 0, and
     meanwhile that for one from rank 1. Each takes one core 20 s.
     """
-    sharding = Sharding.of(LAYOUT.counts, RANKS)
+    sharding = Sharding.of(size.layout.counts, RANKS)
     compile_forward(
         model,
         model.config,
-        LAYOUT.counts if team.rank else sharding.own_counts(0),
+        size.layout.counts if team.rank else sharding.own_counts(0),
         torch.bfloat16,
         team.device,
         attention_backend="gluon",  # any, of all that is left open: nothing is measured for this
@@ -92,11 +106,13 @@ def rewrite(team: Team, model: DiT, precision: str) -> None:
     )
 
 
-def join(team: Team, precisions: Sequence[str]) -> tuple[Shared, dict[str, Transformer]]:
+def join(
+    team: Team, size: sizes.Size, precisions: Sequence[str]
+) -> tuple[Shared, dict[str, Transformer]]:
     """What this process computes of a forward in each precision."""
-    models = team.agree(partial(build, team, precisions))
+    models = team.agree(partial(build, team, size, precisions))
     own = {name: Transformer(m, compiled(m, name, team)) for name, m in models.items()}
-    team.agree(lambda: [rewrite(team, model, name) for name, model in models.items()])
+    team.agree(lambda: [rewrite(team, size, model, name) for name, model in models.items()])
 
     def give_up() -> None:
         for transformer in own.values():
@@ -106,38 +122,40 @@ def join(team: Team, precisions: Sequence[str]) -> tuple[Shared, dict[str, Trans
     return Shared(team, own, release=give_up), own
 
 
-def follow(team: Team, precisions: Sequence[str]) -> None:
-    """The second process."""
-    shared, _ = join(team, precisions)
+def follow(team: Team, payload: tuple[bool, Sequence[str]]) -> None:
+    """The second process. payload: whether it is tiny, and the precisions."""
+    is_tiny, precisions = payload
+    shared, _ = join(team, sizes.of(is_tiny), precisions)
     shared.follow()
     shared.close()
 
 
-def link_gb_per_s() -> float:
+def link_gb_per_s(first: torch.device, second: torch.device) -> float:
     """Of a copy from the first GPU to the second."""
-    source = torch.zeros(LINK_BYTES, dtype=torch.uint8, device="cuda:0")
-    target = torch.empty_like(source, device="cuda:1")
-    timed = Timed(lambda: target.copy_(source), torch.device("cuda"))
-    for _ in range(ROUNDS + 1):
+    source = torch.zeros(LINK_BYTES, dtype=torch.uint8, device=first)
+    target = torch.empty_like(source, device=second)
+    timed = Timed(lambda: target.copy_(source), first)
+    for _ in range(rounds(ROUNDS) + 1):
         timed()
     return LINK_BYTES / min(timed.times_ms) / 1e6
 
 
-def heated_ms(run: Callable[[], object]) -> list[float]:
+def heated_ms(run: Callable[[], object], device: torch.device) -> list[float]:
     """Device milliseconds of a call, several times, once the card is as warm as it makes it."""
+    calls = rounds(CALLS)
 
     def several() -> None:
-        for _ in range(CALLS):
+        for _ in range(calls):
             run()
 
-    timed = Timed(several, torch.device("cuda"))
+    timed = Timed(several, device)
     end = time.perf_counter() + WARM_S
-    while time.perf_counter() < end:
+    while device.type == "cuda" and time.perf_counter() < end:
         run()
         torch.cuda.synchronize()
-    for _ in range(ROUNDS):
+    for _ in range(rounds(ROUNDS)):
         timed()
-    return [ms / CALLS for ms in timed.times_ms]
+    return [ms / calls for ms in timed.times_ms]
 
 
 def exchanges(run: Callable[[], object]) -> dict[str, Any]:
@@ -172,12 +190,14 @@ class Results:
         environment.write("context_parallel", self.figures, self._folder)
 
 
-def measure(precision: str, together: Shared, own: Transformer, results: Results) -> None:
+def measure(
+    size: sizes.Size, precision: str, together: Shared, own: Transformer, results: Results
+) -> None:
     """Every size on two GPUs and on one."""
     model, device = own.model, next(own.model.parameters()).device
     assert own.compiled is not None
     alone = compiled(model, precision)
-    for name, layout in LAYOUTS.items():
+    for name, layout in layouts(size).items():
         video, sound, text = example(layout, model.config.text_channels, device)
         made, best = {}, {}
         for gpus, forward in (("2 GPUs", together.forward(precision)), ("1 GPU", alone)):
@@ -185,8 +205,8 @@ def measure(precision: str, together: Shared, own: Transformer, results: Results
             run = partial(velocity, video, sound)
             start = time.perf_counter()
             made[gpus] = run()
-            torch.cuda.synchronize()
-            first_s, times = time.perf_counter() - start, heated_ms(run)
+            synchronize()
+            first_s, times = time.perf_counter() - start, heated_ms(run, device)
             best[gpus] = statistics.median(times)
             results.add(precision, name, gpus, first_s=first_s, ms=best[gpus], all_ms=times)
             if gpus == "2 GPUs":
@@ -207,25 +227,30 @@ def measure(precision: str, together: Shared, own: Transformer, results: Results
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp8"])
-    arguments = parser.parse_args()
+    arguments = environment.arguments(parser)
+    size = sizes.of(arguments.tiny)
     results = Results(arguments.folder)
-    results.add(
-        gpus=[torch.cuda.get_device_name(rank) for rank in range(RANKS)],
-        link_gb_per_s=link_gb_per_s(),
-        peer_access=torch.cuda.can_device_access_peer(0, 1),
-        nccl=list(torch.cuda.nccl.version()),
-    )
-    devices = [torch.device("cuda", rank) for rank in range(RANKS)]
-    team = Team.start(devices, "context_parallel:follow", arguments.precision)
+    if size.device.type == "cuda":
+        devices = [torch.device("cuda", rank) for rank in range(RANKS)]
+        results.add(
+            gpus=[torch.cuda.get_device_name(rank) for rank in range(RANKS)],
+            link_gb_per_s=link_gb_per_s(*devices),
+            peer_access=torch.cuda.can_device_access_peer(0, 1),
+            nccl=list(torch.cuda.nccl.version()),
+        )
+    else:
+        devices = [size.device] * RANKS
+        results.add(gpus=[], link_gb_per_s=link_gb_per_s(*devices), peer_access=False, nccl=[])
+    payload = (arguments.tiny, arguments.precision)
+    team = Team.start(devices, "context_parallel:follow", payload)
     results.add(team=RANKS)
     with torch.inference_mode():
-        together, own = join(team, arguments.precision)
+        together, own = join(team, size, arguments.precision)
         results.add(built=list(own))
         try:
             for precision, transformer in own.items():
-                measure(precision, together, transformer, results)
+                measure(size, precision, together, transformer, results)
         finally:
             together.close()
 

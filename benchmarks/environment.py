@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
@@ -12,6 +13,26 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, with what every script takes: --folder, and --tiny.
+
+    A tiny run tells nothing about speed, and must be given a folder of its own for its results.
+    """
+    parser.add_argument("--folder", type=Path, help=f"of the results; by default {RESULTS}")
+    parser.add_argument(
+        "--tiny", action="store_true", help="at a size for any machine: to see that it runs"
+    )
+    given = parser.parse_args()
+    if given.tiny and (given.folder is None or given.folder.resolve() == RESULTS.resolve()):
+        parser.error(
+            f"results of --tiny must not lie among those that count, got {given.folder or RESULTS};"
+            " give another --folder"
+        )
+    if given.folder is None:
+        given.folder = RESULTS
+    return given
 
 
 def environment() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """fp8 linears against bf16: seconds of 8 steps, weights, error, share of each kernel.
 
-    python benchmarks/fp8.py [--folder RESULTS]
+    python benchmarks/fp8.py [--folder RESULTS] [--tiny]
 
 Random weights at full size, 480x256, 5 s, 300 text tokens: N = 4,266.
 """
@@ -13,29 +13,27 @@ import json
 import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import environment
+import sizes
 from magihuman.graphs import quantization
-from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import ops
-from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.model.tokens import Layout
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.weights import random_weights
 from measure import (
-    LAYOUT,
-    STEPS,
     Timed,
+    allocated_bytes,
     attention,
     bare_8_steps_ms,
     by_kernel,
     by_layers,
+    compiled_forward,
     distilled_steps,
     error,
     example,
@@ -43,6 +41,7 @@ from measure import (
     kinds_of,
     one_expert,
     padded_rows,
+    rounds,
 )
 
 MODALITY = "fp8, modality layers bf16"
@@ -88,30 +87,28 @@ def bare(model: DiT, layout: Layout, fp8_attention: bool) -> list[Callable[[], o
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
-    arguments = parser.parse_args()
-    device, arch = torch.device("cuda"), config.DiTConfig()
-    video, sound, text = example(LAYOUT, arch.text_channels, device)
-    figures: dict[str, Any] = {"tokens": LAYOUT.tokens, "steps": STEPS}
+    arguments = environment.arguments(parser)
+    size = sizes.of(arguments.tiny)
+    device, layout, arch = size.device, size.layout, size.arch
+    video, sound, text = example(layout, arch.text_channels, device)
+    figures: dict[str, Any] = {"tokens": layout.tokens, "steps": size.steps}
     velocities: dict[str, denoise.Velocity] = {}
     finals: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.inference_mode():
         for name, keep in KEPT.items():
             if name != ATTENTION:  # which is the last model's
-                before = torch.cuda.memory_allocated()
+                before = allocated_bytes()
                 model = random_weights.dit(arch, 0, device, torch.bfloat16, "distill")
                 if keep is not None:
                     quantization.quantize_model(model, quantization.quantized_linears(arch, keep))
                 torch.cuda.empty_cache()
-                weights_gib = (torch.cuda.memory_allocated() - before) / 2**30
+                weights_gib = (allocated_bytes() - before) / 2**30
             if keep == "none":
                 narrow = model
-            forward = CompiledForward(
-                model, arch, torch.bfloat16, device, fp8_attention=name == ATTENTION
-            )
-            velocities[name] = denoise.velocity_of(model, LAYOUT, text, "v2", forward)
+            forward = compiled_forward(model, fp8_attention=name == ATTENTION)
+            velocities[name] = denoise.velocity_of(model, layout, text, "v2", forward)
             one = velocities[name](video, sound)
-            finals[name] = distilled_steps(velocities[name], video, sound)
+            finals[name] = distilled_steps(velocities[name], video, sound, size.steps)
             report = next(iter(forward.reports().values()))
             if name == "bf16":
                 first = one
@@ -126,10 +123,10 @@ def main() -> None:
             print(name, json.dumps(figures[name]), flush=True)
 
         def steps(name: str) -> Callable[[], object]:
-            return lambda: distilled_steps(velocities[name], video, sound)
+            return lambda: distilled_steps(velocities[name], video, sound, size.steps)
 
         timed = {name: Timed(steps(name), device) for name in velocities}
-        for _ in range(ROUNDS):
+        for _ in range(rounds(ROUNDS)):
             for name, run in timed.items():
                 steps(name)()  # the card comes to this one's temperature
                 run()
@@ -140,7 +137,7 @@ def main() -> None:
             figures[name]["layers_ms"] = by_layers(kernels, kinds_of(arch))
             print(name, figures[name]["8_steps_ms"], run.times_ms, flush=True)
         for name, is_narrow in (("fp8", False), (ATTENTION, True)):
-            bound = bare_8_steps_ms(bare(narrow, LAYOUT, is_narrow), steps(name))
+            bound = bare_8_steps_ms(bare(narrow, layout, is_narrow), steps(name), size.steps)
             figures[name]["bare_8_steps_ms"] = bound
             print(name, "bare", bound, flush=True)
     print(json.dumps({n: [figures[n]["kernels_ms"], figures[n]["layers_ms"]] for n in KEPT}))

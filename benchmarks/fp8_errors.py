@@ -373,9 +373,7 @@ def measured(engine: runtime.Engine, size: sizes.Size, cache: Path) -> dict[str,
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
-    parser.add_argument("--tiny", action="store_true")
-    arguments = parser.parse_args()
+    arguments = environment.arguments(parser)
     torch.set_float32_matmul_precision("highest")  # no TF32
     size, source = sizes.FULL, runtime.synthetic("distill")
     with tempfile.TemporaryDirectory() as folder:

@@ -152,10 +152,8 @@ def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scratch", type=Path)
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
-    parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--read", action="store_true", help="SCRATCH, an artifact; used by itself")
-    arguments = parser.parse_args()
+    arguments = environment.arguments(parser)
     size = sizes.TINY if arguments.tiny else sizes.FULL
     if arguments.read:
         print(json.dumps(read(size, arguments.scratch)))
@@ -166,7 +164,8 @@ def main() -> None:
         if size.device.type == "cuda":
             torch.cuda.empty_cache()
         print("written", json.dumps(figures["written"]), flush=True)
-        command = [sys.executable, __file__, folder, "--read", *["--tiny"] * arguments.tiny]
+        command = [sys.executable, __file__, folder, "--read"]
+        command += ["--folder", str(arguments.folder), *["--tiny"] * arguments.tiny]
         for name in ("first read", "from the page cache"):
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             figures[name] = json.loads(done.stdout.splitlines()[-1])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import gc
+import re
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from magihuman.graphs.transformer.replay import TEXT_BUCKET
+from magihuman.graphs.decoder.replay import CompiledDecoder
+from magihuman.graphs.transformer.replay import TEXT_BUCKET, CompiledForward
 from magihuman.kernels import ops
 from magihuman.kernels.attention import backends
 from magihuman.runtime import config
@@ -23,8 +28,78 @@ STEPS = 8
 REPEATS = 5
 COPY_BYTES = 2**30  # far beyond any cache
 GEMM_SIDE = 8192
-OUTSIDE = ("at::native", "ffma", "sgemm")  # kernels that no block has
+# Kernels that no block has, and on the CPU PyTorch's own operators.
+OUTSIDE = ("at::native", "ffma", "sgemm", "aten::")
+# Norms that open the halves of a layer: kernels, and on the CPU operators.
+NORMS = ("_sandwich_norm", "_norm_rows", "magihuman::add_norm", "magihuman::norm")
 CALLS = 4  # of a graph that measures a ceiling
+
+
+def device() -> torch.device:
+    """Where this machine measures: its first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# -- memory: of the GPU or, where there is none, what this process has resident ----------------
+
+
+def used_bytes() -> int:
+    """Of the device's memory, by all processes; on the CPU by this one."""
+    if not torch.cuda.is_available():
+        return resident_bytes("VmRSS")
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def allocated_bytes() -> int:
+    """By tensors of this process."""
+    if not torch.cuda.is_available():
+        return resident_bytes("VmRSS")
+    return torch.cuda.memory_allocated()
+
+
+def reserved_bytes() -> int:
+    """By PyTorch for tensors of this process."""
+    if not torch.cuda.is_available():
+        return resident_bytes("VmRSS")
+    return torch.cuda.memory_reserved()
+
+
+def peak_allocated_bytes() -> int:
+    """The most since `reset_peaks`; on the CPU since the process started."""
+    if not torch.cuda.is_available():
+        return resident_bytes("VmHWM")
+    return torch.cuda.max_memory_allocated()
+
+
+def peak_reserved_bytes() -> int:
+    """As `peak_allocated_bytes`."""
+    if not torch.cuda.is_available():
+        return resident_bytes("VmHWM")
+    return torch.cuda.max_memory_reserved()
+
+
+def reset_peaks() -> None:
+    """Count peaks from now on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def resident_bytes(field: str) -> int:
+    """Of this process's memory: a field of /proc/self/status, VmRSS now or VmHWM at its peak."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+# -- inputs and models ------------------------------------------------------------------------
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -47,6 +122,49 @@ def padded_rows(layout: tokens.Layout) -> int:
     return video + audio + -(-text // TEXT_BUCKET) * TEXT_BUCKET
 
 
+def compiled_forward(model: Any, **options: Any) -> CompiledForward:
+    """The compiled forward of a transformer in bf16, where it is.
+
+    On the CPU nothing is captured: the rewritten graph runs over the operators' references.
+    """
+    where = next(model.parameters()).device
+    if where.type != "cuda":
+        options |= {"replays": False, "budget_bytes": 0}
+    return CompiledForward(model, model.config, torch.bfloat16, where, **options)
+
+
+def compiled_decoder(vae: Any, **options: Any) -> CompiledDecoder:
+    """The compiled decoder of frames, as `compiled_forward`."""
+    if next(vae.parameters()).device.type != "cuda":
+        options |= {"replays": False, "budget_bytes": 0}
+    return CompiledDecoder(vae.decoder, vae.config, **options)
+
+
+class PlainFlashAttention:
+    """What the scripts call of fa3-fwd, in fp32 on the CPU."""
+
+    @staticmethod
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """q: [1, N, heads, D]; k, v: [1, M, kv heads, D]. Returns [1, N, heads, D] and, where asked
+        for, the logarithms of the sums of exponentials, fp32 [1, heads, N].
+        """
+        queries, keys, values = (x[0].transpose(0, 1).float() for x in (q, k, v))
+        groups = len(queries) // len(keys)
+        keys, values = (x.repeat_interleave(groups, 0) for x in (keys, values))
+        scores = queries @ keys.transpose(1, 2) * q.shape[-1] ** -0.5
+        out = (scores.softmax(-1) @ values).transpose(0, 1)[None].to(q.dtype)
+        return (out, scores.logsumexp(-1)[None]) if return_attn_probs else out
+
+
+def flash_attention() -> Any:
+    """The interface of fa3-fwd; without a GPU, one of the same arithmetic."""
+    if torch.cuda.is_available():
+        return __import__("fa3_fwd_interface")
+    return PlainFlashAttention
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, length: Tensor
 ) -> Callable[[], Tensor]:
@@ -58,7 +176,7 @@ def attention(
 
 
 def distilled_steps(
-    velocity: denoise.Velocity, video: Tensor, audio: Tensor
+    velocity: denoise.Velocity, video: Tensor, audio: Tensor, steps: int = STEPS
 ) -> tuple[Tensor, Tensor]:
     """The distilled model's loop, with the same noise every time."""
     generator = torch.Generator(video.device).manual_seed(1)
@@ -66,7 +184,7 @@ def distilled_steps(
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, device=like.device)
 
-    return denoise.distilled(velocity, video, audio, steps=STEPS, noise=noise)
+    return denoise.distilled(velocity, video, audio, steps=steps, noise=noise)
 
 
 def release() -> None:
@@ -79,7 +197,7 @@ def release() -> None:
 class Timed:
     """A callable that waits for the device; `times_ms` has the device time of every call.
 
-    On the CPU, where a call has finished when it returns, `times_ms` stays empty.
+    On the CPU, where a call has finished when it returns, it is the time of the host's clock.
     """
 
     def __init__(self, run: Callable[[], object], device: torch.device) -> None:
@@ -88,7 +206,9 @@ class Timed:
 
     def __call__(self) -> None:
         if not self._on_gpu:
+            begin = time.perf_counter()
             self._run()
+            self.times_ms.append(1e3 * (time.perf_counter() - begin))
             return
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -99,11 +219,17 @@ class Timed:
 
 
 def median_ms(run: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Device milliseconds of `run()`, median after two warm-ups."""
-    timed = Timed(run, torch.device("cuda"))
-    for _ in range(2 + repeats):
+    """Device milliseconds of `run()`, median after two warm-ups; of one call on the CPU."""
+    timed = Timed(run, device())
+    warm_ups = rounds(3) - 1
+    for _ in range(warm_ups + rounds(repeats)):
         timed()
-    return statistics.median(timed.times_ms[2:])
+    return statistics.median(timed.times_ms[warm_ups:])
+
+
+def rounds(count: int) -> int:
+    """How often something is timed: on the CPU once, since that time is no figure."""
+    return count if torch.cuda.is_available() else 1
 
 
 def one_expert(layer: nn.Module, multiple: int = 1) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -118,11 +244,26 @@ def one_expert(layer: nn.Module, multiple: int = 1) -> Iterator[tuple[nn.Module,
         yield linear, linear.weight.as_strided((rows, stride[0]), stride)
 
 
-def bare_8_steps_ms(calls: Sequence[Callable[[], object]], heat: Callable[[], object]) -> float:
+def bare_8_steps_ms(
+    calls: Sequence[Callable[[], object]], heat: Callable[[], object], steps: int = STEPS
+) -> float:
     """Device milliseconds of eight times all calls, from replays of a graph: a bound of 8 steps.
 
-    `heat` runs before each timing, so that the card is as warm as it is for the whole model.
+    `heat` runs before each timing, so that the card is as warm as it is for the whole model. On the
+    CPU the calls are made one by one.
     """
+    run = _replay(calls)
+    times = []
+    for _ in range(rounds(3)):
+        heat()
+        times.append(median_ms(lambda: [run() for _ in range(steps)], 1))
+    return statistics.median(times)
+
+
+def _replay(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """The replay of a graph of all calls, or on the CPU all calls."""
+    if not torch.cuda.is_available():
+        return lambda: [call() for call in calls]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
@@ -133,11 +274,7 @@ def bare_8_steps_ms(calls: Sequence[Callable[[], object]], heat: Callable[[], ob
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
-    times = []
-    for _ in range(3):
-        heat()
-        times.append(median_ms(lambda: [graph.replay() for _ in range(STEPS)], 1))
-    return statistics.median(times)
+    return graph.replay
 
 
 def replay_ms(calls: Sequence[Callable[[], object]]) -> float:
@@ -145,8 +282,10 @@ def replay_ms(calls: Sequence[Callable[[], object]]) -> float:
 
     Launching from the host does not count. Calls over different tensors, of more bytes together
     than a cache holds, read from memory; all outputs are kept, so that each call writes to memory
-    of its own.
+    of its own. On the CPU the calls are made one by one.
     """
+    if not torch.cuda.is_available():
+        return median_ms(lambda: [call() for call in calls]) / len(calls)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
@@ -162,12 +301,18 @@ def replay_ms(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def kernels_ms(run: Callable[[], object]) -> list[tuple[str, float]]:
-    """Name and device milliseconds of every kernel of `run()`, in the order in which they ran."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
+    """Name and device milliseconds of every kernel of `run()`, in the order in which they ran.
+
+    On the CPU, of every operator that no other calls.
+    """
+    kind = "CUDA" if torch.cuda.is_available() else "CPU"
+    activities = [getattr(torch.profiler.ProfilerActivity, kind)]
     with torch.profiler.profile(activities=activities) as profile:
         run()
-        torch.cuda.synchronize()
-    events = [event for event in profile.events() if event.device_type.name == "CUDA"]
+        synchronize()
+    events = [event for event in profile.events() if event.device_type.name == kind]
+    if kind == "CPU":
+        events = [event for event in events if event.cpu_parent is None]
     events.sort(key=lambda event: event.time_range.start)
     return [(event.name, event.time_range.elapsed_us() / 1e3) for event in events]
 
@@ -190,7 +335,7 @@ def by_layers(kernels: Sequence[tuple[str, float]], kinds: Sequence[str]) -> dic
     sums: dict[str, float] = {}
     norms = 0
     for name, milliseconds in kernels:
-        norms += "_sandwich_norm" in name or "_norm_rows" in name
+        norms += any(part in name for part in NORMS)
         is_outside = norms == 0 or any(part in name for part in OUTSIDE)
         kind = "embedders and heads" if is_outside else kinds[(norms - 1) // 2]
         sums[kind] = sums.get(kind, 0.0) + milliseconds

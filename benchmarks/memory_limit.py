@@ -1,11 +1,13 @@
 """Whole clips of the full size in little GPU memory: what is held, and the seconds of each stage.
 
     python benchmarks/memory_limit.py [--case NAME ...] [--sr-steps N] [--folder RESULTS]
+        [--tiny]
 
 Random weights, 5 s, prompt to frames. Each case has a process of its own, in which the engine has
 PyTorch refused all memory beyond the limit, so that an overrun fails; loading is included. What is
 held on the device is read every 20 ms, other processes' too; the driver's is what PyTorch has not
 reserved. Figures are written after every phase, so that a case cut off leaves those it has.
+Without a GPU, with --tiny, nothing is limited and memory is what the process has resident.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +29,18 @@ from typing import Any
 import torch
 
 import environment
+import sizes
 from magihuman import runtime
+from magihuman.runtime import config
 from magihuman.runtime.memory import estimate
 from magihuman.runtime.memory.plan import GIB
-from measure import PROMPT
+from measure import (
+    peak_allocated_bytes,
+    peak_reserved_bytes,
+    reserved_bytes,
+    synchronize,
+    used_bytes,
+)
 
 CASES: dict[str, dict[str, Any]] = {
     "1080p bf16 in 40": {"sr": "1080p", "precision": "bf16", "memory_limit_gb": 40.0},
@@ -79,23 +90,26 @@ class Sampler:
 
     def _run(self) -> None:
         while not self._stop.wait(PERIOD_S):
-            before = torch.cuda.memory_reserved()
-            free, total = torch.cuda.mem_get_info()
-            reserved = torch.cuda.memory_reserved()
+            before = reserved_bytes()
+            used = used_bytes()
+            reserved = reserved_bytes()
             for held in (self.whole, self.stages.setdefault(self._name, Held())):
-                held.device_bytes = max(held.device_bytes, total - free)
+                held.device_bytes = max(held.device_bytes, used)
                 held.reserved_bytes = max(held.reserved_bytes, reserved)
                 if before == reserved:  # else the two may be of different moments
-                    held.driver_bytes = max(held.driver_bytes, total - free - reserved)
+                    held.driver_bytes = max(held.driver_bytes, used - reserved)
 
 
 def run_case(
-    options: dict[str, Any], sr_steps: int, keep: Callable[[dict[str, Any]], object]
+    size: sizes.Size,
+    model: Path | runtime.synthetic,
+    options: dict[str, Any],
+    sr_steps: int,
+    keep: Callable[[dict[str, Any]], object],
 ) -> None:
     """Load, one clip to compile and one as it then is. keep: is given all figures so far."""
-    torch.zeros(1, device="cuda")
-    free, total = torch.cuda.mem_get_info()
-    context = total - free - torch.cuda.memory_reserved()
+    torch.zeros(1, device=size.device)
+    context = used_bytes() - reserved_bytes()
     host = estimate.free_bytes(torch.device("cpu"))
     limit_gb = options.get("memory_limit_gb")
     found: dict[str, Any] = {
@@ -118,16 +132,17 @@ def run_case(
     try:
         print(f"context {context / GIB:.2f} GiB, host {host / GIB:.1f} GiB free", flush=True)
         start = time.perf_counter()
-        engine = runtime.load(runtime.synthetic("distill"), hooks=[sampler], **options)
-        torch.cuda.synchronize()
+        engine = runtime.load(model, hooks=[sampler], **options)
+        synchronize()
         plan = engine.memory_plan
-        assert plan is not None
-        found["plan"] = plan.as_dict()
+        assert (plan is None) == (size.device.type == "cpu")
+        found["plan"] = None if plan is None else plan.as_dict()
         phase("load_s", time.perf_counter() - start)
-        print(f"moves {list(plan.streamed)}; {plan.extra_s:.2f} s more expected", flush=True)
+        if plan is not None:
+            print(f"moves {list(plan.streamed)}; {plan.extra_s:.2f} s more expected", flush=True)
         for name, steps in (("first_request_s", 1), ("request_s", sr_steps)):
             start = time.perf_counter()
-            video = engine.generate(PROMPT, seed=1, sr_steps=steps)
+            video = engine.generate(size.prompt, seed=1, sr_steps=steps, **size.request)
             seconds = {**video.timings_s, "total": time.perf_counter() - start}
             found["frames"] = list(video.frames.shape)
             phase(name, seconds)
@@ -137,12 +152,12 @@ def run_case(
 
 def held(sampler: Sampler, limit_gb: float | None) -> dict[str, Any]:
     """What was held so far, and whether that is within the limit."""
-    reserved = torch.cuda.max_memory_reserved()
+    reserved = peak_reserved_bytes()
     stages = dict(sampler.stages)
     driver = sampler.whole.driver_bytes
     figures: dict[str, Any] = {
         "max_reserved_gib": reserved / GIB,
-        "max_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+        "max_allocated_gib": peak_allocated_bytes() / GIB,
         "driver_gib": driver / GIB,
         "device_gib": sampler.whole.device_bytes / GIB,
         "stages_gib": {
@@ -156,15 +171,20 @@ def held(sampler: Sampler, limit_gb: float | None) -> dict[str, Any]:
     return figures
 
 
+def allowed(size: sizes.Size, options: dict[str, Any]) -> dict[str, Any]:
+    """What this machine can: without a GPU neither a limit nor fp8."""
+    return options if size.device.type == "cuda" else {"sr": options["sr"]}
+
+
 def main() -> None:
     """Every case in a process, and one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     every = {**CASES, **OTHERS}
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
     parser.add_argument("--case", action="append", choices=list(every))
     parser.add_argument("--sr-steps", type=int, default=STEPS)
     parser.add_argument("--one", choices=list(every), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = environment.arguments(parser)
+    size = sizes.of(arguments.tiny)
     kept = arguments.folder / "memory_limit.json"
     cases: dict[str, Any] = json.loads(kept.read_text())["cases"] if kept.exists() else {}
 
@@ -177,12 +197,18 @@ def main() -> None:
         logging.basicConfig(format="%(relativeCreated)d ms %(message)s")
         logging.getLogger("magihuman").setLevel(logging.INFO)
         keep(arguments.one, {"failed": True})
-        run_case(every[arguments.one], arguments.sr_steps, lambda f: keep(arguments.one, f))
+        options = allowed(size, every[arguments.one])
+        # Of a tiny size, clips are tiny after super-resolution too.
+        config.SR_SIZES.update({name: size.pixels[name] for name in config.SR_SIZES})
+        with tempfile.TemporaryDirectory() as folder:
+            model = sizes.source(size, Path(folder))
+            run_case(size, model, options, arguments.sr_steps, lambda f: keep(arguments.one, f))
         return
     missed = []
     for name in arguments.case or CASES:
         print(f"-- {name}", flush=True)
         command = [sys.executable, __file__, "--one", name, "--folder", str(arguments.folder)]
+        command += ["--tiny"] * arguments.tiny
         start = time.perf_counter()
         done = subprocess.run([*command, "--sr-steps", str(arguments.sr_steps)])
         print(f"{name}: {time.perf_counter() - start:.1f} s in all", flush=True)

@@ -2,7 +2,7 @@
 of a stream.
 
     python benchmarks/prompt_to_mp4.py [--folder RESULTS] [--precisions fp8 fp8-attn bf16]
-        [--sr 540p] [--repeats N]
+        [--sr 540p] [--repeats N] [--tiny]
 
 Random weights, 480x256, or what --sr makes of that, 5 s, 300 text tokens; every component is
 resident. Pictures of random weights are noise, which is the most work there is for the mp4 encoder.
@@ -19,15 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import environment
+import sizes
 from magihuman import runtime
 from magihuman.runtime import config
-from measure import LAYOUT, PROMPT, release
+from measure import peak_allocated_bytes, release, reset_peaks, synchronize
 
 REPEATS = 5
-SIZE = (480, 256, 5.0)
 PRECISIONS = ("fp8", "fp8-attn", "bf16")
 GIB = 2**30
 
@@ -39,28 +37,31 @@ def median_stages(all_timings: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def measure(precision: Any, sr: Any, repeats: int, folder: Path) -> dict[str, Any]:
+def measure(
+    size: sizes.Size, precision: Any, sr: Any, repeats: int, folder: Path
+) -> dict[str, Any]:
     """One engine: requests that write a file, then streams that write none."""
+    source = sizes.source(size, folder)
     start = time.perf_counter()
-    engine = runtime.load(runtime.synthetic("distill"), precision=precision, sr=sr)
-    torch.cuda.synchronize()
+    engine = runtime.load(source, precision=precision, sr=sr)
+    synchronize()
     load_s = time.perf_counter() - start
     with engine:
         start = time.perf_counter()
-        engine.warmup([SIZE], [LAYOUT.text])
+        engine.warmup([(*size.pixels["256p"], size.seconds)], [size.layout.text])
         warmup_s = time.perf_counter() - start
         path = folder / "clip.mp4"
         requests = []
         for seed in range(1 + repeats):
             path.unlink(missing_ok=True)
             start = time.perf_counter()
-            video = engine.generate(PROMPT, seed=seed, save=path)
+            video = engine.generate(size.prompt, seed=seed, save=path, **size.request)
             requests.append((time.perf_counter() - start, video.timings_s))
             assert path.stat().st_size > 0
         streams = []
         for seed in range(1 + repeats):
             start = time.perf_counter()
-            with engine.generate_stream(PROMPT, seed=seed) as stream:
+            with engine.generate_stream(size.prompt, seed=seed, **size.request) as stream:
                 chunk = next(stream)
                 streams.append((time.perf_counter() - start, len(chunk.frames)))
                 assert sum(len(chunk.frames) for chunk in stream) + streams[-1][1] == len(
@@ -77,24 +78,29 @@ def measure(precision: Any, sr: Any, repeats: int, folder: Path) -> dict[str, An
             "first_frames_s": statistics.median(seconds for seconds, _ in streams[1:]),
             "first_frames": streams[-1][1],
             "frames": list(video.frames.shape),
-            "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+            "peak_gib": peak_allocated_bytes() / GIB,
         }
 
 
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--sr", choices=list(config.SR_SIZES), help="named so in the results")
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    arguments = parser.parse_args()
+    arguments = environment.arguments(parser)
+    size = sizes.of(arguments.tiny)
     name = "prompt_to_mp4" if arguments.sr is None else f"prompt_to_mp4_{arguments.sr}"
-    figures: dict[str, Any] = {"text_tokens": LAYOUT.text, "sequence_tokens": LAYOUT.tokens}
+    figures: dict[str, Any] = {
+        "text_tokens": size.layout.text,
+        "sequence_tokens": size.layout.tokens,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         for precision in arguments.precisions:
-            torch.cuda.reset_peak_memory_stats()
-            figures[precision] = measure(precision, arguments.sr, arguments.repeats, Path(scratch))
+            reset_peaks()
+            figures[precision] = measure(
+                size, precision, arguments.sr, arguments.repeats, Path(scratch)
+            )
             release()
             print(precision, json.dumps(figures[precision]), flush=True)
             environment.write(name, figures, arguments.folder)

@@ -1,21 +1,24 @@
 """Write the tables of figures in the README, in docs/ and in the cards of the nano model, from
 benchmarks/results/*.json and the newest full-size run of the suites in benchmarks/results/history.
 
-    python benchmarks/render_readme.py [--check]
+    python benchmarks/render_readme.py [--check] [--folder RESULTS] [--out ROOT]
 
 Each table stands between `<!-- NAME:start -->` and `<!-- NAME:end -->`; nothing else is touched.
-With --check nothing is written, and a file that is out of date is an error.
+With --check nothing is written, and a file that is out of date is an error. --folder has other
+results; --out is another folder to write the files to.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import environment
 import history
 from magihuman.runtime import config
 from magihuman.runtime.evaluate.model_score import LEAST
@@ -41,19 +44,18 @@ FILES = {  # which tables each has
 }
 
 
-def result(name: str) -> dict[str, Any]:
+def read(folder: Path, name: str) -> dict[str, Any]:
     """One results file."""
-    value: dict[str, Any] = json.loads(
-        (ROOT / "benchmarks" / "results" / f"{name}.json").read_text()
-    )
+    value: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return value
 
 
-def tables() -> dict[str, str]:
-    """The Markdown between each pair of markers."""
+def tables(folder: Path) -> dict[str, str]:
+    """The Markdown between each pair of markers, of the results in a folder."""
+    result = functools.partial(read, folder)
     decoding = result("vae_decode")
     parts = {
-        "headline": headline_table(),
+        "headline": headline_table(folder),
         "denoising": denoising_table(result("compiled_forward")),
         "fp8": fp8_table(result("fp8")),
         "fp8-errors": error_table(result("fp8_errors")),
@@ -62,14 +64,15 @@ def tables() -> dict[str, str]:
         "memory": memory_table(result("memory_limit")["cases"]),
         "request": request_table(result("prompt_to_mp4"), decoding),
         "loading": [*reading_lines(result("full_size")), "", *load_lines(result("load_artifact"))],
-        "kernels": newest_kernel_table(),
+        "kernels": newest_kernel_table(folder),
         "nano": nano_lines(result("nano_score")),
     }
     return {name: "\n".join(lines) for name, lines in parts.items()}
 
 
-def headline_table() -> list[str]:
+def headline_table(folder: Path) -> list[str]:
     """The README's table: a whole request, its denoising, and super-resolution."""
+    result = functools.partial(read, folder)
     request, sizes = result("prompt_to_mp4"), result("super_resolution")
     forward, machine = result("compiled_forward"), request["environment"]
     compiled_s = forward["baseline"]["torch_compile_fa3_8_steps_ms"] / 1e3
@@ -94,7 +97,7 @@ def headline_table() -> list[str]:
         published = f"published: {sizes[size]['published_s']:.1f} s"
         rows.append((f"noise to frames of {width}x{height}", sums, published))
     return [
-        f"| a clip of 5 s on one {machine['gpu']} | {' | '.join(PRECISIONS)} | for comparison |",
+        f"| a clip of 5 s on one {machine.get('gpu', 'CPU')} | {' | '.join(PRECISIONS)} | for comparison |",
         "|---|---|---|---|---|",
         *(f"| {name} | {' | '.join(cells)} | {other} |" for name, cells, other in rows),
         "",
@@ -120,7 +123,7 @@ def denoising_table(forward: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     error = forward["error_after_8_steps"]
     return [
-        f"One {machine['gpu']}, driver {machine['driver']}, torch {machine['torch']},"
+        f"One {machine.get('gpu', 'CPU')}, driver {machine.get('driver')}, torch {machine['torch']},"
         f" {machine['date']}. Random weights at full",
         f"size, 480x256, 5 s, 300 text tokens ({forward['tokens']} in all), bf16. Figures are"
         " medians after warm-up;",
@@ -401,9 +404,9 @@ def is_full(entry: history.Entry) -> bool:
     return any(history.size(benchmark) == "full" for benchmark in entry["benchmarks"])
 
 
-def newest_kernel_table() -> list[str]:
+def newest_kernel_table(folder: Path) -> list[str]:
     """Of the newest full-size run, under a heading of its own; nothing where there is none."""
-    newest = [entry for entry in history.entries() if is_full(entry)][-1:]
+    newest = [entry for entry in history.entries(folder / "history") if is_full(entry)][-1:]
     return [line for entry in newest for line in ("## Single kernels", "", *kernel_table(entry))]
 
 
@@ -469,8 +472,10 @@ def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
+    parser.add_argument("--out", type=Path, default=ROOT)
     arguments = parser.parse_args()
-    rendered = tables()
+    rendered = tables(arguments.folder)
     for name, parts in FILES.items():
         text = fresh = (ROOT / name).read_text()
         for part in parts:
@@ -481,7 +486,9 @@ def main() -> None:
         if arguments.check and fresh != text:
             sys.exit(f"{name} is out of date; run python benchmarks/render_readme.py")
         if not arguments.check:
-            (ROOT / name).write_text(fresh)
+            path = arguments.out / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(fresh)
 
 
 if __name__ == "__main__":

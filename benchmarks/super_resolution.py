@@ -1,7 +1,7 @@
 """Super-resolution at full size: seconds per stage, memory, against the plain model's step.
 
     python benchmarks/super_resolution.py [--folder RESULTS] [--sizes 540p 1080p]
-        [--precisions bf16 fp8 fp8-attn] [--plain]
+        [--precisions bf16 fp8 fp8-attn] [--plain] [--tiny]
 
 Random weights, clips of 5 s, 300 text tokens: 8 steps at 480x256 (N = 4,266), 5 steps at 896x512
 (N = 14,762) or 1920x1088 (N = 65,706), frames decoded to the host. One set of weights stands for
@@ -19,15 +19,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import environment
+import sizes
 from magihuman.graphs import quantization
-from magihuman.graphs.decoder.replay import CompiledDecoder
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import reference
 from magihuman.kernels.reference import LocalAttention
@@ -38,18 +37,32 @@ from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.decode import decode_frames
 from magihuman.runtime.weights import random_weights
 from magihuman.runtime.weights.transformer import FP8_ATTENTION
-from measure import LAYOUT, Timed, distilled_steps, error, example, release
+from measure import (
+    Timed,
+    compiled_decoder,
+    compiled_forward,
+    device,
+    distilled_steps,
+    error,
+    example,
+    flash_attention,
+    release,
+    reset_peaks,
+    rounds,
+    synchronize,
+    used_bytes,
+)
 
 GIB = 2**30
-DEVICE = torch.device("cuda")
+SR_STEPS = 5
 PRECISIONS = ("bf16", "fp8", FP8_ATTENTION)
 PUBLISHED_S = {"540p": 8.0, "1080p": 38.4}  # on one H100, by the authors
 
 
-def sr_layout(size: str) -> tokens.Layout:
+def sr_layout(measured: sizes.Size, size: str) -> tokens.Layout:
     """Of the super-resolution model's sequence."""
-    width, height = config.SR_SIZES[size]
-    return dataclasses.replace(LAYOUT, rows=height // 16, columns=width // 16)
+    width, height = measured.pixels[size]
+    return dataclasses.replace(measured.layout, rows=height // 16, columns=width // 16)
 
 
 def with_local_layers(model: DiT) -> DiT:
@@ -64,7 +77,7 @@ def with_local_layers(model: DiT) -> DiT:
 
 def seconds_of(run: Callable[[], object], repeats: int) -> float:
     """Device seconds, median after one run to warm up where there are several."""
-    timed = Timed(run, DEVICE)
+    timed, repeats = Timed(run, device()), rounds(repeats)
     for _ in range(repeats + (repeats > 1)):
         timed()
     return statistics.median(timed.times_ms[repeats > 1 :]) / 1e3
@@ -72,27 +85,29 @@ def seconds_of(run: Callable[[], object], repeats: int) -> float:
 
 def used_gib() -> float:
     """Of the device's memory, by all of this process."""
-    free, total = torch.cuda.mem_get_info()
-    return (total - free) / GIB
+    return used_bytes() / GIB
 
 
 class Stage:
     """One transformer at one size, compiled."""
 
-    def __init__(self, model: DiT, size: str | None) -> None:
-        self.layout = LAYOUT if size is None else sr_layout(size)
+    def __init__(self, measured: sizes.Size, model: DiT, size: str | None) -> None:
+        self.measured = measured
+        self.layout = measured.layout if size is None else sr_layout(measured, size)
         self.style: config.CoordinateStyle = "v2" if size is None else "v1"
         self.model, self.is_sr = model, size is not None
         torch.manual_seed(3)
-        self.video, self.sound, self.text = example(self.layout, model.config.text_channels, DEVICE)
+        channels = model.config.text_channels
+        self.video, self.sound, self.text = example(self.layout, channels, measured.device)
 
     def velocity(self, forward: CompiledForward | None) -> denoise.Velocity:
         return denoise.velocity_of(self.model, self.layout, self.text, self.style, forward)
 
     def loop(self, velocity: denoise.Velocity) -> object:
         if not self.is_sr:
-            return distilled_steps(velocity, self.video, self.sound)
-        return denoise.super_resolve(velocity, None, self.video, self.sound, steps=5)
+            return distilled_steps(velocity, self.video, self.sound, self.measured.steps)
+        steps = min(SR_STEPS, self.measured.steps)
+        return denoise.super_resolve(velocity, None, self.video, self.sound, steps=steps)
 
     def measure(self, forward: CompiledForward) -> dict[str, Any]:
         """The loop's seconds, and what compiling did."""
@@ -100,7 +115,7 @@ class Stage:
         start = time.perf_counter()
         velocity = self.velocity(forward)
         out = velocity(self.video, self.sound)
-        torch.cuda.synchronize()
+        synchronize()
         first_s = time.perf_counter() - start
         assert all(stream.isfinite().all() for stream in out)
         report = list(forward.reports().values())[-1]
@@ -120,7 +135,7 @@ class Stage:
 @contextmanager
 def flash_attention_3() -> Iterator[None]:
     """The plain model's attention through fa3-fwd."""
-    interface = __import__("fa3_fwd_interface")
+    interface = flash_attention()
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, *, probabilities: bool = False
@@ -179,16 +194,16 @@ def plain_step(stage: Stage, forward: CompiledForward) -> dict[str, Any]:
     return {"plain_step_s": seconds, "compiled_step_s": compiled_s, "error": errors}
 
 
-def decode(size: str) -> dict[str, float]:
+def decode(measured: sizes.Size, size: str) -> dict[str, float]:
     """Seconds from latents to frames on the host, and memory."""
-    vae = random_weights.turbo_vae(config.TurboVAEConfig(), 0, DEVICE, torch.bfloat16)
+    vae = random_weights.turbo_vae(measured.turbo_vae, 0, measured.device, torch.bfloat16)
     before = used_gib()
-    decoder = CompiledDecoder(vae.decoder, vae.config)
-    layout = sr_layout(size)
-    z = torch.randn(1, 48, layout.frames, layout.rows, layout.columns, device=DEVICE)
+    decoder = compiled_decoder(vae)
+    layout = sr_layout(measured, size)
+    z = torch.randn(1, 48, layout.frames, layout.rows, layout.columns, device=measured.device)
     times = []
-    for _ in range(4):
-        torch.cuda.synchronize()
+    for _ in range(1 + rounds(3)):
+        synchronize()
         start = time.perf_counter()
         decode_frames(vae, z, decoder=decoder)
         times.append(time.perf_counter() - start)
@@ -198,11 +213,11 @@ def decode(size: str) -> dict[str, float]:
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
     parser.add_argument("--sizes", nargs="+", choices=config.SR_SIZES, default=["540p", "1080p"])
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--plain", action="store_true", help="needs fa3-fwd")
-    arguments = parser.parse_args()
+    arguments = environment.arguments(parser)
+    measured = sizes.of(arguments.tiny)
     kept = arguments.folder / "super_resolution.json"
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     figures.pop("environment", None)
@@ -213,7 +228,9 @@ def main() -> None:
 
     with torch.inference_mode():
         for size in arguments.sizes:
-            figures.setdefault(size, {"published_s": PUBLISHED_S[size]})["decode"] = decode(size)
+            figures.setdefault(size, {"published_s": PUBLISHED_S[size]})["decode"] = decode(
+                measured, size
+            )
             release()
             show(f"{size} decode", figures[size]["decode"])
         narrow: DiT | None = None
@@ -222,9 +239,9 @@ def main() -> None:
                 narrow = None
                 release()
                 before = used_gib()
-                narrow = random_weights.full_dit(
-                    config.VARIANTS["distill"], 0, DEVICE, torch.bfloat16
-                )
+                variant = config.VARIANTS["distill"]
+                arch = variant.architecture(measured.arch)
+                narrow = random_weights.dit(arch, 0, measured.device, torch.bfloat16, variant.name)
                 if name != "bf16":
                     quantization.quantize_model(
                         narrow, quantization.quantized_linears(narrow.config)
@@ -232,13 +249,14 @@ def main() -> None:
                 release()
                 weights = used_gib() - before
             figures.setdefault("weights_gib", {})[name] = weights
-            measure_precision(name, narrow, arguments, figures, show)
+            measure_precision(name, measured, narrow, arguments, figures, show)
             release()
     print(environment.write("super_resolution", figures, arguments.folder))
 
 
 def measure_precision(
     name: str,
+    measured: sizes.Size,
     model: DiT,
     arguments: argparse.Namespace,
     figures: dict[str, Any],
@@ -247,18 +265,17 @@ def measure_precision(
     """The base loop, and for each size its loop and the total."""
     is_narrow = name == FP8_ATTENTION
 
-    def compiled(of: DiT) -> CompiledForward:
-        return CompiledForward(of, of.config, torch.bfloat16, DEVICE, fp8_attention=is_narrow)
-
-    forward = compiled(model)
-    base = Stage(model, None).measure(forward)
+    forward = compiled_forward(model, fp8_attention=is_narrow)
+    base = Stage(measured, model, None).measure(forward)
     figures.setdefault("256p", {})[name] = base
     show(f"256p {name}", base)
     for size in arguments.sizes:
         local = with_local_layers(model) if size == "1080p" else model
-        forward_sr = compiled(local) if size == "1080p" else forward
-        stage = Stage(local, size)
-        torch.cuda.reset_peak_memory_stats()
+        forward_sr = forward
+        if size == "1080p":
+            forward_sr = compiled_forward(local, fp8_attention=is_narrow)
+        stage = Stage(measured, local, size)
+        reset_peaks()
         found = stage.measure(forward_sr)
         found["device_gib"] = used_gib()
         figures[size][name] = found

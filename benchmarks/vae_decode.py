@@ -1,7 +1,7 @@
 """The video decoder: plain, through torch.compile, and compiled to fused operators; error and time.
 
     python benchmarks/vae_decode.py [--folder RESULTS] [--baseline] [--sizes 256p 540p 1080p]
-        [--variants NAME ...]
+        [--variants NAME ...] [--tiny]
 
 Random weights at full size, clips of 5 s: 32 latent frames, 125 frames, windows of 8, 9, 9, 9 and 8
 latents. A part that fails is reported as its error, and the others go on.
@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,32 @@ from torch import Tensor, fx
 
 import environment
 import mp4
+import sizes
 from magihuman.graphs.decoder.compile import compile_decoder
 from magihuman.graphs.decoder.replay import CompiledDecoder
 from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime import config
 from magihuman.runtime.media.mp4 import Mp4Writer
-from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.pipeline.audio import AudioVAE
-from magihuman.runtime.pipeline.decode import _groups, _kind, decode_frames
+from magihuman.runtime.pipeline.decode import _groups, _kind, decode_frames, frames_shape
 from magihuman.runtime.weights import random_weights
-from measure import by_kernel, error, kernels_ms, median_ms, replay_ms
+from measure import (
+    allocated_bytes,
+    by_kernel,
+    compiled_decoder,
+    error,
+    kernels_ms,
+    median_ms,
+    peak_allocated_bytes,
+    replay_ms,
+    reset_peaks,
+    rounds,
+    synchronize,
+    used_bytes,
+)
 
-SIZES = {"256p": (480, 256), "540p": (896, 512), "1080p": (1920, 1088)}  # width, height in pixels
-LATENTS = 32
-DEVICE = torch.device("cuda")
+NAMES = tuple(sizes.FULL.pixels)  # of sizes
 GIB = 2**30
 CONV_RATE = 650e12  # FLOP a second, predicted of cuDNN's convolutions
 BANDWIDTH = 2.7e12  # bytes a second, predicted of the kernels between them
@@ -54,26 +65,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DEFAULT = "default"
 
 
-def latents_of(size: str, seed: int = 0) -> Tensor:
+def latents_of(measured: sizes.Size, size: str, seed: int = 0) -> Tensor:
     """Normalised latents of a clip, fp32."""
-    width, height = SIZES[size]
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    shape = (1, config.LATENT_CHANNELS, LATENTS, height // 16, width // 16)
-    return torch.randn(shape, generator=generator, device=DEVICE)
+    width, height = measured.pixels[size]
+    generator = torch.Generator(measured.device).manual_seed(seed)
+    shape = (1, config.LATENT_CHANNELS, measured.latents, height // 16, width // 16)
+    return torch.randn(shape, generator=generator, device=measured.device)
 
 
-def vae_of(dtype: torch.dtype) -> TurboVAE:
+def vae_of(measured: sizes.Size, dtype: torch.dtype) -> TurboVAE:
     """bf16 weights are those of fp32, rounded."""
-    return random_weights.turbo_vae(config.TurboVAEConfig(), 0, DEVICE, dtype)
+    return random_weights.turbo_vae(measured.turbo_vae, 0, measured.device, dtype)
 
 
-def work_of(vae: TurboVAE, size: str) -> dict[str, float]:
+def work_of(vae: TurboVAE, measured: sizes.Size, size: str) -> dict[str, float]:
     """FLOP of all convolutions of a clip, and bytes that must move between them, from shapes alone.
 
     Bytes: a convolution's result is read once and what follows it is written once; sums of residual
     blocks are written and read besides.
     """
-    width, height = SIZES[size]
+    width, height = measured.pixels[size]
     flop, moved = 0, 0
 
     def count(module: torch.nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
@@ -87,7 +98,7 @@ def work_of(vae: TurboVAE, size: str) -> dict[str, float]:
     for module in decoder.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             module.register_forward_hook(count)
-    for window in vae.plan(LATENTS):
+    for window in vae.plan(measured.latents):
         frames = window.end - window.begin
         shape = (1, config.LATENT_CHANNELS, frames, height // 16, width // 16)
         decoder(torch.empty(shape, device="meta"), window.is_first)
@@ -129,8 +140,8 @@ def frames_s(
 ) -> dict[str, float]:
     """Seconds until the frames are on the host: median, and of the first call."""
     times = []
-    for _ in range(repeats + 1):
-        torch.cuda.synchronize()
+    for _ in range(rounds(repeats) + 1):
+        synchronize()
         start = time.perf_counter()
         decode_frames(vae, z, decoder=decoder)
         times.append(time.perf_counter() - start)
@@ -149,17 +160,17 @@ def values_of(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder | None) -> Tens
         return torch.cat(parts, dim=1).permute(0, 4, 1, 2, 3)
 
 
-def errors(z: Tensor, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def errors(measured: sizes.Size, z: Tensor, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Relative L2 against the plain decoder in fp32, over the first 15 latents: all three kinds of
     windows.
     """
     z = z[:, :, :15]
-    exact = values_of(vae_of(torch.float32), z, None)
-    vae = vae_of(torch.bfloat16)
+    exact = values_of(vae_of(measured, torch.float32), z, None)
+    vae = vae_of(measured, torch.bfloat16)
     found: dict[str, Any] = {"plain bf16": error(values_of(vae, z, None), exact)}
     for name, options in variants.items():
         with guarded(found, name):
-            decoder = CompiledDecoder(vae.decoder, vae.config, dtype=torch.float32, **options)
+            decoder = compiled_decoder(vae, dtype=torch.float32, **options)
             found[name] = error(values_of(vae, z, decoder), exact)
         torch.cuda.empty_cache()
     return found
@@ -169,29 +180,32 @@ def torch_compile_ms(vae: TurboVAE, z: Tensor) -> dict[str, float]:
     """The plain decoder through torch.compile, as published, without and with search."""
     found = {}
     start = time.perf_counter()
-    compiled = torch.compile(vae.decoder, dynamic=False)
+    backend = "inductor" if torch.cuda.is_available() else "eager"  # which there is to compile for
+    compiled = torch.compile(vae.decoder, dynamic=False, backend=backend)
     for window in vae.windows(z, compiled):
         del window
-    torch.cuda.synchronize()
+    synchronize()
     found["compile_s"] = time.perf_counter() - start
     found["ms"] = plain_ms(vae, z, compiled)
     torch._dynamo.reset()
     return found
 
 
-def mp4_after_last_frame(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder) -> dict[str, Any]:
+def mp4_after_last_frame(
+    measured: sizes.Size, vae: TurboVAE, z: Tensor, decoder: CompiledDecoder
+) -> dict[str, Any]:
     """Seconds from latents to frames, to sound, and to the file; three ways to run the sound."""
-    audio_vae = AudioVAE(random_weights.audio_vae(OobleckConfig(), 0, DEVICE))
-    sound = torch.randn(1, 126, 64, device=DEVICE)
+    audio_vae = AudioVAE(random_weights.audio_vae(measured.audio_vae, 0, measured.device))
+    sound = torch.randn(1, measured.layout.audio, 64, device=measured.device)
     audio_vae.decode(sound)
     found: dict[str, Any] = {}
     for order in ("sound beside", "sound after", "sound first"):
         runs = []
-        for _ in range(4):
+        for _ in range(1 + rounds(3)):
             with tempfile.TemporaryDirectory() as folder:
                 runs.append(_request(vae, z, decoder, audio_vae, sound, order, Path(folder)))
         found[order] = {key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}
-    found["mp4 alone"] = mp4.measure()
+    found["mp4 alone"] = mp4.measure(mp4.FULL if measured is sizes.FULL else mp4.TINY)
     return found
 
 
@@ -199,21 +213,21 @@ def _request(
     vae: TurboVAE, z: Tensor, decoder: CompiledDecoder, audio_vae: AudioVAE, sound: Tensor,
     order: str, folder: Path,
 ) -> dict[str, float]:  # fmt: skip
-    torch.cuda.synchronize()
+    synchronize()
     waves: list[Any] = []
     files: list[Mp4Writer] = []
     start = time.perf_counter()
     found = {}
 
     def decode_sound() -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()) if z.is_cuda else nullcontext():
             waves.append(audio_vae.decode(sound))
         files[0].add_sound(waves[0])
         found["sound"] = time.perf_counter() - start
 
     thread = threading.Thread(target=decode_sound)
-    width, height = z.shape[4] * 16, z.shape[3] * 16
-    with Mp4Writer(folder / "a.mp4", 125, width, height, 25, 44100) as writer:
+    frames, height, width, _ = frames_shape(z)
+    with Mp4Writer(folder / "a.mp4", frames, width, height, 25, 44100) as writer:
         files.append(writer)
         if order == "sound first":
             decode_sound()
@@ -242,19 +256,21 @@ def guarded(figures: dict[str, Any], name: str) -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def measure_size(size: str, baseline: bool, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def measure_size(
+    measured: sizes.Size, size: str, baseline: bool, variants: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """Everything of one size."""
     found: dict[str, Any] = {}
-    z = latents_of(size)
-    vae = vae_of(torch.bfloat16)
-    found["work"] = work_of(vae, size)
+    z = latents_of(measured, size)
+    vae = vae_of(measured, torch.bfloat16)
+    found["work"] = work_of(vae, measured, size)
     found["predicted_ms"] = predicted_ms(found["work"])
     show(f"{size} work", found["work"] | {"predicted_ms": found["predicted_ms"]})
     with guarded(found, "plain"):
-        torch.cuda.reset_peak_memory_stats()
-        resident = torch.cuda.memory_allocated()
+        reset_peaks()
+        resident = allocated_bytes()
         milliseconds = plain_ms(vae, z, vae.decoder, 1 if size == "1080p" else 3)
-        peak = (torch.cuda.max_memory_allocated() - resident) / GIB
+        peak = (peak_allocated_bytes() - resident) / GIB
         found["plain"] = {"ms": milliseconds, "peak_gib": peak}
         show(f"{size} plain", found["plain"])
     for name, options in variants.items():
@@ -263,7 +279,7 @@ def measure_size(size: str, baseline: bool, variants: dict[str, dict[str, Any]])
         show(f"{size} {name}", found[name])
     if size == "1080p":  # whose convolutions are cut in time
         with guarded(found, "grey levels from the plain decoder's"):
-            decoder = CompiledDecoder(vae.decoder, vae.config)
+            decoder = compiled_decoder(vae)
             ours = decode_frames(vae, z, decoder=decoder)
             del decoder
             torch.cuda.empty_cache()
@@ -278,8 +294,8 @@ def measure_size(size: str, baseline: bool, variants: dict[str, dict[str, Any]])
             found["profile"] = profile(vae, z, variants)
         with guarded(found, "mp4"):
             options = variants.get(DEFAULT, {})
-            decoder = CompiledDecoder(vae.decoder, vae.config, **options)
-            found["mp4"] = mp4_after_last_frame(vae, z, decoder)
+            decoder = compiled_decoder(vae, **options)
+            found["mp4"] = mp4_after_last_frame(measured, vae, z, decoder)
             show(f"{size} mp4", found["mp4"])
     if baseline:
         with guarded(found, "torch.compile"):
@@ -291,16 +307,16 @@ def measure_size(size: str, baseline: bool, variants: dict[str, dict[str, Any]])
 def measure_variant(vae: TurboVAE, z: Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """Seconds to compile and capture, device time, frames on the host, and memory."""
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    free = torch.cuda.mem_get_info()[0]
+    reset_peaks()
+    before = used_bytes()
     start = time.perf_counter()
-    decoder = CompiledDecoder(vae.decoder, vae.config, **options)
+    decoder = compiled_decoder(vae, **options)
     found: dict[str, Any] = {"compile_s": time.perf_counter() - start}
     host = frames_s(vae, z, decoder)
     found |= {"frames_s": host["median"], "first_s": host["first"]}
     found["device_ms"] = device_ms(vae, z, decoder)
-    torch.cuda.synchronize()
-    found["device_gib"] = (free - torch.cuda.mem_get_info()[0]) / GIB
+    synchronize()
+    found["device_gib"] = (used_bytes() - before) / GIB
     return found
 
 
@@ -310,7 +326,7 @@ def profile(vae: TurboVAE, z: Tensor, variants: dict[str, dict[str, Any]]) -> di
     for name, options in variants.items():
         if name != DEFAULT:
             continue
-        decoder = CompiledDecoder(vae.decoder, vae.config, **options)
+        decoder = compiled_decoder(vae, **options)
         decode_frames(vae, z, decoder=decoder)
         kernels = kernels_ms(lambda d=decoder: decode_frames(vae, z, decoder=d))  # type: ignore[misc]
         found[name] = by_kernel(kernels)
@@ -345,17 +361,20 @@ def convolutions(vae: TurboVAE, z: Tensor) -> list[dict[str, Any]]:
     table = []
     for (shape, weight_shape, padding), row in kinds.items():
         row |= {"x": shape, "weight": weight_shape}
-        row |= _one_convolution(shape, weight_shape, padding)
+        row |= _one_convolution(shape, weight_shape, padding, z.device)
         show("convolution", row)
         table.append(row)
     return table
 
 
 def _one_convolution(
-    shape: tuple[int, ...], weight_shape: tuple[int, ...], padding: tuple[int, ...]
+    shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    padding: tuple[int, ...],
+    device: torch.device,
 ) -> dict[str, Any]:
     def randn(*size: int) -> Tensor:
-        made = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
+        made = torch.randn(size, device=device, dtype=torch.bfloat16)
         return made.contiguous(memory_format=torch.channels_last_3d)
 
     x, weight = randn(*shape), randn(*weight_shape) * 0.02
@@ -373,29 +392,31 @@ def show(name: str, figures: Any) -> None:
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--baseline", action="store_true", help="torch.compile too, a minute more")
-    arguments = parser.parse_args()
+    arguments = environment.arguments(parser)
+    measured = sizes.of(arguments.tiny)
     torch.backends.cudnn.allow_tf32 = False  # the fp32 decoder is the exact one
     variants = {name: dict(VARIANTS[name]) for name in arguments.variants}
     kept = arguments.folder / "vae_decode.json"  # sizes may be measured one after another
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     figures.pop("environment", None)
-    figures |= {"latents": LATENTS, "cudnn": torch.backends.cudnn.version()}
+    figures |= {"latents": measured.latents, "cudnn": torch.backends.cudnn.version()}
     with torch.inference_mode():
         with guarded(figures, "convolutions"):
-            table = convolutions(vae_of(torch.bfloat16), latents_of("256p"))
+            table = convolutions(vae_of(measured, torch.bfloat16), latents_of(measured, "256p"))
             figures["convolutions"] = table
             total = sum(row["calls"] * row["ms"] for row in table)
             show("convolutions of a middle window, ms", total)
         with guarded(figures, "error"):
-            figures["error"] = errors(latents_of("256p"), variants)
+            figures["error"] = errors(measured, latents_of(measured, "256p"), variants)
             show("error", figures["error"])
         for size in arguments.sizes:
             chosen = variants if size == "256p" else {DEFAULT: variants.get(DEFAULT, {})}
-            figures[size] = measure_size(size, arguments.baseline and size != "1080p", chosen)
+            figures[size] = measure_size(
+                measured, size, arguments.baseline and size != "1080p", chosen
+            )
             environment.write("vae_decode", figures, arguments.folder)
     print(environment.write("vae_decode", figures, arguments.folder))
 

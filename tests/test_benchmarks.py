@@ -11,16 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-import fp8_errors
 import history
-import load_artifact
 import render_latency
 import render_readme
-import weight_kinds
-from magihuman.runtime.weights import random_weights, tiny
 
 ROOT = Path(__file__).parents[1]
 GPU = "NVIDIA H100 80GB HBM3"
@@ -28,16 +23,17 @@ GPU = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict[str, Any]:
-    """Of the kernels' suite, with as few rounds as it takes."""
+    """Of both suites, with as few rounds as it takes."""
     folder = tmp_path_factory.mktemp("report")
     options = ("--benchmark-only", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1")
     files = (f"--benchmark-json={folder / 'report.json'}", f"--benchmark-storage={folder}")
     # -P: the repository's root stays off sys.path.
-    suite = (sys.executable, "-P", "-m", "pytest", "benchmarks/test_kernels.py")
+    suites = ("benchmarks/test_kernels.py", "benchmarks/test_model.py")
+    command = (sys.executable, "-P", "-m", "pytest", *suites)
     # Beside other workers of pytest-xdist, benchmarks would be left out.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}
     done = subprocess.run(
-        [*suite, *options, *files],
+        [*command, *options, *files],
         cwd=ROOT,
         env={**environment, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -88,6 +84,20 @@ def test_the_kernels_are_measured_on_a_cpu(report):
     assert norm["bytes"] == rows * 128 * (4 + 2 + 4 + 2) + 128 * 4
     assert norm["shape"] == {"rows": rows, "channels": 128}
     assert norm["device"] == "cpu" and "device_ms" not in norm
+
+
+def test_the_model_is_measured_on_a_cpu(report):
+    found = {
+        benchmark["name"]: benchmark
+        for benchmark in report["benchmarks"]
+        if benchmark["group"] == "model"
+    }
+    assert found.keys() == {
+        "test_forward[tiny-plain]", "test_steps[tiny-plain]", "test_decode_video[tiny]",
+        "test_decode_audio[tiny]", "test_generate[tiny]",
+    }  # fmt: skip
+    for benchmark in found.values():
+        assert benchmark["extra_info"]["device"] == "cpu" and benchmark["stats"]["median"] > 0
 
 
 def test_a_report_says_what_it_was_measured_on(report):
@@ -164,115 +174,3 @@ def test_the_table_of_kernels():
     text = "\n".join(lines)
     assert "aaaaaaa" in text and GPU in text and "2.50 TB/s" in text and "750 TFLOP/s" in text
     assert render_readme.is_full(entry("a", 1, 0.5))
-
-
-# -- fp8 on weights of several kinds ----------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fp8_figures(tmp_path_factory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("fp8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["fp8_errors.py", "--tiny", "--folder", str(folder)])
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        fp8_errors.main()
-    return json.loads((folder / "fp8_errors.json").read_text())
-
-
-def test_the_kernels_are_as_exact_as_a_careful_reference(fp8_figures):
-    """Here the operators' references: what they have more is the rounding of a sum to bf16."""
-    for kind in fp8_errors.KINDS:
-        found = fp8_figures[kind]["layers"]
-        assert {len(values) for values in found.values()} == {tiny.DIT.num_layers}
-        for name in ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj"):
-            for errors in found[name]:
-                assert 0.99 < errors["fp8"] / errors["careful"] < 1.01
-            ratio = fp8_figures[kind]["summary"][name]["ratio"]
-            assert ratio["min"] <= ratio["median"] <= ratio["max"] < 1.01
-
-
-def test_only_weights_made_to_break_break(fp8_figures):
-    """Rounding two normally distributed operands costs 0.037, and outliers no more than that."""
-    for kind in ("normal", "outliers"):
-        summary = fp8_figures[kind]["summary"]
-        for name in ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj"):
-            assert summary[name]["fp8"]["max"] < 0.05
-        assert fp8_figures[kind]["verify"]["verdict"] == "pass"
-    assert fp8_figures["outliers"]["summary"]["peak"]["max"] > 3e3
-    assert fp8_figures["normal"]["summary"]["peak"]["max"] < 10
-    broken = fp8_figures["broken"]
-    said = broken["verify"]
-    assert said["verdict"] == "fail" and len(broken["made_to_break"]) == 3
-    assert said["over the threshold of a linear"] == broken["made_to_break"]
-    assert said["with what is suggested"]["verdict"] == "pass"
-    for name in broken["made_to_break"]:
-        _, _, layer, _, part = name.split(".")
-        assert broken["layers"][part][int(layer)]["fp8"] > 0.5
-
-
-def test_the_table_of_errors(fp8_figures):
-    lines = render_readme.error_table(fp8_figures)
-    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines if " | " in line}
-    found = fp8_figures["outliers"]["summary"]["down_proj"]["fp8"]
-    assert rows["| `down_proj`"][1] == f"{found['median']:.3f} ({found['max']:.3f})"
-    said = ["pass", "pass", "fail, naming 3; pass with what it suggests |"]
-    assert rows["| `magihuman verify`"] == said
-    assert all(len(cells) == 3 for cells in rows.values())
-    # Between the last error below twice the first and the next.
-    assert "2^16 times" in lines[-2] and "2^10 times" in lines[-1]
-
-
-def test_loops_of_the_graph_are_those_simulated(fp8_figures):
-    for kind in fp8_errors.KINDS:
-        after = fp8_figures[kind]["after 8 steps"]
-        # The references of one and the other sum alike; in between, errors of 1e-6 may spread.
-        assert max(after["kernels against simulated"]) < 0.1 * min(after["kernels against bf16"])
-
-
-def test_where_e4m3_ends(fp8_figures):
-    """2^17 between its smallest and its largest number, 2^13 from 1/8 down to half the smallest."""
-    sweeps = fp8_figures["sweeps"]
-    huge, quiet = sweeps["channel times 2^k"], sweeps["activations over 2^k"]
-    assert max(huge[str(k)]["fp8"] for k in range(0, 13, 2)) < 0.05 < 0.5 < huge["20"]["fp8"]
-    assert max(quiet[str(k)]["fp8"] for k in range(0, 7, 2)) < 0.05 < 0.5 < quiet["14"]["fp8"]
-
-
-def test_outliers_are_heavy_tailed():
-    size = fp8_errors.sizes.TINY
-    model = random_weights.dit(size.arch, 0, size.device, torch.bfloat16, "distill")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    weight_kinds.outliers(model.state_dict(), model.config)
-    gains = model.state_dict()["block.layers.2.attention.pre_norm.weight"] + 1
-    assert gains.abs().max() > 5 * gains.abs().median() > 0
-    rows = model.state_dict()["block.layers.2.mlp.up_gate_proj.weight"].float().norm(dim=1)
-    assert rows.max() > 5 * rows.median()
-    assert torch.equal(
-        model.state_dict()["final_linear_video.weight"], before["final_linear_video.weight"]
-    )
-
-
-# -- loading an artifact ----------------------------------------------------------------------
-
-
-def test_an_artifact_is_loaded_and_compared(tmp_path, monkeypatch):
-    command = ["load_artifact.py", str(tmp_path), "--tiny", "--folder", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", command)
-    load_artifact.main()
-    figures = json.loads((tmp_path / "results" / "load_artifact.json").read_text())
-    assert figures["written"]["files"] == 1 and figures["written"]["bytes"] > 10**6
-    for name in ("first read", "from the page cache"):
-        assert figures[name]["tensors"] > 40
-        assert 0 < figures[name]["plan_s"] < figures[name]["seconds"]
-        assert set(figures[name]["host_growth_bytes"]) == {"RssAnon", "RssFile", "RssShmem"}
-    assert [path.name for path in tmp_path.iterdir()] == ["results"]
-    said = " ".join(render_readme.load_lines(figures))
-    assert f"takes {figures['from the page cache']['seconds']:.1f} s" in said
-
-
-def test_another_value_is_found():
-    loaded, source = (load_artifact.made(fp8_errors.sizes.TINY) for _ in range(2))
-    load_artifact.precision.quantize_model(loaded, load_artifact.precision.linears(tiny.DIT))
-    scale = loaded.state_dict()["block.layers.3.mlp.down_proj.weight_scale"]
-    scale[5] *= 1 + 1e-6
-    with pytest.raises(ValueError, match=r"down_proj\.weight_scale must be what was written"):
-        load_artifact.check(loaded, source, rounded=False)

@@ -2,14 +2,191 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 import fp8
+import fp8_errors
+import load_artifact
 import measure
+import render_readme
 import sizes
+import weight_kinds
 from magihuman.graphs import quantization
-from magihuman.runtime.weights import random_weights
+from magihuman.runtime.weights import random_weights, tiny
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+ROWS = 4 * 4 * 4 + 13 + 64  # video, audio, and text with the padding of its bucket
+
+# Arguments of each script beside --tiny and --folder, in the order in which they are run: what is
+# rewritten for one is in the cache for the next. A folder's name stands for a path of the test's.
+TINY: dict[str, list[str]] = {
+    "compiled_forward": ["--baseline"],
+    "fp8": [],
+    "super_resolution": ["--plain"],
+    "context_parallel": ["--precision", "bf16"],
+    "full_size": ["--scratch", "{scratch}"],
+    "load_artifact": ["{artifacts}"],
+    "memory_limit": ["--case", "540p fp8 in 24", "--sr-steps", "1"],
+    "mp4": [],
+    "nano_score": [],
+    "prompt_to_mp4": ["--precisions", "bf16", "--repeats", "1"],
+    "vae_decode": ["--baseline", "--variants", "default"],
+    "fp8_errors": [],
+}
+# Those that read what the others wrote, and take no --tiny.
+READERS: dict[str, list[str]] = {
+    "history": ["{report}", "--folder", "{folder}/history"],
+    "render_latency": ["--folder", "{folder}/history", "--out", "{out}/latency.png"],
+    "render_readme": ["--folder", "{folder}", "--out", "{out}"],
+}
+# One process runs them all: importing torch takes longer than most of them.
+DRIVER = """
+import json, runpy, sys, time, traceback
+sys.path.insert(0, sys.argv[1])
+ends = {}
+for name, arguments in json.load(sys.stdin):
+    sys.argv = [f"{sys.path[0]}/{name}.py", *arguments]
+    start, end = time.perf_counter(), "ok"
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as exit:
+        end = "ok" if exit.code in (None, 0) else f"exit: {exit.code}"
+    except BaseException:
+        end = traceback.format_exc()
+    ends[" ".join([name, *arguments])] = end
+    print(f"-- {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+with open("ends.json", "w") as file:
+    json.dump(ends, file)
+"""
+
+
+def run_scripts(calls: list[tuple[str, list[str]]], folder: Path) -> dict[str, str]:
+    """How each ended, by its name and arguments. All keep what they cache below `folder`."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HOME": str(folder), "XDG_CACHE_HOME": str(folder)}
+    # -P: the repository's root stays off sys.path.
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", DRIVER, str(BENCHMARKS)],
+        input=json.dumps(calls),
+        cwd=folder,
+        env={**os.environ, **hidden},
+        capture_output=True,
+        text=True,
+    )
+    print(done.stderr[-5000:])
+    assert done.returncode == 0, done.stderr
+    ends: dict[str, str] = json.loads((folder / "ends.json").read_text())
+    return ends
+
+
+def report() -> dict[str, Any]:
+    """Of the suites, as far as an entry of the history needs it."""
+    info = {"size": "tiny", "device": "cpu"}
+    benchmark = {"name": "test_linear[tiny-qkv]", "group": "linears", "extra_info": info}
+    return {
+        "machine_info": {"cpu": "Some CPU", "cores": 4, "gpu": None, "torch": torch.__version__},
+        "commit_info": {"id": "0" * 40, "time": "2026-11-01T12:00:00+00:00", "dirty": False},
+        "datetime": "2026-11-02T12:00:00+00:00",
+        "benchmarks": [benchmark | {"stats": {"median": 1e-3}}],
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """The folder of results, `out` beside it, and how each script ended."""
+    root = tmp_path_factory.mktemp("scripts")
+    paths = {name: root / name for name in ("folder", "scratch", "artifacts", "out")}
+    for path in paths.values():
+        path.mkdir()
+    paths["report"] = root / "report.json"
+    paths["report"].write_text(json.dumps(report()))
+    tiny = ["--tiny", "--folder", "{folder}"]
+    calls = [(name, [*own, *tiny]) for name, own in TINY.items()] + list(READERS.items())
+    filled = [(name, [part.format(**paths) for part in own]) for name, own in calls]
+    ends = run_scripts(filled, root)
+    return paths["folder"], {name.split()[0]: end for name, end in ends.items()}
+
+
+def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a JSON, with its keys."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, f"{path}/{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers(inner, path)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, value
+
+
+def test_every_script_is_run():
+    with_main = {
+        path.stem
+        for path in BENCHMARKS.glob("*.py")
+        if re.search(r"^if __name__ == |^def main\(", path.read_text(), re.MULTILINE)
+    }
+    assert with_main == TINY.keys() | READERS.keys()
+
+
+@pytest.mark.parametrize("name", [*TINY, *READERS])
+def test_it_runs(results, name):
+    assert results[1][name] == "ok"
+
+
+# Differences of memory, which a small model may not change, and of results, which may be equal.
+MAY_BE_ZERO = (
+    r"gib|bytes|error|kernels|latents|levels|exchange|matches|nodes|colours|synchrony|voice"
+)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_its_figures_are_numbers(results, name):
+    figures = json.loads((results[0] / f"{name}.json").read_text())
+    assert "gpu" not in figures.pop("environment")
+    assert '"failed"' not in json.dumps(figures)  # a part that failed while others went on
+    found = list(numbers(figures))
+    assert found
+    for path, value in found:
+        assert math.isfinite(value), path
+        assert value > 0 or re.search(MAY_BE_ZERO, path), (path, value)
+
+
+def test_the_readme_is_rendered_from_these_results(results):
+    folder, _ = results
+    text = (folder.parent / "out" / "docs" / "performance.md").read_text()
+    section = text.split("<!-- fp8:start -->")[1].split("<!-- fp8:end -->")[0]
+    assert section.strip() == render_readme.tables(folder)["fp8"].strip()
+    steps_s = json.loads((folder / "fp8.json").read_text())["fp8"]["8_steps_ms"] / 1e3
+    assert f"| fp8 | {steps_s:.3f} |" in section
+    assert "nan" not in re.findall(r"[a-z]+", section)
+    assert (folder.parent / "out" / "latency.png").stat().st_size > 0
+
+
+def test_help_of_every_script(tmp_path):
+    ends = run_scripts([(name, ["--help"]) for name in (*TINY, *READERS)], tmp_path)
+    assert set(ends.values()) == {"ok"} and len(ends) == len(TINY) + len(READERS)
+
+
+@pytest.mark.parametrize("folder", [[], ["--folder", str(BENCHMARKS / "results")]])
+def test_tiny_results_do_not_lie_among_those_that_count(tmp_path, folder):
+    before = {path: path.stat().st_mtime_ns for path in (BENCHMARKS / "results").glob("*.json")}
+    ends = run_scripts([("compiled_forward", ["--tiny", *folder])], tmp_path)
+    assert list(ends.values()) == ["exit: 2"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+# -- parts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fp8_attention", [False, True])
@@ -19,11 +196,115 @@ def test_the_bound_of_fp8_has_every_product_and_attention(fp8_attention):
     quantization.quantize_model(model, quantization.quantized_linears(size.arch))
     calls = fp8.bare(model, size.layout, fp8_attention)
     assert len(calls) == 5 * size.arch.num_layers  # four linears and attention
-    rows = 4 * 4 * 4 + 13 + 64  # video, audio, and text with the padding of its bucket
     for call in calls:
         result = call()
-        assert result.shape[0] == rows and result.isfinite().all()
+        assert result.shape[0] == ROWS and result.isfinite().all()
 
 
 def test_the_bound_s_rows_are_those_of_the_compiled_forward():
     assert measure.padded_rows(measure.LAYOUT) == 32 * 8 * 15 + 126 + 320
+
+
+# -- fp8 on weights of several kinds ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fp8_figures(results) -> dict[str, Any]:
+    return json.loads((results[0] / "fp8_errors.json").read_text())
+
+
+def test_the_kernels_are_as_exact_as_a_careful_reference(fp8_figures):
+    """Here the operators' references: what they have more is the rounding of a sum to bf16."""
+    for kind in fp8_errors.KINDS:
+        found = fp8_figures[kind]["layers"]
+        assert {len(values) for values in found.values()} == {tiny.DIT.num_layers}
+        for name in ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj"):
+            for errors in found[name]:
+                assert 0.99 < errors["fp8"] / errors["careful"] < 1.01
+            ratio = fp8_figures[kind]["summary"][name]["ratio"]
+            assert ratio["min"] <= ratio["median"] <= ratio["max"] < 1.01
+
+
+def test_only_weights_made_to_break_break(fp8_figures):
+    """Rounding two normally distributed operands costs 0.037, and outliers no more than that."""
+    for kind in ("normal", "outliers"):
+        summary = fp8_figures[kind]["summary"]
+        for name in ("linear_qkv", "linear_proj", "up_gate_proj", "down_proj"):
+            assert summary[name]["fp8"]["max"] < 0.05
+        assert fp8_figures[kind]["verify"]["verdict"] == "pass"
+    assert fp8_figures["outliers"]["summary"]["peak"]["max"] > 3e3
+    assert fp8_figures["normal"]["summary"]["peak"]["max"] < 10
+    broken = fp8_figures["broken"]
+    said = broken["verify"]
+    assert said["verdict"] == "fail" and len(broken["made_to_break"]) == 3
+    assert said["over the threshold of a linear"] == broken["made_to_break"]
+    assert said["with what is suggested"]["verdict"] == "pass"
+    for name in broken["made_to_break"]:
+        _, _, layer, _, part = name.split(".")
+        assert broken["layers"][part][int(layer)]["fp8"] > 0.5
+
+
+def test_the_table_of_errors(fp8_figures):
+    lines = render_readme.error_table(fp8_figures)
+    rows = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines if " | " in line}
+    found = fp8_figures["outliers"]["summary"]["down_proj"]["fp8"]
+    assert rows["| `down_proj`"][1] == f"{found['median']:.3f} ({found['max']:.3f})"
+    said = ["pass", "pass", "fail, naming 3; pass with what it suggests |"]
+    assert rows["| `magihuman verify`"] == said
+    assert all(len(cells) == 3 for cells in rows.values())
+    # Between the last error below twice the first and the next.
+    assert "2^16 times" in lines[-2] and "2^10 times" in lines[-1]
+
+
+def test_loops_of_the_graph_are_those_simulated(fp8_figures):
+    for kind in fp8_errors.KINDS:
+        after = fp8_figures[kind]["after 8 steps"]
+        # The references of one and the other sum alike; in between, errors of 1e-6 may spread.
+        assert max(after["kernels against simulated"]) < 0.1 * min(after["kernels against bf16"])
+
+
+def test_where_e4m3_ends(fp8_figures):
+    """2^17 between its smallest and its largest number, 2^13 from 1/8 down to half the smallest."""
+    sweeps = fp8_figures["sweeps"]
+    huge, quiet = sweeps["channel times 2^k"], sweeps["activations over 2^k"]
+    assert max(huge[str(k)]["fp8"] for k in range(0, 13, 2)) < 0.05 < 0.5 < huge["20"]["fp8"]
+    assert max(quiet[str(k)]["fp8"] for k in range(0, 7, 2)) < 0.05 < 0.5 < quiet["14"]["fp8"]
+
+
+def test_outliers_are_heavy_tailed():
+    size = fp8_errors.sizes.TINY
+    model = random_weights.dit(size.arch, 0, size.device, torch.bfloat16, "distill")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    weight_kinds.outliers(model.state_dict(), model.config)
+    gains = model.state_dict()["block.layers.2.attention.pre_norm.weight"] + 1
+    assert gains.abs().max() > 5 * gains.abs().median() > 0
+    rows = model.state_dict()["block.layers.2.mlp.up_gate_proj.weight"].float().norm(dim=1)
+    assert rows.max() > 5 * rows.median()
+    assert torch.equal(
+        model.state_dict()["final_linear_video.weight"], before["final_linear_video.weight"]
+    )
+
+
+# -- loading an artifact ----------------------------------------------------------------------
+
+
+def test_an_artifact_is_loaded_and_compared(results):
+    folder, _ = results
+    figures = json.loads((folder / "load_artifact.json").read_text())
+    assert figures["written"]["files"] == 1 and figures["written"]["bytes"] > 10**6
+    for name in ("first read", "from the page cache"):
+        assert figures[name]["tensors"] > 40
+        assert 0 < figures[name]["plan_s"] < figures[name]["seconds"]
+        assert set(figures[name]["host_growth_bytes"]) == {"RssAnon", "RssFile", "RssShmem"}
+    assert not any((folder.parent / "artifacts").iterdir())
+    said = " ".join(render_readme.load_lines(figures))
+    assert f"takes {figures['from the page cache']['seconds']:.1f} s" in said
+
+
+def test_another_value_is_found():
+    loaded, source = (load_artifact.made(fp8_errors.sizes.TINY) for _ in range(2))
+    load_artifact.precision.quantize_model(loaded, load_artifact.precision.linears(tiny.DIT))
+    scale = loaded.state_dict()["block.layers.3.mlp.down_proj.weight_scale"]
+    scale[5] *= 1 + 1e-6
+    with pytest.raises(ValueError, match=r"down_proj\.weight_scale must be what was written"):
+        load_artifact.check(loaded, source, rounded=False)
