@@ -16,9 +16,10 @@ BEARER = {"Authorization": f"Bearer {TOKEN}"}
 SMALL = {"prompt": "hi", "seconds": "0.2", "size": "32x32", "num_inference_steps": "1"}
 # Many steps, each of some milliseconds: it runs for as long as a test needs, and ends when told.
 LONG = {**SMALL, "num_inference_steps": "1000"}
+PATIENCE_S = 180  # far above what anything takes, for machines that are busy with something else
 
 
-def until(condition: Callable[[], Any], within_s: float = 60) -> Any:
+def until(condition: Callable[[], Any], within_s: float = PATIENCE_S) -> Any:
     end = time.monotonic() + within_s
     while not (found := condition()):
         assert time.monotonic() < end, "it took too long"
@@ -53,7 +54,7 @@ class Client:
             "deleted": True,
         }
 
-    def when(self, name: str, status: str, within_s: float = 60) -> dict[str, Any]:
+    def when(self, name: str, status: str, within_s: float = PATIENCE_S) -> dict[str, Any]:
         """The video, once it has this status."""
         seen: list[dict[str, Any]] = []
 

@@ -332,5 +332,11 @@ def test_who_gives_up_does_not_wait_for_frames_in_line(tmp_path, monkeypatch):
         writer.add(video.frames)
         while not encoded:
             time.sleep(0.001)
-        threading.Timer(0.5, goes_on.set).start()  # long after the end of the context begins
+
+        def go_on() -> None:
+            while not writer._is_given_up:
+                time.sleep(0.001)
+            goes_on.set()
+
+        threading.Thread(target=go_on).start()
     assert len(encoded) == 2  # and not all 25

@@ -132,7 +132,7 @@ class Server(Client):
                 return self.http.get("/ready").status_code == 200
             return False
 
-        until(is_ready, 180)
+        until(is_ready)
 
     def processes(self, of: str = "") -> list[int]:
         """Those of the server and of its Ray whose command has this in it."""
@@ -198,7 +198,7 @@ def one_server(tiny_dir, tmp_path_factory) -> Iterator[Server]:
         "--max-prompt-chars": 200,
         "--max-seconds": 2,
         "--max-pixels": 256 * 256,
-        "--timeout-seconds": 60,
+        "--timeout-seconds": 180,
     }
     command = [sys.executable, "-m", "magihuman.runtime.cli", "serve"]
     command += [str(part) for option in options.items() for part in option]

@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 
 import av
 import httpx
@@ -26,7 +26,7 @@ from sounds import write_sine
 from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
 
 from magihuman.runtime.serving.jobs import WRITERS
-from magihuman.runtime.serving.messages import EngineLost, Report
+from magihuman.runtime.serving.messages import EngineLost, Made, Report
 from magihuman.runtime.serving.settings import Limits, Settings
 from magihuman.runtime.serving.store import Job, Store
 
@@ -39,6 +39,10 @@ LIMITS = Limits(
     seconds=10,
     pixels=512 * 512,
 )
+
+
+# Steps long enough not to end while a test lasts, and short enough to be told to end between two.
+ENDLESS = {**LONG, "seconds": "2", "size": "256x256"}
 
 
 @pytest.fixture
@@ -114,19 +118,29 @@ def test_json_says_the_same_as_a_form(local, face, voice):
     assert local.content(one).content == local.content(other).content
 
 
-def test_progress_goes_up(local):
-    name = local.create({**SMALL, "num_inference_steps": "60"})
+def test_progress_goes_up(settings, replica, serve_here):
     seen = []
 
-    def is_done() -> bool:
-        video = local.get(name)
-        seen.append((video["progress"], video["stage"]))
-        return video["status"] == "completed"
+    async def make(work):
+        async with aclosing(replica.make(work)) as events:
+            async for event in events:
+                yield event
+                known = len(seen)
+                while len(seen) < known + 2:  # the first may have been asked for before
+                    await asyncio.sleep(0.001)
 
-    until(is_done)
+    with serve_here(settings, replica, make) as local:
+        name = local.create({**SMALL, "num_inference_steps": "10"})
+
+        def is_done() -> bool:
+            video = local.get(name)
+            seen.append((video["progress"], video["stage"]))
+            return video["status"] == "completed"
+
+        until(is_done)
     progress = [percent for percent, _ in seen]
     assert progress == sorted(progress) and progress[-1] == 100
-    assert len({p for p, stage in seen if stage == "denoise"}) > 3  # not only its ends
+    assert {p for p, stage in seen if stage == "denoise"} == {8 * step for step in range(11)}
 
 
 def test_warnings_reach_the_client(local):
@@ -160,6 +174,7 @@ def test_videos_are_made_in_the_order_they_were_asked_for(local):
 
 
 def test_removing_cancels_what_runs_and_what_waits(local, settings, replica):
+    done = samples(local).get(("magihuman_requests_total", "done"), 0)
     names = [local.create(LONG) for _ in range(4)]
     local.when(names[0], "in_progress")
     assert local.get(names[3])["status"] == "queued"
@@ -167,9 +182,11 @@ def test_removing_cancels_what_runs_and_what_waits(local, settings, replica):
         local.delete(name)
         error_of(local.http.get(f"/v1/videos/{name}"), 404)
         error_of(local.http.delete(f"/v1/videos/{name}"), 404)
-    until(lambda: replica._engine.queue_length == 0, 20)  # 1000 steps would take longer
+    until(lambda: replica._engine.queue_length == 0)
     assert list(settings.folder.iterdir()) == []
     local.when(local.create(), "completed")
+    # None of the others was made to its end.
+    assert samples(local)["magihuman_requests_total", "done"] == done + 1
 
 
 def test_removing_a_finished_one(local, settings):
@@ -546,8 +563,8 @@ def test_a_client_that_goes_away_leaves_nothing(local, settings):
     local.when(local.create(), "completed")
     assert len(list(settings.folder.iterdir())) == 1
     until(lambda: local.jobs[0]._arriving == 0)
-    counted = {key[1:] for key in samples(local) if key[0] == "magihuman_http_requests_total"}
-    assert ("/v1/videos", "400", "POST") in counted  # and not as a fault of the server
+    key = ("magihuman_http_requests_total", "/v1/videos", "400", "POST")
+    until(lambda: key in samples(local))  # and not as a fault of the server
 
 
 def test_bodies_that_are_being_sent_have_a_place_in_line(local):
@@ -569,12 +586,13 @@ def test_a_body_that_takes_too_long(local, monkeypatch):
 
 
 def test_few_uploads_are_decoded_at_once(local):
-    decoding, most = [], []
+    decoding, most, full = [], [], threading.Barrier(WRITERS, timeout=60)
 
     def fill(folder) -> None:
         decoding.append(folder)
         most.append(len(decoding))
-        time.sleep(0.05)
+        full.wait()  # so many are
+        time.sleep(0.05)  # one more would have begun meanwhile
         decoding.remove(folder)
 
     async def add() -> list[str]:
@@ -626,6 +644,23 @@ def lost_times(replica, times: int):
     return make
 
 
+class Kept:
+    """The engine's own `make`, which keeps what it has made until it is let go."""
+
+    def __init__(self, replica) -> None:
+        self.replica = replica
+        self.made, self.let_go = threading.Event(), threading.Event()
+
+    async def make(self, work):
+        async with aclosing(self.replica.make(work)) as events:
+            async for event in events:
+                if isinstance(event, Made):
+                    self.made.set()
+                    while not self.let_go.is_set():
+                        await asyncio.sleep(0.001)
+                yield event
+
+
 def test_a_lost_engine(settings, replica, serve_here, monkeypatch):
     monkeypatch.setattr("magihuman.runtime.serving.jobs.PAUSE_S", 0.1)
     with serve_here(settings, replica, lost_times(replica, 1)) as local:
@@ -658,6 +693,7 @@ def test_a_restart_takes_up_what_waited(settings, replica, serve_here):
         done = local.create()
         local.when(done, "completed")
         content = local.content(done).content
+    with serve_here(settings, replica, Kept(replica).make) as local:
         names = [local.create({**SMALL, "num_inference_steps": steps}) for steps in ("99", *"111")]
         local.when(names[0], "in_progress")
     kept = Store(settings.folder, settings.keep_s).jobs
@@ -669,14 +705,17 @@ def test_a_restart_takes_up_what_waited(settings, replica, serve_here):
 
 
 def test_draining(settings, replica, serve_here):
-    with serve_here(settings, replica) as local:
-        running = local.create({**SMALL, "num_inference_steps": "100"})
-        local.when(running, "in_progress")
-        beside = local.create(LONG)
+    kept = Kept(replica)
+    with serve_here(settings, replica, kept.make) as local:
+        running = local.create()
+        assert kept.made.wait(60)
+        beside = local.create(ENDLESS)
         local.when(beside, "in_progress")
         waiting = local.create()
-        drain = threading.Thread(target=lambda: local.run(local.jobs[0].drain(3)))
+        drain = threading.Thread(target=lambda: local.run(local.jobs[0].drain(5)))
         drain.start()
+        until(lambda: local.jobs[0].is_draining)
+        kept.let_go.set()  # only milliseconds are left for it to do
         until(lambda: local.http.get("/ready").status_code == 503)
         assert local.http.get("/ready").json() == {"status": "draining"}
         answer = local.post()
