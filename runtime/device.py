@@ -81,8 +81,10 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
+        if not isinstance(device, (str, torch.device)):  # builds for CUDA take numbers, others not
+            raise TypeError("neither a name nor a device")
         target = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidRequestError(f"device must be cpu, cuda or cuda:N, got {device!r}") from error
     if target.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
