@@ -29,7 +29,7 @@ from magihuman.graphs import quantization
 from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.weights import converting, random_weights
-from magihuman.runtime.weights.transformer import Wanted, plan
+from magihuman.runtime.weights.transformer import TransformerOptions, plan
 
 VARIANT = config.VARIANTS["distill"]
 SAMPLE_S = 0.01
@@ -107,10 +107,10 @@ def read(size: sizes.Size, folder: Path) -> dict[str, Any]:
     torch.zeros(1, device=size.device)  # what a device's first use costs is not counted
     with HostMemory() as memory:
         start = time.perf_counter()
-        held = plan(VARIANT, folder, Wanted(size.device))
-        held.scan()  # as `load` does to find damage early
+        spec = plan(VARIANT, folder, TransformerOptions(size.device))
+        spec.scan()  # as `load` does to find damage early
         planned_s = time.perf_counter() - start
-        model = held.read(size.device)
+        model = spec.read(size.device)
         if size.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -120,7 +120,7 @@ def read(size: sizes.Size, folder: Path) -> dict[str, Any]:
         "plan_s": planned_s,  # most of it a process's first model, of no data: imports in torch
         "gib_per_s": total / GIB / (seconds - planned_s),
         "host_growth_bytes": memory.growth_bytes,
-        "tensors": check(model, made(size), held.why_bf16 is not None),
+        "tensors": check(model, made(size), spec.why_bf16 is not None),
     }
 
 

@@ -41,8 +41,8 @@ from magihuman.runtime.weights import (
     TEXT_FOLDER,
     TURBO_FOLDER,
     WEIGHTS_NAME,
-    Held,
-    Wanted,
+    TransformerOptions,
+    TransformerSpec,
     checkpoint,
     diffusers_key,
     linears_in_fp8,
@@ -156,39 +156,41 @@ class PlanAsked:
             decoder, text, audio = (root / n for n in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER))
             return folder_parts(decoder, text, audio, image, WIDTH, is_engine=False)
 
-        return self._plan([self._held(name, root / name) for name in self._names], others)
+        return self._plan([self._spec(name, root / name) for name in self._names], others)
 
     def of_published(self) -> tuple[MemoryPlan | None, str]:
         """For the published sizes."""
-        held = [self._held(name, None) for name in self._names]
-        return self._plan(held, lambda: synthetic_parts(torch.bfloat16))
+        specs = [self._spec(name, None) for name in self._names]
+        return self._plan(specs, lambda: synthetic_parts(torch.bfloat16))
 
-    def _held(self, name: str, folder: Path | None) -> Held:
+    def _spec(self, name: str, folder: Path | None) -> TransformerSpec:
         """As it would be held where that is possible, whatever this machine can."""
         precision = cast("Precision | None", self.precision)
-        one = plan(VARIANTS[name], folder, Wanted(torch.device("cpu"), "bf16", compile=False))
+        one = plan(
+            VARIANTS[name], folder, TransformerOptions(torch.device("cpu"), "bf16", compile=False)
+        )
         if precision in FP8_PRECISIONS:
             names = linears_in_fp8(one.config, "none")
             return dataclasses.replace(one, precision=precision, quantized=names)
         return one if precision is None else dataclasses.replace(one, precision=precision)
 
     def _plan(
-        self, held: list[Held], others: Callable[[], list[Part]]
+        self, specs: list[TransformerSpec], others: Callable[[], list[Part]]
     ) -> tuple[MemoryPlan | None, str]:
         device = pick_device(None)
         if device.type == "cuda":
             limit = limit_of(self.memory_limit_gb, device)
-            is_compiled = why_not(held[0].config, held[0].linear, device) is None
+            is_compiled = why_not(specs[0].config, specs[0].linear, device) is None
         else:  # as on a GPU that compiles
             limit = None if self.memory_limit_gb is None else int(self.memory_limit_gb * GIB)
             is_compiled = True
         already = [] if self.memory_limit_gb is None else held_by_others(device)
         if limit is None:
             return None, "there is no GPU; --memory-limit-gb plans for one of so much memory"
-        sr = held[1] if len(held) > 1 else None
+        sr = specs[1] if len(specs) > 1 else None
         try:
             parts = [*others(), *already]
-            return plan_memory(parts, held[0], sr, limit, is_compiled=is_compiled), ""
+            return plan_memory(parts, specs[0], sr, limit, is_compiled=is_compiled), ""
         except DeviceError as error:
             return None, str(error)
 
@@ -300,13 +302,13 @@ def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:
 
 def _inspect_dit(folder: Path, name: str) -> Component:
     def read(place: Path) -> Tensors:
-        found = plan(VARIANTS[name], place, wanted).scan()
+        found = plan(VARIANTS[name], place, options).scan()
         return [(info.dtype, info.size_bytes) for info in found.values()]
 
-    wanted = Wanted(pick_device(None))
+    options = TransformerOptions(pick_device(None))
     component = _inspect(folder, read)
     if component.is_ok:
-        component.device_bytes = plan(VARIANTS[name], folder, wanted).device_bytes
+        component.device_bytes = plan(VARIANTS[name], folder, options).device_bytes
     return component
 
 

@@ -222,7 +222,7 @@ def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]
     import torch
 
     from magihuman.runtime import config
-    from magihuman.runtime.weights import TURBO_FOLDER, Wanted, find, plan
+    from magihuman.runtime.weights import TURBO_FOLDER, TransformerOptions, find, plan
 
     variant, sr = options["variant"], options["sr"]
     if variant not in config.BASE_VARIANTS or sr not in (None, *config.SR_SIZES):
@@ -240,7 +240,7 @@ def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]
     chosen = config.VARIANTS[variant]
     paths = find(options["model"], chosen, upscaler, overrides, options["revision"])
     # Headers alone are read, and no GPU is touched: its memory belongs to the engines.
-    headers = Wanted(torch.device("cpu"), None, None, False)
+    headers = TransformerOptions(torch.device("cpu"), None, None, False)
     plan(chosen, paths.dit, headers).scan()
     if upscaler is not None:
         plan(upscaler, paths.sr, headers).scan()

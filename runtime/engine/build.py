@@ -22,8 +22,8 @@ from magihuman.runtime.weights import (
     IMAGE_FOLDER,
     TEXT_FOLDER,
     TURBO_FOLDER,
-    Held,
     Paths,
+    TransformerSpec,
     checkpoint,
     load_image_vae,
     load_text_encoder,
@@ -55,8 +55,8 @@ class Reporter:
 
 def read(
     paths: Paths,
-    base: Held,
-    sr: Held | None,
+    base: TransformerSpec,
+    sr: TransformerSpec | None,
     placer: Placer,
     vae_dtype: torch.dtype,
     engines_of: Path | None,
@@ -80,10 +80,10 @@ def read(
             )
         return checkpoint.load_turbo_vae(paths.turbo_vae, device, vae_dtype)
 
-    def dit(held: Held, name: str) -> DiT:
-        reader = report.reader(held.variant.name)
+    def dit(spec: TransformerSpec, name: str) -> DiT:
+        reader = report.reader(spec.variant.name)
         rest = placer.rest(name) if placer.moves(name) else None
-        made = held.read(device, reader, rest)
+        made = spec.read(device, reader, rest)
         return _placed_dit(placer, name, made, made.block.layers)
 
     def audio_vae() -> AudioVAE:
@@ -141,8 +141,8 @@ def _present(path: Path | None) -> Path:
 
 def synthesize(
     model: random_weights.Synthetic,
-    base: Held,
-    sr: Held | None,
+    base: TransformerSpec,
+    sr: TransformerSpec | None,
     placer: Placer,
     vae_dtype: torch.dtype,
     report: Reporter,
@@ -151,9 +151,9 @@ def synthesize(
     """All components at full size, of random weights; follows: as for `read`."""
     seed, device = model.seed, placer.device
 
-    def dit(held: Held, name: str) -> DiT:
+    def dit(spec: TransformerSpec, name: str) -> DiT:
         made, layers = random_weights.dit_by_layer(
-            held.config, seed, device, held.linear, held.variant.name, held.quantized
+            spec.config, seed, device, spec.linear, spec.variant.name, spec.quantized
         )
         return _placed_dit(placer, name, made, layers)
 

@@ -48,9 +48,9 @@ from magihuman.runtime.weights import (
     IMAGE_FOLDER,
     TEXT_FOLDER,
     TURBO_FOLDER,
-    Held,
     PathLike,
-    Wanted,
+    TransformerOptions,
+    TransformerSpec,
     find,
     model_folder,
     plan,
@@ -184,7 +184,7 @@ def load(
     if context_parallel != 1 and team is None:
         _check_context_parallel(context_parallel, vae, memory_limit_gb)
         return _load_together(context_parallel, target, given, on_load, hooks)
-    wanted = Wanted(target, precision, keep_bf16, compile, context_parallel)
+    options = TransformerOptions(target, precision, keep_bf16, compile, context_parallel)
     report = build.Reporter(on_load)
     follows = team is not None and team.rank > 0
 
@@ -193,15 +193,15 @@ def load(
             return [part for part in others() if not follows or part.name == VIDEO]
 
         asked = memory_limit_gb is not None
-        placer = Placer(plan_placement(own, base, upscale, limit_bytes, asked, wanted), target)
+        placer = Placer(plan_placement(own, base, upscale, limit_bytes, asked, options), target)
         if memory_limit_gb is not None:
             placer.residency.cap = Cap(target, int(memory_limit_gb * GIB))
         return placer
 
     try:
         if isinstance(model, random_weights.Synthetic):
-            base = plan(chosen, None, wanted)
-            upscale = None if upscaler is None else plan(upscaler, None, wanted)
+            base = plan(chosen, None, options)
+            upscale = None if upscaler is None else plan(upscaler, None, options)
             placer = placed(lambda: synthetic_parts(vae_dtype))
             parts = build.synthesize(model, base, upscale, placer, vae_dtype, report, follows)
         else:
@@ -215,10 +215,10 @@ def load(
             if upscaler is not None:
                 overrides[upscaler.name] = sr_transformer
             paths = find(model, chosen, upscaler, overrides, revision)
-            base = plan(chosen, paths.dit, wanted)
-            upscale = None if upscaler is None else plan(upscaler, paths.sr, wanted)
-            for held in filter(None, (base, upscale)):
-                held.scan()
+            base = plan(chosen, paths.dit, options)
+            upscale = None if upscaler is None else plan(upscaler, paths.sr, options)
+            for spec in filter(None, (base, upscale)):
+                spec.scan()
             engines = model_folder(model) / TURBO_FOLDER if vae == "tensorrt" else None
             placer = placed(
                 lambda: folder_parts(
@@ -324,7 +324,7 @@ def follow(team: Team, given: dict[str, Any]) -> None:
 
 def compiled(
     model: DiT,
-    held: Held,
+    spec: TransformerSpec,
     placer: Placer,
     name: str,
     debug: bool,
@@ -336,7 +336,7 @@ def compiled(
     parts: that it will be one of, under a name in the memory plan.
     """
     device = placer.device
-    reason = why_not(model.config, held.linear, device)
+    reason = why_not(model.config, spec.linear, device)
     if reason is not None:
         log.info("running the plain transformer: %s", reason)
         return None
@@ -345,9 +345,9 @@ def compiled(
     forward = CompiledForward(
         model,
         model.config,
-        held.linear,
+        spec.linear,
         device,
-        fp8_attention=held.precision == FP8_ATTENTION,
+        fp8_attention=spec.precision == FP8_ATTENTION,
         capturing=parts.encoding,
         replays=placer.replays and not placer.moves(name),
         before_layer=placer.before_layer(name),

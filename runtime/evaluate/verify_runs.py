@@ -38,7 +38,7 @@ from magihuman.runtime.request import Progress, ProgressCallback, Request
 from magihuman.runtime.weights import (
     FP8_ATTENTION,
     FP8_PRECISIONS,
-    Wanted,
+    TransformerOptions,
     linears_in_fp8,
     locate,
     plan,
@@ -128,8 +128,8 @@ def _check_keep(
         )
     chosen = config.VARIANTS[variant]
     paths = locate.find(model, chosen, None, {variant: folder})
-    wanted = Wanted(pick_device(device), "bf16", None, compile=False)
-    linears_in_fp8(plan(chosen, paths.dit, wanted).config, keep_bf16)
+    options = TransformerOptions(pick_device(device), "bf16", None, compile=False)
+    linears_in_fp8(plan(chosen, paths.dit, options).config, keep_bf16)
 
 
 @torch.inference_mode()

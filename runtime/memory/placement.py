@@ -39,8 +39,8 @@ from magihuman.runtime.request import Request
 from magihuman.runtime.weights import (
     FP8_PRECISIONS,
     WEIGHTS_NAME,
-    Held,
-    Wanted,
+    TransformerOptions,
+    TransformerSpec,
     checkpoint,
     diffusers_key,
     layered_bytes,
@@ -59,8 +59,8 @@ TEXT_LAYER = "layers."
 
 def plan_memory(
     others: Sequence[Part],
-    base: Held,
-    sr: Held | None,
+    base: TransformerSpec,
+    sr: TransformerSpec | None,
     limit_bytes: int,
     *,
     is_compiled: bool,
@@ -82,34 +82,34 @@ def plan_memory(
     parts = [*others, dit_part(BASE, base)]
     if sr is not None:
         parts.append(dit_part(SR, sr))
-    held = [base] if sr is None else [base, sr]
+    specs = [base] if sr is None else [base, sr]
     stages = [
         dataclasses.replace(
             stage,
             working_bytes=int(share * stage.working_bytes),
             graph_bytes=int(share * stage.graph_bytes),
         )
-        for stage in stages_of(held, {part.name for part in parts}, is_compiled)
+        for stage in stages_of(specs, {part.name for part in parts}, is_compiled)
     ]
-    return make_plan(parts, stages, limit_bytes, max(reading_bytes(h) for h in held))
+    return make_plan(parts, stages, limit_bytes, max(reading_bytes(spec) for spec in specs))
 
 
 def plan_placement(
     others: Callable[[], list[Part]],
-    base: Held,
-    sr: Held | None,
+    base: TransformerSpec,
+    sr: TransformerSpec | None,
     limit_bytes: int | None,
     is_limit_asked: bool,
-    wanted: Wanted,
+    options: TransformerOptions,
 ) -> MemoryPlan | None:
     """Where weights will be; None on a CPU. Without a limit that was asked for, what is free may
     be too little for clips of the default sizes: there are smaller ones.
     """
     if limit_bytes is None:
         return None
-    reason = why_not(base.config, base.linear, wanted.device)
-    is_compiled = wanted.compile and reason is None
-    already = held_by_others(wanted.device) if is_limit_asked else []
+    reason = why_not(base.config, base.linear, options.device)
+    is_compiled = options.compile and reason is None
+    already = held_by_others(options.device) if is_limit_asked else []
     parts, made, share = [*others(), *already], None, 1.0
     while made is None:
         try:
@@ -120,7 +120,7 @@ def plan_placement(
             if share == 1.0:
                 log.warning("clips of the default size have no room, smaller ones may: %s", error)
             share -= 0.1
-    if made.streamed and wanted.ranks > 1:
+    if made.streamed and options.ranks > 1:
         raise DeviceError(
             f"GPUs that work together must each hold all weights, and {limit_bytes / GIB:.1f} GiB"
             f" have no room for {', '.join(made.streamed)}; free memory, use context_parallel=1, or"
@@ -193,22 +193,22 @@ def check_host(plan: MemoryPlan) -> None:
         )
 
 
-def dit_part(name: str, held: Held) -> Part:
+def dit_part(name: str, spec: TransformerSpec) -> Part:
     """A transformer."""
-    outside, layers = layered_bytes(held.config, held.linear, held.quantized)
+    outside, layers = layered_bytes(spec.config, spec.linear, spec.quantized)
     return Part(name, outside, layers)
 
 
-def reading_bytes(held: Held) -> int:
+def reading_bytes(spec: TransformerSpec) -> int:
     """Of the device while a transformer is read: its largest tensor as it is on disk, fp32 at most,
     in bf16 and in fp8.
     """
     rows, columns = max(
-        (held.config.mlp_widths(layer) for layer in range(held.config.num_layers)),
+        (spec.config.mlp_widths(layer) for layer in range(spec.config.num_layers)),
         key=lambda widths: widths[0],
     )
-    experts = 3 if held.config.modality_layers else 1
-    return experts * max(rows, columns) * held.config.hidden_size * (4 + 2 + 1)
+    experts = 3 if spec.config.modality_layers else 1
+    return experts * max(rows, columns) * spec.config.hidden_size * (4 + 2 + 1)
 
 
 def text_part(folder: Path) -> Part:
@@ -288,12 +288,12 @@ def synthetic_parts(dtype: torch.dtype) -> list[Part]:
     return [*small, text]
 
 
-def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[Stage]:
+def stages_of(specs: Sequence[TransformerSpec], parts: set[str], is_compiled: bool) -> list[Stage]:
     """What a request of default size goes through, as far as the parts are there: text, sound,
-    image, denoising with the first of `held`, super-resolution with the second, decoding.
+    image, denoising with the first of `specs`, super-resolution with the second, decoding.
     """
-    base = held[0]
-    sr = held[1] if len(held) > 1 else None
+    base = specs[0]
+    sr = specs[1] if len(specs) > 1 else None
     request = Request("-")
     plan = request.plan(base.variant, None if sr is None else sr.variant.name.removesuffix("_sr"))
     width, height = plan.size_px
@@ -311,7 +311,7 @@ def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[
     if plan.sr_rows is not None and plan.sr_columns is not None:
         sizes.append((plan.sr_rows, plan.sr_columns))
     names = (("denoise", BASE), ("super_resolve", SR))
-    for (name, part), one, size in zip(names, held, sizes, strict=False):
+    for (name, part), one, size in zip(names, specs, sizes, strict=False):
         layout = Layout(plan.frames, *size, plan.audio, config.MAX_TEXT_TOKENS)
         rows = max(one.config.mlp_widths(layer)[0] for layer in range(one.config.num_layers))
         working = estimate.denoising_bytes(layout.tokens, rows, is_compiled)
@@ -331,9 +331,9 @@ def stages_of(held: Sequence[Held], parts: set[str], is_compiled: bool) -> list[
     return [*stages, Stage("decode", decoders, window + sound, graph_bytes=kept)]
 
 
-def forward_s(held: Held, layout: Layout) -> float:
+def forward_s(spec: TransformerSpec, layout: Layout) -> float:
     """Seconds of a forward on an H100, roughly: what copies can hide behind."""
-    arch, tokens = held.config, layout.tokens
+    arch, tokens = spec.config, layout.tokens
     linears = attention = 0.0
     for layer in range(arch.num_layers):
         up, down = arch.mlp_widths(layer)
@@ -343,8 +343,8 @@ def forward_s(held: Held, layout: Layout) -> float:
         if layer in arch.local_attention_layers:
             seen = min(tokens, (2 * arch.frame_reach + 1) * layout.frame_tokens)
         attention += 4.0 * tokens * seen * arch.hidden_size
-    precision = held.precision if held.quantized else "bf16"
-    rate = FLOPS[precision if precision in FP8_PRECISIONS else held.precision]
+    precision = spec.precision if spec.quantized else "bf16"
+    rate = FLOPS[precision if precision in FP8_PRECISIONS else spec.precision]
     return linears / rate + attention / ATTENTION_FLOPS
 
 

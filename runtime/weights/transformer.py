@@ -24,7 +24,7 @@ FP8_PRECISIONS = ("fp8", FP8_ATTENTION)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TransformerOptions:
     """What the caller asks of every transformer. None: what its files have, or bf16."""
 
     device: torch.device
@@ -35,7 +35,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Held:
+class TransformerSpec:
     """How one transformer will be held.
 
     Attributes:
@@ -99,7 +99,7 @@ class Held:
         return model
 
 
-def plan(variant: Variant, folder: Path | None, wanted: Wanted) -> Held:
+def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> TransformerSpec:
     """How a transformer will be held, before any of its weights is read.
 
     Raises:
@@ -112,38 +112,38 @@ def plan(variant: Variant, folder: Path | None, wanted: Wanted) -> Held:
         config = artifact.config
     elif folder is not None:
         config = checkpoint.dit_config(folder, variant)
-    if config.kv_heads % wanted.ranks:
+    if config.kv_heads % options.ranks:
         heads = config.kv_heads
         fitting = [str(count) for count in range(1, heads + 1) if heads % count == 0]
         raise InvalidRequestError(
             f"context_parallel must divide the transformer's key/value heads, {heads}, got"
-            f" {wanted.ranks}; use {' or '.join(fitting)}"
+            f" {options.ranks}; use {' or '.join(fitting)}"
         )
     own = "bf16" if artifact is None else artifact.precision
-    precision = wanted.precision or own
+    precision = options.precision or own
     if artifact is not None and own != ("fp8" if precision == FP8_ATTENTION else precision):
         raise InvalidRequestError(
             f"precision must be {own!r}, as the artifact's {artifact.folder}, got {precision!r};"
             " leave it out, or convert the published files to another"
         )
     if precision not in FP8_PRECISIONS:
-        return Held(variant, config, folder, artifact, precision)
+        return TransformerSpec(variant, config, folder, artifact, precision)
 
-    quantized = _quantized(config, wanted.keep_bf16, artifact)
+    quantized = _quantized(config, options.keep_bf16, artifact)
     reason: str | None = "compile=False asks for the plain one"
-    if wanted.compile:
+    if options.compile:
         is_attention = precision == FP8_ATTENTION
         reason = why_not(
-            config, torch.bfloat16, wanted.device, fp8=True, fp8_attention=is_attention
+            config, torch.bfloat16, options.device, fp8=True, fp8_attention=is_attention
         )
     if reason is None:
-        return Held(variant, config, folder, artifact, precision, quantized)
+        return TransformerSpec(variant, config, folder, artifact, precision, quantized)
     if artifact is None:
         raise InvalidRequestError(
             f"precision={precision!r} needs the compiled transformer, and for {variant.name}"
             f" {reason}; use precision='bf16'"
         )
-    return Held(variant, config, folder, artifact, "bf16", why_bf16=reason)
+    return TransformerSpec(variant, config, folder, artifact, "bf16", why_bf16=reason)
 
 
 def _quantized(

@@ -36,18 +36,23 @@ from magihuman.runtime.text import load_text_encoder
 from magihuman.runtime.weights import checkpoint, random_weights
 from magihuman.runtime.weights.locate import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.weights.tiny import DIT
-from magihuman.runtime.weights.transformer import Held, Wanted, linears_in_fp8, plan
+from magihuman.runtime.weights.transformer import (
+    TransformerOptions,
+    TransformerSpec,
+    linears_in_fp8,
+    plan,
+)
 
 CPU = torch.device("cpu")
 OUTSIDE = CONTEXT_BYTES + SLACK_BYTES
 BF16 = torch.bfloat16
 
 
-def held(name: str, precision: str) -> Held:
+def spec(name: str, precision: str) -> TransformerSpec:
     variant = config.VARIANTS[name]
     arch = variant.architecture(config.DiTConfig())
     names = linears_in_fp8(arch, "none") if precision == "fp8" else ()
-    return Held(variant, arch, None, None, precision, names)
+    return TransformerSpec(variant, arch, None, None, precision, names)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +62,9 @@ def others() -> list[Part]:
 
 
 def planned(others, precision, sr, limit_gib) -> memory_plan.MemoryPlan:
-    upscaler = None if sr is None else held(f"{sr}_sr", precision)
+    upscaler = None if sr is None else spec(f"{sr}_sr", precision)
     return placement.plan_memory(
-        others, held("distill", precision), upscaler, int(limit_gib * GIB), is_compiled=True
+        others, spec("distill", precision), upscaler, int(limit_gib * GIB), is_compiled=True
     )
 
 
@@ -67,10 +72,10 @@ def test_the_parts_of_the_published_model(others):
     size = {part.name: part.total_bytes / GIB for part in others}
     assert size[TEXT] == pytest.approx(17.2, abs=0.1)  # as docs/models.md says
     assert size[AUDIO] + size[IMAGE] + size[VIDEO] == pytest.approx(1.26, abs=0.05)
-    base = placement.dit_part(BASE, held("distill", "bf16"))
+    base = placement.dit_part(BASE, spec("distill", "bf16"))
     assert base.total_bytes / GIB == pytest.approx(28.5, abs=0.1)
     assert len(base.layer_bytes) == 40 and base.outside_bytes < 0.1 * GIB
-    fp8 = placement.dit_part(BASE, held("distill", "fp8"))
+    fp8 = placement.dit_part(BASE, spec("distill", "fp8"))
     assert fp8.total_bytes / GIB == pytest.approx(14.3, abs=0.1)
 
 
@@ -107,8 +112,8 @@ def test_a_process_that_follows_needs_no_encoders(others):
 )
 def test_plans_over_many_limits(others, precision, sr):
     """Every stage adds up and stays below; a larger limit never costs more."""
-    upscaler = [] if sr is None else [held(f"{sr}_sr", precision)]
-    every = [*others, placement.dit_part(BASE, held("distill", precision))]
+    upscaler = [] if sr is None else [spec(f"{sr}_sr", precision)]
+    every = [*others, placement.dit_part(BASE, spec("distill", precision))]
     every += [placement.dit_part(SR, one) for one in upscaler]
     parts = {part.name: part for part in every}
     before = float("inf")
@@ -198,7 +203,7 @@ def test_graphs_of_the_text_encoder_are_counted(others):
     assert 100 * 2**20 < kept < 200 * 2**20
     names = {part.name for part in others}
     for is_compiled in (True, False):
-        stage = placement.stages_of([held("distill", "bf16")], names, is_compiled)[0]
+        stage = placement.stages_of([spec("distill", "bf16")], names, is_compiled)[0]
         assert (stage.name, stage.graph_bytes) == ("text", kept if is_compiled else 0)
     made = planned(others, "fp8", "540p", 78)
     least = made.peak_bytes / GIB  # at which all of them just fit
@@ -311,7 +316,9 @@ def test_parts_of_a_folder_are_those_that_are_loaded(tiny_dir):
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_bytes_of_a_transformer_by_layer(tiny_dir, precision):
     names = linears_in_fp8(DIT, "none") if precision == "fp8" else ()
-    one = Held(config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, precision, names)
+    one = TransformerSpec(
+        config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, precision, names
+    )
     part = placement.dit_part(BASE, one)
     model = one.read(CPU)
     layers = [
@@ -327,7 +334,9 @@ def test_bytes_of_a_transformer_by_layer(tiny_dir, precision):
 def test_weights_that_rest_are_those_that_stay(tiny_dir, quantized, monkeypatch):
     """Read or made at random; of the device only what quantises is needed, a tensor at a time."""
     names = tuple(linears_in_fp8(DIT, "none")) if quantized else ()
-    one = Held(config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, "bf16", names)
+    one = TransformerSpec(
+        config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, "bf16", names
+    )
     device = CPU if quantized else torch.device("meta")  # holds no values
     read = one.read(device, rest=CPU)
     made, layers = random_weights.dit_by_layer(DIT, 0, CPU, BF16, "distill", names)
@@ -386,12 +395,12 @@ def test_the_limit_is_at_most_what_is_free(monkeypatch):
 def test_a_limit_counts_what_the_process_holds_already(monkeypatch, others):
     monkeypatch.setattr(placement, "check_host", lambda plan: None)
     monkeypatch.setattr(placement, "why_not", lambda *arguments: None)
-    wanted = Wanted(torch.device("cuda:0"))
+    options = TransformerOptions(torch.device("cuda:0"))
 
     def asked(limit_gib: float, held_gib: float) -> memory_plan.MemoryPlan:
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(held_gib * GIB))
-        given = list(others), held("distill", "bf16"), None, int(limit_gib * GIB), True
-        return placement.plan_placement(lambda: given[0], *given[1:], wanted)
+        given = list(others), spec("distill", "bf16"), None, int(limit_gib * GIB), True
+        return placement.plan_placement(lambda: given[0], *given[1:], options)
 
     free, beside = asked(60, 0), asked(60, 5)
     assert free.streamed == beside.streamed
@@ -427,11 +436,11 @@ def test_without_a_limit_what_has_no_room_is_only_a_warning(monkeypatch, others,
     """The card may be too small for the default size, and large enough for others."""
     monkeypatch.setattr(placement, "check_host", lambda plan: None)
     monkeypatch.setattr(placement, "why_not", lambda *arguments: "none here")
-    wanted = Wanted(torch.device("cuda:0"), compile=False)
+    options = TransformerOptions(torch.device("cuda:0"), compile=False)
 
     def asked(is_asked: bool) -> memory_plan.MemoryPlan:
-        pair = held("distill", "bf16"), held("1080p_sr", "bf16")
-        return placement.plan_placement(lambda: others, *pair, 24 * GIB, is_asked, wanted)
+        pair = spec("distill", "bf16"), spec("1080p_sr", "bf16")
+        return placement.plan_placement(lambda: others, *pair, 24 * GIB, is_asked, options)
 
     with pytest.raises(memory_plan.NoPlanError, match=r"the stage decode takes 37"):
         asked(True)
@@ -454,5 +463,5 @@ def test_host_memory_must_have_room(monkeypatch, others):
 def test_an_fp8_transformer_fits_where_a_bf16_one_moves(tiny_dir, monkeypatch, others):
     assert not planned(others, "fp8", None, 40).streamed
     assert planned(others, "bf16", None, 40).streamed
-    one = plan(config.VARIANTS["distill"], tiny_dir / "distill", Wanted(CPU))
+    one = plan(config.VARIANTS["distill"], tiny_dir / "distill", TransformerOptions(CPU))
     assert placement.reading_bytes(one) > 0

@@ -133,14 +133,14 @@ def test_bytes_on_the_device():
 def test_fp8_attention_takes_the_weights_of_fp8(tiny_dir, tmp_path, capable, monkeypatch):
     """Published or converted; and says so to whoever compiles the forward."""
     asked = []
-    monkeypatch.setattr(loading, "compiled", lambda model, held, *rest: asked.append(held))
+    monkeypatch.setattr(loading, "compiled", lambda model, spec, *rest: asked.append(spec))
     folder = runtime.convert(tiny_dir, tmp_path / "fp8", variant="distill")
     for options in ({}, {"transformer": folder}, {"keep_bf16": "modality"}):
         with runtime.load(tiny_dir, precision="fp8-attn", device="cpu", **options) as loaded:
             assert loaded.precision == "fp8-attn"
             names = quantized_linears(DIT, options.get("keep_bf16", "none"))
             assert [n for n, m in loaded._parts.dit.named_modules() if is_quantized(m)] == names
-    assert [held.precision for held in asked] == ["fp8-attn"] * 3
+    assert [spec.precision for spec in asked] == ["fp8-attn"] * 3
     bf16 = runtime.convert(tiny_dir, tmp_path / "bf16", variant="distill", precision="bf16")
     with pytest.raises(InvalidRequestError, match="precision must be 'bf16', as the artifact's"):
         runtime.load(tiny_dir, precision="fp8-attn", device="cpu", transformer=bf16)
