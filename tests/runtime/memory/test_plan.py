@@ -32,8 +32,7 @@ from magihuman.runtime.memory.plan import (
     rings,
     streamings,
 )
-from magihuman.runtime.text import load_text_encoder
-from magihuman.runtime.weights import checkpoint, random_weights
+from magihuman.runtime.weights import checkpoint, load_text_encoder, random_weights
 from magihuman.runtime.weights.locate import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.weights.tiny import DIT
 from magihuman.runtime.weights.transformer import (
