@@ -368,8 +368,8 @@ def test_a_folder_made_meanwhile_is_not_replaced(tiny_dir, tmp_path):
 
 SLOWLY = """
 import time
-from magihuman.runtime import converting
-from magihuman.runtime.cli import main
+from magihuman.runtime.weights import converting
+from magihuman.runtime.cli.main import main
 
 def stay(*arguments, **options):
     print("writing", flush=True)
