@@ -36,7 +36,7 @@ from magihuman.runtime.parallel.context_parallel import Shared, Transformer
 from magihuman.runtime.parallel.team import Team
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.weights import random_weights
-from magihuman.runtime.weights.transformer import FP8_ATTENTION
+from magihuman.runtime.weights.precision import PrecisionPolicy
 from measure import (
     Timed,
     by_kernel,
@@ -69,20 +69,20 @@ def layouts(size: sizes.Size) -> dict[str, tokens.Layout]:
 def build(team: Team, size: sizes.Size, precisions: Sequence[str]) -> dict[str, DiT]:
     """Random weights, the same in every process; once for all precisions in fp8."""
     made: dict[bool, DiT] = {}
-    for is_narrow in sorted({precision != "bf16" for precision in precisions}):
+    for is_narrow in sorted({PrecisionPolicy(precision).is_fp8 for precision in precisions}):
         model = random_weights.dit(size.arch, 0, team.device, torch.bfloat16, "distill")
         if is_narrow:
             fp8.quantize_model(model, fp8.quantized_linears(model.config))
             release()
         made[is_narrow] = model
-    return {precision: made[precision != "bf16"] for precision in precisions}
+    return {precision: made[PrecisionPolicy(precision).is_fp8] for precision in precisions}
 
 
 def compiled(model: DiT, precision: str, team: Team | None = None) -> CompiledForward:
     """For the rows of this process, or for all."""
     return compiled_forward(
         model,
-        fp8_attention=precision == FP8_ATTENTION,
+        fp8_attention=PrecisionPolicy(precision).is_fp8_attention,
         rank=team.rank if team else 0,
         ranks=team.ranks if team else 1,
     )
@@ -101,7 +101,7 @@ def rewrite(team: Team, size: sizes.Size, model: DiT, precision: str) -> None:
         team.device,
         attention_backend="gluon",  # any, of all that is left open: nothing is measured for this
         linear_route="library",
-        fp8_attention=precision == FP8_ATTENTION,
+        fp8_attention=PrecisionPolicy(precision).is_fp8_attention,
         sharding=None if team.rank else sharding,
     )
 

@@ -29,6 +29,7 @@ from magihuman.graphs import quantization
 from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.weights import converting, random_weights
+from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.transformer import TransformerOptions, plan
 
 VARIANT = config.VARIANTS["distill"]
@@ -58,7 +59,9 @@ def made(size: sizes.Size) -> DiT:
 def write(size: sizes.Size, folder: Path) -> dict[str, Any]:
     """The artifact."""
     start = time.perf_counter()
-    converting.write_artifact(folder, FromModel(made(size)), VARIANT.name, "fp8", "none", {})
+    converting.write_artifact(
+        folder, FromModel(made(size)), VARIANT.name, PrecisionPolicy.FP8, "none", {}
+    )
     files = sorted(folder.glob("*.safetensors"))
     return {
         "seconds": time.perf_counter() - start,

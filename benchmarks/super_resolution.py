@@ -36,7 +36,7 @@ from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.decode import decode_frames
 from magihuman.runtime.weights import random_weights
-from magihuman.runtime.weights.transformer import FP8_ATTENTION
+from magihuman.runtime.weights.precision import PrecisionPolicy
 from measure import (
     Timed,
     compiled_decoder,
@@ -55,7 +55,7 @@ from measure import (
 
 GIB = 2**30
 SR_STEPS = 5
-PRECISIONS = ("bf16", "fp8", FP8_ATTENTION)
+PRECISIONS = ("bf16", "fp8", "fp8-attn")
 PUBLISHED_S = {"540p": 8.0, "1080p": 38.4}  # on one H100, by the authors
 
 
@@ -235,7 +235,9 @@ def main() -> None:
             show(f"{size} decode", figures[size]["decode"])
         narrow: DiT | None = None
         for name in arguments.precisions:
-            if narrow is None or name != FP8_ATTENTION:  # which takes the weights of fp8
+            if (
+                narrow is None or not PrecisionPolicy(name).is_fp8_attention
+            ):  # which takes the weights of fp8
                 narrow = None
                 release()
                 before = used_gib()
@@ -263,7 +265,7 @@ def measure_precision(
     show: Callable[[str, Any], None],
 ) -> None:
     """The base loop, and for each size its loop and the total."""
-    is_narrow = name == FP8_ATTENTION
+    is_narrow = PrecisionPolicy(name).is_fp8_attention
 
     forward = compiled_forward(model, fp8_attention=is_narrow)
     base = Stage(measured, model, None).measure(forward)

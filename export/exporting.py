@@ -17,7 +17,7 @@ from magihuman.export.onnx import OPSET, SharedWeights, Sound, Window, write_onn
 from magihuman.export.sizes import Size
 from magihuman.export.tensorrt import build_engine, builder_for
 from magihuman.runtime.config import LATENT_MEAN, LATENT_STD
-from magihuman.runtime.errors import InvalidRequestError, OutputError
+from magihuman.runtime.errors import InvalidRequestError, OutputError, one_of
 from magihuman.runtime.exported import (
     AUDIO_VAE,
     DTYPES,
@@ -81,14 +81,8 @@ def export_vae(
         BuildError: TensorRT refused a graph.
         OutputError: the folder cannot be written; nothing is left of it.
     """
-    for name, value, allowed in (
-        ("target", target, exported.TARGETS),
-        ("dtype", dtype, tuple(DTYPES)),
-    ):
-        if value not in allowed:
-            raise InvalidRequestError(
-                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
-            )
+    one_of("target", target, exported.TARGETS)
+    one_of("dtype", dtype, tuple(DTYPES))
     if sm is not None and target != "tensorrt":
         raise InvalidRequestError(f"sm must go with target='tensorrt', got {sm} with {target!r}")
     wanted = [Size.parse(size) for size in sizes]

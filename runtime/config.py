@@ -113,7 +113,7 @@ class Variant:
     steps: int
     coordinates: CoordinateStyle
     guidance: float | None  # default video guidance; None: runs without guidance
-    is_sr: bool = False
+    sr: str | None = None  # the size of `SR_SIZES` that it super-resolves to; None: a base variant
     local_attention: bool = False
 
     def architecture(self, base: DiTConfig) -> DiTConfig:
@@ -128,13 +128,19 @@ class Variant:
 VARIANTS = {
     "base": Variant("base", steps=32, coordinates="v2", guidance=5.0),
     "distill": Variant("distill", steps=8, coordinates="v2", guidance=None),
-    "540p_sr": Variant("540p_sr", steps=5, coordinates="v1", guidance=None, is_sr=True),
+    "540p_sr": Variant("540p_sr", steps=5, coordinates="v1", guidance=None, sr="540p"),
     "1080p_sr": Variant(
-        "1080p_sr", steps=5, coordinates="v1", guidance=None, is_sr=True, local_attention=True
+        "1080p_sr", steps=5, coordinates="v1", guidance=None, sr="1080p", local_attention=True
     ),
 }
 BASE_VARIANTS = ("base", "distill")
 SR_SIZES = {"540p": (896, 512), "1080p": (1920, 1088)}  # width, height in pixels, landscape
+
+
+def upscaler(sr: str) -> Variant:
+    """The variant that super-resolves to a size of `SR_SIZES`."""
+    return next(variant for variant in VARIANTS.values() if variant.sr == sr)
+
 
 BASE_LOW_NOISE_GUIDANCE = 2.0  # video guidance of the base model once timestep <= 500
 BASE_AUDIO_GUIDANCE = 5.0

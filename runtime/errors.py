@@ -1,5 +1,6 @@
 """Errors of the runtime. Messages give the rule, the value and the remedy."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 Outcome = Literal["done", "cancelled", "rejected", "failed"]
@@ -39,6 +40,13 @@ class Cancelled(MagiHumanError):  # noqa: N818 - an outcome the caller asked for
 
 class DeadlineExceeded(MagiHumanError, TimeoutError):  # noqa: N818 - as Cancelled
     """The request was not done in the time given; the engine stays usable."""
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise `InvalidRequestError` where the argument `name` is none of what is allowed."""
+    if value not in allowed:
+        options = ", ".join(map(repr, allowed))
+        raise InvalidRequestError(f"{name} must be one of {options}, got {value!r}")
 
 
 def outcome_of(error: BaseException | None) -> Outcome:

@@ -166,7 +166,7 @@ class Request:
             sr_rows=sr_rows,
             sr_columns=sr_columns,
             steps=self.steps or variant.steps,
-            sr_steps=self.sr_steps or (config.VARIANTS[f"{sr}_sr"].steps if sr else 0),
+            sr_steps=self.sr_steps or (config.upscaler(sr).steps if sr else 0),
             guidance=None if guidance in (None, 1.0) else guidance,
             sr_guidance=None if self.sr_guidance in (None, 1.0) else self.sr_guidance,
             warnings=tuple(notes),

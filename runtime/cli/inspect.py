@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
-from typing import cast, get_args
 
 import torch
 
@@ -18,9 +17,9 @@ from magihuman.graphs.cuda_graphs import NoBindingsError, Recorded, bindings
 from magihuman.graphs.explain import one_of_each
 from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.kernels.reference import Counts
-from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, VARIANTS, DiTConfig, Precision
+from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, VARIANTS, DiTConfig, upscaler
 from magihuman.runtime.device import pick_device
-from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError
+from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError, one_of
 from magihuman.runtime.memory import (
     GIB,
     MemoryPlan,
@@ -36,11 +35,11 @@ from magihuman.runtime.model import Layout
 from magihuman.runtime.request import Request
 from magihuman.runtime.weights import (
     AUDIO_FOLDER,
-    FP8_PRECISIONS,
     IMAGE_FOLDER,
     TEXT_FOLDER,
     TURBO_FOLDER,
     WEIGHTS_NAME,
+    PrecisionPolicy,
     TransformerOptions,
     TransformerSpec,
     checkpoint,
@@ -125,21 +124,14 @@ class PlanAsked:
     memory_limit_gb: float | None
 
     def __post_init__(self) -> None:
-        precisions = (None, *get_args(Precision))
-        for name, value, allowed in (
-            ("variant", self.variant, BASE_VARIANTS),
-            ("sr", self.sr, (None, *SR_SIZES)),
-            ("precision", self.precision, precisions),
-        ):
-            if value not in allowed:
-                raise InvalidRequestError(
-                    f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
-                )
+        one_of("variant", self.variant, BASE_VARIANTS)
+        one_of("sr", self.sr, (None, *SR_SIZES))
+        one_of("precision", self.precision, (None, *PrecisionPolicy))
         check_limit(self.memory_limit_gb)
 
     @property
     def _names(self) -> list[str]:
-        return [self.variant, *([f"{self.sr}_sr"] if self.sr else [])]
+        return [self.variant, *([upscaler(self.sr).name] if self.sr else [])]
 
     def of_folder(
         self, root: Path, components: Sequence[Component]
@@ -165,14 +157,13 @@ class PlanAsked:
 
     def _spec(self, name: str, folder: Path | None) -> TransformerSpec:
         """As it would be held where that is possible, whatever this machine can."""
-        precision = cast("Precision | None", self.precision)
-        one = plan(
-            VARIANTS[name], folder, TransformerOptions(torch.device("cpu"), "bf16", compile=False)
-        )
-        if precision in FP8_PRECISIONS:
-            names = linears_in_fp8(one.config, "none")
-            return dataclasses.replace(one, precision=precision, quantized=names)
-        return one if precision is None else dataclasses.replace(one, precision=precision)
+        options = TransformerOptions(torch.device("cpu"), PrecisionPolicy.BF16, compile=False)
+        spec = plan(VARIANTS[name], folder, options)
+        if self.precision is None:
+            return spec
+        precision = PrecisionPolicy(self.precision)
+        names = linears_in_fp8(spec.config, "none") if precision.is_fp8 else spec.quantized
+        return dataclasses.replace(spec, precision=precision, quantized=names)
 
     def _plan(
         self, specs: list[TransformerSpec], others: Callable[[], list[Part]]

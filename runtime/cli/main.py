@@ -374,15 +374,12 @@ def _check_before_loading(
 ) -> None:
     """What can be refused before weights are read: plan, input files, the output's place."""
     from magihuman.runtime import config
-    from magihuman.runtime.errors import InvalidRequestError
+    from magihuman.runtime.errors import one_of
     from magihuman.runtime.media import check_output
 
-    if variant not in config.BASE_VARIANTS:
-        raise InvalidRequestError(
-            f"variant must be one of {', '.join(config.BASE_VARIANTS)}, got {variant!r}"
-        )
-    if sr is not None and sr not in config.SR_SIZES:
-        raise InvalidRequestError(f"sr must be one of {', '.join(config.SR_SIZES)}, got {sr!r}")
+    one_of("variant", variant, config.BASE_VARIANTS)
+    if sr is not None:
+        one_of("sr", sr, tuple(config.SR_SIZES))
     plan = request.plan(config.VARIANTS[variant], sr)
     if request.image is not None:
         from magihuman.runtime.media import open_image

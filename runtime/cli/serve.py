@@ -222,19 +222,18 @@ def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]
     import torch
 
     from magihuman.runtime import config
+    from magihuman.runtime.errors import one_of
     from magihuman.runtime.weights import TURBO_FOLDER, TransformerOptions, find, plan
 
     variant, sr = options["variant"], options["sr"]
-    if variant not in config.BASE_VARIANTS or sr not in (None, *config.SR_SIZES):
-        raise runtime.InvalidRequestError(
-            f"--variant must be one of {', '.join(config.BASE_VARIANTS)}, --sr one of"
-            f" {', '.join(config.SR_SIZES)} or left out, got {variant!r} and {sr!r}"
-        )
+    one_of("--variant", variant, config.BASE_VARIANTS)
+    if sr is not None:
+        one_of("--sr", sr, tuple(config.SR_SIZES))
     for width, height, seconds in sizes:
         request = runtime.Request("-", width=width, height=height, seconds=seconds)
         request.plan(config.VARIANTS[variant], sr)
     overrides = {variant: options["transformer"], TURBO_FOLDER: options["turbo_vae"]}
-    upscaler = None if sr is None else config.VARIANTS[f"{sr}_sr"]
+    upscaler = None if sr is None else config.upscaler(sr)
     if upscaler is not None:
         overrides[upscaler.name] = options["sr_transformer"]
     chosen = config.VARIANTS[variant]

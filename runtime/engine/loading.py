@@ -22,6 +22,7 @@ from magihuman.runtime.errors import (
     DeviceError,
     InvalidRequestError,
     MagiHumanError,
+    one_of,
 )
 from magihuman.runtime.hooks import Hooks
 from magihuman.runtime.memory import (
@@ -43,12 +44,11 @@ from magihuman.runtime.parallel import PeerFailed, Team
 from magihuman.runtime.pipeline import Components, Forward
 from magihuman.runtime.weights import (
     AUDIO_FOLDER,
-    FP8_ATTENTION,
-    FP8_PRECISIONS,
     IMAGE_FOLDER,
     TEXT_FOLDER,
     TURBO_FOLDER,
     PathLike,
+    PrecisionPolicy,
     TransformerOptions,
     TransformerSpec,
     find,
@@ -138,24 +138,23 @@ def load(
     is_synthetic = isinstance(model, random_weights.Synthetic)
     default = model.variant if isinstance(model, random_weights.Synthetic) else "distill"
     name = default if variant is None else variant
-    _choice("variant", name, config.BASE_VARIANTS)
+    one_of("variant", name, config.BASE_VARIANTS)
     if type(queue_limit) is not int or queue_limit < 0:
         raise InvalidRequestError(
             f"queue_limit must be a whole number from 0 up, got {queue_limit!r}"
         )
-    _choice("sr", sr, (None, *config.SR_SIZES))
+    one_of("sr", sr, (None, *config.SR_SIZES))
     if vae == "tensorrt" and (turbo_vae is None or is_synthetic):
         raise InvalidRequestError(
             "vae='tensorrt' must go with a model directory and turbo_vae, a folder of engines, got"
             f" {model!r} and {turbo_vae!r}; magihuman export writes one"
         )
-    if precision is not None:
-        _choice("precision", precision, get_args(config.Precision))
+    policy = None if precision is None else PrecisionPolicy.of(precision)
     if vae is not None:
-        _choice("vae", vae, get_args(config.Vae))
-    if precision not in FP8_PRECISIONS and keep_bf16 not in (None, KEEP_NONE):
+        one_of("vae", vae, get_args(config.Vae))
+    if not (policy and policy.is_fp8) and keep_bf16 not in (None, KEEP_NONE):
         raise InvalidRequestError(
-            f"keep_bf16 must go with precision='fp8' or {FP8_ATTENTION!r}, got {keep_bf16!r} with"
+            f"keep_bf16 must go with precision='fp8' or 'fp8-attn', got {keep_bf16!r} with"
             f" {precision!r}"
         )
     if sr is None and sr_transformer is not None:
@@ -170,11 +169,8 @@ def load(
     target = pick_device(device)
     limit_bytes = limit_of(memory_limit_gb, target)
     chosen = config.VARIANTS[name]
-    upscaler = config.VARIANTS[f"{sr}_sr"] if sr else None
-    # The published pipeline runs the image autoencoders in bf16; on the CPU fp32 is both exact and
-    # faster.
-    in_bf16 = target.type == "cuda" and precision != "fp32"
-    vae_dtype = torch.bfloat16 if in_bf16 else torch.float32
+    upscaler = None if sr is None else config.upscaler(sr)
+    vae_dtype = (policy or PrecisionPolicy.BF16).vae_dtype(target)
     reason = why_not_decode(vae_dtype, target)
     if vae == "fast" and reason is not None:
         raise InvalidRequestError(
@@ -184,7 +180,7 @@ def load(
     if context_parallel != 1 and team is None:
         _check_context_parallel(context_parallel, vae, memory_limit_gb)
         return _load_together(context_parallel, target, given, on_load, hooks)
-    options = TransformerOptions(target, precision, keep_bf16, compile, context_parallel)
+    options = TransformerOptions(target, policy, keep_bf16, compile, context_parallel)
     report = build.Reporter(on_load)
     follows = team is not None and team.rank > 0
 
@@ -260,7 +256,9 @@ def load(
         )
         parts.decoder = decoder
         parts.captured.append(decoder)
-    return Engine(parts, chosen, sr, base.precision, target, queue_limit, hooks, team, placer.plan)
+    return Engine(
+        parts, chosen, sr, base.precision.value, target, queue_limit, hooks, team, placer.plan
+    )
 
 
 def _check_context_parallel(ranks: object, vae: str | None, limit_gb: float | None) -> None:
@@ -347,7 +345,7 @@ def compiled(
         model.config,
         spec.linear,
         device,
-        fp8_attention=spec.precision == FP8_ATTENTION,
+        fp8_attention=spec.precision.is_fp8_attention,
         capturing=parts.encoding,
         replays=placer.replays and not placer.moves(name),
         before_layer=placer.before_layer(name),
@@ -370,9 +368,3 @@ def replayed(encoder: TextEncoder, placer: Placer) -> TextEncoder:
 
     graphs = ReplayedEncoder(encoder.masked, encoder.model.dtype, placer.device)
     return dataclasses.replace(encoder, replayed=graphs)
-
-
-def _choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        options = ", ".join(repr(item) for item in allowed)
-        raise InvalidRequestError(f"{name} must be one of {options}, got {value!r}")

@@ -19,7 +19,7 @@ from magihuman.kernels.reference import LocalAttention
 from magihuman.runtime import config
 from magihuman.runtime.device import pick_device
 from magihuman.runtime.engine import Engine, build, loading
-from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.errors import InvalidRequestError, one_of
 from magihuman.runtime.evaluate import clip_score
 from magihuman.runtime.evaluate.simulated_fp8 import QKV, Mode, SimulatedFp8, relative_error
 from magihuman.runtime.evaluate.verify_report import (
@@ -36,8 +36,7 @@ from magihuman.runtime.model import DiT
 from magihuman.runtime.pipeline import Run, decode_frames
 from magihuman.runtime.request import Progress, ProgressCallback, Request
 from magihuman.runtime.weights import (
-    FP8_ATTENTION,
-    FP8_PRECISIONS,
+    PrecisionPolicy,
     TransformerOptions,
     linears_in_fp8,
     locate,
@@ -93,14 +92,14 @@ def verify(
         Request(p, seconds=seconds, width=width, height=height, steps=steps, seed=seed)
         for p in prompts
     ]
-    if precision not in FP8_PRECISIONS:
+    policy = PrecisionPolicy.of(precision)
+    if not policy.is_fp8:
         raise InvalidRequestError(
-            f"precision must be 'fp8' or {FP8_ATTENTION!r} to be compared with bf16, got"
-            f" {precision!r}"
+            f"precision must be 'fp8' or 'fp8-attn' to be compared with bf16, got {precision!r}"
         )
     limits = thresholds or Thresholds()
     if isinstance(model, Engine):
-        return _verify(model, requests, precision, keep_bf16, limits, on_progress, score)
+        return _verify(model, requests, policy, keep_bf16, limits, on_progress, score)
     _check_keep(model, variant, transformer, device, keep_bf16)
     with loading.load(
         model,
@@ -111,7 +110,7 @@ def verify(
         transformer=transformer,
         on_load=on_load,
     ) as engine:
-        return _verify(engine, requests, precision, keep_bf16, limits, on_progress, score)
+        return _verify(engine, requests, policy, keep_bf16, limits, on_progress, score)
 
 
 def _check_keep(
@@ -122,13 +121,10 @@ def _check_keep(
     keep_bf16: KeepBf16,
 ) -> None:
     """Refuse what names no linear before weights are read."""
-    if variant not in config.BASE_VARIANTS:
-        raise InvalidRequestError(
-            f"variant must be one of {', '.join(config.BASE_VARIANTS)}, got {variant!r}"
-        )
+    one_of("variant", variant, config.BASE_VARIANTS)
     chosen = config.VARIANTS[variant]
     paths = locate.find(model, chosen, None, {variant: folder})
-    options = TransformerOptions(pick_device(device), "bf16", None, compile=False)
+    options = TransformerOptions(pick_device(device), PrecisionPolicy.BF16, None, compile=False)
     linears_in_fp8(plan(chosen, paths.dit, options).config, keep_bf16)
 
 
@@ -136,13 +132,13 @@ def _check_keep(
 def _verify(
     engine: Engine,
     requests: list[Request],
-    precision: config.Precision,
+    precision: PrecisionPolicy,
     keep_bf16: KeepBf16,
     thresholds: Thresholds,
     on_progress: ProgressCallback | None,
     is_scored: bool,
 ) -> Report:
-    if engine.precision != "bf16":
+    if engine.precision != PrecisionPolicy.BF16:
         raise InvalidRequestError(
             f"the engine must be loaded with precision='bf16', got {engine.precision!r}"
         )
@@ -156,7 +152,7 @@ def _verify(
     with engine.hold(requests[0]) as run:
         dit = run.parts.dit
     names = linears_in_fp8(dit.config, keep_bf16)
-    with SimulatedFp8(dit, names, precision == FP8_ATTENTION) as simulation:
+    with SimulatedFp8(dit, names, precision.is_fp8_attention) as simulation:
         for i, request in enumerate(requests, 1):
             with engine.hold(request) as run:
                 probe = _Probe(dit, simulation)
@@ -183,7 +179,7 @@ def _verify(
         "height": request.height,
         "steps": len(clips[0].video_error),
         "seed": request.seed,
-        "precision": precision,
+        "precision": precision.value,
         "keep_bf16": keep_bf16 if isinstance(keep_bf16, str) else list(keep_bf16),
     }
     keep: list[str] = []

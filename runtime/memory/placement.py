@@ -37,7 +37,6 @@ from magihuman.runtime.memory.plan import (
 from magihuman.runtime.model import Layout, Oobleck, OobleckConfig, TurboVAE
 from magihuman.runtime.request import Request
 from magihuman.runtime.weights import (
-    FP8_PRECISIONS,
     WEIGHTS_NAME,
     TransformerOptions,
     TransformerSpec,
@@ -51,8 +50,7 @@ log = logging.getLogger("magihuman")
 
 CPU = torch.device("cpu")
 MARGIN_BYTES = GIB  # of a card, left free where no limit is given
-# Of products and of attention on an H100, for estimates; plain PyTorch reaches about half.
-FLOPS = {"bf16": 6e14, "fp8": 1e15, "fp8-attn": 1e15, "fp32": 5e13}
+# Of attention on an H100, for estimates; plain PyTorch reaches about half, as it does of products.
 ATTENTION_FLOPS = 5.5e14
 TEXT_LAYER = "layers."
 
@@ -295,7 +293,7 @@ def stages_of(specs: Sequence[TransformerSpec], parts: set[str], is_compiled: bo
     base = specs[0]
     sr = specs[1] if len(specs) > 1 else None
     request = Request("-")
-    plan = request.plan(base.variant, None if sr is None else sr.variant.name.removesuffix("_sr"))
+    plan = request.plan(base.variant, None if sr is None else sr.variant.sr)
     width, height = plan.size_px
     sound = int(request.seconds * estimate.BYTES_PER_SECOND_OF_SOUND)
     stages = []
@@ -343,9 +341,7 @@ def forward_s(spec: TransformerSpec, layout: Layout) -> float:
         if layer in arch.local_attention_layers:
             seen = min(tokens, (2 * arch.frame_reach + 1) * layout.frame_tokens)
         attention += 4.0 * tokens * seen * arch.hidden_size
-    precision = spec.precision if spec.quantized else "bf16"
-    rate = FLOPS[precision if precision in FP8_PRECISIONS else spec.precision]
-    return linears / rate + attention / ATTENTION_FLOPS
+    return linears / spec.precision.flops + attention / ATTENTION_FLOPS
 
 
 @dataclass

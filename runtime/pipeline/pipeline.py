@@ -223,7 +223,8 @@ class Run:
                 velocity(video, audio)
             if parts.sr_dit is not None and plan.sr_rows and plan.sr_columns:
                 large = torch.zeros(*shape, plan.sr_rows, plan.sr_columns, device=self.device)
-                variant = config.VARIANTS[f"{self.sr}_sr"]
+                assert self.sr is not None
+                variant = config.upscaler(self.sr)
                 with parts.residency.present(SR):
                     velocity = self.velocity(
                         parts.sr_dit, variant, large, audio, text, parts.sr_forward
@@ -284,8 +285,9 @@ class Run:
     ) -> Tensor:
         """The super-resolution model's loop; its audio stream only conditions it."""
         model = self.parts.sr_dit
-        assert model is not None and plan.sr_rows is not None and plan.sr_columns is not None
-        variant, forward = config.VARIANTS[f"{self.sr}_sr"], self.parts.sr_forward
+        assert model is not None and self.sr is not None
+        assert plan.sr_rows is not None and plan.sr_columns is not None
+        variant, forward = config.upscaler(self.sr), self.parts.sr_forward
         video, audio = denoise.sr_start(video, audio, plan.sr_rows, plan.sr_columns, self.noise)
         null = None
         if plan.sr_guidance is not None and null_text is not None:

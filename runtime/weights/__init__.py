@@ -17,13 +17,12 @@ from magihuman.runtime.weights.locate import (
     Paths,
     find,
 )
+from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.random_weights import Synthetic
 from magihuman.runtime.weights.shipped import model_folder, sized
 from magihuman.runtime.weights.t5gemma import load_text_encoder
 from magihuman.runtime.weights.tiny import write_tiny
 from magihuman.runtime.weights.transformer import (
-    FP8_ATTENTION,
-    FP8_PRECISIONS,
     TransformerOptions,
     TransformerSpec,
     layered_bytes,
@@ -34,14 +33,13 @@ from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME, diffusers_key, load_
 
 __all__ = [
     "AUDIO_FOLDER",
-    "FP8_ATTENTION",
-    "FP8_PRECISIONS",
     "IMAGE_FOLDER",
     "TEXT_FOLDER",
     "TURBO_FOLDER",
     "WEIGHTS_NAME",
     "PathLike",
     "Paths",
+    "PrecisionPolicy",
     "Synthetic",
     "TransformerOptions",
     "TransformerSpec",

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from magihuman.graphs.quantization import KeepBf16, quantized_linears
 from magihuman.kernels.reference import padded_width
-from magihuman.runtime.config import DiTConfig, Precision
+from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.model import DiT
 from magihuman.runtime.weights import checkpoint
+from magihuman.runtime.weights.precision import PrecisionPolicy
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "magihuman transformer"
 FORMAT_VERSION = 1
-PRECISIONS = ("fp8", "bf16")
+PRECISIONS = (PrecisionPolicy.FP8, PrecisionPolicy.BF16)  # that are written
 SCALE = ".weight_scale"
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
 AGAIN = "convert the published files again"
@@ -37,7 +38,7 @@ class Artifact:
 
     folder: Path
     config: DiTConfig
-    precision: Precision
+    precision: PrecisionPolicy
     quantized: tuple[str, ...]  # linears in fp8
     files: tuple[str, ...]
 
@@ -103,14 +104,15 @@ def read_manifest(folder: Path, variant: str) -> Artifact:
             f"{path} must have a precision of {' or '.join(PRECISIONS)} and a keep_bf16, got"
             f" {precision!r} and {keep_bf16!r}; {AGAIN}"
         )
+    policy = PrecisionPolicy(precision)
     quantized: tuple[str, ...] = ()
-    if precision == "fp8":
+    if policy.is_fp8:
         try:
             quantized = tuple(quantized_linears(config, cast(KeepBf16, keep_bf16)))
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}; {AGAIN}") from error
     files = _files(values.get("files"), path)
-    return Artifact(folder, config, cast(Precision, precision), quantized, files)
+    return Artifact(folder, config, policy, quantized, files)
 
 
 def scan(artifact: Artifact) -> dict[str, checkpoint.TensorInfo]:

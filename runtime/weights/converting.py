@@ -17,7 +17,7 @@ from torch import Tensor
 
 from magihuman.graphs.quantization import KEEP_NONE, KeepBf16, quantize
 from magihuman.runtime.config import VARIANTS, DiTConfig, Precision, Variant
-from magihuman.runtime.errors import CheckpointError, InvalidRequestError, OutputError
+from magihuman.runtime.errors import CheckpointError, InvalidRequestError, OutputError, one_of
 from magihuman.runtime.files import (
     OnBytes,
     atomic_folder,
@@ -30,6 +30,7 @@ from magihuman.runtime.files import (
 from magihuman.runtime.model import DiT
 from magihuman.runtime.weights import artifacts, checkpoint
 from magihuman.runtime.weights.artifacts import SCALE, Stored
+from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.shipped import model_folder
 from magihuman.runtime.weights.transformer import linears_in_fp8
 
@@ -65,22 +66,15 @@ def convert(
         CheckpointError: a published file is missing, damaged, or does not fit.
         OutputError: the folder cannot be written; nothing is left of it.
     """
-    for name, value, allowed in (
-        ("variant", variant, tuple(VARIANTS)),
-        ("precision", precision, artifacts.PRECISIONS),
-    ):
-        if value not in allowed:
-            raise InvalidRequestError(
-                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
-            )
-    if precision != "fp8" and keep_bf16 != KEEP_NONE:
+    one_of("variant", variant, tuple(VARIANTS))
+    one_of("precision", precision, artifacts.PRECISIONS)
+    policy = PrecisionPolicy(precision)
+    if not policy.is_fp8 and keep_bf16 != KEEP_NONE:
         raise InvalidRequestError(
             f"keep_bf16 must go with precision='fp8', got {keep_bf16!r} with {precision!r}"
         )
     source = _Source(model_folder(model) / variant, VARIANTS[variant])
-    quantized: tuple[str, ...] = ()
-    if precision == "fp8":
-        quantized = linears_in_fp8(source.config, keep_bf16)
+    quantized = linears_in_fp8(source.config, keep_bf16) if policy.is_fp8 else ()
     wanted = artifacts.layout(source.config, quantized)
     report = on_progress or (lambda stage, done, of: None)
     target = Path(folder).absolute()
@@ -88,7 +82,7 @@ def convert(
     try:
         with atomic_folder(target) as temporary:
             sources = hashed(source.files, report)
-            write_artifact(temporary, source, variant, precision, keep_bf16, sources, report)
+            write_artifact(temporary, source, variant, policy, keep_bf16, sources, report)
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{target} could not be written: {error}; nothing is left of it"
@@ -113,7 +107,7 @@ def write_artifact(
     folder: Path,
     source: Source,
     variant: str,
-    precision: Precision,
+    precision: PrecisionPolicy,
     keep_bf16: KeepBf16,
     sources: dict[str, dict[str, object]],
     report: OnBytes = lambda stage, done, of: None,
@@ -122,9 +116,7 @@ def write_artifact(
 
     sources: size and hash of every file that the weights came from.
     """
-    quantized: tuple[str, ...] = ()
-    if precision == "fp8":
-        quantized = linears_in_fp8(source.config, keep_bf16)
+    quantized = linears_in_fp8(source.config, keep_bf16) if precision.is_fp8 else ()
     files = _write_shards(folder, source, artifacts.layout(source.config, quantized), report)
     manifest = {
         "format": artifacts.FORMAT,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.graphs.quantization import quantize_linear
-from magihuman.runtime.config import VARIANTS, DiTConfig, TurboVAEConfig, Variant
-from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.config import BASE_VARIANTS, DiTConfig, TurboVAEConfig, Variant
+from magihuman.runtime.errors import one_of
 from magihuman.runtime.model import (
     DiT,
     ImageVAE,
@@ -48,8 +48,7 @@ class Synthetic:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS or VARIANTS[self.variant].is_sr:
-            raise InvalidRequestError(f"variant must be base or distill, got {self.variant!r}")
+        one_of("variant", self.variant, BASE_VARIANTS)
 
 
 def randomize(module: Module, seed: int, name: str = "") -> Module:

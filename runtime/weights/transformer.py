@@ -11,16 +11,14 @@ import torch
 
 from magihuman.graphs.quantization import KEEP_NONE, KeepBf16, dequantize_model, quantized_linears
 from magihuman.graphs.support import why_not
-from magihuman.runtime.config import DiTConfig, Precision, Variant
+from magihuman.runtime.config import DiTConfig, Variant
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model import DiT
 from magihuman.runtime.weights import artifacts, checkpoint
 from magihuman.runtime.weights.artifacts import Artifact
+from magihuman.runtime.weights.precision import PrecisionPolicy
 
 log = logging.getLogger("magihuman")
-
-FP8_ATTENTION = "fp8-attn"
-FP8_PRECISIONS = ("fp8", FP8_ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class TransformerOptions:
     """What the caller asks of every transformer. None: what its files have, or bf16."""
 
     device: torch.device
-    precision: Precision | None = None
+    precision: PrecisionPolicy | None = None
     keep_bf16: KeepBf16 | None = None
     compile: bool = True
     ranks: int = 1  # processes that share its heads
@@ -50,14 +48,14 @@ class TransformerSpec:
     config: DiTConfig
     folder: Path | None
     artifact: Artifact | None
-    precision: Precision
+    precision: PrecisionPolicy
     quantized: tuple[str, ...] = ()
     why_bf16: str | None = None
 
     @property
     def linear(self) -> torch.dtype:
         """Dtype of the linears that are not in fp8."""
-        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+        return self.precision.linear_dtype
 
     @property
     def device_bytes(self) -> int:
@@ -119,22 +117,25 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
             f"context_parallel must divide the transformer's key/value heads, {heads}, got"
             f" {options.ranks}; use {' or '.join(fitting)}"
         )
-    own = "bf16" if artifact is None else artifact.precision
-    precision = options.precision or own
-    if artifact is not None and own != ("fp8" if precision == FP8_ATTENTION else precision):
+    stored = PrecisionPolicy.BF16 if artifact is None else artifact.precision
+    precision = options.precision or stored
+    if artifact is not None and precision.weights is not stored:
         raise InvalidRequestError(
-            f"precision must be {own!r}, as the artifact's {artifact.folder}, got {precision!r};"
+            f"precision must be {stored!r}, as the artifact's {artifact.folder}, got {precision!r};"
             " leave it out, or convert the published files to another"
         )
-    if precision not in FP8_PRECISIONS:
+    if not precision.needs_hopper:
         return TransformerSpec(variant, config, folder, artifact, precision)
 
     quantized = _quantized(config, options.keep_bf16, artifact)
     reason: str | None = "compile=False asks for the plain one"
     if options.compile:
-        is_attention = precision == FP8_ATTENTION
         reason = why_not(
-            config, torch.bfloat16, options.device, fp8=True, fp8_attention=is_attention
+            config,
+            precision.linear_dtype,
+            options.device,
+            fp8=precision.is_fp8,
+            fp8_attention=precision.is_fp8_attention,
         )
     if reason is None:
         return TransformerSpec(variant, config, folder, artifact, precision, quantized)
@@ -143,7 +144,7 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
             f"precision={precision!r} needs the compiled transformer, and for {variant.name}"
             f" {reason}; use precision='bf16'"
         )
-    return TransformerSpec(variant, config, folder, artifact, "bf16", why_bf16=reason)
+    return TransformerSpec(variant, config, folder, artifact, PrecisionPolicy.BF16, why_bf16=reason)
 
 
 def _quantized(

@@ -25,7 +25,7 @@ from magihuman import runtime
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.parallel.context_parallel import Shared
 from magihuman.runtime.parallel.team import Team
-from magihuman.runtime.weights.transformer import FP8_ATTENTION
+from magihuman.runtime.weights.precision import PrecisionPolicy
 
 DEVICES = [torch.device("cuda", rank) for rank in range(2)]
 SMALL = [tokens.Layout(3, 4, 6, 9, text) for text in (7, 70)]
@@ -108,7 +108,7 @@ def frames_differ(ours: runtime.Video, theirs: runtime.Video) -> float:
     return float(np.abs(ours.frames.astype(int) - theirs.frames.astype(int)).mean())
 
 
-@pytest.mark.parametrize("precision", ["bf16", FP8_ATTENTION])
+@pytest.mark.parametrize("precision", ["bf16", PrecisionPolicy.FP8_ATTENTION.value])
 def test_clips_are_those_of_one_gpu(precision: str, tmp_path: Path) -> None:
     """From prompt to file; also those of a stream, and after a request that was cancelled."""
     runtime.write_tiny(tmp_path)

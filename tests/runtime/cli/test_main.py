@@ -141,8 +141,8 @@ def test_the_model_may_come_from_the_environment(tiny_dir, tmp_path, monkeypatch
         (["--guidance", "5"], "guidance must stay unset for the distill variant"),
         (["--sr-steps", "2"], "sr_steps needs an engine loaded with super-resolution"),
         (["--sr", "540p", "--width", "1024"], "super-resolution must not shrink the clip"),
-        (["--sr", "720p"], "sr must be one of 540p, 1080p, got '720p'"),
-        (["--variant", "turbo"], "variant must be one of base, distill, got 'turbo'"),
+        (["--sr", "720p"], "sr must be one of '540p', '1080p', got '720p'"),
+        (["--variant", "turbo"], "variant must be one of 'base', 'distill', got 'turbo'"),
         (["--precision", "fp16"], "precision must be one of 'bf16', 'fp32', 'fp8', 'fp8-attn', g"),
         (["--precision", "fp8", "--device", "cpu"], "precision='fp8' needs the compiled transfo"),
         (["--precision", "fp8", "--keep-bf16", "a,b"], "keep_bf16 must name linears of the blo"),
@@ -424,8 +424,8 @@ def test_doctor_plans_for_the_published_sizes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--variant", "turbo"), "variant must be one of base, distill, got 'turbo'"),
-        (("--sr", "720p"), "sr must be one of None, 540p, 1080p, got '720p'"),
+        (("--variant", "turbo"), "variant must be one of 'base', 'distill', got 'turbo'"),
+        (("--sr", "720p"), "sr must be one of None, '540p', '1080p', got '720p'"),
         (("--memory-limit-gb", -1), "memory_limit_gb must be a number of GiB above 0, got -1.0"),
     ],
 )

@@ -68,7 +68,9 @@ def test_without_a_device_the_first_gpu_is_taken_or_the_cpu():
 def test_a_synthetic_model_has_one_variant():
     with pytest.raises(InvalidRequestError, match="must be 'base', as the synthetic model's"):
         runtime.load(runtime.synthetic("base"), variant="distill", device="cpu")
-    with pytest.raises(InvalidRequestError, match="must be base or distill, got '540p_sr'"):
+    with pytest.raises(
+        InvalidRequestError, match="must be one of 'base', 'distill', got '540p_sr'"
+    ):
         runtime.synthetic("540p_sr")
 
 

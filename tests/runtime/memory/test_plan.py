@@ -34,6 +34,7 @@ from magihuman.runtime.memory.plan import (
 )
 from magihuman.runtime.weights import checkpoint, load_text_encoder, random_weights
 from magihuman.runtime.weights.locate import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
+from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.tiny import DIT
 from magihuman.runtime.weights.transformer import (
     TransformerOptions,
@@ -51,7 +52,7 @@ def spec(name: str, precision: str) -> TransformerSpec:
     variant = config.VARIANTS[name]
     arch = variant.architecture(config.DiTConfig())
     names = linears_in_fp8(arch, "none") if precision == "fp8" else ()
-    return TransformerSpec(variant, arch, None, None, precision, names)
+    return TransformerSpec(variant, arch, None, None, PrecisionPolicy(precision), names)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +317,12 @@ def test_parts_of_a_folder_are_those_that_are_loaded(tiny_dir):
 def test_bytes_of_a_transformer_by_layer(tiny_dir, precision):
     names = linears_in_fp8(DIT, "none") if precision == "fp8" else ()
     one = TransformerSpec(
-        config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, precision, names
+        config.VARIANTS["distill"],
+        DIT,
+        tiny_dir / "distill",
+        None,
+        PrecisionPolicy(precision),
+        names,
     )
     part = placement.dit_part(BASE, one)
     model = one.read(CPU)
@@ -334,7 +340,7 @@ def test_weights_that_rest_are_those_that_stay(tiny_dir, quantized, monkeypatch)
     """Read or made at random; of the device only what quantises is needed, a tensor at a time."""
     names = tuple(linears_in_fp8(DIT, "none")) if quantized else ()
     one = TransformerSpec(
-        config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, "bf16", names
+        config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, PrecisionPolicy.BF16, names
     )
     device = CPU if quantized else torch.device("meta")  # holds no values
     read = one.read(device, rest=CPU)
