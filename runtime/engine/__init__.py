@@ -1,17 +1,19 @@
 """A loaded model that takes requests from any thread.
 
-`loading` checks what is asked for, finds and reads the model and assembles an `Engine`. `queue`
-says whose turn it is, `stream` hands clips over while they are made, `failures` says what an error
-leaves.
+`loading` takes `options`, has a `blueprint` drawn of the model, has `build` read or make its
+components, and `assemble` an `Engine` of them. `queue` says whose turn it is, `stream` hands clips
+over while they are made, `failures` says what an error leaves.
 """
 
-from magihuman.runtime.engine import build, loading
+from magihuman.runtime.engine import loading
 from magihuman.runtime.engine.engine import Engine
 from magihuman.runtime.engine.loading import load
+from magihuman.runtime.engine.options import LoadOptions, OnLoad
 
 __all__ = [
     "Engine",
-    "build",
+    "LoadOptions",
+    "OnLoad",
     "load",
     "loading",
 ]

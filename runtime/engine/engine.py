@@ -30,7 +30,7 @@ from magihuman.runtime.exported import TensorRTVAE
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import Mp4Writer, check_output
 from magihuman.runtime.memory import MemoryPlan, estimate
-from magihuman.runtime.parallel import Team, share
+from magihuman.runtime.parallel import Shared
 from magihuman.runtime.pipeline import Components, Encoded, Limits, Prepared, Run
 from magihuman.runtime.request import (
     ProgressCallback,
@@ -58,6 +58,27 @@ class Call:
     on_progress: ProgressCallback | None
 
 
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a model was loaded as.
+
+    Attributes:
+        variant: the base variant.
+        sr: None, "540p" or "1080p".
+        precision: of the base transformer, by its name.
+        device: where everything runs.
+        is_compiled: whether the base transformer runs as captured graphs of fused kernels.
+        memory_plan: where weights are in each stage; None on a CPU.
+    """
+
+    variant: config.Variant
+    sr: str | None
+    precision: str
+    device: torch.device
+    is_compiled: bool
+    memory_plan: MemoryPlan | None = None
+
+
 class Engine:
     """A loaded model. Made by `load`. Safe to call from many threads: requests are served in the
     order of arrival, one at a time on the device, while neighbours encode and write files.
@@ -77,33 +98,27 @@ class Engine:
     def __init__(
         self,
         components: Components,
-        variant: config.Variant,
-        sr: str | None,
-        precision: str,
-        device: torch.device,
+        info: EngineInfo,
         queue_limit: int,
         hooks: Sequence[Hooks],
-        team: Team | None = None,
-        memory_plan: MemoryPlan | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        self.memory_plan = memory_plan
-        self.variant = variant.name
-        self.sr = sr
-        self.precision = precision
-        self.device = device
-        self.is_compiled = components.forward is not None
+        """shared: what this process does together with others, where it is one of a team."""
+        self.memory_plan = info.memory_plan
+        self.variant = info.variant.name
+        self.sr = info.sr
+        self.precision = info.precision
+        self.device = info.device
+        self.is_compiled = info.is_compiled
         is_engine = isinstance(components.turbo_vae, TensorRTVAE)
         self.vae = "tensorrt" if is_engine else "plain" if components.decoder is None else "fast"
         self.hooks = tuple(hooks)
         self._parts: Components | None = components
-        self._variant = variant
+        self._variant = info.variant
         self._line = Line(queue_limit)
-        self._failures = Failures(device, self._line)
-        self._shared = None if team is None else share(components, team)
-        self.rank = 0 if team is None else team.rank
-        if device.type == "cuda":
-            components.encode_stream = torch.cuda.Stream(device)
-            components.sound_stream = torch.cuda.Stream(device)
+        self._failures = Failures(info.device, self._line)
+        self._shared = shared
+        self.rank = 0 if shared is None else shared.team.rank
 
     def __enter__(self) -> Self:
         return self

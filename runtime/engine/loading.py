@@ -1,70 +1,33 @@
-"""Check what is asked for, find and read the model, and assemble an engine."""
+"""`load`: check what is asked for, draw a blueprint of the model, build it, assemble an engine."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_args
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from magihuman.graphs.quantization import KEEP_NONE, KeepBf16
-from magihuman.graphs.support import why_not, why_not_decode
+from magihuman.graphs.quantization import KeepBf16
+from magihuman.graphs.support import why_not_decode
 from magihuman.runtime import config
 from magihuman.runtime.device import pick_device
-from magihuman.runtime.engine import build
+from magihuman.runtime.engine import blueprint
+from magihuman.runtime.engine.assemble import assemble
+from magihuman.runtime.engine.build import build
 from magihuman.runtime.engine.engine import Engine
-from magihuman.runtime.errors import (
-    CheckpointError,
-    DeviceError,
-    InvalidRequestError,
-    MagiHumanError,
-    one_of,
-)
+from magihuman.runtime.engine.options import LoadOptions, OnLoad
+from magihuman.runtime.errors import DeviceError, InvalidRequestError, MagiHumanError
 from magihuman.runtime.hooks import Hooks
-from magihuman.runtime.memory import (
-    BASE,
-    GIB,
-    SR,
-    VIDEO,
-    Cap,
-    Part,
-    Placer,
-    check_limit,
-    folder_parts,
-    limit_of,
-    plan_placement,
-    synthetic_parts,
-)
-from magihuman.runtime.model import DiT, TextEncoder, TurboVAE
+from magihuman.runtime.memory import limit_of
 from magihuman.runtime.parallel import PeerFailed, Team
-from magihuman.runtime.pipeline import Components, Forward
-from magihuman.runtime.weights import (
-    AUDIO_FOLDER,
-    IMAGE_FOLDER,
-    TEXT_FOLDER,
-    TURBO_FOLDER,
-    PathLike,
-    PrecisionPolicy,
-    TransformerOptions,
-    TransformerSpec,
-    find,
-    model_folder,
-    plan,
-    random_weights,
-)
+from magihuman.runtime.weights import PathLike, Synthetic
 
 log = logging.getLogger("magihuman")
-Made = TypeVar("Made")
-
-OF_RANK_0 = ("team", "device", "on_load", "hooks")  # arguments of `load` that are not the others'
 
 
 def load(
-    model: PathLike | random_weights.Synthetic,
+    model: PathLike | Synthetic,
     *,
     variant: str | None = None,
     sr: str | None = None,
@@ -81,12 +44,11 @@ def load(
     audio_vae: PathLike | None = None,
     image_vae: PathLike | None = None,
     memory_limit_gb: float | None = None,
-    on_load: build.OnLoad | None = None,
+    on_load: OnLoad | None = None,
     queue_limit: int = 64,
     hooks: Sequence[Hooks] = (),
     debug: bool = False,
     context_parallel: int = 1,
-    team: Team | None = None,
 ) -> Engine:
     """Load a model and return an engine ready to generate.
 
@@ -126,7 +88,6 @@ def load(
             must divide the transformer's key/value heads. Each holds the transformers and the video
             decoder, the first all else too. In a process that torchrun started, those that it
             started with it; else processes are started here.
-        team: of which this process is one, where `load` starts it; not for callers.
 
     Raises:
         InvalidRequestError: an argument is not one of those above.
@@ -134,174 +95,102 @@ def load(
         DeviceError: the device is not there, or there is no way to run in its memory, or in the
             limit; nothing large has been read then.
     """
-    given = {name: value for name, value in locals().items() if name not in OF_RANK_0}
-    is_synthetic = isinstance(model, random_weights.Synthetic)
-    default = model.variant if isinstance(model, random_weights.Synthetic) else "distill"
-    name = default if variant is None else variant
-    one_of("variant", name, config.BASE_VARIANTS)
-    if type(queue_limit) is not int or queue_limit < 0:
-        raise InvalidRequestError(
-            f"queue_limit must be a whole number from 0 up, got {queue_limit!r}"
+    return load_with(
+        LoadOptions(
+            model,
+            variant=variant,
+            sr=sr,
+            precision=precision,
+            keep_bf16=keep_bf16,
+            compile=compile,
+            vae=vae,
+            device=device,
+            revision=revision,
+            transformer=transformer,
+            sr_transformer=sr_transformer,
+            turbo_vae=turbo_vae,
+            text_encoder=text_encoder,
+            audio_vae=audio_vae,
+            image_vae=image_vae,
+            memory_limit_gb=memory_limit_gb,
+            on_load=on_load,
+            queue_limit=queue_limit,
+            hooks=hooks,
+            debug=debug,
+            context_parallel=context_parallel,
         )
-    one_of("sr", sr, (None, *config.SR_SIZES))
-    if vae == "tensorrt" and (turbo_vae is None or is_synthetic):
-        raise InvalidRequestError(
-            "vae='tensorrt' must go with a model directory and turbo_vae, a folder of engines, got"
-            f" {model!r} and {turbo_vae!r}; magihuman export writes one"
-        )
-    policy = None if precision is None else PrecisionPolicy.of(precision)
-    if vae is not None:
-        one_of("vae", vae, get_args(config.Vae))
-    if not (policy and policy.is_fp8) and keep_bf16 not in (None, KEEP_NONE):
-        raise InvalidRequestError(
-            f"keep_bf16 must go with precision='fp8' or 'fp8-attn', got {keep_bf16!r} with"
-            f" {precision!r}"
-        )
-    if sr is None and sr_transformer is not None:
-        raise InvalidRequestError(
-            f"sr_transformer must go with sr, got {os.fspath(sr_transformer)!r} without"
-        )
-    if is_synthetic and name != default:
-        raise InvalidRequestError(
-            f"variant must be {default!r}, as the synthetic model's, got {name!r}"
-        )
-    check_limit(memory_limit_gb)
-    target = pick_device(device)
-    limit_bytes = limit_of(memory_limit_gb, target)
-    chosen = config.VARIANTS[name]
-    upscaler = None if sr is None else config.upscaler(sr)
-    vae_dtype = (policy or PrecisionPolicy.BF16).vae_dtype(target)
-    reason = why_not_decode(vae_dtype, target)
-    if vae == "fast" and reason is not None:
+    )
+
+
+def load_with(options: LoadOptions) -> Engine:
+    """`load`, in this process or in every one of a team."""
+    options.check()
+    device = pick_device(options.device)
+    if options.context_parallel == 1:
+        return load_here(options, device)
+    check_on(options, device)
+    options.check_together()
+    return load_together(options, device)
+
+
+def check_on(options: LoadOptions, device: torch.device) -> int | None:
+    """Bytes that the process may hold on this device; None on a CPU.
+
+    Raises:
+        InvalidRequestError: the device cannot do what is asked, whatever the model.
+    """
+    limit_bytes = limit_of(options.memory_limit_gb, device)
+    reason = why_not_decode(options.vae_dtype(device), device)
+    if options.vae == "fast" and reason is not None:
         raise InvalidRequestError(
             f"vae='fast' needs a Hopper GPU and bf16, and here {reason}; use vae='plain', or leave"
             " it out"
         )
-    if context_parallel != 1 and team is None:
-        _check_context_parallel(context_parallel, vae, memory_limit_gb)
-        return _load_together(context_parallel, target, given, on_load, hooks)
-    options = TransformerOptions(target, policy, keep_bf16, compile, context_parallel)
-    report = build.Reporter(on_load)
+    return limit_bytes
+
+
+def load_here(options: LoadOptions, device: torch.device, team: Team | None = None) -> Engine:
+    """The engine of this process. team: of which it is one, whose rank 0 takes the requests.
+
+    Raises:
+        InvalidRequestError, CheckpointError, DeviceError: as `load`.
+    """
+    limit_bytes = check_on(options, device)
     follows = team is not None and team.rank > 0
-
-    def placed(others: Callable[[], list[Part]]) -> Placer:
-        def own() -> list[Part]:
-            return [part for part in others() if not follows or part.name == VIDEO]
-
-        asked = memory_limit_gb is not None
-        placer = Placer(plan_placement(own, base, upscale, limit_bytes, asked, options), target)
-        if memory_limit_gb is not None:
-            placer.residency.cap = Cap(target, int(memory_limit_gb * GIB))
-        return placer
-
     try:
-        if isinstance(model, random_weights.Synthetic):
-            base = plan(chosen, None, options)
-            upscale = None if upscaler is None else plan(upscaler, None, options)
-            placer = placed(lambda: synthetic_parts(vae_dtype))
-            parts = build.synthesize(model, base, upscale, placer, vae_dtype, report, follows)
-        else:
-            overrides = {
-                chosen.name: transformer,
-                TURBO_FOLDER: turbo_vae,
-                TEXT_FOLDER: text_encoder,
-                AUDIO_FOLDER: audio_vae,
-                IMAGE_FOLDER: image_vae,
-            }
-            if upscaler is not None:
-                overrides[upscaler.name] = sr_transformer
-            paths = find(model, chosen, upscaler, overrides, revision)
-            base = plan(chosen, paths.dit, options)
-            upscale = None if upscaler is None else plan(upscaler, paths.sr, options)
-            for spec in filter(None, (base, upscale)):
-                spec.scan()
-            engines = model_folder(model) / TURBO_FOLDER if vae == "tensorrt" else None
-            placer = placed(
-                lambda: folder_parts(
-                    paths.turbo_vae,
-                    paths.text_encoder,
-                    paths.audio_vae,
-                    paths.image_vae,
-                    vae_dtype.itemsize,
-                    is_engine=vae == "tensorrt",
-                )
-            )
-            parts = build.read(paths, base, upscale, placer, vae_dtype, engines, report, follows)
+        drawn = blueprint.draw(options, device, limit_bytes, follows)
+        components = build(drawn)
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceError(
-            f"{target} ran out of memory while loading; free it, or load without sr: {error}"
+            f"{device} ran out of memory while loading; free it, or load without sr: {error}"
         ) from error
-    encoder, channels = parts.text_encoder, parts.dit.config.text_channels
-    if encoder is not None and encoder.channels != channels:
-        raise CheckpointError(
-            f"the text encoder's width must be the transformer's text_channels, {channels}, got"
-            f" {encoder.channels}; they belong to different models"
-        )
-    parts.residency = placer.residency
-    if compile:
-        parts.forward = compiled(parts.dit, base, placer, BASE, debug, parts, team)
-        if parts.sr_dit is not None and upscale is not None:
-            parts.sr_forward = compiled(parts.sr_dit, upscale, placer, SR, debug, parts, team)
-        if parts.forward is not None and encoder is not None:
-            parts.text_encoder = replayed(encoder, placer)
-    if vae != "plain" and reason is None and isinstance(parts.turbo_vae, TurboVAE):
-        from magihuman.graphs.decoder import CompiledDecoder
-
-        decoder = CompiledDecoder(
-            parts.turbo_vae.decoder,
-            parts.turbo_vae.config,
-            capturing=parts.encoding,
-            replays=placer.replays,
-        )
-        parts.decoder = decoder
-        parts.captured.append(decoder)
-    return Engine(
-        parts, chosen, sr, base.precision.value, target, queue_limit, hooks, team, placer.plan
-    )
+    return assemble(components, drawn, team)
 
 
-def _check_context_parallel(ranks: object, vae: str | None, limit_gb: float | None) -> None:
-    if type(ranks) is not int or ranks < 1:
-        raise InvalidRequestError(
-            f"context_parallel must be a whole number from 1 up, got {ranks!r}"
-        )
-    if limit_gb is not None:
-        raise InvalidRequestError(
-            f"memory_limit_gb must go with context_parallel=1, got {limit_gb!r} with {ranks}: GPUs"
-            " that work together hold all weights; leave one of the two out"
-        )
-    if vae == "tensorrt":
-        raise InvalidRequestError(
-            f"vae='tensorrt' must go with context_parallel=1, got {ranks}; use vae='fast' or"
-            " 'plain'"
-        )
-
-
-def _load_together(
-    ranks: int,
-    first: torch.device,
-    given: dict[str, Any],
-    on_load: build.OnLoad | None,
-    hooks: Sequence[Hooks],
-) -> Engine:
-    """`load` in every process of a team. first: the device of rank 0."""
+def load_together(options: LoadOptions, first: torch.device) -> Engine:
+    """The engine of rank 0, or, under torchrun, of this rank. first: the device of rank 0."""
 
     def device(rank: int) -> torch.device:
         return first if first.type == "cpu" else pick_device(f"cuda:{(first.index or 0) + rank}")
 
+    ranks = options.context_parallel
     if dist.is_torchelastic_launched():
         team = Team.join(ranks, device(dist.get_node_local_rank()))
     else:
         devices = [device(rank) for rank in range(ranks)]
-        team = Team.start(devices, f"{__name__}:{follow.__name__}", given)
-    return _load_in(team, given, on_load=on_load, hooks=hooks)
+        team = Team.start(devices, f"{__name__}:{follow.__name__}", options.for_others())
+    return load_in(team, options)
 
 
-def _load_in(team: Team, given: dict[str, Any], **own: Any) -> Engine:
-    """This process's engine, once every process has one."""
+def load_in(team: Team, options: LoadOptions) -> Engine:
+    """This process's engine, once every process of the team has one.
+
+    Raises:
+        DeviceError: another process could not load.
+    """
     try:
-        return team.agree(lambda: load(**{**given, **own, "device": team.device, "team": team}))
+        return team.agree(lambda: load_here(options, team.device, team))
     except BaseException as error:
         team.close(tell=False)  # all of them raise
         if isinstance(error, PeerFailed):
@@ -309,62 +198,12 @@ def _load_in(team: Team, given: dict[str, Any], **own: Any) -> Engine:
         raise
 
 
-def follow(team: Team, given: dict[str, Any]) -> None:
-    """All that a process does which rank 0 has started."""
+def follow(team: Team, options: LoadOptions) -> None:
+    """All that a process does which rank 0 has started: load, and serve until rank 0 closes."""
     try:
-        engine = _load_in(team, given)
+        engine = load_in(team, options)
     except MagiHumanError as error:  # rank 0 says it too
         log.info("%s", error)
         return
     with engine:
         engine.follow()
-
-
-def compiled(
-    model: DiT,
-    spec: TransformerSpec,
-    placer: Placer,
-    name: str,
-    debug: bool,
-    parts: Components,
-    team: Team | None = None,
-) -> Forward | None:
-    """The compiled forward of a transformer, or None, with one log line, where there is none.
-
-    parts: that it will be one of, under a name in the memory plan.
-    """
-    device = placer.device
-    reason = why_not(model.config, spec.linear, device)
-    if reason is not None:
-        log.info("running the plain transformer: %s", reason)
-        return None
-    from magihuman.graphs.transformer import CompiledForward
-
-    forward = CompiledForward(
-        model,
-        model.config,
-        spec.linear,
-        device,
-        fp8_attention=spec.precision.is_fp8_attention,
-        capturing=parts.encoding,
-        replays=placer.replays and not placer.moves(name),
-        before_layer=placer.before_layer(name),
-        debug=debug,
-        rank=0 if team is None else team.rank,
-        ranks=1 if team is None else team.ranks,
-    )
-    parts.captured.append(forward)
-    return forward
-
-
-def replayed(encoder: TextEncoder, placer: Placer) -> TextEncoder:
-    """The encoder with captured graphs of short prompts, where its weights stay in their places and
-    the plan has room for them.
-    """
-    window = encoder.model.config.encoder.sliding_window
-    if not placer.replays_text or window < config.MAX_TEXT_TOKENS:
-        return encoder
-    from magihuman.graphs.text import ReplayedEncoder
-
-    graphs = ReplayedEncoder(encoder.masked, encoder.model.dtype, placer.device)
-    return dataclasses.replace(encoder, replayed=graphs)

@@ -18,7 +18,7 @@ from magihuman.graphs.quantization import KEEP_NONE, KeepBf16
 from magihuman.kernels.reference import LocalAttention
 from magihuman.runtime import config
 from magihuman.runtime.device import pick_device
-from magihuman.runtime.engine import Engine, build, loading
+from magihuman.runtime.engine import Engine, OnLoad, loading
 from magihuman.runtime.errors import InvalidRequestError, one_of
 from magihuman.runtime.evaluate import clip_score
 from magihuman.runtime.evaluate.simulated_fp8 import QKV, Mode, SimulatedFp8, relative_error
@@ -63,7 +63,7 @@ def verify(
     variant: str = "distill",
     transformer: locate.PathLike | None = None,
     device: str | torch.device | None = None,
-    on_load: build.OnLoad | None = None,
+    on_load: OnLoad | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Report:
     """Compare fp8, simulated, with bf16: each linear, each layer, latents, frames and sound.

@@ -296,9 +296,10 @@ def call_before_layers(
 class Residency:
     """Which parts of an engine move, and their presence on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, cap: object = None) -> None:
+        """cap: what holds for as long as the engine has its parts, as a `Cap`."""
         self._moving: dict[str, Offloaded] = {}
-        self.cap: object = None  # held for as long as the engine has its parts
+        self._cap = cap
 
     @property
     def moves(self) -> bool:

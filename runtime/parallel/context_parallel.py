@@ -10,6 +10,7 @@ step.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -241,12 +242,13 @@ def _side_by_side(velocities: tuple[Tensor, Tensor], rows: int) -> Tensor:
     return out
 
 
-def share(parts: Components, team: Team) -> Shared:
-    """Have the transformers and the video decoder of an engine run on every process of a team."""
-    own = list(parts.captured)
+def share(parts: Components, team: Team) -> tuple[Components, Shared]:
+    """The components of an engine with transformers and video decoder that run on every process of
+    a team, and what this process does of that.
+    """
 
     def release() -> None:
-        for captured in own:
+        for captured in parts.captured:
             captured.release()
 
     given = {"base": (parts.dit, parts.forward), "sr": (parts.sr_dit, parts.sr_forward)}
@@ -256,7 +258,11 @@ def share(parts: Components, team: Team) -> Shared:
         if model is not None
     }
     shared = Shared(team, models, cast(TurboVAE, parts.turbo_vae), parts.decoder, release)
-    parts.forward, parts.spread, parts.captured = shared.forward("base"), shared, [shared]
-    if parts.sr_dit is not None:
-        parts.sr_forward = shared.forward("sr")
-    return shared
+    together = dataclasses.replace(
+        parts,
+        forward=shared.forward("base"),
+        sr_forward=None if parts.sr_dit is None else shared.forward("sr"),
+        spread=shared,
+        captured=(shared,),
+    )
+    return together, shared

@@ -28,9 +28,12 @@ class Captured(Protocol):
         """Give them up."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Components:
-    """The loaded models of an engine: where it follows another, those alone that both run."""
+    """The loaded models of an engine: where it follows another, those alone that both run.
+
+    Frozen: who needs it otherwise makes another with `dataclasses.replace`.
+    """
 
     dit: DiT
     turbo_vae: VideoDecoder
@@ -42,7 +45,7 @@ class Components:
     sr_forward: denoise.Forward | None = None
     decoder: Decoder | None = None  # compiled, in place of the Turbo VAE's own
     spread: Spread | None = None  # decodes on several devices, in place of both
-    captured: list[Captured] = field(default_factory=list)  # those of the last three that are there
+    captured: tuple[Captured, ...] = ()  # those of the last three that are there
     residency: Residency = field(default_factory=Residency)  # which of them are brought for a stage
     # Held while anything is encoded, and while a graph is captured: kernels are timed then, and
     # the encoders keep state.

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 from magihuman import runtime
-from magihuman.runtime.engine import loading
+from magihuman.runtime.engine import blueprint
 from magihuman.runtime.memory.estimate import free_bytes
 from magihuman.runtime.memory.offload import Offloaded
 from magihuman.runtime.memory.plan import AUDIO, BASE, GIB, IMAGE, SR, TEXT, MemoryPlan
@@ -52,7 +52,7 @@ def load(tiny_dir: Path):
     def loaded(streamed: dict, **options) -> Iterator[runtime.Engine]:
         plan = MemoryPlan(0, streamed, not streamed, (), 0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loading, "plan_placement", lambda *arguments: plan)
+            patch.setattr(blueprint, "plan_placement", lambda *arguments: plan)
             engine = runtime.load(tiny_dir, sr="540p", device="cuda", **options)
         with engine:
             yield engine

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 
 from magihuman import runtime
 from magihuman.runtime import CheckpointError, DeviceError, InvalidRequestError
-from magihuman.runtime.engine import loading
+from magihuman.runtime.engine import LoadOptions, loading
 from magihuman.runtime.weights import locate, random_weights
 from magihuman.runtime.weights.locate import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.weights.tiny import DIT
@@ -63,6 +65,40 @@ def test_without_a_device_the_first_gpu_is_taken_or_the_cpu():
     expected = "cuda:0" if torch.cuda.is_available() else "cpu"
     assert loading.pick_device(None) == torch.device(expected)
     assert loading.pick_device(torch.device("cpu")) == loading.pick_device("cpu")
+
+
+def test_options_are_the_arguments_of_load_with_their_defaults():
+    fields = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
+    arguments = inspect.signature(runtime.load).parameters
+    given = {name: parameter.default for name, parameter in arguments.items()}
+    assert given.pop("model") is inspect.Parameter.empty
+    assert fields.pop("model") is dataclasses.MISSING
+    assert given == fields and "team" not in given
+
+
+def test_options_for_other_processes_leave_device_and_callbacks_behind(tiny_dir):
+    """Which may be what pickle refuses, as functions made here are."""
+    given = LoadOptions(
+        tiny_dir,
+        sr="540p",
+        device="cpu",
+        on_load=lambda name, done, of: None,
+        hooks=[type("Local", (), {})()],
+        keep_bf16=["a", "b"],
+        context_parallel=2,
+    )
+    sent = pickle.loads(pickle.dumps(given.for_others()))
+    expected = LoadOptions(tiny_dir, sr="540p", keep_bf16=["a", "b"], context_parallel=2)
+    assert sent == expected
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(given)
+
+
+def test_components_stay_as_they_were_built(tiny_dir):
+    with runtime.load(tiny_dir, device="cpu") as engine:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            engine._parts.forward = None
+        assert engine._parts.captured == ()
 
 
 def test_a_synthetic_model_has_one_variant():

@@ -6,6 +6,7 @@ place gives other results than the model that stays.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -269,7 +270,7 @@ def engine_that_moves(folder, streamed: dict[str, tuple[int, ...]], **options) -
         for name, model in ((BASE, parts.dit), (SR, parts.sr_dit)):
             if model is not None:
                 placer.place(name, model, list(model.block.layers), model.block)
-        parts.residency = placer.residency
+        engine._parts = dataclasses.replace(parts, residency=placer.residency)
         yield engine
 
 

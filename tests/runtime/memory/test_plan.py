@@ -10,7 +10,7 @@ import torch
 
 from magihuman import runtime
 from magihuman.runtime import config
-from magihuman.runtime.engine import loading
+from magihuman.runtime.engine import assemble
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
 from magihuman.runtime.memory import estimate, placement
 from magihuman.runtime.memory import plan as memory_plan
@@ -233,7 +233,7 @@ def test_prompts_are_encoded_by_graphs_where_the_plan_has_them(
     streamed = {TEXT: ()} if moves else {}
     made = memory_plan.MemoryPlan(GIB, streamed, replays, (), 0, frozenset(spared))
     for plan_, expected in ((made, is_replayed), (None, True)):
-        got = loading.replayed(encoder, placement.Placer(plan_, CPU))
+        got = assemble.replayed(encoder, placement.Placer(plan_, CPU))
         assert (got.replayed is not None) == expected
 
 

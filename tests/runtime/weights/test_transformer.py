@@ -9,7 +9,7 @@ from magihuman import runtime
 from magihuman.graphs.quantization import is_quantized, quantize_model, quantized_linears
 from magihuman.runtime import CheckpointError, InvalidRequestError
 from magihuman.runtime.config import VARIANTS
-from magihuman.runtime.engine import loading
+from magihuman.runtime.engine import assemble
 from magihuman.runtime.weights import checkpoint, random_weights, transformer
 from magihuman.runtime.weights.tiny import DIT
 
@@ -21,7 +21,7 @@ BF16 = torch.bfloat16
 def capable(monkeypatch) -> None:
     """As on a device whose kernels take fp8; what they would compute is not asked for."""
     monkeypatch.setattr(transformer, "why_not", lambda *arguments, **options: None)
-    monkeypatch.setattr(loading, "compiled", lambda *arguments: None)
+    monkeypatch.setattr(assemble, "compiled", lambda *arguments: None)
 
 
 def assert_same(actual: torch.nn.Module, wanted: torch.nn.Module) -> None:
@@ -133,7 +133,7 @@ def test_bytes_on_the_device():
 def test_fp8_attention_takes_the_weights_of_fp8(tiny_dir, tmp_path, capable, monkeypatch):
     """Published or converted; and says so to whoever compiles the forward."""
     asked = []
-    monkeypatch.setattr(loading, "compiled", lambda model, spec, *rest: asked.append(spec))
+    monkeypatch.setattr(assemble, "compiled", lambda model, spec, *rest: asked.append(spec))
     folder = runtime.convert(tiny_dir, tmp_path / "fp8", variant="distill")
     for options in ({}, {"transformer": folder}, {"keep_bf16": "modality"}):
         with runtime.load(tiny_dir, precision="fp8-attn", device="cpu", **options) as loaded:
