@@ -97,7 +97,8 @@ def headline_table(folder: Path) -> list[str]:
         published = f"published: {sizes[size]['published_s']:.1f} s"
         rows.append((f"noise to frames of {width}x{height}", sums, published))
     return [
-        f"| a clip of 5 s on one {machine.get('gpu', 'CPU')} | {' | '.join(PRECISIONS)} | for comparison |",
+        f"| a clip of 5 s on one {machine.get('gpu', 'CPU')} | {' | '.join(PRECISIONS)}"
+        " | for comparison |",
         "|---|---|---|---|---|",
         *(f"| {name} | {' | '.join(cells)} | {other} |" for name, cells, other in rows),
         "",
@@ -123,7 +124,8 @@ def denoising_table(forward: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     error = forward["error_after_8_steps"]
     return [
-        f"One {machine.get('gpu', 'CPU')}, driver {machine.get('driver')}, torch {machine['torch']},"
+        f"One {machine.get('gpu', 'CPU')}, driver {machine.get('driver')},"
+        f" torch {machine['torch']},"
         f" {machine['date']}. Random weights at full",
         f"size, 480x256, 5 s, 300 text tokens ({forward['tokens']} in all), bf16. Figures are"
         " medians after warm-up;",

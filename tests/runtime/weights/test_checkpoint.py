@@ -261,7 +261,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from magihuman.runtime import checkpoint, config
+from magihuman.runtime import config
+from magihuman.runtime.weights import checkpoint
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
