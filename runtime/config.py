@@ -44,7 +44,7 @@ class DiTConfig:
 
     @property
     def heads(self) -> int:
-        """Query heads."""
+        """The number of query heads."""
         return self.hidden_size // self.head_dim
 
     @property
@@ -54,7 +54,7 @@ class DiTConfig:
 
     @property
     def rope_bands(self) -> int:
-        """Frequencies per axis."""
+        """The number of rotary frequencies for each axis."""
         return self.head_dim // 8
 
     def mlp_widths(self, layer: int) -> tuple[int, int]:
@@ -214,7 +214,7 @@ class TurboVAEConfig:
 
 
 def _is_like(value: object, example: object) -> bool:
-    """Of the example's type, item by item, and positive where that is a whole number."""
+    """Whether the value has the example's type, item by item, and is positive if it is an int."""
     if isinstance(example, tuple):
         return isinstance(value, tuple) and all(_is_like(item, example[0]) for item in value)
     return type(value) is type(example) and (type(value) is not int or value > 0)

@@ -16,7 +16,7 @@ class PeerLost(RuntimeError):  # noqa: N818 - a state, as EngineUnusable
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or the host, however it is told."""
+    """Whether the device or the host had no memory left, however the error says so."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_cuda_error(error: BaseException) -> bool:
-    """Other than a lack of memory."""
+    """Whether CUDA raised it, for another reason than a lack of memory."""
     is_told = isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and "CUDA error" in str(error)
     )
@@ -71,13 +71,18 @@ def cuda_failure(
     if device.type == "cuda":
         try:
             (stream or torch.cuda.current_stream(device)).synchronize()
-        except RuntimeError as found:
-            return str(found)
+        except RuntimeError as failure:
+            return str(failure)
     return None
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the first GPU, or the CPU; `DeviceError` where it is not there."""
+    """The device asked for; without one the first GPU, or the CPU.
+
+    Raises:
+        InvalidRequestError: it is neither cpu nor cuda.
+        DeviceError: there is no such GPU here.
+    """
     if device is None:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

@@ -53,7 +53,7 @@ class Graph:
 
     @property
     def size(self) -> str:
-        """Of the clips, in pixels, as 480x256, or 256x256 to 896x512."""
+        """The size of its clips in pixels, as "480x256", or "256x256 to 896x512"."""
         ends = (
             f"{self.dims['width'][i] * VIDEO_STRIDE[2]}x{self.dims['height'][i] * VIDEO_STRIDE[1]}"
             for i in (0, 2)
@@ -128,8 +128,8 @@ def read_manifest(folder: Path) -> Exported:
 
 def check_sources(exported: Exported, files: list[Path]) -> None:
     """Raise `CheckpointError` unless these are, byte for byte, the weights that were exported."""
-    found = hashed(files)
-    for name, facts in found.items():
+    hashes = hashed(files)
+    for name, facts in hashes.items():
         if exported.sources.get(name) != facts:
             raise CheckpointError(
                 f"{exported.folder} must have been exported from {name} of SHA-256"
@@ -140,21 +140,21 @@ def check_sources(exported: Exported, files: list[Path]) -> None:
 
 def check_builder(exported: Exported, here: Builder) -> None:
     """Raise `CheckpointError` unless engines were made by, and for, what is here."""
-    made = exported.builder
-    if made is None:
+    builder = exported.builder
+    if builder is None:
         raise CheckpointError(
             f"{exported.folder} must hold TensorRT engines, got ONNX alone; export it with"
             " --target tensorrt"
         )
-    for name, wanted, got in (
-        ("flavour of TensorRT", here.flavour, made.flavour),
-        ("version of TensorRT", here.version, made.version),
-        ("GPU", f"sm_{here.sm}", f"sm_{made.sm}"),
+    for name, ours, theirs in (
+        ("flavour of TensorRT", here.flavour, builder.flavour),
+        ("version of TensorRT", here.version, builder.version),
+        ("GPU", f"sm_{here.sm}", f"sm_{builder.sm}"),
     ):
-        if wanted != got:
+        if ours != theirs:
             raise CheckpointError(
                 f"{exported.folder}: engines run only where they were made for; the {name} here is"
-                f" {wanted}, theirs {got}; {AGAIN} for {here}"
+                f" {ours}, theirs {theirs}; {AGAIN} for {here}"
             )
 
 
@@ -206,24 +206,24 @@ def _graph(values: object, target: str, path: Path) -> Graph:
 
 def _check_kinds(graphs: tuple[Graph, ...], config: TurboVAEConfig, path: Path) -> None:
     """Each kind of window has to be there at every size, with the latents of that kind."""
-    wanted = {kind: window.latents for kind, window in window_kinds(config).items()}
+    latents = {kind: window.latents for kind, window in window_kinds(config).items()}
     for graph in graphs:
         if set(graph.dims) != {"latents", "height", "width"}:
             raise CheckpointError(
                 f"{path}: {graph.onnx} must have latents, height and width, got"
                 f" {', '.join(graph.dims)}; {AGAIN}"
             )
-        if graph.dims["latents"] != (wanted.get(graph.kind),) * 3:
+        if graph.dims["latents"] != (latents.get(graph.kind),) * 3:
             raise CheckpointError(
-                f"{path}: windows must be of the kinds {wanted}, got {graph.kind!r} of"
+                f"{path}: windows must be of the kinds {latents}, got {graph.kind!r} of"
                 f" {list(graph.dims['latents'])} latents; {AGAIN}"
             )
     sizes = {(graph.dims["height"], graph.dims["width"]) for graph in graphs}
-    found = [(graph.kind, graph.dims["height"], graph.dims["width"]) for graph in graphs]
-    if sorted(found) != sorted((kind, *size) for kind in wanted for size in sizes):
+    windows = [(graph.kind, graph.dims["height"], graph.dims["width"]) for graph in graphs]
+    if sorted(windows) != sorted((kind, *size) for kind in latents for size in sizes):
         raise CheckpointError(
-            f"{path} must have each of {', '.join(wanted)} once for every size, got"
-            f" {', '.join(kind for kind, _, _ in found)}; {AGAIN}"
+            f"{path} must have each of {', '.join(latents)} once for every size, got"
+            f" {', '.join(kind for kind, _, _ in windows)}; {AGAIN}"
         )
 
 

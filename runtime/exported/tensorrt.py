@@ -65,7 +65,7 @@ def capabilities() -> list[str]:
 
 @functools.cache
 def library(flavour: str) -> Any:
-    """The module, imported."""
+    """The module of a flavour of TensorRT, imported when it is first asked for."""
     return importlib.import_module(flavour)
 
 
@@ -203,10 +203,10 @@ def load_engines(folder: Path, published: Path, device: torch.device) -> TensorR
             f"{folder} must hold engines for vae='tensorrt', with their manifest; magihuman export"
             " writes them"
         )
-    found = read_manifest(folder)
+    exported = read_manifest(folder)
     if published.is_dir() and not is_exported(published):
-        check_sources(found, list(turbo_vae_files(published)))
-    return TensorRTVAE(found, device)
+        check_sources(exported, list(turbo_vae_files(published)))
+    return TensorRTVAE(exported, device)
 
 
 def _deserialized(runtime: Any, path: Path) -> Any:

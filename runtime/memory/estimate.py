@@ -43,7 +43,10 @@ SMALLER = tuple(step / 10 for step in range(9, 0, -1))
 
 
 def working_bytes(request: Request, variant: config.Variant, sr: str | None, rows: int) -> int:
-    """Of the stage that needs most. rows: of the transformer's widest linear, for one modality."""
+    """Bytes of activations in the stage that needs most of them.
+
+    rows: output rows of the transformer's widest linear, for one modality.
+    """
     plan = request.plan(variant, sr)
     sides = [(plan.rows, plan.columns)]
     if plan.sr_rows is not None and plan.sr_columns is not None:
@@ -55,26 +58,26 @@ def working_bytes(request: Request, variant: config.Variant, sr: str | None, row
 
 
 def denoising_bytes(tokens: int, rows: int, is_compiled: bool = False) -> int:
-    """Of a forward of the transformer. rows: as above."""
+    """Bytes of activations in one forward of the transformer. rows: as for `working_bytes`."""
     per_row = BYTES_PER_TOKEN_ROW_COMPILED if is_compiled else BYTES_PER_TOKEN_ROW
     return int(tokens * rows * per_row)
 
 
 def decoding_bytes(width: int, height: int, is_compiled: bool = False) -> int:
-    """Of one window of frames, in pixels."""
+    """Bytes that decoding one window of frames of this many pixels takes."""
     return width * height * (BYTES_PER_PIXEL_COMPILED if is_compiled else BYTES_PER_PIXEL)
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated there."""
+    """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return pool.free_bytes(device)
     try:  # pages of files that can be let go of count as free
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
+        available = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
     except OSError:  # not on Linux
-        found = None
-    if found is not None:
-        return 1024 * int(found[1])
+        available = None
+    if available is not None:
+        return 1024 * int(available[1])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -99,8 +102,8 @@ def advice(request: Request, variant: config.Variant, sr: str | None, rows: int,
         for share in SMALLER
     )
     smaller = (_scaled(request, variant, sr, share) for share in SMALLER)
-    found = [next(filter(fits, others), None) for others in (shorter, filter(None, smaller))]
-    options = [_text(other, variant, sr) for other in found if other is not None]
+    fitting = [next(filter(fits, others), None) for others in (shorter, filter(None, smaller))]
+    options = [_text(other, variant, sr) for other in fitting if other is not None]
     if not options:
         return f"{said}; by this estimate no clip fits: free memory, or use a larger device"
     return f"{said}; by this estimate {' or '.join(options)} would fit"

@@ -43,7 +43,7 @@ class Placed:
     stride: tuple[int, ...]
 
     def at(self, run: Tensor) -> Tensor:
-        """What the tensor is over this run of bytes."""
+        """The tensor as a view of this run of bytes."""
         flat = run[self.start : self.start + self.size].view(self.tensor.dtype)
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
 
@@ -70,7 +70,7 @@ class Group:
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors, with what aligns them."""
+        """Bytes of all tensors, with what aligns them."""
         return self.host.nbytes
 
     def point_at(self, run: Tensor) -> None:
@@ -132,7 +132,7 @@ class Copies:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Once all that was launched before is done; the event says that the bytes are there."""
+        """Copy once what was launched before is done; the event says that the bytes are there."""
         if self._stream is None:
             to.copy_(source)
             return None
@@ -145,7 +145,7 @@ class Copies:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def add(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Behind the copies before, waiting for nothing else."""
+        """Copy behind the copies before, waiting for nothing else; the event is as for `copy`."""
         if self._stream is None:
             to.copy_(source)
             return None
@@ -161,7 +161,7 @@ class Copies:
             torch.cuda.current_stream(self._device).wait_event(event)
 
     def finish(self) -> None:
-        """Wait for all of them."""
+        """Wait until all copies are done."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -214,12 +214,12 @@ class Offloaded:
 
     @property
     def size_bytes(self) -> int:
-        """Of the weights at rest."""
+        """Bytes of the weights at rest."""
         return self._outside.size_bytes + sum(group.size_bytes for group in self._layers)
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """On the device while the context is open; layers may come while others compute."""
+        """Have the weights on the device in this context; layers come while others compute."""
         try:
             with _outside_inference():
                 self._bring()
@@ -233,7 +233,10 @@ class Offloaded:
             self._buffers, self._ready, self._running = {}, {}, None
 
     def before_layer(self, layer: int) -> None:
-        """The layer is next, and all before it have been launched; at the end, their number."""
+        """Be told that this layer is next and all before it have been launched.
+
+        After the last, `layer` is the number of layers.
+        """
         done, self._running = self._running, layer
         if done is not None and done in self._next:
             after = self._next[done]
@@ -308,14 +311,14 @@ class Residency:
 
     @property
     def host_bytes(self) -> int:
-        """At rest."""
+        """Bytes of all weights at rest."""
         return sum(part.size_bytes for part in self._moving.values())
 
     def __getitem__(self, name: str) -> Offloaded:
         return self._moving[name]
 
     def add(self, name: str, part: Offloaded) -> None:
-        """A part that moves."""
+        """Take in a part that moves."""
         self._moving[name] = part
 
     @contextmanager

@@ -108,26 +108,26 @@ def plan_placement(
     reason = why_not(base.config, base.linear, options.device)
     is_compiled = options.compile and reason is None
     already = held_by_others(options.device) if is_limit_asked else []
-    parts, made, share = [*others(), *already], None, 1.0
-    while made is None:
+    parts, plan, share = [*others(), *already], None, 1.0
+    while plan is None:
         try:
-            made = plan_memory(parts, base, sr, limit_bytes, is_compiled=is_compiled, share=share)
+            plan = plan_memory(parts, base, sr, limit_bytes, is_compiled=is_compiled, share=share)
         except NoPlanError as error:
             if is_limit_asked or share < 0.2:
                 raise
             if share == 1.0:
                 log.warning("clips of the default size have no room, smaller ones may: %s", error)
             share -= 0.1
-    if made.streamed and options.ranks > 1:
+    if plan.streamed and options.ranks > 1:
         raise DeviceError(
             f"GPUs that work together must each hold all weights, and {limit_bytes / GIB:.1f} GiB"
-            f" have no room for {', '.join(made.streamed)}; free memory, use context_parallel=1, or"
+            f" have no room for {', '.join(plan.streamed)}; free memory, use context_parallel=1, or"
             " load without sr or with precision='fp8'"
         )
-    check_host(made)
-    if made.streamed:
-        log.info("resting in host memory between stages: %s", ", ".join(made.streamed))
-    return made
+    check_host(plan)
+    if plan.streamed:
+        log.info("resting in host memory between stages: %s", ", ".join(plan.streamed))
+    return plan
 
 
 def limit_of(memory_limit_gb: float | None, device: torch.device) -> int | None:
@@ -192,14 +192,14 @@ def check_host(plan: MemoryPlan) -> None:
 
 
 def dit_part(name: str, spec: TransformerSpec) -> Part:
-    """A transformer."""
+    """The part that a transformer is, under a name of the plan."""
     outside, layers = layered_bytes(spec.config, spec.linear, spec.quantized)
     return Part(name, outside, layers)
 
 
 def reading_bytes(spec: TransformerSpec) -> int:
-    """Of the device while a transformer is read: its largest tensor as it is on disk, fp32 at most,
-    in bf16 and in fp8.
+    """Bytes that reading a transformer takes of the device beside its weights: its largest tensor
+    as it is on disk, in fp32 at most, in bf16 and in fp8.
     """
     rows, columns = max(
         (spec.config.mlp_widths(layer) for layer in range(spec.config.num_layers)),
@@ -238,18 +238,21 @@ def part_of(
 def small_parts(
     turbo_vae: TurboVAE | int, audio_vae: Oobleck, image_vae: nn.Module | int | None, width: int
 ) -> list[Part]:
-    """The autoencoders; an int is bytes. width: bytes of an element of all but that for sound.
+    """The parts that the autoencoders are.
+
+    An int stands for a model of that many bytes. width: bytes of an element, of all but that for
+    sound, which is in fp32.
 
     The compiled decoder has its weights a second time, in another layout, and so stays.
     """
     if isinstance(turbo_vae, TurboVAE):
         turbo_vae = 2 * part_of(VIDEO, turbo_vae, width).total_bytes
-    found = [Part(VIDEO, turbo_vae, can_move=False), part_of(AUDIO, audio_vae, 4)]
+    parts = [Part(VIDEO, turbo_vae, can_move=False), part_of(AUDIO, audio_vae, 4)]
     if isinstance(image_vae, nn.Module):
-        found.append(part_of(IMAGE, image_vae, width))
+        parts.append(part_of(IMAGE, image_vae, width))
     elif image_vae is not None:
-        found.append(Part(IMAGE, image_vae))
-    return found
+        parts.append(Part(IMAGE, image_vae))
+    return parts
 
 
 def folder_parts(
@@ -359,7 +362,7 @@ class Placer:
 
     @property
     def replays_text(self) -> bool:
-        """Whether those of the text encoder are among them."""
+        """Whether graphs of the text encoder are among those captured."""
         spares = self.plan is not None and "text" in self.plan.spared
         return self.replays and not spares and not self.moves(TEXT)
 
@@ -368,11 +371,11 @@ class Placer:
         return self.plan is not None and name in self.plan.streamed
 
     def rest(self, name: str) -> torch.device:
-        """Where the part is read to."""
+        """The device that the part is read to."""
         return CPU if self.moves(name) else self.device
 
     def before_layer(self, name: str) -> Callable[[int], None] | None:
-        """What a part that moves and has been placed is to call."""
+        """What a part that moves and has been placed calls before each layer; None for others."""
         return self.residency[name].before_layer if self.moves(name) else None
 
     def place(
@@ -381,17 +384,17 @@ class Placer:
         model: nn.Module,
         layers: Sequence[nn.Module] = (),
         runs: Any = None,
-        made: Iterable[nn.Module] | None = None,
+        loading: Iterable[nn.Module] | None = None,
     ) -> None:
         """Let a part that moves rest in pinned memory, and come for its layers.
 
-        runs: the module that runs the layers. made: the layers, where they get their weights when
-        they are asked for.
+        runs: the module that runs the layers. loading: the layers, where they get their weights
+        when they are asked for.
         """
         if not self.moves(name):
             return
         assert self.plan is not None
-        part = Offloaded(model, made or layers, self.device, self.plan.streamed[name])
+        part = Offloaded(model, loading or layers, self.device, self.plan.streamed[name])
         if layers:
             call_before_layers(runs, layers, part.before_layer)
         self.residency.add(name, part)

@@ -40,11 +40,12 @@ class NoPlanError(DeviceError):
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of a component's weights.
+    """How many bytes the weights of a component have.
 
     Attributes:
-        outside_bytes: of all that is in no layer.
-        layer_bytes: of the layers, in the order in which they run; none where the part is whole.
+        outside_bytes: bytes of all that is in no layer.
+        layer_bytes: bytes of each layer, in the order in which they run; empty where the part is
+            moved as a whole.
         can_move: whether it may rest in host memory.
         made_whole: whether it is on the device as a whole before it goes to rest.
     """
@@ -57,11 +58,11 @@ class Part:
 
     @property
     def total_bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all its weights."""
         return self.outside_bytes + sum(self.layer_bytes)
 
     def loaded_bytes(self, streamed: Collection[int]) -> int:
-        """On the device in a stage, with these layers streamed."""
+        """Bytes that it takes on the device in a stage, with these layers streamed."""
         resident = sum(b for i, b in enumerate(self.layer_bytes) if i not in streamed)
         slots = sum(slot for slot, _ in rings(self.layer_bytes, streamed))
         return self.outside_bytes + resident + slots
@@ -110,7 +111,7 @@ class StageMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Of all, with what the driver holds."""
+        """Bytes of all that is on the device, with what the driver holds."""
         held = sum(self.weights.values()) + self.working_bytes
         return held + SLACK_BYTES + CONTEXT_BYTES
 
@@ -136,16 +137,16 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the stage that needs most."""
+        """Bytes on the device in the stage that needs most."""
         return max(stage.total_bytes for stage in self.stages)
 
     @property
     def extra_s(self) -> float:
-        """What moving is expected to add to a request."""
+        """Seconds that moving is expected to add to a request."""
         return sum(stage.extra_s for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as JSON has it, sizes in bytes."""
         return {
             "limit_bytes": self.limit_bytes,
             "peak_bytes": self.peak_bytes,
@@ -159,7 +160,7 @@ class MemoryPlan:
 
     @property
     def cost_s(self) -> float:
-        """By which plans are chosen: copies that are hidden are not free either."""
+        """Seconds by which plans are chosen: copies that are hidden are not free either."""
         copied = sum(stage.copied_bytes for stage in self.stages)
         return self.extra_s + HIDDEN_COST * copied / COPY_BYTES_PER_S
 
@@ -188,24 +189,24 @@ class _Problem:
                 default=self.limit_bytes,
             )
             fitting = (s for s in streamings(part.layer_bytes) if part.loaded_bytes(s) <= room)
-            found = next(fitting, None)
-            if found is None:
+            layers = next(fitting, None)
+            if layers is None:
                 return None
-            streamed[name] = found
-        made = self.lay_out(staying, streamed, captured)
-        if any(stage.total_bytes > self.limit_bytes for stage in made):
+            streamed[name] = layers
+        laid_out = self.lay_out(staying, streamed, captured)
+        if any(stage.total_bytes > self.limit_bytes for stage in laid_out):
             return None
         host_bytes = sum(self.parts[name].total_bytes for name in moving)
         spared = frozenset[str]()
         if captured:
             spared = frozenset(stage.name for stage in self.stages if stage.graph_bytes) - captured
-        return MemoryPlan(self.limit_bytes, streamed, bool(captured), made, host_bytes, spared)
+        return MemoryPlan(self.limit_bytes, streamed, bool(captured), laid_out, host_bytes, spared)
 
     def capturings(self) -> list[frozenset[str]]:
         """Names of the stages to capture: all, all but those that spare their graphs, and none."""
         every = [stage for stage in self.stages if stage.graph_bytes]
-        own = [stage for stage in every if not stage.spares_graphs]
-        choices = (frozenset(stage.name for stage in stages) for stages in (every, own, ()))
+        needed = [stage for stage in every if not stage.spares_graphs]
+        choices = (frozenset(stage.name for stage in stages) for stages in (every, needed, ()))
         return list(dict.fromkeys(choices))
 
     def lay_out(
@@ -214,7 +215,7 @@ class _Problem:
         streamed: Mapping[str, tuple[int, ...]],
         captured: Collection[str],
     ) -> tuple[StageMemory, ...]:
-        """All stages; first comes loading, when what stays may be there already."""
+        """The memory of all stages; first comes loading, when what stays may be there already."""
         whole = [self.parts[name].total_bytes for name in streamed if self.parts[name].made_whole]
         load = Stage(LOAD, (), max(self.loading_bytes, *whole, 0))
         stages = (load, *self.stages)
@@ -228,9 +229,9 @@ class _Problem:
         captured: Collection[str],
         but: str,
     ) -> int:
-        """In a stage, beside one of its parts."""
-        made = self._stage(stage, staying, streamed, captured)
-        return made.total_bytes - made.weights[but]
+        """Bytes that a stage takes beside one of its parts."""
+        memory = self._stage(stage, staying, streamed, captured)
+        return memory.total_bytes - memory.weights[but]
 
     def _stage(
         self,
@@ -289,16 +290,16 @@ def make_plan(
         NoPlanError: there is none.
     """
     problem = _Problem({part.name: part for part in parts}, stages, loading_bytes, limit_bytes)
-    found = [
-        made
+    plans = [
+        plan
         for moving in _subsets([part.name for part in parts if part.can_move])
         for captured in problem.capturings()
-        if (made := problem.solve(moving, captured)) is not None
+        if (plan := problem.solve(moving, captured)) is not None
     ]
-    if found:
+    if plans:
         return min(
-            found,
-            key=lambda made: (made.cost_s, len(made.streamed), len(made.spared), made.peak_bytes),
+            plans,
+            key=lambda plan: (plan.cost_s, len(plan.streamed), len(plan.spared), plan.peak_bytes),
         )
     least = _least(parts, stages, loading_bytes)
     worst = max(least, key=lambda stage: stage.total_bytes)
@@ -327,13 +328,13 @@ def rings(
 
 def classes(layer_bytes: Sequence[int]) -> list[list[int]]:
     """Layers of like size, in order, the smaller ones first."""
-    found: list[list[int]] = []
+    alike: list[list[int]] = []
     for layer in sorted(range(len(layer_bytes)), key=lambda i: layer_bytes[i]):
-        if found and layer_bytes[layer] <= LIKE * layer_bytes[found[-1][0]]:
-            found[-1].append(layer)
+        if alike and layer_bytes[layer] <= LIKE * layer_bytes[alike[-1][0]]:
+            alike[-1].append(layer)
         else:
-            found.append([layer])
-    return [sorted(layers) for layers in found]
+            alike.append([layer])
+    return [sorted(layers) for layers in alike]
 
 
 def streamings(layer_bytes: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -370,5 +371,5 @@ def _least(
 
 
 def _ceil_gb(count: int) -> float:
-    """In GiB, rounded up to a tenth."""
+    """Bytes in GiB, rounded up to a tenth."""
     return -(-10 * count // GIB) / 10

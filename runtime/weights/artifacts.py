@@ -52,7 +52,7 @@ class Stored:
 
     @property
     def size_bytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the tensor."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
@@ -117,19 +117,19 @@ def read_manifest(folder: Path, variant: str) -> Artifact:
 
 def scan(artifact: Artifact) -> dict[str, checkpoint.TensorInfo]:
     """Every tensor, from headers alone; raises unless they are those of the manifest."""
-    found = checkpoint.scan_files(artifact.folder / name for name in artifact.files)
-    wanted = layout(artifact.config, artifact.quantized)
+    tensors = checkpoint.scan_files(artifact.folder / name for name in artifact.files)
+    expected = layout(artifact.config, artifact.quantized)
     checkpoint.check_shapes(
-        {key: info.shape for key, info in found.items()},
-        {key: stored.shape for key, stored in wanted.items()},
+        {key: info.shape for key, info in tensors.items()},
+        {key: stored.shape for key, stored in expected.items()},
         str(artifact.folder),
     )
-    for key, info in found.items():
-        if DTYPES.get(info.dtype) != wanted[key].dtype:
+    for key, info in tensors.items():
+        if DTYPES.get(info.dtype) != expected[key].dtype:
             raise CheckpointError(
-                f"{artifact.folder}: {key} must be {wanted[key].dtype}, got {info.dtype}; {AGAIN}"
+                f"{artifact.folder}: {key} must be {expected[key].dtype}, got {info.dtype}; {AGAIN}"
             )
-    return found
+    return tensors
 
 
 def load(
@@ -138,15 +138,15 @@ def load(
     on_read: checkpoint.OnRead = lambda done, total: None,
 ) -> DiT:
     """The DiT on the device, as it is on disk. Shards are mapped and copied tensor by tensor."""
-    found = scan(artifact)
+    tensors = scan(artifact)
     with torch.device("meta"):
         model = DiT(artifact.config)
-    total, done = sum(info.size_bytes for info in found.values()), 0
+    total, done = sum(info.size_bytes for info in tensors.values()), 0
     for name in artifact.files:
         with checkpoint.open_shard(artifact.folder / name) as shard:
             for key in shard.keys():  # noqa: SIM118 - not a mapping
                 _place(model, key, shard.get_tensor(key).to(device, copy=True))
-                done += found[key].size_bytes
+                done += tensors[key].size_bytes
                 on_read(done, total)
     return checkpoint.frozen(model)
 

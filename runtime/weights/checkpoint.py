@@ -87,17 +87,17 @@ def scan(folder: Path) -> dict[str, TensorInfo]:
     else:
         raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}")
 
-    found = scan_files(files)
+    tensors = scan_files(files)
     if weight_map is not None:
-        lost = [key for key, name in weight_map.items() if found.get(key) is None]
+        lost = [key for key, name in weight_map.items() if tensors.get(key) is None]
         if lost:
             raise CheckpointError(f"{index} names tensors that its files lack: {_names(lost)}")
-    return found
+    return tensors
 
 
 def scan_files(files: Iterable[Path]) -> dict[str, TensorInfo]:
     """Every tensor of these files, from their headers."""
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
         with open_shard(file) as shard:
             for key in shard.keys():  # noqa: SIM118 - not a mapping
@@ -105,26 +105,26 @@ def scan_files(files: Iterable[Path]) -> dict[str, TensorInfo]:
                 shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
                 width = int(re.sub(r"\D", "", dtype.split("_")[0]) or 8) // 8
                 size = width * int(torch.Size(shape).numel())
-                found[key] = TensorInfo(file, shape, dtype, size)
-    return found
+                tensors[key] = TensorInfo(file, shape, dtype, size)
+    return tensors
 
 
-def check_keys(found: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:
-    """Raise unless names and shapes agree exactly with the model's."""
-    check_shapes(found, shapes(model.state_dict(), source), source)
+def check_keys(on_disk: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:
+    """Raise `CheckpointError` unless names and shapes agree exactly with the model's."""
+    check_shapes(on_disk, shapes(model.state_dict(), source), source)
 
 
 def check_shapes(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], source: str
+    on_disk: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Raise unless names and shapes are exactly those wanted."""
+    """Raise `CheckpointError` unless names and shapes are exactly those expected."""
     problems = []
-    missing = [key for key in wanted if key not in found]
-    unexpected = [key for key in found if key not in wanted]
+    missing = [key for key in expected if key not in on_disk]
+    unexpected = [key for key in on_disk if key not in expected]
     misshapen = [
-        f"{key} is {list(found[key])}, should be {list(wanted[key])}"
-        for key in wanted
-        if key in found and tuple(found[key]) != tuple(wanted[key])
+        f"{key} is {list(on_disk[key])}, should be {list(expected[key])}"
+        for key in expected
+        if key in on_disk and tuple(on_disk[key]) != tuple(expected[key])
     ]
     for title, names in (
         ("missing", missing),
@@ -164,16 +164,16 @@ def load_dit(
     """
     with torch.device("meta"):
         model = DiT(dit_config(folder, variant), linear_dtype)
-    found = scan(folder)
-    check_keys({key: info.shape for key, info in found.items()}, model, str(folder))
+    tensors = scan(folder)
+    check_keys({key: info.shape for key, info in tensors.items()}, model, str(folder))
 
     fp8 = {f"{name}.weight": model.get_submodule(name) for name in quantized}
     for linear in fp8.values():
         del linear.weight  # no room is made for what is never held
     model = model.to_empty(device=rest or device)
     targets = model.state_dict()
-    total, done = sum(info.size_bytes for info in found.values()), 0
-    for file in sorted({info.file for info in found.values()}):
+    total, done = sum(info.size_bytes for info in tensors.values()), 0
+    for file in sorted({info.file for info in tensors.values()}):
         with open_shard(file) as shard:
             for key in shard.keys():  # noqa: SIM118
                 value = shard.get_tensor(key)
@@ -181,7 +181,7 @@ def load_dit(
                     quantize_linear(fp8[key], value.to(device).to(linear_dtype), rest)
                 else:
                     targets[key].copy_(value if rest is not None else value.to(device))
-                done += found[key].size_bytes
+                done += tensors[key].size_bytes
                 on_read(done, total)
     return frozen(model)
 
@@ -209,7 +209,7 @@ def turbo_vae_files(folder: Path) -> tuple[Path, Path]:
 
 
 def turbo_vae_config(folder: Path) -> TurboVAEConfig:
-    """Sizes of the decoder."""
+    """The sizes of the decoder, from its JSON."""
     path, _ = turbo_vae_files(folder)
     return TurboVAEConfig.from_dict(read_json(path), str(path))
 
@@ -233,7 +233,7 @@ def load_turbo_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Tu
 
 
 def oobleck_config(path: Path) -> OobleckConfig:
-    """Sizes of the autoencoder in a stable-audio-tools `model_config.json`."""
+    """The sizes of the autoencoder in a stable-audio-tools `model_config.json`."""
     try:
         model = read_json(path)["model"]
         config = model["pretransform"]["config"] if "pretransform" in model else model
@@ -296,23 +296,23 @@ def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """`load_state_dict` with our error."""
+    """Load a state dict, or raise `CheckpointError` where a name or shape differs."""
     check_keys(shapes(state, source), model, source)
     model.load_state_dict(dict(state), strict=True)
 
 
 def shapes(state: Mapping[str, object], source: str) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor; anything else in the file's dictionary is refused by name."""
-    found = {}
+    sizes = {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{source}: {key} must be a tensor, got {type(value).__name__}")
-        found[key] = tuple(value.shape)
-    return found
+        sizes[key] = tuple(value.shape)
+    return sizes
 
 
 def frozen(model: Module) -> Module:
-    """In evaluation mode, without gradients."""
+    """The module, in evaluation mode and without gradients."""
     return model.eval().requires_grad_(False)
 
 

@@ -75,10 +75,10 @@ def convert(
         )
     source = _Source(model_folder(model) / variant, VARIANTS[variant])
     quantized = linears_in_fp8(source.config, keep_bf16) if policy.is_fp8 else ()
-    wanted = artifacts.layout(source.config, quantized)
+    layout = artifacts.layout(source.config, quantized)
     report = on_progress or (lambda stage, done, of: None)
     target = Path(folder).absolute()
-    check_new_folder(target, sum(stored.size_bytes for stored in wanted.values()))
+    check_new_folder(target, sum(stored.size_bytes for stored in layout.values()))
     try:
         with atomic_folder(target) as temporary:
             sources = hashed(source.files, report)
@@ -97,7 +97,7 @@ class Source(Protocol):
 
     @property
     def tensors(self) -> Collection[str]:
-        """All names."""
+        """The names of all tensors."""
 
     def read(self, keys: list[str]) -> Iterable[tuple[str, Tensor]]:
         """Tensors by name, on any device, one after another."""
@@ -112,7 +112,7 @@ def write_artifact(
     sources: dict[str, dict[str, object]],
     report: OnBytes = lambda stage, done, of: None,
 ) -> None:
-    """Weights and, last, the manifest into an empty folder. Arguments are those of `convert`.
+    """Write the weights and, last, the manifest into an empty folder, as `convert` describes.
 
     sources: size and hash of every file that the weights came from.
     """
@@ -166,16 +166,16 @@ class _Source:
 
 
 def _write_shards(
-    folder: Path, source: Source, wanted: dict[str, Stored], report: OnBytes
+    folder: Path, source: Source, layout: dict[str, Stored], report: OnBytes
 ) -> dict[str, int]:
-    """The weights in files of at most `SHARD_BYTES`. Returns their names and sizes."""
-    shards = _grouped(source, wanted)
-    total, done = sum(stored.size_bytes for stored in wanted.values()), 0
+    """Write the weights to files of at most `SHARD_BYTES`, and return their names and bytes."""
+    shards = _grouped(source, layout)
+    total, done = sum(stored.size_bytes for stored in layout.values()), 0
     files: dict[str, int] = {}
     for i, keys in enumerate(shards, 1):
         state: dict[str, Tensor] = {}
         for key, value in source.read(keys):
-            state.update(_stored(key, value, wanted))
+            state.update(_stored(key, value, layout))
         file = folder / f"weights-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(state, file, metadata={"format": "pt"})
         sync(file)
@@ -185,13 +185,13 @@ def _write_shards(
     return files
 
 
-def _grouped(source: Source, wanted: dict[str, Stored]) -> list[list[str]]:
+def _grouped(source: Source, layout: dict[str, Stored]) -> list[list[str]]:
     """Published names by file, in the order of the model; a scale goes with its weight."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for key in (key for key in wanted if key in source.tensors):
-        scale = wanted.get(key.removesuffix(".weight") + SCALE)
-        size = wanted[key].size_bytes + (scale.size_bytes if scale else 0)
+    for key in (key for key in layout if key in source.tensors):
+        scale = layout.get(key.removesuffix(".weight") + SCALE)
+        size = layout[key].size_bytes + (scale.size_bytes if scale else 0)
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append([])
             filled = 0
@@ -200,10 +200,10 @@ def _grouped(source: Source, wanted: dict[str, Stored]) -> list[list[str]]:
     return shards
 
 
-def _stored(key: str, value: Tensor, wanted: dict[str, Stored]) -> dict[str, Tensor]:
+def _stored(key: str, value: Tensor, layout: dict[str, Stored]) -> dict[str, Tensor]:
     """A published tensor as an artifact has it, with its scale where it has one."""
-    stored, scale_key = wanted[key], key.removesuffix(".weight") + SCALE
-    if scale_key in wanted:
+    stored, scale_key = layout[key], key.removesuffix(".weight") + SCALE
+    if scale_key in layout:
         values, scale = quantize(value.to(torch.bfloat16))
         rows = values.as_strided(stored.shape, values.stride())  # the padding too
         return {key: rows, scale_key: scale}

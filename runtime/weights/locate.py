@@ -52,12 +52,16 @@ def find(
     overrides: dict[str, PathLike | None],
     revision: str | None = None,
 ) -> Paths:
-    """Locate every component, downloading what a hub id names. Errors name all that is missing."""
+    """Locate every component, downloading what a hub id names.
+
+    Raises:
+        CheckpointError: components are missing, all of which it names, or cannot be downloaded.
+    """
     root = model_folder(model)
-    wanted = [variant.name, TURBO_FOLDER, *([sr.name] if sr else [])]
+    folders = [variant.name, TURBO_FOLDER, *([sr.name] if sr else [])]
     is_hub = not root.exists() and HUB_ID.fullmatch(os.fspath(model)) is not None
     if is_hub:
-        patterns = [f"{name}/*" for name in wanted if overrides.get(name) is None]
+        patterns = [f"{name}/*" for name in folders if overrides.get(name) is None]
         root = _download(os.fspath(model), patterns, revision)
     elif not root.is_dir():
         raise CheckpointError(
@@ -65,8 +69,8 @@ def find(
             f" {os.fspath(model)}"
         )
 
-    found: dict[str, Path | None] = {}
-    for name in (*wanted, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER):
+    places: dict[str, Path | None] = {}
+    for name in (*folders, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER):
         override = overrides.get(name)
         if override is None:
             place = root / name
@@ -76,19 +80,19 @@ def find(
             place = Path(override)
             if not place.exists() and name in HUB_IDS and HUB_ID.fullmatch(os.fspath(override)):
                 place = _download(os.fspath(override), HUB_FILES[name], None)
-        found[name] = place if place.exists() else None
-        if found[name] is None and override is not None:
+        places[name] = place if place.exists() else None
+        if places[name] is None and override is not None:
             raise CheckpointError(
                 f"{name} must be at the path given, {place}, which does not exist"
             )
-    missing = [name for name, place in found.items() if place is None and name != IMAGE_FOLDER]
+    missing = [name for name, place in places.items() if place is None and name != IMAGE_FOLDER]
     if missing:
         raise CheckpointError(
             f"{root} lacks {', '.join(missing)}; download what is missing or give its path"
         )
 
     def required(name: str) -> Path:
-        place = found[name]
+        place = places[name]
         assert place is not None
         return place
 
@@ -97,7 +101,7 @@ def find(
         turbo_vae=required(TURBO_FOLDER),
         text_encoder=required(TEXT_FOLDER),
         audio_vae=required(AUDIO_FOLDER),
-        image_vae=found[IMAGE_FOLDER],
+        image_vae=places[IMAGE_FOLDER],
         sr=required(sr.name) if sr else None,
     )
 

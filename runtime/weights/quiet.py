@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Transformers' warnings and progress bars off, and back to what they were."""
+    """Turn transformers' warnings and progress bars off, and back to what they were."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -24,7 +24,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Diffusers' warnings off, and back to what they were."""
+    """Turn diffusers' warnings off, and back to what they were."""
     from diffusers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -61,13 +61,13 @@ def randomize(module: Module, seed: int, name: str = "") -> Module:
 
 
 def _depth(module: nn.Module) -> int:
-    """Layers of a DiT, else 1: by its norms."""
+    """The number of layers of a DiT, known by its norms; 1 for another model."""
     return max(1, sum(isinstance(owner, Norm) for owner in module.modules()) // 4)
 
 
 @torch.no_grad()
 def _fill(parameter: Tensor, key: str, owner: nn.Module, depth: int, seed: str) -> None:
-    """Draw one tensor, of a generator of its own."""
+    """Draw one tensor in place, from its generator."""
     generator = torch.Generator(parameter.device)
     generator.manual_seed(zlib.crc32(f"{seed}:{key}".encode()))
     scale, centre = _distribution(key, parameter, owner, depth)
@@ -119,12 +119,12 @@ def dit_by_layer(
     depth = _depth(model)
 
     def make(prefix: str, module: nn.Module) -> None:
-        for own in [key for key, parameter in module.named_parameters() if parameter.is_meta]:
-            path, _, last = own.rpartition(".")
+        for key in [key for key, parameter in module.named_parameters() if parameter.is_meta]:
+            path, _, last = key.rpartition(".")
             owner = module.get_submodule(path)
             value = torch.empty_like(owner.get_parameter(last), device=device)
-            _fill(value, prefix + own, owner, depth, f"{seed}:{name}")
-            if (prefix + own).removesuffix(".weight") in quantized:
+            _fill(value, prefix + key, owner, depth, f"{seed}:{name}")
+            if (prefix + key).removesuffix(".weight") in quantized:
                 quantize_linear(owner, value)
             else:
                 setattr(owner, last, nn.Parameter(value, requires_grad=False))

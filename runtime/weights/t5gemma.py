@@ -17,7 +17,11 @@ log = logging.getLogger("magihuman")
 
 
 def load_text_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """From a local folder in the published layout; the decoder's weights are not loaded."""
+    """The tokenizer and the encoder of a local folder; the decoder's weights are not loaded.
+
+    Raises:
+        CheckpointError: a file or a tensor is missing, damaged, or of another shape.
+    """
     from transformers import AutoTokenizer, T5GemmaEncoderModel
 
     # Where one of these is missing, transformers makes up a default in silence.

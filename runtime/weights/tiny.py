@@ -53,16 +53,16 @@ def write_tiny(folder: str | os.PathLike[str], seed: int = 0) -> list[Path]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made = [_write_dit(folder / name, name, seed) for name in VARIANTS]
-        made.append(_write_turbo_vae(folder / TURBO_FOLDER, seed))
-        made.append(_write_audio_vae(folder / AUDIO_FOLDER, seed))
-        made.append(_write_image_vae(folder / IMAGE_FOLDER, seed))
-        made.append(_write_text_encoder(folder / TEXT_FOLDER, seed))
+        folders = [_write_dit(folder / name, name, seed) for name in VARIANTS]
+        folders.append(_write_turbo_vae(folder / TURBO_FOLDER, seed))
+        folders.append(_write_audio_vae(folder / AUDIO_FOLDER, seed))
+        folders.append(_write_image_vae(folder / IMAGE_FOLDER, seed))
+        folders.append(_write_text_encoder(folder / TEXT_FOLDER, seed))
     except OSError as error:
         raise OutputError(
             f"the checkpoint cannot be written to {folder}: {error.strerror or error}"
         ) from error
-    return made
+    return folders
 
 
 def _write_dit(folder: Path, name: str, seed: int) -> Path:
@@ -176,14 +176,14 @@ def published_wan_key(key: str) -> str:
         ),
     ):
         key = re.sub(f"^{pattern}", name, key)
-    for own, published in (
+    for ours, published in (
         ("norm1", "residual.0"),
         ("conv1", "residual.2"),
         ("norm2", "residual.3"),
         ("conv2", "residual.6"),
         ("conv_shortcut", "shortcut"),
     ):
-        key = re.sub(rf"(?<=\d\.){own}(?=\.\w+$)", published, key)
+        key = re.sub(rf"(?<=\d\.){ours}(?=\.\w+$)", published, key)
     return key
 
 

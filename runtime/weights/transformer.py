@@ -23,24 +23,34 @@ log = logging.getLogger("magihuman")
 
 @dataclass(frozen=True)
 class TransformerOptions:
-    """What the caller asks of every transformer. None: what its files have, or bf16."""
+    """What the caller asks of every transformer.
+
+    Attributes:
+        device: that it runs on.
+        precision: None for that of its files.
+        keep_bf16: the linears that stay bf16 beside fp8; None for those of its files, else none.
+        compile: whether it runs as captured graphs of fused kernels, where the device can.
+        ranks: processes that share its heads.
+    """
 
     device: torch.device
     precision: PrecisionPolicy | None = None
     keep_bf16: KeepBf16 | None = None
     compile: bool = True
-    ranks: int = 1  # processes that share its heads
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """How one transformer will be held.
+    """How one transformer will be held on the device.
 
     Attributes:
-        folder: of its files, None for random weights.
+        variant: that it is.
+        config: its architecture.
+        folder: its files; None for random weights.
         artifact: what the folder holds where that is no published checkpoint.
         precision: that it runs in.
-        quantized: linears in fp8.
+        quantized: the linears in fp8, by name.
         why_bf16: why the fp8 weights of an artifact cannot be used as they are.
     """
 
@@ -54,12 +64,12 @@ class TransformerSpec:
 
     @property
     def linear(self) -> torch.dtype:
-        """Dtype of the linears that are not in fp8."""
+        """Dtype of the block linears that are not in fp8."""
         return self.precision.linear_dtype
 
     @property
     def device_bytes(self) -> int:
-        """Of all weights."""
+        """Bytes of all weights on the device."""
         return dit_bytes(self.config, self.linear, self.quantized)
 
     def scan(self) -> dict[str, checkpoint.TensorInfo]:
@@ -67,12 +77,12 @@ class TransformerSpec:
         if self.artifact is not None:
             return artifacts.scan(self.artifact)
         assert self.folder is not None
-        found = checkpoint.scan(self.folder)
+        tensors = checkpoint.scan(self.folder)
         with torch.device("meta"):
             model = DiT(self.config)
-        shapes = {key: info.shape for key, info in found.items()}
+        shapes = {key: info.shape for key, info in tensors.items()}
         checkpoint.check_keys(shapes, model, str(self.folder))
-        return found
+        return tensors
 
     def read(
         self,
@@ -162,7 +172,7 @@ def _quantized(
 
 
 def linears_in_fp8(config: DiTConfig, keep_bf16: KeepBf16) -> tuple[str, ...]:
-    """`quantized_linears`; what names no linear is the caller's mistake."""
+    """The linears that are in fp8; `InvalidRequestError` where `keep_bf16` names none."""
     try:
         return tuple(quantized_linears(config, keep_bf16))
     except ValueError as error:
@@ -178,16 +188,16 @@ def dit_bytes(config: DiTConfig, linear: torch.dtype, quantized: Collection[str]
 def layered_bytes(
     config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()
 ) -> tuple[int, tuple[int, ...]]:
-    """As `dit_bytes`, of what is in no layer and of each layer."""
+    """The bytes of `dit_bytes` split: those in no layer, and those of each layer."""
     with torch.device("meta"):
         state = DiT(config, linear).state_dict()
-    held = {key: value.nbytes for key, value in state.items()}
+    sizes = {key: value.nbytes for key, value in state.items()}
     stored = artifacts.layout(config, tuple(quantized))
     for name in quantized:
-        held[f"{name}.weight"] = stored[f"{name}.weight"].size_bytes
-        held[name + artifacts.SCALE] = stored[name + artifacts.SCALE].size_bytes
+        sizes[f"{name}.weight"] = stored[f"{name}.weight"].size_bytes
+        sizes[name + artifacts.SCALE] = stored[name + artifacts.SCALE].size_bytes
     layers = tuple(
-        sum(size for key, size in held.items() if key.startswith(f"block.layers.{layer}."))
+        sum(size for key, size in sizes.items() if key.startswith(f"block.layers.{layer}."))
         for layer in range(config.num_layers)
     )
-    return sum(held.values()) - sum(layers), layers
+    return sum(sizes.values()) - sum(layers), layers

@@ -50,18 +50,24 @@ def diffusers_key(key: str) -> str | None:
 
 
 def load_image_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> ImageVAE:
-    """The encoder from the published `Wan2.2_VAE.pth`."""
+    """The encoder of reference images from the published `Wan2.2_VAE.pth`.
+
+    folder: that holds the file, or the file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or another model's.
+    """
     path = folder / WEIGHTS_NAME if folder.is_dir() else folder
     named = ((diffusers_key(str(key)), value) for key, value in load_pickle(path).items())
     state = {key: value for key, value in named if key is not None}
-    found = shapes(state, str(path))
-    first = found.get("encoder.conv_in.weight")
+    sizes = shapes(state, str(path))
+    first = sizes.get("encoder.conv_in.weight")
     if not first:
         raise CheckpointError(f"{path} has no encoder.conv1.weight; it is not the Wan 2.2 VAE")
     with torch.device("meta"):
         vae = wan_vae(first[0])
         del vae.decoder, vae.post_quant_conv
-    check_keys(found, vae, str(path))
+    check_keys(sizes, vae, str(path))
     vae.load_state_dict(state, assign=True)
     with quiet_diffusers():
         return ImageVAE(frozen(vae.to(device=device, dtype=dtype)))
