@@ -350,8 +350,8 @@ def give_weights(model: DiT, kind: str) -> list[str]:
 
 def measured(engine: runtime.Engine, size: sizes.Size, cache: Path) -> dict[str, Any]:
     """All figures, for each kind of weights in the engine's transformer."""
-    with engine.hold(Request(size.prompt)) as run:
-        model = run.parts.dit
+    with engine.hold(Request(size.prompt)) as pipeline:
+        model = pipeline.components.dit
     torch.manual_seed(0)
     video, audio, text = example(size.layout, model.config.text_channels, size.device)
     inputs = (model, size.layout, (video, audio), text)

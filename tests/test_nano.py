@@ -145,8 +145,8 @@ def test_latents_of_an_image_are_those_trained_on(out, engine):
         latents = model.eval().encode(pixels / 255 * 2 - 1)
     assert latents.shape == (1, 48, 3, LATENTS, LATENTS)
     image = Image.fromarray(pixels[0, :, 0].byte().permute(1, 2, 0).numpy())
-    with engine.hold(runtime.Request("-", seconds=0.4, width=64, height=64)) as run:
-        ours = run.parts.image_vae.encode(image, SIZE_PX, SIZE_PX)
+    with engine.hold(runtime.Request("-", seconds=0.4, width=64, height=64)) as pipeline:
+        ours = pipeline.components.image_vae.encode(image, SIZE_PX, SIZE_PX)
     # fp16 weights, 2^-11 each, through some twenty layers.
     assert (ours - latents[:, :, :1]).norm() < 0.01 * latents[:, :, :1].norm()
     assert latents[:, : video.CHANNELS].std() > 0.05
@@ -174,8 +174,8 @@ def test_frames_decode_as_in_training(out, engine):
     latents = torch.randn(1, 48, 7, 4, 4, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         frames = model.eval().decode(latents, True)
-    with engine.hold(runtime.Request("-", seconds=0.4, width=64, height=64)) as run:
-        ours, _ = run.decode(latents, torch.zeros(1, 25, 64))
+    with engine.hold(runtime.Request("-", seconds=0.4, width=64, height=64)) as pipeline:
+        ours, _ = pipeline.decode(latents, torch.zeros(1, 25, 64))
     theirs = ((frames[0] / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 3, 0).numpy()
     assert ours.shape == theirs.shape == (25, 64, 64, 3)
     assert abs(ours - theirs).max() < 3  # truncated, and from fp16 weights
@@ -187,8 +187,8 @@ def test_sound_goes_through_as_in_training(out, engine):
     wave = sound.voices(1, random.Random(3), torch.Generator().manual_seed(3))
     with torch.no_grad():
         latents = model.eval().encode(wave)
-    with engine.hold(runtime.Request("-", seconds=0.4, width=64, height=64)) as run:
-        oobleck = run.parts.audio_vae.model
+    with engine.hold(runtime.Request("-", seconds=0.4, width=64, height=64)) as pipeline:
+        oobleck = pipeline.components.audio_vae.model
         mean, std = oobleck.encode(wave)
         made, expected = oobleck.decode(latents), model.oobleck.decode(latents)
     assert (mean - latents).norm() < 0.01 * latents.norm()
@@ -265,7 +265,7 @@ def test_the_sampler_is_the_runtimes(clips):
         # Free channels, which the runtime's sampler carries along, stay 0 by this velocity.
         return v_video * used + (1 - used) * pictures / sampler_level(), v_sound
 
-    levels = iter(denoise.sampling.sigmas(8).tolist())
+    levels = iter(denoise.schedulers.sigmas(8).tolist())
 
     def sampler_level():
         return next(levels)

@@ -31,7 +31,7 @@ from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import Mp4Writer, check_output
 from magihuman.runtime.memory import MemoryPlan, estimate
 from magihuman.runtime.parallel import Shared
-from magihuman.runtime.pipeline import Components, Encoded, Limits, Prepared, Run
+from magihuman.runtime.pipeline import Components, Encoded, Limits, Pipeline, Prepared
 from magihuman.runtime.request import (
     ProgressCallback,
     Request,
@@ -298,23 +298,26 @@ class Engine:
             log.info("nothing is compiled on %s: warming up runs the plain models", self.device)
         taken_s = {}
         for size, request in requests.items():
-            with self.hold(request) as run:
+            with self.hold(request) as pipeline:
                 start = time.perf_counter()
-                run.warm(text_tokens)
+                pipeline.warm(text_tokens)
                 taken_s[size] = time.perf_counter() - start
         return taken_s
 
     @contextmanager
-    def hold(self, request: Request) -> Iterator[Run]:
-        """A request with the engine to itself, nothing of it done yet."""
+    def hold(self, request: Request, on_step: ProgressCallback | None = None) -> Iterator[Pipeline]:
+        """The pipeline of a request that has the engine to itself, before any of its stages.
+
+        on_step: as `generate` says of `on_progress`.
+        """
         self._check_rank()
         ticket = self._line.join(Limits())
         with ticket, self._on_device():
             ticket.check()
-            run = self._run(Call(request, ticket, None, None))
+            pipeline = self._pipeline(Call(request, ticket, None, on_step))
             ticket.wait(Station.DEVICE)
-            with ticket.at(Station.DEVICE), self._guard(run):
-                yield run
+            with ticket.at(Station.DEVICE), self._guard(pipeline):
+                yield pipeline
 
     def _arrive(
         self,
@@ -367,39 +370,44 @@ class Engine:
         ticket = call.ticket
         with ticket, self._span(REQUEST, ticket.number), self._on_device(), ExitStack() as files:
             ticket.check()
-            run = self._run(call)
-            with run.stage("prepare", on_device=False):
-                prepared = run.prepare()
+            pipeline = self._pipeline(call)
+            with pipeline.stage("prepare", on_device=False):
+                prepared = pipeline.prepare()
                 plan = prepared.plan
                 if call.save is not None:
                     check_output(call.save, config.video_frames(plan.frames), *plan.size_px)
-            with run.stage("queue", on_device=False):
+            with pipeline.stage("queue", on_device=False):
                 ticket.wait(Station.ENCODE)
-            with ticket.at(Station.ENCODE), self._guard(run, is_alone=False):
-                encoded = self._encode_beside(run, prepared)
-            with run.stage("queue", on_device=False):
+            with ticket.at(Station.ENCODE), self._guard(pipeline, is_alone=False):
+                encoded = self._encode_beside(pipeline, prepared)
+            with pipeline.stage("queue", on_device=False):
                 ticket.wait(Station.DEVICE)
             chunker = None if emit is None else Chunker(emit, call.request.seed)
-            with ticket.at(Station.DEVICE), self._guard(run):
+            with ticket.at(Station.DEVICE), self._guard(pipeline):
                 if encoded is None:
-                    encoded = run.encode(prepared)
-                video, audio = run.sample(encoded)
+                    encoded = pipeline.encode(prepared)
+                video, audio = pipeline.sample(encoded)
                 file: Mp4Writer | None = None
                 if call.save is not None:
-                    file = files.enter_context(run.writer(call.save, video))
+                    file = files.enter_context(pipeline.writer(call.save, video))
                 on_window = None if chunker is None else chunker.add
-                frames, wave = run.decode(video, audio, file, on_window)
-            del encoded, video, audio, run.parts  # nothing is held while the file is finished
+                frames, wave = pipeline.decode(video, audio, file, on_window)
+            del (
+                encoded,
+                video,
+                audio,
+                pipeline.components,
+            )  # nothing is held while the file is finished
             ticket.leave()
             if file is not None:
-                with run.stage("write", on_device=False):
+                with pipeline.stage("write", on_device=False):
                     file.finish()
             made = Video(
                 frames=frames,
                 audio=wave,
                 fps=config.FPS,
                 sample_rate_hz=config.SAMPLE_RATE_HZ,
-                timings_s=run.timings_s,
+                timings_s=pipeline.timings_s,
                 seed=call.request.seed,
                 warnings=plan.warnings,
             )
@@ -407,9 +415,9 @@ class Engine:
                 chunker.finish(made)
             return made
 
-    def _run(self, call: Call) -> Run:
+    def _pipeline(self, call: Call) -> Pipeline:
         assert self._parts is not None  # for as long as somebody is in line
-        return Run(
+        return Pipeline(
             self._parts,
             self._variant,
             self.sr,
@@ -420,44 +428,44 @@ class Engine:
             lambda name: self._span(name, call.ticket.number),
         )
 
-    def _encode_beside(self, run: Run, prepared: Prepared) -> Encoded | None:
+    def _encode_beside(self, pipeline: Pipeline, prepared: Prepared) -> Encoded | None:
         """While another request denoises; None where there is no memory to."""
-        if run.parts.residency.moves:  # the plan has stages one after another
+        if pipeline.components.residency.moves:  # the plan has stages one after another
             return None
         if self.device.type == "cuda":
-            with run.encoders():
+            with pipeline.encoders():
                 if estimate.free_bytes(self.device) < FREE_TO_ENCODE_BYTES:
                     return None
         try:
-            return run.encode(prepared)
+            return pipeline.encode(prepared)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
 
-    def _guard(self, run: Run, is_alone: bool = True) -> AbstractContextManager[None]:
+    def _guard(self, pipeline: Pipeline, is_alone: bool = True) -> AbstractContextManager[None]:
         """Say what a failure means. is_alone: with the device to itself."""
         if is_alone:
-            return self._alone(run)
-        return self._failures.guard(None, run.parts.encode_stream)
+            return self._alone(pipeline)
+        return self._failures.guard(None, pipeline.components.encode_stream)
 
     @contextmanager
-    def _alone(self, run: Run) -> Iterator[None]:
-        with self._failures.guard(lambda: self._advice(run)):
+    def _alone(self, pipeline: Pipeline) -> Iterator[None]:
+        with self._failures.guard(lambda: self._advice(pipeline)):
             yield
             if self._shared is not None:
                 self._shared.team.check()
 
-    def _advice(self, run: Run) -> str:
+    def _advice(self, pipeline: Pipeline) -> str:
         """Free what can be freed, and tell what fits then."""
-        for captured in run.parts.captured:
+        for captured in pipeline.components.captured:
             captured.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        dit = run.parts.dit.config
+        dit = pipeline.components.dit.config
         rows = max(dit.mlp_widths(layer)[0] for layer in range(dit.num_layers))
         free = estimate.free_bytes(self.device)
-        return estimate.advice(run.request, self._variant, self.sr, rows, free)
+        return estimate.advice(pipeline.request, self._variant, self.sr, rows, free)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

@@ -112,13 +112,13 @@ def score_model(
         # What another prompt says, so that the mouth can know it from the sound alone.
         said = prompts[(i + 1) % len(numbers)]
         voiced.append(_score(engine, _request(said, i, audio=voice)))
-        with engine.hold(_request(prompts[i], i)) as run, torch.inference_mode():
-            assert run.parts.image_vae is not None
-            assert run.parts.audio_vae is not None
+        with engine.hold(_request(prompts[i], i)) as pipeline, torch.inference_mode():
+            image_vae, audio_vae = pipeline.components.image_vae, pipeline.audio_vae
+            assert image_vae is not None
             wave, _ = open_driving_audio(voice, SECONDS)
-            frames, again = run.decode(
-                run.parts.image_vae.encode(open_image(image), SIZE_PX, SIZE_PX, STILL_FRAMES),
-                run.parts.audio_vae.encode(wave, run.noise),
+            frames, again = pipeline.decode(
+                image_vae.encode(open_image(image), SIZE_PX, SIZE_PX, STILL_FRAMES),
+                audio_vae.encode(wave, pipeline.noise),
             )
             still = np.broadcast_to(_pixels(image), frames.shape)
             pixels.append(psnr_db(frames, still))

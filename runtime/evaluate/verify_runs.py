@@ -33,7 +33,7 @@ from magihuman.runtime.evaluate.verify_report import (
 )
 from magihuman.runtime.media import quality
 from magihuman.runtime.model import DiT
-from magihuman.runtime.pipeline import Run, decode_frames
+from magihuman.runtime.pipeline import Pipeline, decode_frames
 from magihuman.runtime.request import Progress, ProgressCallback, Request
 from magihuman.runtime.weights import (
     PrecisionPolicy,
@@ -149,16 +149,15 @@ def _verify(
             " larger GPU, device='cpu', or load without memory_limit_gb"
         )
     clips, measured = [], []
-    with engine.hold(requests[0]) as run:
-        dit = run.parts.dit
+    with engine.hold(requests[0]) as pipeline:
+        dit = pipeline.components.dit
     names = linears_in_fp8(dit.config, keep_bf16)
     with SimulatedFp8(dit, names, precision.is_fp8_attention) as simulation:
         for i, request in enumerate(requests, 1):
-            with engine.hold(request) as run:
-                probe = _Probe(dit, simulation)
-                label = f"{i} of {len(requests)}"
-                clips.append(_clip(run, probe, label, on_progress, is_scored))
-                measured.append(probe.measured)
+            probe = _Probe(dit, simulation, f"{i} of {len(requests)}", on_progress)
+            with engine.hold(request, probe.on_step) as pipeline:
+                clips.append(_clip(pipeline, probe, is_scored))
+            measured.append(probe.measured)
 
     def at_steps(part: str, key: str | int) -> AtSteps:
         errors = ([getattr(at[step], part)[key] for at in measured] for step in (0, -1))
@@ -204,10 +203,18 @@ class _Probe:
         measured: errors at the first and the last step.
     """
 
-    def __init__(self, model: DiT, simulation: SimulatedFp8) -> None:
+    def __init__(
+        self,
+        model: DiT,
+        simulation: SimulatedFp8,
+        label: str,
+        on_progress: ProgressCallback | None,
+    ) -> None:
+        """label: of the prompt, for `on_progress`."""
         self.latents: list[Latents] = []
         self.measured: list[_Measured] = []
         self._model, self._simulation = model, simulation
+        self._label, self._on_progress = label, on_progress
         self._mode, self._at = Mode.BF16, (0, 1)
         self._is_new = False
 
@@ -215,9 +222,12 @@ class _Probe:
         """A new clip: MEASURE at its first and last step, and bf16 between, or FP8 throughout."""
         self._mode, self.latents = mode, []
 
-    def on_step(self, step: int, of: int) -> None:
+    def on_step(self, progress: Progress) -> None:
         """The sampler begins a step. Guidance calls the model twice in one."""
-        self._at, self._is_new = (step, of), True
+        self._at, self._is_new = (progress.step, progress.of), True
+        if self._on_progress is not None:
+            precision = "fp8" if self._mode is Mode.FP8 else "bf16"
+            self._on_progress(dataclasses.replace(progress, stage=f"{precision} {self._label}"))
 
     def __call__(
         self, video: Tensor, audio: Tensor, text: Tensor, rope: Tensor, local: LocalAttention | None
@@ -239,38 +249,20 @@ class _Probe:
         return result
 
 
-def _clip(
-    run: Run, probe: _Probe, label: str, on_progress: ProgressCallback | None, is_scored: bool
-) -> Clip:
-    """One request in bf16 and in fp8."""
-    prepared = run.prepare()
-    plan, ids = prepared.plan, prepared.ids
-    encoder = run.text_encoder
-    text, null_text = encoder.encode(ids), None
-    if plan.guidance is not None:
-        null_text = encoder.encode(encoder.tokenize(run.request.negative_prompt)[0])
-    run.parts = dataclasses.replace(run.parts, forward=probe)
+def _clip(pipeline: Pipeline, probe: _Probe, is_scored: bool) -> Clip:
+    """One request in bf16 and in fp8, from the same noise."""
+    request, prepared = pipeline.request, pipeline.prepare()
     trails, frames, waves = [], [], []
-    for precision, mode in (("bf16", Mode.MEASURE), ("fp8", Mode.FP8)):
-
-        def report(p: Progress, stage: str = f"{precision} {label}") -> None:
-            probe.on_step(p.step, p.of)
-            if on_progress is not None:
-                on_progress(dataclasses.replace(p, stage=stage))
-
-        run.on_progress = report
+    for mode in (Mode.MEASURE, Mode.FP8):
         probe.start(mode)
-        run.generator.manual_seed(run.request.seed)
-        audio = run.draw(1, plan.audio, config.AUDIO_CHANNELS)
-        video = run.draw(1, config.LATENT_CHANNELS, plan.frames, plan.rows, plan.columns)
-        video, audio = run.run_base(plan, text, null_text, video, audio, None)
+        video, audio = pipeline.run_base(pipeline.encode(prepared), probe)
         trails.append([*probe.latents, (video.cpu(), audio.cpu())])
-        frames.append(decode_frames(run.parts.turbo_vae, video))
-        waves.append(run.audio_vae.decode(audio))
+        frames.append(decode_frames(pipeline.components.turbo_vae, video))
+        waves.append(pipeline.audio_vae.decode(audio))
     bf16, fp8 = frames
     scores = None
     if is_scored:
-        prompt, rate, fps = run.request.prompt, config.SAMPLE_RATE_HZ, config.FPS
+        prompt, rate, fps = request.prompt, config.SAMPLE_RATE_HZ, config.FPS
         scores = (
             clip_score.score(bf16, waves[0], rate, fps, prompt),
             clip_score.score(fp8, waves[1], rate, fps, prompt),
@@ -278,7 +270,7 @@ def _clip(
     steps = list(zip(*trails, strict=True))
     shown = np.linspace(0, len(bf16) - 1, SHOWN_FRAMES).round().astype(int)
     return Clip(
-        prompt=run.request.prompt,
+        prompt=request.prompt,
         video_error=[relative_error(theirs[0], ours[0]) for ours, theirs in steps],
         audio_error=[relative_error(theirs[1], ours[1]) for ours, theirs in steps],
         psnr_db=quality.psnr_db(fp8, bf16),

@@ -17,7 +17,7 @@ from magihuman.runtime.pipeline.decode import (
 )
 from magihuman.runtime.pipeline.denoise import Forward
 from magihuman.runtime.pipeline.limits import Limits
-from magihuman.runtime.pipeline.pipeline import Run
+from magihuman.runtime.pipeline.pipeline import Pipeline
 
 __all__ = [
     "AudioVAE",
@@ -27,9 +27,9 @@ __all__ = [
     "Forward",
     "Frames",
     "Limits",
+    "Pipeline",
     "PlainDecoder",
     "Prepared",
-    "Run",
     "VideoDecoder",
     "Waveform",
     "decode_frames",

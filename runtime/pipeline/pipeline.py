@@ -1,7 +1,12 @@
-"""One request, top to bottom: text -> tokens -> denoise [-> super-resolve] -> decode -> Video."""
+"""One request, top to bottom: prepare -> encode -> denoise [-> super-resolve] -> decode.
+
+`Pipeline.encode` and the loops of `denoise` are all that draws random numbers; ARCHITECTURE.md has
+the order.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +29,7 @@ from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, open_driving_au
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
 from magihuman.runtime.pipeline.decode import Frames, decode_frames
 from magihuman.runtime.pipeline.limits import Limits
-from magihuman.runtime.request import Plan, Progress, ProgressCallback, Request
+from magihuman.runtime.request import Progress, ProgressCallback, Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,23 +37,36 @@ if TYPE_CHECKING:
 log = logging.getLogger("magihuman")
 
 
-class Run:
-    """State of one request on its way through the stages."""
+class Pipeline:
+    """One request on its way through the stages. Its methods stand in the order in which they run.
+
+    Attributes:
+        components: the models that run; `Engine` takes them away once the clip is decoded.
+        variant: of the base transformer.
+        sr: None, "540p" or "1080p".
+        device: where everything runs.
+        request: what is asked for.
+        limits: what ends the request early.
+        on_step: called after every step, as `Engine.generate` says of `on_progress`.
+        span: the context around a stage of this name, for hooks.
+        timings_s: seconds of each finished stage by its name, in order.
+        start_s: when the request began, on the clock of `time.perf_counter`.
+        generator: the only source of random numbers, on `device`.
+    """
 
     def __init__(
         self,
-        parts: Components,
+        components: Components,
         variant: config.Variant,
         sr: str | None,
         device: torch.device,
         request: Request,
         limits: Limits,
-        on_progress: ProgressCallback | None,
+        on_step: ProgressCallback | None,
         span: Callable[[str], AbstractContextManager[object]],
     ) -> None:
-        self.parts, self.variant, self.sr, self.device = parts, variant, sr, device
-        self.request, self.limits, self.on_progress = request, limits, on_progress
-        self.span = span
+        self.components, self.variant, self.sr, self.device = components, variant, sr, device
+        self.request, self.limits, self.on_step, self.span = request, limits, on_step, span
         self.timings_s: dict[str, float] = {}
         self.start_s = time.perf_counter()
         self.generator = torch.Generator(device)
@@ -56,26 +74,30 @@ class Run:
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """Which every engine has that takes requests."""
-        assert self.parts.text_encoder is not None
-        return self.parts.text_encoder
+        """The text encoder, which every engine has that takes requests."""
+        assert self.components.text_encoder is not None
+        return self.components.text_encoder
 
     @property
     def audio_vae(self) -> AudioVAE:
-        """Likewise."""
-        assert self.parts.audio_vae is not None
-        return self.parts.audio_vae
+        """The audio autoencoder, which every engine has that takes requests."""
+        assert self.components.audio_vae is not None
+        return self.components.audio_vae
 
     def prepare(self) -> Prepared:
-        """Everything that can be wrong with a request, found before any work on the device."""
+        """Open image and sound, and tokenize the prompt, before any work on the device.
+
+        Raises:
+            InvalidRequestError: an input cannot be read, or the engine cannot serve it.
+        """
         request = self.request
         plan = request.plan(self.variant, self.sr)
-        if isinstance(self.parts.turbo_vae, TensorRTVAE):
+        if isinstance(self.components.turbo_vae, TensorRTVAE):
             rows, columns = (side // config.VIDEO_STRIDE[1] for side in plan.size_px[::-1])
-            self.parts.turbo_vae.exported.check_size(rows, columns)
+            self.components.turbo_vae.exported.check_size(rows, columns)
         image = samples = None
         if request.image is not None:
-            if self.parts.image_vae is None:
+            if self.components.image_vae is None:
                 raise InvalidRequestError(
                     "image needs the Wan 2.2 image encoder, which this engine was loaded"
                     " without; put Wan2.2-TI2V-5B into the model directory or give load(...,"
@@ -95,11 +117,13 @@ class Run:
     def encode(self, prepared: Prepared) -> Encoded:
         """Text, sound and picture through their encoders, and the first noise.
 
-        On a GPU on a stream of its own, so that another request can denoise meanwhile.
+        Seeds the generator, and draws the audio's noise and then the video's, fp32; so it may be
+        called again, and denoising starts from the same noise each time. On a GPU it runs on a
+        stream of its own, so that another request can denoise meanwhile.
         """
-        plan, parts = prepared.plan, self.parts
-        with self.encoders(), self.on_stream(parts.encode_stream):
-            self.generator.manual_seed(self.request.seed)  # encoding may be done a second time
+        plan, components = prepared.plan, self.components
+        with self.encoders(), self.on_stream(components.encode_stream):
+            self.generator.manual_seed(self.request.seed)
             with self.stage("text", TEXT):
                 text = self.text_encoder.encode(prepared.ids)
                 null_text = None
@@ -120,21 +144,90 @@ class Run:
             if plan.sr_rows is not None and plan.sr_columns is not None:
                 with self.stage("image_sr", *pictured):
                     sr_image = self.encode_image(prepared.image, plan.sr_rows, plan.sr_columns)
-        return Encoded(plan, text, null_text, audio, video, image, sr_image)
+        encoded = Encoded(plan, text, null_text, audio, video, image, sr_image)
+        if self.device.type == "cuda":
+            for tensor in encoded.tensors():  # made on another stream than that of the loops
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        return encoded
 
     @torch.inference_mode()
-    def sample(self, given: Encoded) -> tuple[Tensor, Tensor]:
-        """Clean latents of video and sound, super-resolved where that is wanted."""
-        if self.device.type == "cuda":
-            for tensor in given.tensors():  # made on another stream
-                tensor.record_stream(torch.cuda.current_stream(self.device))
-        texts = given.text, given.null_text
+    def sample(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Clean latents, super-resolved where the engine does that, both fp32 on the device.
+
+        Returns:
+            video [1, 48, T, H, W] and audio [1, A, 64].
+        """
         with self.stage("denoise", BASE):
-            video, audio = self.run_base(given.plan, *texts, given.video, given.audio, given.image)
+            video, audio = self.run_base(encoded)
         if self.sr is not None:
             with self.stage("super_resolve", SR):
-                video = self.run_sr(given.plan, *texts, video, audio, given.sr_image)
+                video = self.run_sr(encoded, video, audio)
         return video, audio
+
+    @torch.inference_mode()
+    def run_base(
+        self, encoded: Encoded, forward: denoise.Forward | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The base model's loop, as `sample` runs it: video and audio latents.
+
+        forward: stands in for the base transformer's; by default that of the components, if any.
+        """
+        plan, video, audio = encoded.plan, encoded.video, encoded.audio
+        model, variant = self.components.dit, self.variant
+        forward = forward or self.components.forward
+        keep_audio = self.request.audio is not None
+        on_step = self.reporter("denoise")
+        velocity = self.velocity(model, variant, video, audio, encoded.text, forward)
+        if variant.guidance is None:
+            return denoise.distilled(
+                velocity,
+                video,
+                audio,
+                steps=plan.steps,
+                noise=self.noise,
+                image=encoded.image,
+                keep_audio=keep_audio,
+                on_step=on_step,
+            )
+        null = None
+        if plan.guidance is not None and encoded.null_text is not None:
+            null = self.velocity(model, variant, video, audio, encoded.null_text, forward)
+        return denoise.guided(
+            velocity,
+            null,
+            video,
+            audio,
+            steps=plan.steps,
+            guidance=plan.guidance or 1.0,
+            image=encoded.image,
+            keep_audio=keep_audio,
+            on_step=on_step,
+        )
+
+    @torch.inference_mode()
+    def run_sr(self, encoded: Encoded, video: Tensor, audio: Tensor) -> Tensor:
+        """The super-resolution model's loop, as `sample` runs it: video latents at the new size.
+
+        video, audio: clean latents of the base model; the audio only conditions the video.
+        """
+        plan, model = encoded.plan, self.components.sr_dit
+        assert model is not None and self.sr is not None
+        assert plan.sr_rows is not None and plan.sr_columns is not None
+        variant, forward = config.upscaler(self.sr), self.components.sr_forward
+        video, audio = denoise.sr_start(video, audio, plan.sr_rows, plan.sr_columns, self.noise)
+        null = None
+        if plan.sr_guidance is not None and encoded.null_text is not None:
+            null = self.velocity(model, variant, video, audio, encoded.null_text, forward)
+        return denoise.super_resolve(
+            self.velocity(model, variant, video, audio, encoded.text, forward),
+            null,
+            video,
+            audio,
+            steps=plan.sr_steps,
+            guidance=plan.sr_guidance or 1.0,
+            image=encoded.sr_image,
+            on_step=self.reporter("super_resolve"),
+        )
 
     def writer(self, path: Path, video: Tensor) -> Mp4Writer:
         """Of the clip decoded from these latents."""
@@ -156,7 +249,7 @@ class Run:
 
         on_window: called with the next frames, as they come, and the whole sound.
         """
-        with self.parts.residency.present(VIDEO, AUDIO):
+        with self.components.residency.present(VIDEO, AUDIO):
             return self.decode_both(video, audio, file, on_window)
 
     def decode_both(
@@ -167,7 +260,7 @@ class Run:
         on_window: Callable[[Frames, Waveform], None] | None,
     ) -> tuple[Frames, Waveform]:
         """`decode`, with both decoders there."""
-        parts = self.parts
+        components = self.components
 
         # An argument, not closed over: `failures.forget` cannot take that from an error.
         def frames(latents: Tensor, heard: Callable[[], Waveform]) -> Frames:
@@ -180,27 +273,27 @@ class Run:
             with self.stage("decode_video"):
                 is_heard = file is not None or on_window is not None
                 return decode_frames(
-                    parts.turbo_vae,
+                    components.turbo_vae,
                     latents,
                     self.reporter("decode_video"),
-                    parts.decoder,
+                    components.decoder,
                     add if is_heard else None,
-                    parts.spread,
+                    components.spread,
                 )
 
         @torch.inference_mode()
         def sound() -> Waveform:
-            with self.on_stream(parts.sound_stream):
+            with self.on_stream(components.sound_stream):
                 wave = self.audio_vae.decode(audio)
             if file is not None:
                 file.add_sound(wave)
             return wave
 
-        if parts.sound_stream is None:
+        if components.sound_stream is None:
             with self.stage("decode_audio"):
                 wave = sound()
             return frames(video, lambda: wave), wave
-        parts.sound_stream.wait_stream(torch.cuda.current_stream(self.device))
+        components.sound_stream.wait_stream(torch.cuda.current_stream(self.device))
         # Leaving the pool waits for the sound, also where decoding frames raises.
         with ThreadPoolExecutor(1, "sound") as pool:
             decoding = pool.submit(sound)
@@ -210,98 +303,32 @@ class Run:
 
     @torch.inference_mode()
     def warm(self, text_tokens: Sequence[int]) -> None:
-        """Run every model once for a clip of this size and prompts of these lengths, over zeros."""
-        plan, parts = self.request.plan(self.variant, self.sr), self.parts
-        audio = torch.zeros(1, plan.audio, config.AUDIO_CHANNELS, device=self.device)
+        """Run every model once for a clip of this size and prompts of these lengths, over zeros.
+
+        text_tokens: lengths of prompts; the loops take one step for each, without guidance.
+        """
+        plan = dataclasses.replace(
+            self.request.plan(self.variant, self.sr),
+            steps=1,
+            sr_steps=1,
+            guidance=None,
+            sr_guidance=None,
+        )
+        residency = self.components.residency
         shape = (1, config.LATENT_CHANNELS, plan.frames)
         video = torch.zeros(*shape, plan.rows, plan.columns, device=self.device)
+        audio = torch.zeros(1, plan.audio, config.AUDIO_CHANNELS, device=self.device)
         for length in text_tokens:
-            with self.encoders(), parts.residency.present(TEXT):
+            with self.encoders(), residency.present(TEXT):
                 text = self.text_encoder.encode(torch.zeros(1, length, dtype=torch.long))
-            with parts.residency.present(BASE):
-                velocity = self.velocity(parts.dit, self.variant, video, audio, text, parts.forward)
-                velocity(video, audio)
-            if parts.sr_dit is not None and plan.sr_rows and plan.sr_columns:
-                large = torch.zeros(*shape, plan.sr_rows, plan.sr_columns, device=self.device)
-                assert self.sr is not None
-                variant = config.upscaler(self.sr)
-                with parts.residency.present(SR):
-                    velocity = self.velocity(
-                        parts.sr_dit, variant, large, audio, text, parts.sr_forward
-                    )
-                    velocity(large, audio)
-        if self.sr is not None:
-            video = torch.zeros(*shape, plan.sr_rows or 0, plan.sr_columns or 0, device=self.device)
-        self.decode(video, audio)
-
-    def run_base(
-        self,
-        plan: Plan,
-        text: Tensor,
-        null_text: Tensor | None,
-        video: Tensor,
-        audio: Tensor,
-        image: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The base model's loop."""
-        keep_audio = self.request.audio is not None
-        on_step = self.reporter("denoise")
-        forward = self.parts.forward
-        velocity = self.velocity(self.parts.dit, self.variant, video, audio, text, forward)
-        if self.variant.guidance is None:
-            return denoise.distilled(
-                velocity,
-                video,
-                audio,
-                steps=plan.steps,
-                noise=self.noise,
-                image=image,
-                keep_audio=keep_audio,
-                on_step=on_step,
-            )
-        null = None
-        if plan.guidance is not None and null_text is not None:
-            null = self.velocity(self.parts.dit, self.variant, video, audio, null_text, forward)
-        return denoise.guided(
-            velocity,
-            null,
-            video,
-            audio,
-            steps=plan.steps,
-            guidance=plan.guidance or 1.0,
-            image=image,
-            keep_audio=keep_audio,
-            on_step=on_step,
-        )
-
-    def run_sr(
-        self,
-        plan: Plan,
-        text: Tensor,
-        null_text: Tensor | None,
-        video: Tensor,
-        audio: Tensor,
-        image: Tensor | None,
-    ) -> Tensor:
-        """The super-resolution model's loop; its audio stream only conditions it."""
-        model = self.parts.sr_dit
-        assert model is not None and self.sr is not None
-        assert plan.sr_rows is not None and plan.sr_columns is not None
-        variant, forward = config.upscaler(self.sr), self.parts.sr_forward
-        video, audio = denoise.sr_start(video, audio, plan.sr_rows, plan.sr_columns, self.noise)
-        null = None
-        if plan.sr_guidance is not None and null_text is not None:
-            null = self.velocity(model, variant, video, audio, null_text, forward)
-        return denoise.super_resolve(
-            self.velocity(model, variant, video, audio, text, forward),
-            null,
-            video,
-            audio,
-            steps=plan.sr_steps,
-            guidance=plan.sr_guidance or 1.0,
-            image=image,
-            on_step=self.reporter("super_resolve"),
-        )
+            encoded = Encoded(plan, text, None, audio, video, None, None)
+            with residency.present(BASE):
+                self.run_base(encoded)
+            if self.sr is not None:
+                with residency.present(SR):
+                    self.run_sr(encoded, video, audio)
+        rows, columns = plan.sr_rows or plan.rows, plan.sr_columns or plan.columns
+        self.decode(torch.zeros(*shape, rows, columns, device=self.device), audio)
 
     def velocity(
         self,
@@ -321,9 +348,9 @@ class Run:
         """The reference image's latent at this size."""
         if image is None:
             return None
-        assert self.parts.image_vae is not None
+        assert self.components.image_vae is not None
         stride = config.VIDEO_STRIDE[1]
-        return self.parts.image_vae.encode(image, columns * stride, rows * stride)
+        return self.components.image_vae.encode(image, columns * stride, rows * stride)
 
     def draw(self, *shape: int) -> Tensor:
         """Fresh fp32 noise from the request's generator, on the device."""
@@ -338,23 +365,23 @@ class Run:
 
         def report(step: int, of: int) -> None:
             self.limits.check()
-            if self.on_progress is not None:
+            if self.on_step is not None:
                 if self.device.type == "cuda":
                     torch.cuda.current_stream(self.device).synchronize()
                 elapsed_s = time.perf_counter() - self.start_s
-                self.on_progress(Progress(stage, step, of, elapsed_s))
+                self.on_step(Progress(stage, step, of, elapsed_s))
 
         return report
 
     @contextmanager
     def encoders(self) -> Iterator[None]:
         """`Components.encoding`, held; a first capture can keep it for a minute."""
-        while not self.parts.encoding.acquire(timeout=self.limits.look_s()):
+        while not self.components.encoding.acquire(timeout=self.limits.look_s()):
             self.limits.check()
         try:
             yield
         finally:
-            self.parts.encoding.release()
+            self.components.encoding.release()
 
     @contextmanager
     def on_stream(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
@@ -374,7 +401,7 @@ class Run:
         """
         self.limits.check()
         start = time.perf_counter()
-        present = self.parts.residency.present(*parts) if on_device else nullcontext()
+        present = self.components.residency.present(*parts) if on_device else nullcontext()
         with self.span(name), present:
             yield
             if on_device and self.device.type == "cuda":

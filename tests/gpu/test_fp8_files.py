@@ -35,8 +35,8 @@ def test_convert_load_generate(tiny_dir: Path, tmp_path: Path, keep: str) -> Non
         assert engine.precision == "fp8" and engine.is_compiled
         clip = engine.generate("hi", **CLIP)
         again = engine.generate("hi", **CLIP)
-        with engine.hold(runtime.Request("hi")) as run:
-            found = run.parts.dit.state_dict()
+        with engine.hold(runtime.Request("hi")) as pipeline:
+            found = pipeline.components.dit.state_dict()
     assert np.array_equal(clip.frames, again.frames) and np.array_equal(clip.audio, again.audio)
     assert clip.frames.shape == (5, 64, 64, 3)
 
