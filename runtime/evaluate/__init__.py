@@ -8,13 +8,14 @@ from magihuman.runtime.evaluate.clip_score import ClipScore, Synchrony, score_fi
 from magihuman.runtime.evaluate.model_score import score_model
 from magihuman.runtime.evaluate.verify_page import write_page
 from magihuman.runtime.evaluate.verify_report import Report, Thresholds
-from magihuman.runtime.evaluate.verify_runs import verify
+from magihuman.runtime.evaluate.verify_runs import VerifyOptions, verify
 
 __all__ = [
     "ClipScore",
     "Report",
     "Synchrony",
     "Thresholds",
+    "VerifyOptions",
     "score_file",
     "score_model",
     "verify",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -47,24 +48,69 @@ SHOWN_FRAMES = 3
 Latents = tuple[Tensor, Tensor]
 
 
+class VerifyOptions(TypedDict, total=False):
+    """What `verify` takes as keywords; each may be left out.
+
+    Attributes:
+        precision: to judge: "fp8" by default, or "fp8-attn" with attention too.
+        keep_bf16: as for `load`.
+        seconds, width, height, steps, seed: as for `Request`.
+        thresholds: for the verdict, by default those of `Thresholds()`.
+        score: whether to score the clips too, as `magihuman score` does: for the nano model.
+        variant: as for `load`, "distill" by default; not used with an engine.
+        transformer, device, on_load: as for `load`; not used with an engine.
+        on_progress: called after every step; the stage names precision and prompt.
+    """
+
+    precision: config.Precision
+    keep_bf16: KeepBf16
+    seconds: float
+    width: int
+    height: int
+    steps: int | None
+    seed: int
+    thresholds: Thresholds | None
+    score: bool
+    variant: str
+    transformer: locate.PathLike | None
+    device: str | torch.device | None
+    on_load: OnLoad | None
+    on_progress: ProgressCallback | None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """`VerifyOptions`, with what stands for those left out."""
+
+    precision: config.Precision = "fp8"
+    keep_bf16: KeepBf16 = KEEP_NONE
+    seconds: float = 5.0
+    width: int = 480
+    height: int = 272
+    steps: int | None = None
+    seed: int = 42
+    thresholds: Thresholds | None = None
+    score: bool = False
+    variant: str = "distill"
+    transformer: locate.PathLike | None = None
+    device: str | torch.device | None = None
+    on_load: OnLoad | None = None
+    on_progress: ProgressCallback | None = None
+
+    def request(self, prompt: str) -> Request:
+        """One clip to make."""
+        return Request(
+            prompt,
+            seconds=self.seconds,
+            width=self.width,
+            height=self.height,
+            steps=self.steps,
+            seed=self.seed,
+        )
+
+
 def verify(
-    model: Engine | locate.PathLike,
-    prompts: Sequence[str],
-    *,
-    precision: config.Precision = "fp8",
-    keep_bf16: KeepBf16 = KEEP_NONE,
-    seconds: float = 5.0,
-    width: int = 480,
-    height: int = 272,
-    steps: int | None = None,
-    seed: int = 42,
-    thresholds: Thresholds | None = None,
-    score: bool = False,
-    variant: str = "distill",
-    transformer: locate.PathLike | None = None,
-    device: str | torch.device | None = None,
-    on_load: OnLoad | None = None,
-    on_progress: ProgressCallback | None = None,
+    model: Engine | locate.PathLike, prompts: Sequence[str], **options: Unpack[VerifyOptions]
 ) -> Report:
     """Compare fp8, simulated, with bf16: each linear, each layer, latents, frames and sound.
 
@@ -74,70 +120,51 @@ def verify(
     Args:
         model: a loaded engine in bf16, or what `load` takes.
         prompts: one clip is made for each, twice.
-        precision: to judge: "fp8", or "fp8-attn" with attention too.
-        keep_bf16: as for `load`.
-        seconds, width, height, steps, seed: as for `Request`.
-        thresholds: for the verdict.
-        score: also score the clips, as `magihuman score` does: for the nano model.
-        variant, transformer, device, on_load: as for `load`; not used with an engine.
-        on_progress: called after every step; the stage names precision and prompt.
+        options: see `VerifyOptions`.
 
     Raises:
         InvalidRequestError: an argument is not one of those above.
         CheckpointError, DeviceError: as `load`.
     """
+    settings = _Settings(**options)
     if isinstance(prompts, str) or not prompts:
         raise InvalidRequestError(f"prompts must be a list of one at least, got {prompts!r}")
-    requests = [
-        Request(p, seconds=seconds, width=width, height=height, steps=steps, seed=seed)
-        for p in prompts
-    ]
-    policy = PrecisionPolicy.of(precision)
+    requests = [settings.request(prompt) for prompt in prompts]
+    policy = PrecisionPolicy.of(settings.precision)
     if not policy.is_fp8:
         raise InvalidRequestError(
-            f"precision must be 'fp8' or 'fp8-attn' to be compared with bf16, got {precision!r}"
+            "precision must be 'fp8' or 'fp8-attn' to be compared with bf16, got"
+            f" {settings.precision!r}"
         )
-    limits = thresholds or Thresholds()
     if isinstance(model, Engine):
-        return _verify(model, requests, policy, keep_bf16, limits, on_progress, score)
-    _check_keep(model, variant, transformer, device, keep_bf16)
+        return _verify(model, requests, settings)
+    _check_keep(model, settings)
     with loading.load(
         model,
-        variant=variant,
+        variant=settings.variant,
         precision="bf16",
         compile=False,
-        device=device,
-        transformer=transformer,
-        on_load=on_load,
+        device=settings.device,
+        transformer=settings.transformer,
+        on_load=settings.on_load,
     ) as engine:
-        return _verify(engine, requests, policy, keep_bf16, limits, on_progress, score)
+        return _verify(engine, requests, settings)
 
 
-def _check_keep(
-    model: locate.PathLike,
-    variant: str,
-    folder: locate.PathLike | None,
-    device: str | torch.device | None,
-    keep_bf16: KeepBf16,
-) -> None:
-    """Refuse what names no linear before weights are read."""
+def _check_keep(model: locate.PathLike, settings: _Settings) -> None:
+    """Refuse a `keep_bf16` that names no linear before weights are read."""
+    variant = settings.variant
     one_of("variant", variant, config.BASE_VARIANTS)
     chosen = config.VARIANTS[variant]
-    paths = locate.find(model, chosen, None, {variant: folder})
-    options = TransformerOptions(pick_device(device), PrecisionPolicy.BF16, None, compile=False)
-    linears_in_fp8(plan(chosen, paths.dit, options).config, keep_bf16)
+    paths = locate.find(model, chosen, None, {variant: settings.transformer})
+    device = pick_device(settings.device)
+    options = TransformerOptions(device, PrecisionPolicy.BF16, None, compile=False)
+    linears_in_fp8(plan(chosen, paths.dit, options).config, settings.keep_bf16)
 
 
 @torch.inference_mode()
-def _verify(
-    engine: Engine,
-    requests: list[Request],
-    precision: PrecisionPolicy,
-    keep_bf16: KeepBf16,
-    thresholds: Thresholds,
-    on_progress: ProgressCallback | None,
-    is_scored: bool,
-) -> Report:
+def _verify(engine: Engine, requests: list[Request], settings: _Settings) -> Report:
+    """`verify` on a loaded engine."""
     if engine.precision != PrecisionPolicy.BF16:
         raise InvalidRequestError(
             f"the engine must be loaded with precision='bf16', got {engine.precision!r}"
@@ -148,15 +175,18 @@ def _verify(
             f" {', '.join(engine.memory_plan.streamed)} rest in host memory between stages; use a"
             " larger GPU, device='cpu', or load without memory_limit_gb"
         )
+    keep_bf16, thresholds = settings.keep_bf16, settings.thresholds or Thresholds()
     clips, measured = [], []
     with engine.hold(requests[0]) as pipeline:
         dit = pipeline.components.dit
     names = linears_in_fp8(dit.config, keep_bf16)
-    with SimulatedFp8(dit, names, precision.is_fp8_attention) as simulation:
+    with SimulatedFp8(
+        dit, names, PrecisionPolicy.of(settings.precision).is_fp8_attention
+    ) as simulation:
         for i, request in enumerate(requests, 1):
-            probe = _Probe(dit, simulation, f"{i} of {len(requests)}", on_progress)
+            probe = _Probe(dit, simulation, f"{i} of {len(requests)}", settings.on_progress)
             with engine.hold(request, probe.on_step) as pipeline:
-                clips.append(_clip(pipeline, probe, is_scored))
+                clips.append(_clip(pipeline, probe, settings.score))
             measured.append(probe.measured)
 
     def at_steps(part: str, key: str | int) -> AtSteps:
@@ -169,26 +199,25 @@ def _verify(
     }
     per_layer = [at_steps("layers", i) for i in range(dit.config.num_layers)]
     failures = broken(thresholds, per_linear, per_attention, clips)
-    request = requests[0]
-    settings = {
+    shown = {
         "variant": engine.variant,
         "device": str(engine.device),
-        "seconds": request.seconds,
-        "width": request.width,
-        "height": request.height,
+        "seconds": settings.seconds,
+        "width": settings.width,
+        "height": settings.height,
         "steps": len(clips[0].video_error),
-        "seed": request.seed,
-        "precision": precision.value,
+        "seed": settings.seed,
+        "precision": settings.precision,
         "keep_bf16": keep_bf16 if isinstance(keep_bf16, str) else list(keep_bf16),
     }
     keep: list[str] = []
     if failures:
         keep = suggested(dit.config, keep_bf16, thresholds, per_linear, per_attention)
-    return Report(settings, thresholds, per_linear, per_attention, per_layer, clips, failures, keep)
+    return Report(shown, thresholds, per_linear, per_attention, per_layer, clips, failures, keep)
 
 
 class _Measured(NamedTuple):
-    """Errors of one step."""
+    """Relative errors of one step: by linear, by layer of attention, and of each layer in order."""
 
     linears: dict[str, float]
     attentions: dict[int, float]
@@ -239,12 +268,14 @@ class _Probe:
         mode = self._mode
         if mode is Mode.MEASURE and not (is_new and step in (0, of - 1)):
             mode = Mode.BF16
-        with self._simulation.running(mode):
+        simulation = self._simulation
+        with simulation.running(mode):
             result = self._model(video, audio, text, rope, local)
         if mode is Mode.MEASURE:
-            found = self._simulation
             self.measured.append(
-                _Measured(found.linear_errors, found.attention_errors, found.layer_errors)
+                _Measured(
+                    simulation.linear_errors, simulation.attention_errors, simulation.layer_errors
+                )
             )
         return result
 

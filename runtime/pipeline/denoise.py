@@ -1,13 +1,14 @@
-"""The denoising loops: distilled, guided, super-resolving. Latents in, latents out.
+"""The denoising loops of flow matching: distilled, guided, super-resolving. Latents in and out.
 
-Streams: video [1, 48, T, H, W], audio [1, A, 64], fp32. `noise(like)` returns fresh noise of a
-tensor's shape; where both streams draw, video draws first.
+Both streams are fp32: video [1, 48, T, H, W] and audio [1, A, 64], with noise levels and solvers
+from `schedulers`. `noise(like)` returns fresh normal noise of a tensor's shape; where both streams
+draw, video draws first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from magihuman.runtime import config
 from magihuman.runtime.model import DiT, tokens
 from magihuman.runtime.pipeline import schedulers
 
-Velocity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Velocity = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (video, audio) to theirs
 Noise = Callable[[Tensor], Tensor]
 OnStep = Callable[[int, int], None]  # (steps finished, of how many); may raise to stop
 
@@ -31,6 +32,20 @@ class Forward(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class LoopOptions(TypedDict, total=False):
+    """What both base samplers take beside their streams; each may be left out.
+
+    Attributes:
+        image: [1, 48, 1, H, W] fp32, held as latent frame 0.
+        keep_audio: whether the audio is given and stays as it is; False by default.
+        on_step: called before every step and after the last.
+    """
+
+    image: Tensor | None
+    keep_audio: bool
+    on_step: OnStep
+
+
 def velocity_of(
     model: DiT,
     layout: tokens.Layout,
@@ -38,9 +53,14 @@ def velocity_of(
     style: config.CoordinateStyle,
     forward: Forward | None = None,
 ) -> Velocity:
-    """Velocity of both streams for one prompt; tables are made once, here.
+    """The velocity of both streams for one prompt; the rotary table is made once, here.
 
-    text: [L, C] fp32, L = layout.text. forward: stands in for the model's own.
+    Args:
+        model: gives the table and the architecture, and its forward.
+        layout: sizes of the streams that the velocity will be asked for.
+        text: embeddings [L, C] fp32, L = layout.text.
+        style: how coordinates are made, as `tokens.coordinates` says.
+        forward: stands in for the model's own.
     """
     rope = model.adapter.rope(tokens.coordinates(layout, style, text.device))
     local = None
@@ -62,15 +82,14 @@ def distilled(
     *,
     steps: int,
     noise: Noise,
-    image: Tensor | None = None,
-    keep_audio: bool = False,
-    on_step: OnStep = lambda step, of: None,
+    **options: Unpack[LoopOptions],
 ) -> tuple[Tensor, Tensor]:
     """The distilled model's sampler: predict the clean clip, noise it afresh, no guidance.
 
-    image: [1, 48, 1, H, W], held as latent frame 0. keep_audio: the audio is given and stays as it
-    is; its noise is drawn all the same, so that the video's noise does not depend on it.
+    With `keep_audio` the audio's noise is drawn all the same, so that the video's noise does not
+    depend on it. Returns video and audio at noise level 0.
     """
+    image, keep_audio, on_step = _defaults(options)
     levels = [float(s) for s in schedulers.sigmas(steps)]
     for step in range(steps):
         on_step(step, steps)
@@ -94,15 +113,15 @@ def guided(
     *,
     steps: int,
     guidance: float = 5.0,
-    image: Tensor | None = None,
-    keep_audio: bool = False,
-    on_step: OnStep = lambda step, of: None,
+    **options: Unpack[LoopOptions],
 ) -> tuple[Tensor, Tensor]:
-    """The base model's sampler: UniPC on both streams.
+    """The base model's sampler: UniPC on both streams, with classifier-free guidance.
 
-    Guidance applies where `velocity_null` is given. Video guidance is `guidance` while timestep >
-    500, then 2.0; audio guidance is 5.0.
+    Guidance (arXiv 2207.12598) is `null + scale (velocity - null)`, and applies where
+    `velocity_null`, that of the negative prompt, is given. The video's scale is `guidance` while
+    timestep > 500, then at most 2.0; the audio's is 5.0. Returns video and audio at noise level 0.
     """
+    image, keep_audio, on_step = _defaults(options)
     levels, times = schedulers.sigmas(steps), schedulers.timesteps(steps)
     video_solver, audio_solver = schedulers.UniPC(levels), schedulers.UniPC(levels)
     for step in range(steps):
@@ -132,10 +151,15 @@ def super_resolve(
     image: Tensor | None = None,
     on_step: OnStep = lambda step, of: None,
 ) -> Tensor:
-    """The super-resolution sampler: UniPC on the video alone, which it returns.
+    """The super-resolution sampler: UniPC on the video alone, which it returns at noise level 0.
 
-    video, audio: from `sr_start`. Guidance, where `velocity_null` is given, is `guidance`, but at
-    most 2.0 for the first 13 latent frames.
+    Args:
+        velocity, velocity_null: of the prompt and, for guidance as in `guided`, the negative one.
+        video, audio: from `sr_start`; the audio stays as it is and conditions the video.
+        steps: of the solver.
+        guidance: the scale, but at most 2.0 for the first 13 latent frames.
+        image: [1, 48, 1, H, W] fp32 at the new size, held as latent frame 0.
+        on_step: called before every step and after the last.
     """
     solver = schedulers.UniPC(schedulers.sigmas(steps))
     scale = torch.full((1, 1, video.shape[2], 1, 1), guidance, device=video.device)
@@ -155,13 +179,24 @@ def super_resolve(
 def sr_start(
     video: Tensor, audio: Tensor, rows: int, columns: int, noise: Noise
 ) -> tuple[Tensor, Tensor]:
-    """Start of super-resolution: video resized trilinearly and partly noised, audio 0.3 kept."""
+    """What super-resolution starts from: the video resized trilinearly, both partly noised.
+
+    video: clean latents, which keep the square root of alpha 220 of the zero-terminal-SNR schedule
+    as their weight, the rest of the variance being noise. audio: becomes 0.3 of itself and 0.7 of
+    noise. Returns video [1, 48, T, rows, columns] and audio.
+    """
     size = (video.shape[2], rows, columns)
     video = F.interpolate(video, size=size, mode="trilinear", align_corners=True)
     keep = float(schedulers.zero_snr_table()[config.SR_NOISE_INDEX])
     video = video * keep + noise(video) * (1 - keep**2) ** 0.5
     audio = noise(audio) * config.SR_AUDIO_NOISE + audio * (1 - config.SR_AUDIO_NOISE)
     return video, audio
+
+
+def _defaults(options: LoopOptions) -> tuple[Tensor | None, bool, OnStep]:
+    """The options' image, keep_audio and on_step, or what stands for those left out."""
+    on_step = options.get("on_step", lambda step, of: None)
+    return options.get("image"), options.get("keep_audio", False), on_step
 
 
 def hold_first_frame(video: Tensor, image: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from sounds import write_sine
 
 import pages
 from magihuman import runtime
+from magihuman.runtime.evaluate import VerifyOptions
 from magihuman.runtime.request import Request, RequestOptions
 
 SMALL = {"seconds": 0.2, "width": 64, "height": 64}
@@ -22,6 +23,7 @@ SMALLER = (  # than the text asks for; nano's size is left
     (re.compile(r"\bseconds=[\d.]+"), "seconds=0.2"),
     (re.compile(r"\(480, 272, 5\.0\)"), "(64, 64, 0.2)"),
 )
+OPTIONS = {runtime.verify: VerifyOptions}  # of the others, those of a request
 WITH_PYTHON = [page for page in pages.DOCUMENTED if pages.blocks(page, "python")]
 
 
@@ -52,7 +54,7 @@ def wrong_keywords(text: str) -> list[str]:
     for function, call in calls(text):
         names = set(inspect.signature(function).parameters)
         if "options" in names:
-            names |= set(RequestOptions.__annotations__)
+            names |= set(OPTIONS.get(function, RequestOptions).__annotations__)
         wrong += [word.arg for word in call.keywords if word.arg and word.arg not in names]
     return wrong
 
@@ -68,6 +70,7 @@ def test_a_wrong_keyword_is_found():
         "with runtime.load('m', vea='fast') as engine:\n    engine.generate('p', second=1, seed=2)"
     )
     assert wrong_keywords(text) == ["vea", "second"]
+    assert wrong_keywords("runtime.verify('m', ['p'], score=True, sr_width=2)") == ["sr_width"]
     with pytest.raises(AttributeError):
         wrong_keywords("engine.generates('p')")
 

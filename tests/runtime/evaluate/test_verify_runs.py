@@ -24,10 +24,10 @@ from magihuman import runtime
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
 from magihuman.runtime.cli.main import app
-from magihuman.runtime.evaluate import clip_score, verify_page, verify_report
+from magihuman.runtime.evaluate import clip_score, verify_page, verify_report, verify_runs
 from magihuman.runtime.evaluate.simulated_fp8 import Mode, SimulatedFp8
 from magihuman.runtime.evaluate.verify_report import Thresholds
-from magihuman.runtime.evaluate.verify_runs import Report
+from magihuman.runtime.evaluate.verify_runs import Report, VerifyOptions
 from magihuman.runtime.media import quality
 from magihuman.runtime.model import tokens
 from magihuman.runtime.weights.checkpoint import SINGLE_NAME
@@ -326,3 +326,11 @@ def test_only_a_bf16_engine_can_be_verified(tiny_dir):
         runtime.verify(engine, ["hi"], **CLIP)
     with pytest.raises(runtime.InvalidRequestError, match="must be a list"):
         runtime.verify(tiny_dir, "hi")
+
+
+def test_options_are_those_of_the_settings(tiny_dir):
+    fields = {field.name: field.type for field in dataclasses.fields(verify_runs._Settings)}
+    hints = {name: hint.__forward_arg__ for name, hint in VerifyOptions.__annotations__.items()}
+    assert hints == fields
+    with pytest.raises(TypeError, match="'second'"):
+        runtime.verify(tiny_dir, ["hi"], second=1)
