@@ -32,7 +32,7 @@ from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels.reference import Sharding
 from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.parallel.context_parallel import Shared, Transformer
+from magihuman.runtime.parallel.context_parallel import ContextParallel, Transformer
 from magihuman.runtime.parallel.team import Team
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.weights import random_weights
@@ -108,7 +108,7 @@ def rewrite(team: Team, size: sizes.Size, model: DiT, precision: str) -> None:
 
 def join(
     team: Team, size: sizes.Size, precisions: Sequence[str]
-) -> tuple[Shared, dict[str, Transformer]]:
+) -> tuple[ContextParallel, dict[str, Transformer]]:
     """What this process computes of a forward in each precision."""
     models = team.agree(partial(build, team, size, precisions))
     own = {name: Transformer(m, compiled(m, name, team)) for name, m in models.items()}
@@ -119,7 +119,7 @@ def join(
             assert transformer.compiled is not None
             transformer.compiled.release()
 
-    return Shared(team, own, release=give_up), own
+    return ContextParallel(team, own, release=give_up), own
 
 
 def follow(team: Team, payload: tuple[bool, Sequence[str]]) -> None:
@@ -191,7 +191,7 @@ class Results:
 
 
 def measure(
-    size: sizes.Size, precision: str, together: Shared, own: Transformer, results: Results
+    size: sizes.Size, precision: str, together: ContextParallel, own: Transformer, results: Results
 ) -> None:
     """Every size on two GPUs and on one."""
     model, device = own.model, next(own.model.parameters()).device

@@ -23,7 +23,7 @@ from magihuman.kernels import reference as ref
 from magihuman.kernels.jit import cache as kept
 from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.parallel.context_parallel import Shared, Transformer
+from magihuman.runtime.parallel.context_parallel import ContextParallel, Transformer
 from magihuman.runtime.parallel.team import Team
 from magihuman.runtime.weights import random_weights
 
@@ -137,9 +137,11 @@ def transformer(name: str, rank: int, ranks: int, cache: Path) -> Transformer:
     return Transformer(model, kind(model, attention, rank, ranks, cache))
 
 
-def shared(team: Team, names: Sequence[str], cache: Path) -> Shared:
+def shared(team: Team, names: Sequence[str], cache: Path) -> ContextParallel:
     torch.set_num_threads(1)
-    return Shared(team, {name: transformer(name, team.rank, team.ranks, cache) for name in names})
+    return ContextParallel(
+        team, {name: transformer(name, team.rank, team.ranks, cache) for name in names}
+    )
 
 
 def follow(team: Team, payload: tuple[Sequence[str], Path]) -> None:
@@ -178,9 +180,11 @@ def compiled(name: str, device: torch.device, rank: int = 0, ranks: int = 1) -> 
     return Transformer(model, forward)
 
 
-def shared_on_gpus(team: Team, names: Sequence[str]) -> Shared:
+def shared_on_gpus(team: Team, names: Sequence[str]) -> ContextParallel:
     made = {name: compiled(name, team.device, team.rank, team.ranks) for name in names}
-    return Shared(team, made, release=lambda: [t.compiled.release() for t in made.values()])
+    return ContextParallel(
+        team, made, release=lambda: [t.compiled.release() for t in made.values()]
+    )
 
 
 def follow_on_gpus(team: Team, names: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import torch
 from magihuman.runtime import config
 from magihuman.runtime.device import forget, is_out_of_memory
 from magihuman.runtime.engine.failures import Failures
-from magihuman.runtime.engine.queue import Line, Station, Ticket
+from magihuman.runtime.engine.queue import QueueStage, RequestQueue, Ticket
 from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, spawn
 from magihuman.runtime.errors import (
     InvalidRequestError,
@@ -30,7 +30,7 @@ from magihuman.runtime.exported import TensorRTVAE
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import Mp4Writer, check_output
 from magihuman.runtime.memory import MemoryPlan, estimate
-from magihuman.runtime.parallel import Shared
+from magihuman.runtime.parallel import ContextParallel
 from magihuman.runtime.pipeline import Components, Encoded, Limits, Pipeline, Prepared
 from magihuman.runtime.request import (
     ProgressCallback,
@@ -101,7 +101,7 @@ class Engine:
         info: EngineInfo,
         queue_limit: int,
         hooks: Sequence[Hooks],
-        shared: Shared | None = None,
+        shared: ContextParallel | None = None,
     ) -> None:
         """shared: what this process does together with others, where it is one of a team."""
         self.memory_plan = info.memory_plan
@@ -115,9 +115,9 @@ class Engine:
         self.hooks = tuple(hooks)
         self._parts: Components | None = components
         self._variant = info.variant
-        self._line = Line(queue_limit)
-        self._failures = Failures(info.device, self._line)
-        self._shared = shared
+        self._queue = RequestQueue(queue_limit)
+        self._failures = Failures(info.device, self._queue)
+        self._context_parallel = shared
         self.rank = 0 if shared is None else shared.team.rank
 
     def __enter__(self) -> Self:
@@ -139,15 +139,15 @@ class Engine:
     @property
     def queue_length(self) -> int:
         """Requests that wait or run."""
-        return len(self._line)
+        return len(self._queue)
 
     def close(self) -> None:
         """Free the memory. Waits for the running request; those waiting and later ones raise."""
-        self._line.refuse(lambda: MagiHumanError("the engine is closed; load another"))
-        self._line.wait_until_empty()
-        if self._shared is not None:
-            self._shared.close()
-        self._parts = self._shared = None
+        self._queue.refuse(lambda: MagiHumanError("the engine is closed; load another"))
+        self._queue.wait_until_empty()
+        if self._context_parallel is not None:
+            self._context_parallel.close()
+        self._parts = self._context_parallel = None
         gc.collect()  # models and what brings their weights over refer to each other
         if self.device.type == "cuda" and self._failures.first is None:
             torch.cuda.empty_cache()
@@ -159,9 +159,9 @@ class Engine:
         Raises:
             EngineUnusable: another process has ended.
         """
-        if self._shared is not None and self.rank:
+        if self._context_parallel is not None and self.rank:
             with self._on_device(), self._failures.guard(None):
-                self._shared.follow()
+                self._context_parallel.follow()
 
     def generate(
         self,
@@ -311,12 +311,12 @@ class Engine:
         on_step: as `generate` says of `on_progress`.
         """
         self._check_rank()
-        ticket = self._line.join(Limits())
+        ticket = self._queue.join(Limits())
         with ticket, self._on_device():
             ticket.check()
             pipeline = self._pipeline(Call(request, ticket, None, on_step))
-            ticket.wait(Station.DEVICE)
-            with ticket.at(Station.DEVICE), self._guard(pipeline):
+            ticket.wait(QueueStage.DEVICE)
+            with ticket.at(QueueStage.DEVICE), self._guard(pipeline):
                 yield pipeline
 
     def _arrive(
@@ -328,7 +328,7 @@ class Engine:
         cancel: threading.Event | None,
         deadline_s: float | None,
     ) -> Call:
-        """Check what costs nothing to check, and take a place in line."""
+        """Check what costs nothing to check, and take a place in the queue."""
         self._check_rank()
         path = None if save is None else Path(save)  # what can raise, before there is a place
         try:
@@ -336,9 +336,9 @@ class Engine:
             request = request_of(prompt, options)
             request.plan(self._variant, self.sr)
         except InvalidRequestError as error:
-            with self._span(REQUEST, self._line.join(Limits(), error).number):
+            with self._span(REQUEST, self._queue.join(Limits(), error).number):
                 raise
-        ticket = self._line.join(limits)
+        ticket = self._queue.join(limits)
         call = Call(request, ticket, path, on_progress)
         if ticket.refusal is not None:
             self._serve(call)
@@ -359,7 +359,7 @@ class Engine:
             raise
 
     def _serve(self, call: Call, emit: Emit | None = None) -> Video:
-        """From its place in line to the finished clip, in the thread of the caller."""
+        """From its place in the queue to the finished clip, in the thread of the caller."""
         try:
             return self._make(call, emit)
         except BaseException as error:
@@ -377,13 +377,13 @@ class Engine:
                 if call.save is not None:
                     check_output(call.save, config.video_frames(plan.frames), *plan.size_px)
             with pipeline.stage("queue", on_device=False):
-                ticket.wait(Station.ENCODE)
-            with ticket.at(Station.ENCODE), self._guard(pipeline, is_alone=False):
+                ticket.wait(QueueStage.ENCODE)
+            with ticket.at(QueueStage.ENCODE), self._guard(pipeline, is_alone=False):
                 encoded = self._encode_beside(pipeline, prepared)
             with pipeline.stage("queue", on_device=False):
-                ticket.wait(Station.DEVICE)
+                ticket.wait(QueueStage.DEVICE)
             chunker = None if emit is None else Chunker(emit, call.request.seed)
-            with ticket.at(Station.DEVICE), self._guard(pipeline):
+            with ticket.at(QueueStage.DEVICE), self._guard(pipeline):
                 if encoded is None:
                     encoded = pipeline.encode(prepared)
                 video, audio = pipeline.sample(encoded)
@@ -416,7 +416,7 @@ class Engine:
             return made
 
     def _pipeline(self, call: Call) -> Pipeline:
-        assert self._parts is not None  # for as long as somebody is in line
+        assert self._parts is not None  # for as long as a request has a place
         return Pipeline(
             self._parts,
             self._variant,
@@ -453,8 +453,8 @@ class Engine:
     def _alone(self, pipeline: Pipeline) -> Iterator[None]:
         with self._failures.guard(lambda: self._advice(pipeline)):
             yield
-            if self._shared is not None:
-                self._shared.team.check()
+            if self._context_parallel is not None:
+                self._context_parallel.team.check()
 
     def _advice(self, pipeline: Pipeline) -> str:
         """Free what can be freed, and tell what fits then."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from magihuman.runtime.device import PeerLost, abandon, cuda_failure, forget, is_out_of_memory
-from magihuman.runtime.engine.queue import Line
+from magihuman.runtime.engine.queue import RequestQueue
 from magihuman.runtime.errors import DeviceError, EngineUnusable
 
 
@@ -20,10 +20,10 @@ class Failures:
             shares the work; None for as long as nothing did.
     """
 
-    def __init__(self, device: torch.device, line: Line) -> None:
-        """line: of those who want the device; closed once it has failed."""
+    def __init__(self, device: torch.device, queue: RequestQueue) -> None:
+        """queue: of the requests for the device; refuses all of them once it has failed."""
         self.first: str | None = None
-        self._device, self._line = device, line
+        self._device, self._queue = device, queue
         self._failed = str(device)
 
     @contextmanager
@@ -46,7 +46,7 @@ class Failures:
                     self.first = failure
                 if not is_lost:
                     abandon(error)
-                self._line.refuse(self.unusable)
+                self._queue.refuse(self.unusable)
                 raise self.unusable() from error
             if advice is not None and is_out_of_memory(error):
                 forget(error)

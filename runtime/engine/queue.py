@@ -1,4 +1,4 @@
-"""Who is next: a bounded line, first in, first out, through stations that serve one at a time."""
+"""Who is next: a bounded queue, first in, first out, through stages that serve one at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from magihuman.runtime.errors import (
 from magihuman.runtime.pipeline import Limits
 
 
-class Station(IntEnum):
-    """In the order in which a request passes them. One request is at each at a time."""
+class QueueStage(IntEnum):
+    """What requests queue for, in the order in which they pass it; each serves one at a time.
+
+    ENCODE runs the encoders, DEVICE the transformers and the decoders.
+    """
 
     ENCODE = 0
     DEVICE = 1
 
 
-class Line:
+class RequestQueue:
     """The requests that are not yet done with the device, oldest first. For any thread."""
 
     def __init__(self, limit: int) -> None:
@@ -35,13 +38,14 @@ class Line:
         self._refusal: Callable[[], MagiHumanError] | None = None
 
     def __len__(self) -> int:
-        """Requests in line, the first included."""
+        """How many requests have a place, the first included."""
         return len(self._tickets)
 
     def join(self, limits: Limits, refusal: MagiHumanError | None = None) -> Ticket:
-        """A place at the end. Where there is none, `Ticket.check` raises why.
+        """A place at the end of the queue. Where there is none, `Ticket.check` raises why.
 
-        refusal: why the request is to be given no place; it gets a number all the same.
+        limits: what ends the request's waiting. refusal: why the request is to be given no place;
+        it gets a number all the same.
         """
         with self._changed:
             self._last_number += 1
@@ -64,43 +68,43 @@ class Line:
             self._changed.notify_all()
 
     def wait_until_empty(self) -> None:
-        """Return once nobody is in line."""
+        """Return once no request has a place."""
         with self._changed:
             self._changed.wait_for(lambda: not self._tickets)
 
-    def enter(self, ticket: Ticket, station: Station) -> None:
-        """Wait until all who came before have passed the station.
+    def enter(self, ticket: Ticket, stage: QueueStage) -> None:
+        """Wait until all who came before have passed the stage.
 
         Raises:
             Cancelled, DeadlineExceeded: by the ticket's limits.
-            MagiHumanError: the line was closed by `refuse`.
+            MagiHumanError: the queue was closed by `refuse`.
         """
         with self._changed:
             while True:
                 ticket.limits.check()
                 if self._refusal is not None:
                     raise self._refusal()
-                if self._is_next(ticket, station):
+                if self._is_next(ticket, stage):
                     return
                 self._changed.wait(ticket.limits.look_s())
 
-    def is_next(self, ticket: Ticket, station: Station) -> bool:
+    def is_next(self, ticket: Ticket, stage: QueueStage) -> bool:
         """Whether `enter` would return at once."""
         with self._changed:
-            return self._is_next(ticket, station)
+            return self._is_next(ticket, stage)
 
-    def _is_next(self, ticket: Ticket, station: Station) -> bool:
+    def _is_next(self, ticket: Ticket, stage: QueueStage) -> bool:
         before = self._tickets[: self._tickets.index(ticket)]
-        return all(other.passed > station for other in before)
+        return all(other.passed > stage for other in before)
 
     def move(self, ticket: Ticket, passed: int) -> None:
-        """The ticket has passed so many stations."""
+        """Note that the ticket has passed so many stages, and wake those who wait."""
         with self._changed:
             ticket.passed = passed
             self._changed.notify_all()
 
     def leave(self, ticket: Ticket) -> None:
-        """The ticket's place is free. Twice is fine."""
+        """Free the ticket's place, if it still has one."""
         with self._changed:
             if ticket in self._tickets:
                 self._tickets.remove(ticket)
@@ -108,21 +112,21 @@ class Line:
 
 
 class Ticket:
-    """A request's place in line, held for as long as the context lasts.
+    """A request's place in the queue, held for as long as the context lasts.
 
     Attributes:
         number: of the request, in the order of arrival, from 1.
         limits: what ends its waiting.
-        refusal: why it has no place, where it has none.
-        passed: stations behind it.
+        refusal: why it has no place, or None where it has one.
+        passed: how many stages are behind it.
     """
 
     def __init__(
-        self, line: Line, number: int, limits: Limits, refusal: MagiHumanError | None
+        self, queue: RequestQueue, number: int, limits: Limits, refusal: MagiHumanError | None
     ) -> None:
         self.number, self.limits, self.refusal = number, limits, refusal
         self.passed = 0
-        self._line = line
+        self._queue = queue
 
     def __enter__(self) -> Self:
         return self
@@ -136,26 +140,26 @@ class Ticket:
         self.leave()
 
     def check(self) -> None:
-        """Raise why there is no place, where there is none."""
+        """Raise `refusal`, where there is no place."""
         if self.refusal is not None:
             raise self.refusal
 
-    def wait(self, station: Station) -> None:
-        """See `Line.enter`."""
-        self._line.enter(self, station)
+    def wait(self, stage: QueueStage) -> None:
+        """Wait until all who came before have passed the stage; see `RequestQueue.enter`."""
+        self._queue.enter(self, stage)
 
-    def is_next(self, station: Station) -> bool:
+    def is_next(self, stage: QueueStage) -> bool:
         """Whether `wait` would return at once."""
-        return self._line.is_next(self, station)
+        return self._queue.is_next(self, stage)
 
     @contextmanager
-    def at(self, station: Station) -> Iterator[None]:
-        """The station to itself, once `wait` has returned; those behind come next."""
+    def at(self, stage: QueueStage) -> Iterator[None]:
+        """The stage to itself, once `wait` has returned; those behind come next."""
         try:
             yield
         finally:
-            self._line.move(self, station + 1)
+            self._queue.move(self, stage + 1)
 
     def leave(self) -> None:
-        """Give the place up."""
-        self._line.leave(self)
+        """Give the place up; a second time does nothing."""
+        self._queue.leave(self)

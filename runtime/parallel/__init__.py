@@ -4,12 +4,12 @@ A `Team` starts them, keeps them in step and notices one that ends. On top of it
 rows are shared (Ulysses), and so are the windows of frames.
 """
 
-from magihuman.runtime.parallel.context_parallel import Shared, share
+from magihuman.runtime.parallel.context_parallel import ContextParallel, share
 from magihuman.runtime.parallel.team import PeerFailed, Team
 
 __all__ = [
+    "ContextParallel",
     "PeerFailed",
-    "Shared",
     "Team",
     "share",
 ]

@@ -50,7 +50,7 @@ class Transformer:
     compiled: CompiledForward | None = None
 
 
-class Shared:
+class ContextParallel:
     """What the processes of a team do together; each has one, over the same models."""
 
     def __init__(
@@ -242,7 +242,7 @@ def _side_by_side(velocities: tuple[Tensor, Tensor], rows: int) -> Tensor:
     return out
 
 
-def share(parts: Components, team: Team) -> tuple[Components, Shared]:
+def share(parts: Components, team: Team) -> tuple[Components, ContextParallel]:
     """The components of an engine with transformers and video decoder that run on every process of
     a team, and what this process does of that.
     """
@@ -257,12 +257,12 @@ def share(parts: Components, team: Team) -> tuple[Components, Shared]:
         for name, (model, forward) in given.items()
         if model is not None
     }
-    shared = Shared(team, models, cast(TurboVAE, parts.turbo_vae), parts.decoder, release)
+    shared = ContextParallel(team, models, cast(TurboVAE, parts.turbo_vae), parts.decoder, release)
     together = dataclasses.replace(
         parts,
         forward=shared.forward("base"),
         sr_forward=None if parts.sr_dit is None else shared.forward("sr"),
-        spread=shared,
+        distributed=shared,
         captured=(shared,),
     )
     return together, shared

@@ -14,7 +14,7 @@ from magihuman.runtime.memory import Residency
 from magihuman.runtime.model import DiT, ImageVAE, TextEncoder
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.audio import AudioVAE, Waveform
-from magihuman.runtime.pipeline.decode import Decoder, Spread, VideoDecoder
+from magihuman.runtime.pipeline.decode import Decoder, DistributedDecoder, VideoDecoder
 from magihuman.runtime.request import Plan
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Components:
     forward: denoise.Forward | None = None  # compiled, in place of the transformer's own
     sr_forward: denoise.Forward | None = None
     decoder: Decoder | None = None  # compiled, in place of the Turbo VAE's own
-    spread: Spread | None = None  # decodes on several devices, in place of both
+    distributed: DistributedDecoder | None = None  # on several devices, in place of both
     captured: tuple[Captured, ...] = ()  # those of the last three that are there
     residency: Residency = field(default_factory=Residency)  # which of them are brought for a stage
     # Held while anything is encoded, and while a graph is captured: kernels are timed then, and

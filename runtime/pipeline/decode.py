@@ -38,11 +38,14 @@ class Decoder(Protocol):
     def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor: ...
 
 
-class Spread(Protocol):
-    """Decodes on several devices."""
+class DistributedDecoder(Protocol):
+    """Decodes the windows of a clip on several devices."""
 
     def frames(self, latent: Tensor) -> Iterator[Tensor]:
-        """Of each window of normalised latents, in order: uint8 [frames, 16 H, 16 W, 3]."""
+        """The frames of each window, in order: uint8 [frames, 16 H, 16 W, 3].
+
+        latent: [1, 48, T, H, W], normalised.
+        """
 
 
 @torch.inference_mode()
@@ -52,7 +55,7 @@ def decode_frames(
     on_frames: Callable[[int, int], None] = lambda done, of: None,
     decoder: Decoder | None = None,
     on_window: OnWindow | None = None,
-    spread: Spread | None = None,
+    distributed: DistributedDecoder | None = None,
 ) -> Frames:
     """[1, 48, T, H, W] normalised latents to uint8 [4 (T - 1) + 1, 16 H, 16 W, 3].
 
@@ -64,18 +67,18 @@ def decode_frames(
         on_window: called with the next frames as soon as they are on the host, in order; from a GPU
             also with what `decoder_reference.to_yuv420` makes of them, on the CPU with None. They
             stay as they are.
-        spread: decodes in place of both.
+        distributed: decodes in place of both.
     """
     total = video_frames(latent.shape[2])
     done = 0
     on_frames(done, total)
-    if spread is not None:
-        pixels = spread.frames(latent)
+    if distributed is not None:
+        pixels = distributed.frames(latent)
     elif decoder is not None:
         pixels = _grouped(cast(TurboVAE, vae), latent, decoder)
     else:
         pixels = (ref.to_uint8(window)[0] for window in vae.windows(latent))
-    is_ahead = latent.is_cuda and (decoder is not None or spread is not None)
+    is_ahead = latent.is_cuda and (decoder is not None or distributed is not None)
     windows = (_overlapped if is_ahead else _waited)(pixels, latent, on_window is not None)
     for frames, planes, count in windows:
         if on_window is not None:

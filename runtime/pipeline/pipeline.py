@@ -278,7 +278,7 @@ class Pipeline:
                     self.reporter("decode_video"),
                     components.decoder,
                     add if is_heard else None,
-                    components.spread,
+                    components.distributed,
                 )
 
         @torch.inference_mode()

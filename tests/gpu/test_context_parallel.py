@@ -23,7 +23,7 @@ if torch.cuda.device_count() < 2:
 import teams
 from magihuman import runtime
 from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.parallel.context_parallel import Shared
+from magihuman.runtime.parallel.context_parallel import ContextParallel
 from magihuman.runtime.parallel.team import Team
 from magihuman.runtime.weights.precision import PrecisionPolicy
 
@@ -40,7 +40,7 @@ from magihuman import runtime
 engine = runtime.load(sys.argv[1], context_parallel=2)
 options = dict(seconds=1.2, width=64, height=64)
 engine.generate("a", **options)
-(worker,) = engine._shared.team._workers
+(worker,) = engine._context_parallel.team._workers
 threading.Timer(1.0, worker.kill).start()
 for _ in range(2):
     try:
@@ -54,7 +54,7 @@ print("closed", flush=True)
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Shared]:
+def shared() -> Iterator[ContextParallel]:
     team = Team.start(DEVICES, "teams:follow_on_gpus", teams.COMPILED)
     shared = teams.shared_on_gpus(team, teams.COMPILED)
     yield shared
@@ -78,7 +78,7 @@ def velocities(
 
 
 @pytest.mark.parametrize("name", teams.COMPILED)
-def test_compiled_forwards_are_those_of_one_gpu(shared: Shared, name: str) -> None:
+def test_compiled_forwards_are_those_of_one_gpu(shared: ContextParallel, name: str) -> None:
     alone = teams.compiled(name, DEVICES[0])
     is_wide, is_narrow = name.endswith("wide"), not name.startswith("bf16")
     together = shared.forward(name)
@@ -91,7 +91,7 @@ def test_compiled_forwards_are_those_of_one_gpu(shared: Shared, name: str) -> No
             assert golden.error(ours, theirs) < (3e-2 if is_narrow else 1e-2)
 
 
-def test_graphs_captured_where_others_were_compute_the_same(shared: Shared) -> None:
+def test_graphs_captured_where_others_were_compute_the_same(shared: ContextParallel) -> None:
     """Exchanges of a graph given up leave nothing behind that those of the next would take."""
     model, forward = golden.dit(local=False).to(DEVICES[0]), shared.forward("bf16")
     before = [velocities(model, layout, [forward])[0] for layout in SMALL]

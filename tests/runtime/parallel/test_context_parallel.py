@@ -133,7 +133,7 @@ def test_a_lack_of_memory_on_rank_0_leaves_the_engine_usable(shared, monkeypatch
 
 def test_an_engine_whose_other_process_was_killed_says_so(shared) -> None:
     """Last of those with this engine."""
-    (worker,) = shared._shared.team._workers
+    (worker,) = shared._context_parallel.team._workers
     worker.kill()
     for _ in range(2):
         with pytest.raises(runtime.EngineUnusable, match="rank 1 ended with code -9"):

@@ -13,7 +13,7 @@ import teams
 from magihuman import runtime
 from magihuman.runtime.device import PeerLost
 from magihuman.runtime.model import tokens
-from magihuman.runtime.parallel.context_parallel import Shared
+from magihuman.runtime.parallel.context_parallel import ContextParallel
 from magihuman.runtime.parallel.team import Team
 from magihuman.runtime.pipeline import denoise
 
@@ -33,7 +33,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("graphs")
 
 
-def start(names: Sequence[str], cache: Path) -> Shared:
+def start(names: Sequence[str], cache: Path) -> ContextParallel:
     team = Team.start([CPU] * RANKS, "teams:follow", (names, cache))
     return teams.shared(team, names, cache)
 
