@@ -2,7 +2,8 @@
 
 `loading` takes `options`, has a `blueprint` drawn of the model, has `build` read or make its
 components, and `assemble` an `Engine` of them. `queue` says whose turn it is, `stream` hands clips
-over while they are made, `failures` says what an error leaves.
+over while they are made, `warmup` runs every model before the first request does, and `failures`
+says what an error leaves.
 """
 
 from magihuman.runtime.engine import loading

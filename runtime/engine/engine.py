@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Self, Unpack
 
 import torch
 
 from magihuman.runtime import config
-from magihuman.runtime.device import forget, is_out_of_memory
-from magihuman.runtime.engine.failures import Failures
+from magihuman.runtime.device import forget
+from magihuman.runtime.engine.failures import Failures, advice
 from magihuman.runtime.engine.queue import QueueStage, RequestQueue, Ticket
-from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, spawn
-from magihuman.runtime.errors import (
-    InvalidRequestError,
-    MagiHumanError,
-)
+from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, awaited
+from magihuman.runtime.engine.warmup import Size, requests_of, warm
+from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
 from magihuman.runtime.exported import TensorRTVAE
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import Mp4Writer, check_output
-from magihuman.runtime.memory import MemoryPlan, estimate
+from magihuman.runtime.memory import MemoryPlan
 from magihuman.runtime.parallel import ContextParallel
-from magihuman.runtime.pipeline import Components, Encoded, Limits, Pipeline, Prepared
+from magihuman.runtime.pipeline import Components, Limits, Pipeline
 from magihuman.runtime.request import (
     ProgressCallback,
     Request,
@@ -41,16 +38,11 @@ from magihuman.runtime.request import (
 )
 
 log = logging.getLogger("magihuman")
-Started = TypeVar("Started")
-Size = tuple[int, int, float]  # width and height in pixels, seconds
-
-# Below this a request is encoded alone: an image of 1920x1088 takes most of it.
-FREE_TO_ENCODE_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request that has arrived, and all that was given with it."""
+    """A request that has arrived: its place in the queue, the file it goes to and its callback."""
 
     request: Request
     ticket: Ticket
@@ -138,11 +130,14 @@ class Engine:
 
     @property
     def queue_length(self) -> int:
-        """Requests that wait or run."""
+        """How many requests wait or run."""
         return len(self._queue)
 
     def close(self) -> None:
-        """Free the memory. Waits for the running request; those waiting and later ones raise."""
+        """Free the memory, once the running request is done.
+
+        Requests that wait, and later ones, raise `MagiHumanError`. Closing again does nothing.
+        """
         self._queue.refuse(lambda: MagiHumanError("the engine is closed; load another"))
         self._queue.wait_until_empty()
         if self._context_parallel is not None:
@@ -160,7 +155,7 @@ class Engine:
             EngineUnusable: another process has ended.
         """
         if self._context_parallel is not None and self.rank:
-            with self._on_device(), self._failures.guard(None):
+            with self._failures.on_device(), self._failures.guard(None):
                 self._context_parallel.follow()
 
     def generate(
@@ -206,14 +201,15 @@ class Engine:
         deadline_s: float | None = None,
         **options: Unpack[RequestOptions],
     ) -> Stream:
-        """As `generate`, but an iterator of `Chunk`s: frames with their sound as they are decoded.
+        """Make one clip, and hand it over as `Chunk`s: frames with their sound as they are decoded.
 
-        What is wrong with the request, or with the queue, is raised here; all else where the next
-        chunk is taken. Closing the stream, or forgetting it, cancels the request.
+        Arguments and errors are those of `generate`. What is wrong with the request, or with the
+        queue, is raised here; all else where the next chunk is taken. Closing the stream, or
+        forgetting it, cancels the request.
         """
         call = self._arrive(prompt, options, save, on_progress, cancel, deadline_s)
         limits = call.ticket.limits
-        return self._start(call, lambda: Stream(limits, lambda emit: self._serve(call, emit)))
+        return call.ticket.start(lambda: Stream(limits, lambda emit: self._serve(call, emit)))
 
     async def agenerate(
         self,
@@ -225,20 +221,14 @@ class Engine:
         deadline_s: float | None = None,
         **options: Unpack[RequestOptions],
     ) -> Video:
-        """As `generate`, in a thread of its own, from which `on_progress` is called.
+        """Make one clip in a thread of its own, from which `on_progress` is called.
 
-        Cancelling the task cancels the request, and returns once the device is free.
+        Arguments and errors are those of `generate`. Cancelling the task cancels the request, and
+        returns once the device is free.
         """
         call = self._arrive(prompt, options, save, on_progress, cancel, deadline_s)
-        _, future = self._start(call, lambda: spawn(lambda: self._serve(call)))
-        result = asyncio.wrap_future(future)
-        try:
-            return await asyncio.shield(result)
-        except asyncio.CancelledError:
-            call.ticket.limits.stop.set()
-            with suppress(Exception):
-                await result
-            raise
+        limits = call.ticket.limits
+        return await call.ticket.start(lambda: awaited(limits, lambda: self._serve(call)))
 
     def agenerate_stream(
         self,
@@ -250,7 +240,7 @@ class Engine:
         deadline_s: float | None = None,
         **options: Unpack[RequestOptions],
     ) -> AsyncStream:
-        """As `generate_stream`, for `async for` and `async with`."""
+        """Make one clip as `generate_stream` does, for `async for` and `async with`."""
         return AsyncStream(
             self.generate_stream(
                 prompt,
@@ -282,16 +272,7 @@ class Engine:
             InvalidRequestError: before anything has run.
             DeviceError, EngineUnusable: as `generate`.
         """
-        for length in text_tokens:
-            if type(length) is not int or not 0 < length <= config.MAX_TEXT_TOKENS:
-                raise InvalidRequestError(
-                    f"text_tokens must be whole numbers from 1 to {config.MAX_TEXT_TOKENS}, got"
-                    f" {length!r}"
-                )
-        requests = {
-            (width, height, seconds): Request("-", width=width, height=height, seconds=seconds)
-            for width, height, seconds in sizes
-        }
+        requests = requests_of(sizes, text_tokens)
         for request in requests.values():
             request.plan(self._variant, self.sr)
         if not self.is_compiled:
@@ -300,7 +281,7 @@ class Engine:
         for size, request in requests.items():
             with self.hold(request) as pipeline:
                 start = time.perf_counter()
-                pipeline.warm(text_tokens)
+                warm(pipeline, text_tokens)
                 taken_s[size] = time.perf_counter() - start
         return taken_s
 
@@ -312,11 +293,11 @@ class Engine:
         """
         self._check_rank()
         ticket = self._queue.join(Limits())
-        with ticket, self._on_device():
+        with ticket, self._failures.on_device():
             ticket.check()
             pipeline = self._pipeline(Call(request, ticket, None, on_step))
             ticket.wait(QueueStage.DEVICE)
-            with ticket.at(QueueStage.DEVICE), self._guard(pipeline):
+            with ticket.at(QueueStage.DEVICE), self._alone(pipeline):
                 yield pipeline
 
     def _arrive(
@@ -350,14 +331,6 @@ class Engine:
                 f"requests must go to rank 0, and this is rank {self.rank}; call follow() here"
             )
 
-    def _start(self, call: Call, start: Callable[[], Started]) -> Started:
-        """Start a thread for the call, which loses its place where that fails."""
-        try:
-            return start()
-        except BaseException:
-            call.ticket.leave()
-            raise
-
     def _serve(self, call: Call, emit: Emit | None = None) -> Video:
         """From its place in the queue to the finished clip, in the thread of the caller."""
         try:
@@ -367,8 +340,9 @@ class Engine:
             raise
 
     def _make(self, call: Call, emit: Emit | None) -> Video:
-        ticket = call.ticket
-        with ticket, self._span(REQUEST, ticket.number), self._on_device(), ExitStack() as files:
+        """All stages of a request, one after another, each where the queue has it."""
+        ticket, on_device = call.ticket, self._failures.on_device
+        with ticket, self._span(REQUEST, ticket.number), on_device(), ExitStack() as files:
             ticket.check()
             pipeline = self._pipeline(call)
             with pipeline.stage("prepare", on_device=False):
@@ -378,12 +352,13 @@ class Engine:
                     check_output(call.save, config.video_frames(plan.frames), *plan.size_px)
             with pipeline.stage("queue", on_device=False):
                 ticket.wait(QueueStage.ENCODE)
-            with ticket.at(QueueStage.ENCODE), self._guard(pipeline, is_alone=False):
-                encoded = self._encode_beside(pipeline, prepared)
+            encode_stream = pipeline.components.encode_stream
+            with ticket.at(QueueStage.ENCODE), self._failures.guard(None, encode_stream):
+                encoded = pipeline.encode_beside(prepared)
             with pipeline.stage("queue", on_device=False):
                 ticket.wait(QueueStage.DEVICE)
             chunker = None if emit is None else Chunker(emit, call.request.seed)
-            with ticket.at(QueueStage.DEVICE), self._guard(pipeline):
+            with ticket.at(QueueStage.DEVICE), self._alone(pipeline):
                 if encoded is None:
                     encoded = pipeline.encode(prepared)
                 video, audio = pipeline.sample(encoded)
@@ -392,17 +367,12 @@ class Engine:
                     file = files.enter_context(pipeline.writer(call.save, video))
                 on_window = None if chunker is None else chunker.add
                 frames, wave = pipeline.decode(video, audio, file, on_window)
-            del (
-                encoded,
-                video,
-                audio,
-                pipeline.components,
-            )  # nothing is held while the file is finished
+            del encoded, video, audio, pipeline.components  # not held while the file is finished
             ticket.leave()
             if file is not None:
                 with pipeline.stage("write", on_device=False):
                     file.finish()
-            made = Video(
+            clip = Video(
                 frames=frames,
                 audio=wave,
                 fps=config.FPS,
@@ -412,10 +382,11 @@ class Engine:
                 warnings=plan.warnings,
             )
             if chunker is not None:
-                chunker.finish(made)
-            return made
+                chunker.finish(clip)
+            return clip
 
     def _pipeline(self, call: Call) -> Pipeline:
+        """The stages of a request, none of them done yet."""
         assert self._parts is not None  # for as long as a request has a place
         return Pipeline(
             self._parts,
@@ -428,58 +399,13 @@ class Engine:
             lambda name: self._span(name, call.ticket.number),
         )
 
-    def _encode_beside(self, pipeline: Pipeline, prepared: Prepared) -> Encoded | None:
-        """While another request denoises; None where there is no memory to."""
-        if pipeline.components.residency.moves:  # the plan has stages one after another
-            return None
-        if self.device.type == "cuda":
-            with pipeline.encoders():
-                if estimate.free_bytes(self.device) < FREE_TO_ENCODE_BYTES:
-                    return None
-        try:
-            return pipeline.encode(prepared)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-
-    def _guard(self, pipeline: Pipeline, is_alone: bool = True) -> AbstractContextManager[None]:
-        """Say what a failure means. is_alone: with the device to itself."""
-        if is_alone:
-            return self._alone(pipeline)
-        return self._failures.guard(None, pipeline.components.encode_stream)
-
     @contextmanager
     def _alone(self, pipeline: Pipeline) -> Iterator[None]:
-        with self._failures.guard(lambda: self._advice(pipeline)):
+        """Say what a failure means of a request that has the device to itself."""
+        with self._failures.guard(lambda: advice(pipeline)):
             yield
             if self._context_parallel is not None:
                 self._context_parallel.team.check()
-
-    def _advice(self, pipeline: Pipeline) -> str:
-        """Free what can be freed, and tell what fits then."""
-        for captured in pipeline.components.captured:
-            captured.release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        dit = pipeline.components.dit.config
-        rows = max(dit.mlp_widths(layer)[0] for layer in range(dit.num_layers))
-        free = estimate.free_bytes(self.device)
-        return estimate.advice(pipeline.request, self._variant, self.sr, rows, free)
-
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Kernels go to the current device of the thread that launches them."""
-        if self.device.type != "cuda":
-            yield
-            return
-        before = torch.cuda.current_device()
-        torch.cuda.set_device(self.device)
-        try:
-            yield
-        finally:
-            if self._failures.first is None:  # else this would raise in place of what says so
-                torch.cuda.set_device(before)
 
     def _span(self, name: str, request: int) -> AbstractContextManager[None]:
         return spans(self.hooks, name, request)

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-from magihuman.runtime.errors import (
-    MagiHumanError,
-    QueueFull,
-)
+from magihuman.runtime.errors import MagiHumanError, QueueFull
 from magihuman.runtime.pipeline import Limits
+
+Started = TypeVar("Started")
 
 
 class QueueStage(IntEnum):
@@ -159,6 +158,14 @@ class Ticket:
             yield
         finally:
             self._queue.move(self, stage + 1)
+
+    def start(self, start: Callable[[], Started]) -> Started:
+        """Start the thread that has the place from now on, and give it up where that fails."""
+        try:
+            return start()
+        except BaseException:
+            self.leave()
+            raise
 
     def leave(self) -> None:
         """Give the place up; a second time does nothing."""

@@ -6,8 +6,9 @@ import asyncio
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -21,7 +22,7 @@ Part = Chunk | BaseException | None  # a piece, why there are no more, or that i
 
 
 def spawn(work: Callable[[], Result]) -> tuple[threading.Thread, Future[Result]]:
-    """Run in a thread of its own, in the caller's context."""
+    """Run work in a thread of its own, in the caller's context; the future has its result."""
     future: Future[Result] = Future()
     context = contextvars.copy_context()
 
@@ -39,6 +40,27 @@ def spawn(work: Callable[[], Result]) -> tuple[threading.Thread, Future[Result]]
     return thread, future
 
 
+def awaited(limits: Limits, work: Callable[[], Result]) -> Awaitable[Result]:
+    """Run work in a thread of its own, from now on, for an event loop to await.
+
+    A task that is cancelled while it awaits the result ends the request by its limits, and returns
+    once the work has ended.
+    """
+    _, future = spawn(work)
+
+    async def wait() -> Result:
+        result = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(result)
+        except asyncio.CancelledError:
+            limits.stop.set()
+            with suppress(Exception):
+                await result
+            raise
+
+    return wait()
+
+
 class Chunker:
     """Cuts a clip that is being decoded into `Chunk`s.
 
@@ -51,13 +73,13 @@ class Chunker:
         self._kept: tuple[Frames, Waveform] | None = None
 
     def add(self, frames: Frames, audio: Waveform) -> None:
-        """The next frames, and all of the sound."""
+        """Take the next frames, uint8 [n, H, W, 3], and all of the sound, [samples, 2]."""
         if self._kept is not None:
             self._emit(self._cut(*self._kept, is_last=False))
         self._kept = frames, audio
 
     def finish(self, video: Video) -> None:
-        """The clip is done."""
+        """Emit the last chunk, with what is known of the whole clip."""
         assert self._kept is not None
         self._emit(self._cut(*self._kept, is_last=True, video=video))
 
@@ -88,7 +110,7 @@ class _Pipe:
         self._waiting: Future[Part] | None = None
 
     def next(self) -> Future[Part]:
-        """What comes next, once it is there. For one consumer."""
+        """A future of what comes next, for one consumer."""
         with self._changed:
             future: Future[Part] = Future()
             if self._ready:
@@ -98,7 +120,7 @@ class _Pipe:
             return future
 
     def put(self, part: Part) -> None:
-        """Never waits."""
+        """Add what comes next, without waiting for the consumer."""
         with self._changed:
             waiting, self._waiting = self._waiting, None
             if waiting is not None and waiting.set_running_or_notify_cancel():

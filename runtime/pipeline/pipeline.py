@@ -6,10 +6,9 @@ the order.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 
 from magihuman.runtime import config
+from magihuman.runtime.device import is_out_of_memory
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.exported import TensorRTVAE
 from magihuman.runtime.media import Mp4Writer, open_image
-from magihuman.runtime.memory import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO
+from magihuman.runtime.memory import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO, estimate
 from magihuman.runtime.model import DiT, Layout, TextEncoder
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, open_driving_audio
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger("magihuman")
+
+# Below this a request is encoded alone: an image of 1920x1088 takes most of it.
+FREE_TO_ENCODE_BYTES = 8 * 2**30
 
 
 class Pipeline:
@@ -149,6 +152,21 @@ class Pipeline:
             for tensor in encoded.tensors():  # made on another stream than that of the loops
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return encoded
+
+    def encode_beside(self, prepared: Prepared) -> Encoded | None:
+        """`encode`, while another request denoises; None where there is no memory for both."""
+        if self.components.residency.moves:  # the plan has stages one after another
+            return None
+        if self.device.type == "cuda":
+            with self.encoders():
+                if estimate.free_bytes(self.device) < FREE_TO_ENCODE_BYTES:
+                    return None
+        try:
+            return self.encode(prepared)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     @torch.inference_mode()
     def sample(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
@@ -300,35 +318,6 @@ class Pipeline:
             pictures = frames(video, decoding.result)
             with self.stage("decode_audio"):
                 return pictures, decoding.result()
-
-    @torch.inference_mode()
-    def warm(self, text_tokens: Sequence[int]) -> None:
-        """Run every model once for a clip of this size and prompts of these lengths, over zeros.
-
-        text_tokens: lengths of prompts; the loops take one step for each, without guidance.
-        """
-        plan = dataclasses.replace(
-            self.request.plan(self.variant, self.sr),
-            steps=1,
-            sr_steps=1,
-            guidance=None,
-            sr_guidance=None,
-        )
-        residency = self.components.residency
-        shape = (1, config.LATENT_CHANNELS, plan.frames)
-        video = torch.zeros(*shape, plan.rows, plan.columns, device=self.device)
-        audio = torch.zeros(1, plan.audio, config.AUDIO_CHANNELS, device=self.device)
-        for length in text_tokens:
-            with self.encoders(), residency.present(TEXT):
-                text = self.text_encoder.encode(torch.zeros(1, length, dtype=torch.long))
-            encoded = Encoded(plan, text, None, audio, video, None, None)
-            with residency.present(BASE):
-                self.run_base(encoded)
-            if self.sr is not None:
-                with residency.present(SR):
-                    self.run_sr(encoded, video, audio)
-        rows, columns = plan.sr_rows or plan.rows, plan.sr_columns or plan.columns
-        self.decode(torch.zeros(*shape, rows, columns, device=self.device), audio)
 
     def velocity(
         self,
