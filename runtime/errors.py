@@ -31,7 +31,7 @@ class OutputError(MagiHumanError, OSError):
 
 
 class QueueFull(MagiHumanError):  # noqa: N818 - an outcome, not a fault
-    """As many requests wait as may; this one was refused at once."""
+    """This request was refused at once: as many requests wait as may."""
 
 
 class Cancelled(MagiHumanError):  # noqa: N818 - an outcome the caller asked for, not a fault

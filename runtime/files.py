@@ -20,7 +20,7 @@ OnBytes = Callable[[str, int, int], None]  # (stage, bytes done, of how many)
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside it, renamed to `folder` on success and removed otherwise."""
+    """A temporary folder beside `folder`, renamed to that on success and removed otherwise."""
     temporary = folder.parent / f".magihuman-{secrets.token_hex(4)}"
     try:
         temporary.mkdir()
@@ -49,9 +49,13 @@ def check_new_folder(folder: Path, needed: int) -> None:
 def hashed(
     files: Sequence[Path], report: OnBytes = lambda stage, done, of: None
 ) -> dict[str, dict[str, object]]:
-    """Size and SHA-256 of each file."""
+    """Size in bytes and SHA-256 of each file, by its name.
+
+    report: called with ("hash", bytes done, bytes in all). Raises `CheckpointError` for a file that
+    cannot be read.
+    """
     sizes = [file.stat().st_size for file in files]
-    found: dict[str, dict[str, object]] = {}
+    hashes: dict[str, dict[str, object]] = {}
     done = 0
     for file, size in zip(files, sizes, strict=True):
         try:
@@ -59,26 +63,26 @@ def hashed(
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-        found[file.name] = {"bytes": size, "sha256": digest}
+        hashes[file.name] = {"bytes": size, "sha256": digest}
         done += size
         report("hash", done, sum(sizes))
-    return found
+    return hashes
 
 
 def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """A JSON object, on the disk when this returns."""
+    """Write a JSON object, which is on the disk when this returns."""
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     sync(path)
 
 
 def sync(path: Path) -> None:
-    """Have the disk take a file."""
+    """Return once the disk has taken a file."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def version() -> str:
-    """Of this package."""
+    """The version of this package, "unknown" where it is run from its sources."""
     try:
         return metadata.version("magihuman")
     except metadata.PackageNotFoundError:  # run from its sources

@@ -33,7 +33,7 @@ class Hooks(Protocol):
 
 @contextmanager
 def spans(hooks: Iterable[Hooks], name: str, request: int) -> Iterator[None]:
-    """The span of every one of them."""
+    """A context around the spans of all hooks, entered in order."""
     with ExitStack() as entered:
         for each in hooks:
             entered.enter_context(each.span(name, request))

@@ -192,7 +192,10 @@ class RequestOptions(TypedDict, total=False):
 
 
 def request_of(prompt: str | Request, options: RequestOptions) -> Request:
-    """The request that a prompt and keywords make; a `Request` stands for all."""
+    """The request that a prompt and keywords make; a `Request` stands for all.
+
+    Raises `InvalidRequestError` for keywords beside a `Request`, or values that are none.
+    """
     if not isinstance(prompt, Request):
         return Request(prompt=prompt, **options)
     if options:
@@ -204,7 +207,16 @@ def request_of(prompt: str | Request, options: RequestOptions) -> Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request resolved against an engine, and what differs from what was asked."""
+    """A request resolved against an engine, and what differs from what was asked.
+
+    Attributes:
+        audio: latents of the sound, 25 a second and one more.
+        rows, columns: of the video latents, 16 pixels each.
+        sr_rows, sr_columns: those after super-resolution; None without.
+        steps, sr_steps: denoising steps; sr_steps is 0 without super-resolution.
+        guidance, sr_guidance: scales; None where there is no guidance.
+        warnings: a sentence for each difference from what was asked.
+    """
 
     audio: int
     rows: int
@@ -230,7 +242,7 @@ class Plan:
 
     @property
     def duration_s(self) -> float:
-        """Length of the finished clip."""
+        """Seconds that the finished clip lasts."""
         return config.video_frames(self.frames) / config.FPS
 
     def with_audio(self, latents: int) -> Plan:
@@ -305,7 +317,7 @@ class Video:
 
     @property
     def duration_s(self) -> float:
-        """Length of the picture."""
+        """Seconds that the picture lasts."""
         return len(self.frames) / self.fps
 
     def save(self, path: str | os.PathLike[str]) -> Path:

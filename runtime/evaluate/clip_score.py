@@ -80,7 +80,7 @@ class Synchrony:
 
 @dataclass(frozen=True)
 class ClipScore:
-    """Of one clip.
+    """How well one clip shows and says what it should.
 
     Attributes:
         named: colours in the prompt, by part.
@@ -103,19 +103,19 @@ class ClipScore:
 
 
 def named_colours(prompt: str) -> dict[str, str]:
-    """Of an English prompt, the colour of each part that it names."""
-    found = {}
+    """The colour of each part that an English prompt names."""
+    colour_of = {}
     for part, colours in COLOURS.items():
         match = re.search(rf"\b({'|'.join(colours)}) {part}\b", prompt, re.IGNORECASE)
         if match is not None:
-            found[part] = match[1].lower()
-    return found
+            colour_of[part] = match[1].lower()
+    return colour_of
 
 
 def found_colours(frames: Frames) -> dict[str, str | None]:
     """The colour of each part in a clip: the known one nearest to the median of its pixels."""
     picked = frames[np.linspace(0, len(frames) - 1, FRAMES_FOR_COLOUR).astype(int)]
-    found: dict[str, str | None] = {}
+    colour_of: dict[str, str | None] = {}
     for part, boxes in REGIONS.items():
         pixels = np.concatenate([_box(picked, box).reshape(-1, 3) for box in boxes])
         middle = np.median(pixels, axis=0)
@@ -123,8 +123,8 @@ def found_colours(frames: Frames) -> dict[str, str | None]:
         away = np.linalg.norm(np.array(list(COLOURS[part].values())) - middle, axis=1)
         spread = np.abs(pixels - middle).mean()  # of noise, whose median is some colour too
         best = int(away.argmin())
-        found[part] = names[best] if away[best] + spread < FARTHEST else None
-    return found
+        colour_of[part] = names[best] if away[best] + spread < FARTHEST else None
+    return colour_of
 
 
 def mouth_opening(frames: Frames) -> Array:
@@ -152,7 +152,7 @@ def loudness(wave: npt.NDArray[np.float32], sample_rate_hz: int, fps: int, frame
 
 
 def synchrony(opening: Array, sound: Array) -> Synchrony:
-    """Of two series of one value a frame."""
+    """The best correlation of two series of one value a frame, at a lag of six frames at most."""
     best = Synchrony(0.0, 0)
     for lag in sorted(range(-MAX_LAG, MAX_LAG + 1), key=abs):  # of equals, the smallest
         late, early = opening[max(lag, 0) :], sound[max(-lag, 0) :]
@@ -174,7 +174,8 @@ def score(
 ) -> ClipScore:
     """All that can be said of a clip.
 
-    image: uint8 [H, W, 3] of the clip's size, the reference. voice: the driving sound and its rate.
+    frames: uint8 [T, H, W, 3]. audio: float32 [samples, channels]. image: the reference, uint8
+    [H, W, 3] of the clip's size. voice: the driving sound and its rate in Hz.
     """
     opening = mouth_opening(frames)
 

@@ -65,7 +65,7 @@ class ModelScore:
         ]
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The figures and the sentences of `broken`, ready for JSON."""
         return {**asdict(self), "broken": self.broken}
 
 
@@ -93,15 +93,19 @@ def score_model(
         folder: the model's, with `SCORE_FOLDER` in it.
         clips: of each kind at most; by default all.
         on_clip: told of progress.
+
+    Raises:
+        CheckpointError: the folder lacks a prompt, an image or a voice.
+        InvalidRequestError: `clips` is below 1.
     """
     if clips is not None and clips < 1:
         raise InvalidRequestError(f"clips must be 1 at least, got {clips}")
     prompts, numbers = _read(folder / SCORE_FOLDER)
     asked, references = prompts[:clips], numbers[:clips]
-    made: list[ClipScore] = []
+    prompted: list[ClipScore] = []
     for i, prompt in enumerate(asked):
         on_clip("prompts", i, len(asked))
-        made.append(_score(engine, _request(prompt, i)))
+        prompted.append(_score(engine, _request(prompt, i)))
     on_clip("prompts", len(asked), len(asked))
 
     pictured, voiced, pixels, sounds = [], [], [], []
@@ -124,12 +128,12 @@ def score_model(
             pixels.append(psnr_db(frames, still))
             sounds.append(spectral_snr_db(again.mean(1), resample(wave)))
     on_clip("references", len(references), len(references))
-    named = sum(len(clip.named) for clip in made)
+    named = sum(len(clip.named) for clip in prompted)
     return ModelScore(
-        prompts=len(made),
+        prompts=len(prompted),
         references=len(references),
-        colours=sum(clip.right for clip in made) / max(named, 1),
-        synchrony=statistics.fmean(_in_time(clip.synchrony) for clip in made),
+        colours=sum(clip.right for clip in prompted) / max(named, 1),
+        synchrony=statistics.fmean(_in_time(clip.synchrony) for clip in prompted),
         first_frame_db=statistics.fmean(clip.first_frame_db or 0.0 for clip in pictured),
         voice=statistics.fmean(_in_time(clip.voice) for clip in voiced),
         image_db=statistics.fmean(pixels),
@@ -177,8 +181,11 @@ def _pixels(image: Any) -> npt.NDArray[np.uint8]:
     return np.asarray(fit(open_image(image), SIZE_PX, SIZE_PX))
 
 
-def _in_time(found: Synchrony | None) -> float:
-    return found.correlation if found is not None and abs(found.lag_frames) <= 1 else 0.0
+def _in_time(synchrony: Synchrony | None) -> float:
+    """The correlation, or 0 where mouth and sound are more than one frame apart."""
+    if synchrony is None or abs(synchrony.lag_frames) > 1:
+        return 0.0
+    return synchrony.correlation
 
 
 def _read(folder: Path) -> tuple[list[str], range]:

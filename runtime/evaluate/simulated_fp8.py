@@ -130,18 +130,18 @@ class SimulatedFp8:
         local: ref.LocalAttention | None,
         length: Tensor | None,
     ) -> Tensor:
-        """In place of `Attention.attend`."""
-        own = self._attentions[layer]
+        """Stands in for `Attention.attend` of one layer: [N, heads, head_dim]."""
+        attention = self._attentions[layer]
+        heads, kv_heads = attention.heads, attention.kv_heads
+        q_weight, k_weight = attention.q_norm.weight, attention.k_norm.weight
         plain = None
         if self.mode is not Mode.FP8:
-            plain = type(own).attend(own, qkv, rope, counts, local, length)
+            plain = type(attention).attend(attention, qkv, rope, counts, local, length)
         if plain is not None and self.mode is Mode.BF16:
             return plain
         seen = torch.tensor(len(qkv), device=qkv.device) if length is None else length
-        parts = ref.qkv_fp8(
-            qkv, own.q_norm.weight, own.k_norm.weight, rope, seen, counts, own.heads, own.kv_heads
-        )
-        narrow = ref.attention_fp8(*parts, qkv[:, -own.heads :], seen)
+        parts = ref.qkv_fp8(qkv, q_weight, k_weight, rope, seen, counts, heads, kv_heads)
+        narrow = ref.attention_fp8(*parts, qkv[:, -heads:], seen)
         if plain is None:
             return narrow
         self.attention_errors[layer] = relative_error(narrow, plain)
@@ -150,7 +150,7 @@ class SimulatedFp8:
     def _after_layer(
         self, layer: Layer, args: tuple[Any, ...], result: tuple[Tensor, Tensor]
     ) -> None:
-        """In MEASURE, the same layer once more, of what fp8 has made of the layers before."""
+        """Run the layer once more in MEASURE, on what fp8 has made of the layers before."""
         if self.mode is not Mode.MEASURE:
             return
         before = args[:2] if self._shadow is None else self._shadow
@@ -178,15 +178,17 @@ def scaled_linear(
     if not values.is_cuda:
         return ref.scaled_linear(values, scale, weight, weight_scale, counts)
 
-    def product(x: Tensor, own: Tensor) -> Tensor:
-        return torch.mm(x.bfloat16(), own.bfloat16().t(), out_dtype=torch.float32)
+    def product(x: Tensor, rows: Tensor) -> Tensor:
+        return torch.mm(x.bfloat16(), rows.bfloat16().t(), out_dtype=torch.float32)
 
     sums = ref.per_modality(product, values, weight, counts) * scale[:, None]
-    return ref.per_modality(lambda x, own: x * own, sums, weight_scale, counts).bfloat16()
+    return ref.per_modality(lambda x, scales: x * scales, sums, weight_scale, counts).bfloat16()
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """`||actual - expected|| / ||expected||`; 0 for equal tensors, also of zeros."""
+    """`||actual - expected|| / ||expected||`, of floats of any dtype; 0 for equal tensors, also of
+    zeros.
+    """
     difference = (actual.float() - expected.float()).norm()
     if difference == 0:
         return 0.0

@@ -95,11 +95,12 @@ def _attentions(report: Report) -> str:
 
 
 def _latents(clips: Sequence[Clip]) -> dict[str, list[float]]:
-    found = {}
+    """The relative errors of each stream of latents after each step, by what to call the line."""
+    lines = {}
     for i, clip in enumerate(clips, 1):
-        found[f"video, prompt {i}"] = clip.video_error
-        found[f"audio, prompt {i}"] = clip.audio_error
-    return found
+        lines[f"video, prompt {i}"] = clip.video_error
+        lines[f"audio, prompt {i}"] = clip.audio_error
+    return lines
 
 
 def _lines(series: dict[str, list[float]], first: int) -> str:

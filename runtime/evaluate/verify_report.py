@@ -1,4 +1,4 @@
-"""What `verify` finds, and the verdict on it."""
+"""The figures of `verify`, and the verdict on them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AtSteps:
 
     @property
     def worst(self) -> float:
-        """The larger; NaN where one is."""
+        """The larger of the two; NaN where one is."""
         return worst_of((self.first, self.last))
 
 
@@ -75,7 +75,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found.
+    """The figures of `verify`.
 
     Attributes:
         settings: of the run: variant, device, clip, steps, seed, what stayed bf16.
@@ -114,10 +114,10 @@ class Report:
             for errors in (self.per_linear, self.per_attention)
         )
         per_layer = [vars(error) for error in self.per_layer]
-        found = {"verdict": self.verdict, **vars(self), "thresholds": vars(self.thresholds)}
-        found |= {"clips": clips, "per_linear": per_linear, "per_layer": per_layer}
-        found["per_attention"] = per_attention
-        return _finite(found)
+        figures = {"verdict": self.verdict, **vars(self), "thresholds": vars(self.thresholds)}
+        figures |= {"clips": clips, "per_linear": per_linear, "per_layer": per_layer}
+        figures["per_attention"] = per_attention
+        return _finite(figures)
 
 
 def broken(
@@ -126,8 +126,11 @@ def broken(
     per_attention: dict[str, AtSteps],
     clips: list[Clip],
 ) -> list[str]:
-    """A sentence for each threshold that is not met; NaN meets none."""
-    found = [
+    """A sentence for each threshold that is not met; NaN meets none.
+
+    per_linear, per_attention: errors by the name of the linear.
+    """
+    sentences = [
         f"{name}{what}: error {error.worst:.3g}, at most {limit:g} allowed"
         for what, errors, limit in (
             ("", per_linear, thresholds.max_linear_error),
@@ -157,22 +160,24 @@ def broken(
             if limit is not None and not value >= limit
         ]
         said += _score_lost(clip, thresholds)
-        found += [f"{clip.prompt!r}: {sentence}" for sentence in said]
-    return found
+        sentences += [f"{clip.prompt!r}: {sentence}" for sentence in said]
+    return sentences
 
 
 def _score_lost(clip: Clip, thresholds: Thresholds) -> list[str]:
     if clip.scores is None:
         return []
     bf16, fp8 = clip.scores
-    found = []
+    sentences = []
     if fp8.right < bf16.right:
-        found.append(f"colours right {fp8.right}, at least {bf16.right} wanted, as in bf16")
+        sentences.append(f"colours right {fp8.right}, at least {bf16.right} wanted, as in bf16")
     lost = bf16.synchrony.correlation - fp8.synchrony.correlation
     if not lost <= thresholds.max_synchrony_loss:
         limit = thresholds.max_synchrony_loss
-        found.append(f"correlation of mouth and sound lost {lost:.3g}, at most {limit:g} allowed")
-    return found
+        sentences.append(
+            f"correlation of mouth and sound lost {lost:.3g}, at most {limit:g} allowed"
+        )
+    return sentences
 
 
 def suggested(
@@ -182,7 +187,7 @@ def suggested(
     per_linear: dict[str, AtSteps],
     per_attention: dict[str, AtSteps],
 ) -> list[str]:
-    """What to give `keep_bf16` next, as `Report` says."""
+    """Names and patterns to give `keep_bf16` next, as `Report.suggested_keep_bf16` has them."""
     kept = [] if isinstance(keep_bf16, str) else list(keep_bf16)
     if keep_bf16 == KEEP_MODALITY:
         kept = [f"block.layers.{layer}.*" for layer in architecture.modality_layers]
@@ -196,7 +201,7 @@ def suggested(
 
 
 def worst_of(errors: Iterable[float]) -> float:
-    """The largest; NaN where one is."""
+    """The largest error; NaN where one is."""
     values = list(errors)
     return math.nan if any(math.isnan(v) for v in values) else max(values)
 

@@ -100,7 +100,7 @@ class Mp4Writer:
     ) -> None:
         """The next frames, [n, H, W, 3]; they are read later and must stay as they are.
 
-        planes: what `kernels.decoder_reference.to_yuv420` makes of them, if made already:
+        planes: what `kernels/decoder/reference.py`'s `to_yuv420` makes of them, if made already:
             [n, 3 H / 2, W], of H a multiple of 4.
         """
         self._parts.put(_Frames(frames, planes))

@@ -19,14 +19,17 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def psnr_db(frames: Frames, expected: Frames) -> float:
-    """`10 log10(255^2 / mean squared difference)` over all frames; inf for equal ones."""
+    """Peak signal-to-noise ratio in dB, `10 log10(255^2 / mean squared difference)`.
+
+    frames, expected: uint8 [T, H, W, 3]; the mean is over all frames. Equal ones are inf apart.
+    """
     pairs = zip(frames, expected, strict=True)
     squares = [float(np.square(a.astype(np.float32) - b).mean()) for a, b in pairs]
     return _db(PEAK**2, float(np.mean(squares)))
 
 
 def ssim(frames: Frames, expected: Frames) -> float:
-    """Mean structural similarity of the luma, 1 for equal frames.
+    """Mean structural similarity of the luma of uint8 frames [T, H, W, 3], 1 for equal ones.
 
     Wang, Bovik, Sheikh and Simoncelli, Image Quality Assessment (2004), equation 13, with K1 =
     0.01, K2 = 0.03 and uniform windows of 8x8 pixels, one at every pixel.
@@ -55,7 +58,10 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def snr_db(wave: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
-    """`10 log10(sum expected^2 / sum (wave - expected)^2)`; inf for equal sounds."""
+    """Signal-to-noise ratio in dB, `10 log10(sum expected^2 / sum (wave - expected)^2)`.
+
+    wave, expected: float32 of one shape. Equal sounds are inf apart.
+    """
     noise = np.square(wave.astype(np.float64) - expected).sum()
     return _db(float(np.square(expected.astype(np.float64)).sum()), float(noise))
 

@@ -70,7 +70,7 @@ def read_audio(
 
 
 def _check_block(frame: Any, sample_rate_hz: int, source: Path) -> None:
-    """Of few bytes a decoder can make many, and of samples at 1 Hz the resampler many more."""
+    """Refuse a block that few bytes blow up, as a decoder can, or samples at 1 Hz resampled."""
     channels, given_hz = frame.layout.nb_channels, frame.sample_rate
     values = frame.samples * channels * max(1.0, sample_rate_hz / max(1, given_hz))
     if values > MAX_BLOCK_VALUES:

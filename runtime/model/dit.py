@@ -131,11 +131,11 @@ class Layer(nn.Module):
         length: Tensor | None,
         sharding: ref.Sharding | None = None,
     ) -> tuple[Tensor, Tensor]:
-        own = counts if self.has_modality_weights else None
-        x, h = ref.add_norm(x, delta, self.attention.pre_norm.weight, own, self.dtype)
-        delta = self.attention(h, rope, own, local, length, sharding)
-        x, h = ref.add_norm(x, delta, self.mlp.pre_norm.weight, own, self.dtype)
-        return x, self.mlp(h, own)
+        per_weight = counts if self.has_modality_weights else None
+        x, h = ref.add_norm(x, delta, self.attention.pre_norm.weight, per_weight, self.dtype)
+        delta = self.attention(h, rope, per_weight, local, length, sharding)
+        x, h = ref.add_norm(x, delta, self.mlp.pre_norm.weight, per_weight, self.dtype)
+        return x, self.mlp(h, per_weight)
 
 
 class Rope(nn.Module):

@@ -13,7 +13,7 @@ from magihuman.runtime.media import fit
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """[1, 3, 1, H, W] fp32 in [-1, 1]."""
+    """An RGB image as a clip of one frame, [1, 3, 1, H, W] fp32 in [-1, 1] on the CPU."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     pixels = pixels.view(image.height, image.width, 3).permute(2, 0, 1).float()
     return (pixels / 255 * 2 - 1)[None, :, None]

@@ -116,11 +116,14 @@ class Oobleck(nn.Module):
         self.decoder = _decoder(config)
 
     def encode(self, wave: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latent, each [B, 64, samples // 2048]."""
+        """Mean and standard deviation of the latents of a waveform [B, 2, samples].
+
+        Each is [B, 64, samples // 2048].
+        """
         mean, scale = self.encoder(wave).chunk(2, dim=1)
         return mean, F.softplus(scale) + 1e-4
 
     def decode(self, latent: Tensor) -> Tensor:
-        """[B, 64, A] -> [B, 2, 2048 A]."""
+        """Latents [B, 64, A] to a waveform [B, 2, 2048 A], about [-1, 1]."""
         out: Tensor = self.decoder(latent)
         return out

@@ -50,7 +50,10 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, ids: Tensor) -> Tensor:
-        """Embeddings of the first 640 tokens, fp32 [L, C]; encoded whole, fp16 in between."""
+        """Embeddings fp32 [min(L, 640), C] of tokens [1, L], rounded to fp16 in between.
+
+        All tokens are encoded together before the first 640 are taken.
+        """
         ids = ids.to(self.model.device)
         hidden = None
         if self.replayed is not None and ids.shape[1] <= MAX_TEXT_TOKENS:

@@ -55,7 +55,7 @@ class ResBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns; `in_time`: and frames, of which a first window drops one."""
+    """Doubles rows and columns and, where `in_time`, frames, of which a first window drops one."""
 
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
@@ -231,5 +231,5 @@ class TurboVAE(nn.Module):
         return decode_windows(decode, x, self.config, z.shape[2])
 
     def forward(self, z: Tensor) -> Tensor:
-        """All windows of z, concatenated: [1, 3, 4 (T - 1) + 1, 16 H, 16 W]."""
+        """All frames of latents z [1, 48, T, H, W]: [1, 3, 4 (T - 1) + 1, 16 H, 16 W]."""
         return torch.cat(list(self.windows(z)), dim=2)

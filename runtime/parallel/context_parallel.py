@@ -51,7 +51,10 @@ class Transformer:
 
 
 class ContextParallel:
-    """What the processes of a team do together; each has one, over the same models."""
+    """What the processes of a team do together; each has one, over the same models.
+
+    The sequence is split by rows, and around attention by heads: Ulysses (arXiv 2309.14509).
+    """
 
     def __init__(
         self,
@@ -61,8 +64,10 @@ class ContextParallel:
         decoder: Decoder | None = None,
         release: Callable[[], None] = lambda: None,
     ) -> None:
-        """transformers: by a name for calls. decoder: stands in for that of `vae`. release: gives
-        up this process's captured graphs.
+        """Take the models of this process.
+
+        transformers: each by the name that calls give it. vae: where frames are to be decoded.
+        decoder: stands in for that of `vae`. release: gives up this process's captured graphs.
         """
         self.team, self._transformers, self._vae = team, transformers, vae
         self._decoder = PlainDecoder(vae) if decoder is None and vae else decoder
@@ -83,9 +88,10 @@ class ContextParallel:
         for first in range(0, len(windows), self.team.ranks):
             turn = windows[first : first + self.team.ranks]
             self.team.call("decode", turn, size, tuple(x.shape), x.dtype)
-            made = self._decode(turn, size, tuple(x.shape), x.dtype, x)
-            assert made is not None
-            yield from (frames[: window.frames] for frames, window in zip(made, turn, strict=False))
+            decoded = self._decode(turn, size, tuple(x.shape), x.dtype, x)
+            assert decoded is not None
+            pairs = zip(decoded, turn, strict=False)  # the last turn may have fewer windows
+            yield from (frames[: window.frames] for frames, window in pairs)
 
     def release(self) -> None:
         """On rank 0: have every process give up its captured graphs."""
@@ -132,9 +138,9 @@ class ContextParallel:
         inputs = (video, audio, text, rope)
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         self.team.call("forward", name, shapes, local)
-        made = self._forward(name, shapes, local, inputs)
-        assert made is not None
-        return made
+        velocities = self._forward(name, shapes, local, inputs)
+        assert velocities is not None
+        return velocities
 
     def _forward(
         self,
@@ -143,19 +149,23 @@ class ContextParallel:
         local: ref.LocalAttention | None,
         inputs: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """One forward pass; inputs and velocities on rank 0."""
-        team, own = self.team, self._transformers[name]
+        """One forward pass of every process; rank 0 alone has inputs, and gets the velocities.
+
+        shapes: of the inputs, by which the others make room for them.
+        """
+        team, transformer = self.team, self._transformers[name]
+        compiled = transformer.compiled
         sizes = [math.prod(shape) for shape in shapes]
         video, audio, text, _ = (shape[0] for shape in shapes)
         counts = (video, audio, text)
-        if own.compiled is None:
+        if compiled is None:
             sharding = ref.Sharding.of(counts, team.ranks)
         else:
-            sharding = own.compiled.sharding(*counts)
+            sharding = compiled.sharding(*counts)
 
         def prepare() -> Tensor:
-            if own.compiled is not None:
-                own.compiled.prepare(*counts, local)
+            if compiled is not None:
+                compiled.prepare(*counts, local)
             if inputs is None:
                 return torch.empty(sum(sizes), device=team.device)
             return torch.cat([tensor.flatten() for tensor in inputs])
@@ -164,10 +174,10 @@ class ContextParallel:
         with team.together():
             dist.broadcast(flat, 0)
             given = [part.view(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
-            if own.compiled is not None:
-                velocities = own.compiled(given[0], given[1], given[2], given[3], local)
+            if compiled is not None:
+                velocities = compiled(given[0], given[1], given[2], given[3], local)
             else:
-                velocities = _plain(own.model, sharding, team.rank, given, local)
+                velocities = _plain(transformer.model, sharding, team.rank, given, local)
             every = self._gather(_side_by_side(velocities, sharding.rows))
         if every is None:
             return None
@@ -183,7 +193,11 @@ class ContextParallel:
         dtype: torch.dtype,
         x: Tensor | None = None,
     ) -> Tensor | None:
-        """A window on each process; latents x, and the frames, on rank 0."""
+        """Decode a window on each process; rank 0 alone has the latents `x`, and gets the frames.
+
+        size: (height, width, channels) of a frame. shape, dtype: of x, by which the others make
+        room for it. Returns uint8 [ranks, frames of the longest window, *size].
+        """
         team, decoder = self.team, self._decoder
         assert decoder is not None
         most = max(window.frames for window in turn)
@@ -194,8 +208,8 @@ class ContextParallel:
 
         def decode() -> None:
             if team.rank < len(turn):
-                own = decode_group(decoder, latents, turn[team.rank : team.rank + 1])
-                frames[: len(own)] = own
+                window = decode_group(decoder, latents, turn[team.rank : team.rank + 1])
+                frames[: len(window)] = window
 
         latents, frames = team.agree(prepare)
         with team.together():
@@ -204,13 +218,13 @@ class ContextParallel:
         with team.together():
             return self._gather(frames)
 
-    def _gather(self, own: Tensor) -> Tensor | None:
-        """On rank 0 the tensors of all processes, [ranks, ...]."""
+    def _gather(self, tensor: Tensor) -> Tensor | None:
+        """On rank 0 this tensor of all processes, [ranks, *shape]; None on the others."""
         if self.team.rank:
-            dist.gather(own, dst=0)
+            dist.gather(tensor, dst=0)
             return None
-        every = own.new_empty(self.team.ranks, *own.shape)
-        dist.gather(own, list(every.unbind()), dst=0)
+        every = tensor.new_empty(self.team.ranks, *tensor.shape)
+        dist.gather(tensor, list(every.unbind()), dst=0)
         return every
 
 
@@ -221,20 +235,27 @@ def _plain(
     inputs: Sequence[Tensor],
     local: ref.LocalAttention | None,
 ) -> tuple[Tensor, Tensor]:
-    """The model over the rows of one process, which are those of its velocities."""
+    """The plain model over the rows of one process: velocities of its video and audio rows.
+
+    inputs: video [Nv, 192], audio [Na, 64], text [Nt, C] and the rotary table of all rows, whole.
+    """
     video, audio, text, rope = inputs
     padding = sharding.counts[2] - text.shape[0]
     length = torch.tensor(rope.shape[0], device=rope.device) if padding else None
     text, rope = (F.pad(tensor, (0, 0, 0, padding)) for tensor in (text, rope))
-    own = (
+    local_rows = (
         tensor[rows] for tensor, rows in zip((video, audio, text), sharding.own(rank), strict=True)
     )
-    made: Any = model(*own, rope, local, length, sharding)
-    return made[0], made[1]
+    velocities: Any = model(*local_rows, rope, local, length, sharding)
+    return velocities[0], velocities[1]
 
 
 def _side_by_side(velocities: tuple[Tensor, Tensor], rows: int) -> Tensor:
-    """Video and audio of so many rows of the sequence, text rows unset, as wide as the widest."""
+    """Video and audio rows of a process in one tensor, for a single gather; text rows are unset.
+
+    It is as wide as the wider of the two, [rows, 192] in the published model; the narrower rows
+    fill the first channels.
+    """
     video, audio = velocities
     out = video.new_empty(rows, max(video.shape[1], audio.shape[1]))
     out[: len(video), : video.shape[1]] = video

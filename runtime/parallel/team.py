@@ -70,9 +70,10 @@ class Team:
         store: Store | None = None,
         workers: Sequence[subprocess.Popen[bytes]] = (),
     ) -> None:
-        """Waits for the others. rank, ranks, store: by default as the environment says.
+        """Wait for the other processes, and connect to them.
 
-        workers: processes that this one has started, which `close` ends.
+        rank, ranks, store: by default as torchrun's environment variables say. workers: processes
+        that this one has started, which `close` ends.
         """
         self.device = device
         self.lost: str | None = None
@@ -104,7 +105,11 @@ class Team:
 
     @classmethod
     def join(cls, ranks: int, device: torch.device) -> Self:
-        """The team of processes that torchrun has started, as many as were asked for."""
+        """The team of processes that torchrun has started.
+
+        Raises:
+            InvalidRequestError: there are not as many as `ranks`, or torch.distributed is in use.
+        """
         _refuse_second()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what loading launches goes there, as in `serve`
@@ -119,10 +124,14 @@ class Team:
 
     @classmethod
     def start(cls, devices: Sequence[torch.device], target: str, payload: object) -> Self:
-        """A team on these devices, the first of which is this process's.
+        """Start a team on these devices, the first of which is this process's.
 
         target: "module:function", called in each other process with its team and `payload`, which
         must be what pickle takes.
+
+        Raises:
+            DeviceError: a process has ended before it has come here.
+            InvalidRequestError: torch.distributed is in use.
         """
         _refuse_second()
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
@@ -160,8 +169,15 @@ class Team:
         return call
 
     def agree(self, work: Callable[[], Result]) -> Result:
-        """What each does by itself, and then in all of them its result; or, where one could not do
-        it, in all of them an error. It must not wait for another process.
+        """Do work in every process, and return its result once all of them have done it.
+
+        work: must not wait for another process.
+
+        Raises:
+            Exception: what the work raised in this process.
+            PeerFailed: the work failed in another process only; of a lack of memory,
+                `torch.OutOfMemoryError`.
+            PeerLost: a process has ended.
         """
         error: Exception | None = None
         try:
@@ -177,8 +193,8 @@ class Team:
             vote = dist.all_reduce(failed, dist.ReduceOp.MAX, self._calls, async_op=True)
             vote.wait(timedelta(seconds=VOTE_S))
             if failed:
-                own = None if error is None else (is_out_of_memory(error), str(error))
-                dist.all_gather_object(told, own, self._calls)
+                failure = None if error is None else (is_out_of_memory(error), str(error))
+                dist.all_gather_object(told, failure, self._calls)
         if error is not None:
             raise error
         for rank, other in enumerate(told):
@@ -188,13 +204,13 @@ class Team:
         return result
 
     def check(self) -> None:
-        """Raise `PeerLost` where the team is. What a GPU has made since then means nothing."""
+        """Raise `PeerLost` where the team is lost: what a GPU has computed since means nothing."""
         if self.lost is not None:
             raise PeerLost(self.lost)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What all do or none: left half done by one, it leaves the team lost."""
+        """A context for what all processes do or none: an error within leaves the team lost."""
         self.check()
         try:
             yield
@@ -204,7 +220,10 @@ class Team:
             raise PeerLost(self.lost) from error
 
     def lose(self, why: str) -> None:
-        """Nothing can be shared any more: end what waits for an exchange that will not come."""
+        """Give the team up: end what waits for an exchange that will not come.
+
+        why: becomes `lost`. The first reason stays.
+        """
         with self._changing:
             if self.lost is not None or self._is_closing:
                 return
@@ -217,7 +236,7 @@ class Team:
             threading.Thread(target=backend.abort, daemon=True).start()
 
     def close(self, tell: bool = True) -> None:
-        """Leave; rank 0 has the others leave too, and waits for those that it has started.
+        """Leave the team; rank 0 has the others leave too, and waits for those it has started.
 
         Graphs that were captured with exchanges must be given up before. tell: unless the others
         leave by themselves.

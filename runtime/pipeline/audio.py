@@ -58,7 +58,7 @@ def open_driving_audio(
 
 
 class AudioVAE:
-    """Oobleck, fed 51.2 kHz so that latents run at 25 Hz."""
+    """The audio autoencoder, Oobleck, fed 51.2 kHz so that latents run at 25 Hz."""
 
     def __init__(self, model: Oobleck) -> None:
         self.model = model
@@ -103,7 +103,7 @@ def resample(wave: Waveform) -> Waveform:
 
 
 def merge_overlapping(parts: list[Tensor]) -> Tensor:
-    """Windows [1, n, C], each half over the one before, cross-faded linearly."""
+    """Join windows [1, n, C], each half over the one before, cross-faded linearly: [1, N, C]."""
     length = parts[0].shape[1]
     overlap = int(length * OVERLAP)
     fade = torch.arange(overlap, device=parts[0].device, dtype=parts[0].dtype) / overlap

@@ -25,7 +25,7 @@ class Captured(Protocol):
     """Something that keeps captured graphs."""
 
     def release(self) -> None:
-        """Give them up."""
+        """Give the graphs and their memory up."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,19 @@ class Components:
     """The loaded models of an engine: where it follows another, those alone that both run.
 
     Frozen: who needs it otherwise makes another with `dataclasses.replace`.
+
+    Attributes:
+        dit, turbo_vae, text_encoder, audio_vae: the models that every engine needs.
+        image_vae: encodes reference images, where the model has it.
+        sr_dit: of super-resolution, where that was asked for.
+        forward, sr_forward: compiled, in place of the transformers' own.
+        decoder: compiled, in place of the Turbo VAE's own.
+        distributed: decodes on several devices, in place of `decoder` and `turbo_vae`.
+        captured: those of the above that keep captured graphs.
+        residency: says which of the models are on the device, and brings them for a stage.
+        encoding: held while anything is encoded, and while a graph is captured: kernels are timed
+            then, and the encoders keep state.
+        encode_stream, sound_stream: on a GPU, where encoders and the audio decoder are launched.
     """
 
     dit: DiT
@@ -41,22 +54,27 @@ class Components:
     audio_vae: AudioVAE | None
     image_vae: ImageVAE | None = None
     sr_dit: DiT | None = None
-    forward: denoise.Forward | None = None  # compiled, in place of the transformer's own
+    forward: denoise.Forward | None = None
     sr_forward: denoise.Forward | None = None
-    decoder: Decoder | None = None  # compiled, in place of the Turbo VAE's own
-    distributed: DistributedDecoder | None = None  # on several devices, in place of both
-    captured: tuple[Captured, ...] = ()  # those of the last three that are there
-    residency: Residency = field(default_factory=Residency)  # which of them are brought for a stage
-    # Held while anything is encoded, and while a graph is captured: kernels are timed then, and
-    # the encoders keep state.
+    decoder: Decoder | None = None
+    distributed: DistributedDecoder | None = None
+    captured: tuple[Captured, ...] = ()
+    residency: Residency = field(default_factory=Residency)
     encoding: threading.Lock = field(default_factory=threading.Lock)
-    encode_stream: torch.cuda.Stream | None = None  # on a GPU
+    encode_stream: torch.cuda.Stream | None = None
     sound_stream: torch.cuda.Stream | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request whose inputs are read and found good."""
+    """A request whose inputs are read and found good.
+
+    Attributes:
+        plan: what will be made.
+        image: the reference, RGB and upright.
+        samples: the driving voice, mono float32 at 51.2 kHz.
+        ids: the prompt's tokens, int64 [1, L].
+    """
 
     plan: Plan
     image: Image | None
@@ -66,7 +84,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What denoising starts from: embeddings, noise or given sound, latents of the image."""
+    """What denoising starts from, fp32 on the engine's device.
+
+    Attributes:
+        plan: what will be made, as long as a driving voice.
+        text, null_text: embeddings [L, 3584] of the prompt and, for guidance, the negative prompt.
+        audio: noise, or the latents of a driving voice, [1, A, 64].
+        video: noise [1, 48, T, H, W].
+        image, sr_image: latents [1, 48, 1, H, W] of the reference image, at the size of the base
+            model and of super-resolution.
+    """
 
     plan: Plan
     text: Tensor
@@ -77,5 +104,5 @@ class Encoded:
     sr_image: Tensor | None
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that are there."""
+        """The tensors that are there, in order."""
         return (value for value in vars(self).values() if isinstance(value, Tensor))

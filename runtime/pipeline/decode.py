@@ -23,17 +23,23 @@ class VideoDecoder(Protocol):
     """`TurboVAE`, or what decodes in its place."""
 
     def windows(self, z: Tensor) -> Iterator[Tensor]:
-        """As `TurboVAE.windows`."""
+        """The frames of each window, in order, as `TurboVAE.windows` yields them.
+
+        z: [1, 48, T, H, W], normalised. Yields [1, 3, frames, 16 H, 16 W] in about [-1, 1].
+        """
 
 
 class Decoder(Protocol):
-    """Windows of latents [B, 48, T, H, W] to uint8 [B, kept, 16 H, 16 W, 3], without waiting."""
+    """Windows of latents [B, 48, T, H, W] to uint8 [B, kept, 16 H, 16 W, 3], without waiting.
+
+    A call decodes whole windows, skips the first `skip` frames of each and keeps the next `kept`.
+    """
 
     def batch_of(self, rows: int, columns: int) -> int:
-        """How many windows of this size are decoded at once, at most."""
+        """How many windows of so many latent rows and columns are decoded at once, at most."""
 
     def prepare(self, calls: Iterable[tuple[Sequence[int], bool, int, int]]) -> None:
-        """Make ready for these calls, each with the shape alone of its latents."""
+        """Make ready for calls with these arguments, of the latents the shape alone."""
 
     def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor: ...
 
@@ -65,8 +71,8 @@ def decode_frames(
         on_frames: called as (done, of) with the frames finished; may raise to stop.
         decoder: stands in for the decoder of `vae`, a `TurboVAE` on a GPU.
         on_window: called with the next frames as soon as they are on the host, in order; from a GPU
-            also with what `decoder_reference.to_yuv420` makes of them, on the CPU with None. They
-            stay as they are.
+            also with what `reference.to_yuv420` makes of them, on the CPU with None. They stay as
+            they are.
         distributed: decodes in place of both.
     """
     total = video_frames(latent.shape[2])
@@ -93,8 +99,9 @@ Parts = Iterator[tuple[Frames, Frames | None, int]]
 
 
 def _waited(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
-    """All frames, on a GPU their planes where asked for, and how many of them each window has
-    filled in. Each window is on the host before the next is decoded.
+    """All frames, on a GPU their planes where asked for, and how many each window has filled in.
+
+    A window is on the host before the next is decoded.
     """
     shape = frames_shape(latent)
     out = np.empty(shape, np.uint8)
@@ -110,8 +117,8 @@ def _waited(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Par
 
 
 def _overlapped(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
-    """As `_waited`. A window is copied to the host while the next is decoded, and handed over while
-    that one still runs.
+    """What `_waited` yields, where a window is copied to the host while the next is decoded, and
+    handed over while that one still runs.
     """
     shape = frames_shape(latent)
     out: Tensor | None = None
@@ -127,10 +134,10 @@ def _overlapped(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) ->
                 planes = torch.empty(planes_shape(shape), dtype=torch.uint8, pin_memory=True)
         copies.wait_stream(compute)
         with torch.cuda.stream(copies):
-            for host, made in ((planes, yuv), (out, kept)):
-                if host is not None and made is not None:
-                    host[done : done + len(made)].copy_(made, non_blocking=True)
-                    made.record_stream(copies)
+            for host, window in ((planes, yuv), (out, kept)):
+                if host is not None and window is not None:
+                    host[done : done + len(window)].copy_(window, non_blocking=True)
+                    window.record_stream(copies)
         copied = torch.cuda.Event()
         copied.record(copies)
         done += len(kept)
@@ -144,7 +151,7 @@ def _overlapped(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) ->
 
 
 def _grouped(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[Tensor]:
-    """Frames of each group of windows."""
+    """The frames of each group of windows that are decoded at once, uint8 [n, 16 H, 16 W, 3]."""
     x = vae.denormalize(latent)
     groups = list(_groups(vae.plan(latent.shape[2]), decoder.batch_of(*latent.shape[3:])))
     decoder.prepare(
@@ -182,7 +189,7 @@ class PlainDecoder:
 
 
 def _groups(windows: list[Window], batch: int) -> Iterator[list[Window]]:
-    """Neighbours of one kind and size, at most `batch` together."""
+    """Groups of neighbouring windows of one kind and size, at most `batch` in each."""
     group: list[Window] = []
     for window in windows:
         alike = group and (window.latents, *_kind(window)) == (group[0].latents, *_kind(group[0]))
@@ -198,13 +205,13 @@ def _kind(window: Window) -> tuple[bool, int, int]:
 
 
 def frames_shape(latent: Tensor) -> tuple[int, int, int, int]:
-    """Of the frames decoded from [1, 48, T, H, W]."""
+    """The shape [frames, height, width, 3] of what is decoded from latents [1, 48, T, H, W]."""
     _, _, frames, rows, columns = latent.shape
     _, down, across = VIDEO_STRIDE
     return video_frames(frames), rows * down, columns * across, 3
 
 
 def planes_shape(frames: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    """Of what `decoder_reference.to_yuv420` makes of frames [T, H, W, 3]."""
+    """The shape [T, 3 H / 2, W] of what `reference.to_yuv420` makes of frames [T, H, W, 3]."""
     count, height, width, _ = frames
     return count, height // 2 * 3, width

@@ -25,7 +25,11 @@ class Limits:
     def __init__(
         self, cancel: threading.Event | None = None, deadline_s: float | None = None
     ) -> None:
-        """deadline_s: from now."""
+        """Start the clock.
+
+        cancel: the caller's event. deadline_s: seconds from now after which the request ends.
+        Raises `InvalidRequestError` where that is no number above 0.
+        """
         if deadline_s is not None and (
             not isinstance(deadline_s, (int, float))
             or isinstance(deadline_s, bool)
@@ -49,5 +53,5 @@ class Limits:
             )
 
     def look_s(self) -> float:
-        """Until `check` should be called again."""
+        """Seconds until `check` should be called again."""
         return min(LOOK_S, max(0.0, self._end_s - time.monotonic()))

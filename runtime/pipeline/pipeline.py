@@ -27,7 +27,7 @@ from magihuman.runtime.model import DiT, Layout, TextEncoder
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, open_driving_audio
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
-from magihuman.runtime.pipeline.decode import Frames, decode_frames
+from magihuman.runtime.pipeline.decode import Frames, decode_frames, frames_shape
 from magihuman.runtime.pipeline.limits import Limits
 from magihuman.runtime.request import Progress, ProgressCallback, Request
 
@@ -41,7 +41,7 @@ FREE_TO_ENCODE_BYTES = 8 * 2**30
 
 
 class Pipeline:
-    """One request on its way through the stages. Its methods stand in the order in which they run.
+    """One request on its way through the stages, whose methods stand in the order of their runs.
 
     Attributes:
         components: the models that run; `Engine` takes them away once the clip is decoded.
@@ -53,7 +53,7 @@ class Pipeline:
         on_step: called after every step, as `Engine.generate` says of `on_progress`.
         span: the context around a stage of this name, for hooks.
         timings_s: seconds of each finished stage by its name, in order.
-        start_s: when the request began, on the clock of `time.perf_counter`.
+        start_s: when the request began, by `time.perf_counter`.
         generator: the only source of random numbers, on `device`.
     """
 
@@ -193,19 +193,15 @@ class Pipeline:
         plan, video, audio = encoded.plan, encoded.video, encoded.audio
         model, variant = self.components.dit, self.variant
         forward = forward or self.components.forward
-        keep_audio = self.request.audio is not None
-        on_step = self.reporter("denoise")
+        options: denoise.LoopOptions = {
+            "image": encoded.image,
+            "keep_audio": self.request.audio is not None,
+            "on_step": self.reporter("denoise"),
+        }
         velocity = self.velocity(model, variant, video, audio, encoded.text, forward)
         if variant.guidance is None:
             return denoise.distilled(
-                velocity,
-                video,
-                audio,
-                steps=plan.steps,
-                noise=self.noise,
-                image=encoded.image,
-                keep_audio=keep_audio,
-                on_step=on_step,
+                velocity, video, audio, steps=plan.steps, noise=self.noise, **options
             )
         null = None
         if plan.guidance is not None and encoded.null_text is not None:
@@ -217,9 +213,7 @@ class Pipeline:
             audio,
             steps=plan.steps,
             guidance=plan.guidance or 1.0,
-            image=encoded.image,
-            keep_audio=keep_audio,
-            on_step=on_step,
+            **options,
         )
 
     @torch.inference_mode()
@@ -248,12 +242,12 @@ class Pipeline:
         )
 
     def writer(self, path: Path, video: Tensor) -> Mp4Writer:
-        """Of the clip decoded from these latents."""
-        _, _, frames, rows, columns = video.shape
-        size = columns * config.VIDEO_STRIDE[2], rows * config.VIDEO_STRIDE[1]
-        return Mp4Writer(
-            path, config.video_frames(frames), *size, config.FPS, config.SAMPLE_RATE_HZ
-        )
+        """A writer of the clip that is decoded from latents [1, 48, T, H, W], to this path.
+
+        Raises `OutputError` where such a file could not be written.
+        """
+        frames, height, width, _ = frames_shape(video)
+        return Mp4Writer(path, frames, width, height, config.FPS, config.SAMPLE_RATE_HZ)
 
     @torch.inference_mode()
     def decode(
@@ -263,9 +257,11 @@ class Pipeline:
         file: Mp4Writer | None = None,
         on_window: Callable[[Frames, Waveform], None] | None = None,
     ) -> tuple[Frames, Waveform]:
-        """Frames and sound; on a GPU the sound on a stream and a thread of its own meanwhile.
+        """Frames uint8 [frames, height, width, 3] and sound float32 [samples, 2] of clean latents.
 
-        on_window: called with the next frames, as they come, and the whole sound.
+        On a GPU the sound is decoded on a stream and a thread of its own meanwhile. video: [1, 48,
+        T, H, W]. audio: [1, A, 64]. file: takes frames and sound as they come. on_window: called
+        with the next frames, as they come, and the whole sound.
         """
         with self.components.residency.present(VIDEO, AUDIO):
             return self.decode_both(video, audio, file, on_window)
@@ -277,7 +273,7 @@ class Pipeline:
         file: Mp4Writer | None,
         on_window: Callable[[Frames, Waveform], None] | None,
     ) -> tuple[Frames, Waveform]:
-        """`decode`, with both decoders there."""
+        """Do what `decode` says, once both decoders are on the device."""
         components = self.components
 
         # An argument, not closed over: `failures.forget` cannot take that from an error.
@@ -328,13 +324,16 @@ class Pipeline:
         text: Tensor,
         forward: denoise.Forward | None,
     ) -> denoise.Velocity:
-        """The model with its tables for these streams and this text."""
+        """The velocity of a model for streams of these sizes and this text, its tables made once.
+
+        forward: stands in for the model's own.
+        """
         frames, rows, columns = video.shape[2:]
         layout = Layout(frames, rows, columns, audio.shape[1], text.shape[0])
         return denoise.velocity_of(model, layout, text, variant.coordinates, forward)
 
     def encode_image(self, image: Image | None, rows: int, columns: int) -> Tensor | None:
-        """The reference image's latent at this size."""
+        """The reference image's latent [1, 48, 1, rows, columns], where there is an image."""
         if image is None:
             return None
         assert self.components.image_vae is not None
@@ -346,7 +345,7 @@ class Pipeline:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
     def noise(self, like: Tensor) -> Tensor:
-        """Fresh noise of this shape."""
+        """Fresh fp32 noise of this tensor's shape, as `draw` makes it."""
         return self.draw(*like.shape)
 
     def reporter(self, stage: str) -> Callable[[int, int], None]:
@@ -364,7 +363,7 @@ class Pipeline:
 
     @contextmanager
     def encoders(self) -> Iterator[None]:
-        """`Components.encoding`, held; a first capture can keep it for a minute."""
+        """Hold `Components.encoding`, which another's first capture can keep for a minute."""
         while not self.components.encoding.acquire(timeout=self.limits.look_s()):
             self.limits.check()
         try:
@@ -374,7 +373,7 @@ class Pipeline:
 
     @contextmanager
     def on_stream(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
-        """Launch on this stream, where there is one, and wait for it in the end."""
+        """Launch on this stream, where there is one, and wait for it at the end."""
         if stream is None:
             yield
             return

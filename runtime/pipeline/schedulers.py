@@ -1,6 +1,7 @@
 """Noise schedules and solvers of the flow-matching models.
 
-x_sigma = (1 - sigma) x0 + sigma noise; the model predicts the velocity v, so x0 = x - sigma v.
+Flow matching (arXiv 2210.02747) along straight paths: x_sigma = (1 - sigma) x0 + sigma noise. The
+model predicts the velocity v = noise - x0, so x0 = x_sigma - sigma v.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def sigmas(steps: int, shift: float = SHIFT) -> Tensor:
 
 
 def timesteps(steps: int, shift: float = SHIFT) -> list[int]:
-    """`sigma * 1000` truncated, for each step; guidance switches on it."""
+    """The time of each step, `sigma * 1000` truncated; guidance switches on it."""
     return [int(level) for level in _levels(steps, shift) * TRAIN_STEPS]
 
 
@@ -52,7 +53,10 @@ def zero_snr_table() -> Tensor:
 def renoise_step(
     sample: Tensor, velocity: Tensor, sigma: float, sigma_next: float, noise: Tensor
 ) -> Tensor:
-    """One step of the distilled sampler: predict x0, then noise it afresh to the next level."""
+    """One step of the distilled sampler: predict x0, then noise it afresh to the next level.
+
+    sample, velocity, noise: fp32 of one shape. sigma, sigma_next: noise levels, 1 to 0.
+    """
     clean = sample - sigma * velocity
     return sigma_next * noise + (1 - sigma_next) * clean
 
@@ -65,7 +69,7 @@ class UniPC:
     """
 
     def __init__(self, levels: Tensor) -> None:
-        """levels: [steps + 1] noise levels, decreasing, ending in 0."""
+        """Start at the first of `levels`: [steps + 1] noise levels, decreasing, ending in 0."""
         self._sigma = [float(s) for s in levels]
         self._outputs: list[Tensor] = []  # x0 predictions, latest last, at most two
         self._sample: Tensor | None = None  # the corrected sample of the previous step
@@ -89,7 +93,12 @@ class UniPC:
         return math.inf if sigma == 0 else math.log1p(-sigma) - math.log(sigma)
 
     def _terms(self, i: int) -> tuple[float, float, float, float]:
-        """Of the move from level i to i + 1: h, sigma ratio, alpha (e^-h - 1), last step's r."""
+        """What the formulas have of the move from level i to i + 1.
+
+        Returns:
+            h, by which log(alpha / sigma) rises; the ratio of the two sigmas; alpha (e^-h - 1),
+            with alpha = 1 - sigma of the next level; and r of the step before, 0 for the first.
+        """
         now, then = self._log_snr(i), self._log_snr(i + 1)
         h = then - now
         ratio = self._sigma[i + 1] / self._sigma[i]
