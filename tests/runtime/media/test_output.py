@@ -11,7 +11,7 @@ import pytest
 from magihuman.runtime import OutputError, Video
 from magihuman.runtime.media.mp4 import check_output, read_frames
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
