@@ -14,32 +14,29 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from magihuman.kernels.attention.gluon import (
+from magihuman.kernels.attention.tiles import (
     CONSUMER_REGISTERS,
-    CONSUMERS,
     LOADER_REGISTERS,
     LOG2_E,
     ROWS,
-    _blocks,
-    _key_block,
-    _lane_sums,
-    _load,
-    _mask,
-    _mask_ends,
-    _place,
-    _processors,
-    _ring,
-    _row_tiles,
-    _store,
+    Frames,
+    Output,
+    Rings,
+    Sequence,
+    lane_sums,
+    load,
+    make_rings,
+    processors,
+    softmax,
+    tensor_map,
     tiles_of,
+    tiles_of_head,
 )
 from magihuman.kernels.reference import FP8_KEYS, LocalAttention
 
@@ -73,155 +70,110 @@ def _as_operand(weights, layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, scale, peak, total):
-    """Peak and lanes' totals with this block, the factor by which sums decay, and its weights."""
-    new_peak = gl.maximum(peak, gl.max(scores, 1) * scale - PEAK)
-    weights = gl.exp2(gl.fma(scores, scale, -new_peak[:, None]))
-    decay = gl.exp2(peak - new_peak)
-    fresh = _lane_sums(weights)
-    lane_row: gl.constexpr = gl.SliceLayout(1, fresh.type.layout)
-    total = total * gl.convert_layout(decay, lane_row)[:, None] + fresh
-    return new_peak, decay, weights, total
-
-
-@gluon.jit
 def _consume(
-    out_map, out_place, gate, gate_stride, scale, v_scale, q_ring, k_ring, v_ring, outs,
-    rows, length, tiles, frames, frame_tokens, reach,
-    SELF: gl.constexpr, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
-    STAGES: gl.constexpr, LOCAL: gl.constexpr,
+    output: Output, scale, v_scale, rings: Rings, seq: Sequence,
+    SELF: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warp group: 64 queries against the valid keys they see, then gate and store."""
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 32])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 32])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, seq.BLOCK_K, 32])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, seq.DIM, 32])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
 
-    queries, q_full, q_empty = q_ring
-    keys, k_full, k_empty = k_ring
-    values, v_full, v_empty = v_ring
-    query = queries.index(SELF)
-    out = outs.index(SELF)
-    no_scores = gl.zeros([ROWS, BLOCK_K], gl.float32, s_layout)
-    video = frames * frame_tokens
-    all_blocks = gl.cdiv(rows, BLOCK_K)
+    queries, keys, values = rings.queries, rings.keys, rings.values
+    query = queries.memory.index(SELF)
+    staging = rings.results.index(SELF)
+    no_scores = gl.zeros([ROWS, seq.BLOCK_K], gl.float32, s_layout)
+    video = seq.frames.count * seq.frames.tokens
+    all_blocks = gl.cdiv(seq.rows, seq.BLOCK_K)
     count = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        head, kv_head, first, end, low, high = _place(
-            tile, rows, frames, frame_tokens, reach, HEADS, KV_HEADS, LOCAL
-        )
-        first += SELF * ROWS
-        blocks = _blocks(video, length, low, high, BLOCK_K, LOCAL)
-        lap = tile // gl.num_programs(0)
+    for number in range(gl.program_id(0), seq.tiles, gl.num_programs(0)):
+        tile = seq.tile(number)
+        first = tile.first + SELF * ROWS
+        blocks = seq.key_blocks(video, tile)
+        lap = number // gl.num_programs(0)
         slot = count % STAGES
-        scales = v_scale + kv_head * all_blocks
+        scales = v_scale + tile.kv_head * all_blocks
 
         # The first block, masked.
-        mbarrier.wait(q_full.index(SELF), lap & 1)
-        mbarrier.wait(k_full.index(slot), count // STAGES & 1)
-        scores = warpgroup_mma(query, keys.index(slot).permute((1, 0)), no_scores, use_acc=False)
-        mbarrier.arrive(k_empty.index(slot))
-        block, key_first, key_end = _key_block(0, video, length, low, high, BLOCK_K, LOCAL)
-        scores = _mask(scores, block, key_first, key_end, BLOCK_K, s_layout)
-        unit = gl.load(scales + block)
+        mbarrier.wait(queries.full.index(SELF), lap & 1)
+        mbarrier.wait(keys.full.index(slot), count // STAGES & 1)
+        key = keys.memory.index(slot).permute((1, 0))
+        scores = warpgroup_mma(query, key, no_scores, use_acc=False)
+        mbarrier.arrive(keys.empty.index(slot))
+        block = seq.key_block(0, video, tile)
+        scores = block.mask(scores, s_layout)
+        unit = gl.load(scales + block.index)
         peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        total = _lane_sums(no_scores)
-        sums = gl.zeros([ROWS, DIM], gl.float32, o_layout)
+        total = lane_sums(no_scores)
+        sums = gl.zeros([ROWS, seq.DIM], gl.float32, o_layout)
 
         # A block's softmax runs beside the scores of the next, and beside the other consumer's
         # products. Its own weighted sum is waited for: weights that go round the loop would do so
         # byte by byte.
         for i in range(1, blocks):
             next_slot = (count + 1) % STAGES
-            mbarrier.wait(k_full.index(next_slot), (count + 1) // STAGES & 1)
-            pending = warpgroup_mma(
-                query, keys.index(next_slot).permute((1, 0)), no_scores, use_acc=False,
-                is_async=True,
-            )  # fmt: skip
-            peak, decay, weights, total = _softmax(scores, scale, peak, total)
-            new_unit = gl.load(scales + block)
-            block, key_first, key_end = _key_block(i, video, length, low, high, BLOCK_K, LOCAL)
+            mbarrier.wait(keys.full.index(next_slot), (count + 1) // STAGES & 1)
+            key = keys.memory.index(next_slot).permute((1, 0))
+            pending = warpgroup_mma(query, key, no_scores, use_acc=False, is_async=True)
+            peak, total, decay, weights = softmax(scores, scale, peak, total, PEAK)
+            new_unit = gl.load(scales + block.index)
+            block = seq.key_block(i, video, tile)
             sums = sums * gl.convert_layout(decay * (unit / new_unit), o_row)[:, None]
             weight = _as_operand(weights, p_layout)
-            mbarrier.wait(v_full.index(slot), count // STAGES & 1)
-            sums = warpgroup_mma(weight, values.index(slot).permute((1, 0)), sums, is_async=True)
+            mbarrier.wait(values.full.index(slot), count // STAGES & 1)
+            value = values.memory.index(slot).permute((1, 0))
+            sums = warpgroup_mma(weight, value, sums, is_async=True)
             scores, sums = warpgroup_mma_wait(0, [pending, sums])
-            mbarrier.arrive(k_empty.index(next_slot))
-            mbarrier.arrive(v_empty.index(slot))
-            if LOCAL:
-                scores = _mask_ends(scores, block, key_first, key_end, BLOCK_K, s_layout)
+            mbarrier.arrive(keys.empty.index(next_slot))
+            mbarrier.arrive(values.empty.index(slot))
+            if seq.frames.LOCAL:
+                scores = block.mask_ends(scores, s_layout)
             unit = new_unit
             slot = next_slot
             count += 1
-        mbarrier.arrive(q_empty.index(SELF))
+        mbarrier.arrive(queries.empty.index(SELF))
 
-        peak, decay, weights, total = _softmax(scores, scale, peak, total)
-        new_unit = gl.load(scales + block)
+        peak, total, decay, weights = softmax(scores, scale, peak, total, PEAK)
+        new_unit = gl.load(scales + block.index)
         sums = sums * gl.convert_layout(decay * (unit / new_unit), o_row)[:, None]
         weight = _as_operand(weights, p_layout)
-        mbarrier.wait(v_full.index(slot), count // STAGES & 1)
-        sums = warpgroup_mma(weight, values.index(slot).permute((1, 0)), sums, is_async=True)
+        mbarrier.wait(values.full.index(slot), count // STAGES & 1)
+        value = values.memory.index(slot).permute((1, 0))
+        sums = warpgroup_mma(weight, value, sums, is_async=True)
         factor = new_unit / gl.convert_layout(gl.sum(total, 1), o_row)
-        row = first + gl.arange(0, ROWS, o_row)
-        place = gate + row.to(gl.int64) * gate_stride + head
-        logit = gl.load(place, mask=row < rows, other=0.0).to(gl.float32)
-        factor = factor / (1.0 + gl.exp(-logit))
+        factor = output.gated(factor, seq.rows, first, tile.head, o_row)
         sums = warpgroup_mma_wait(0, [sums])
-        mbarrier.arrive(v_empty.index(slot))
+        mbarrier.arrive(values.empty.index(slot))
         count += 1
 
-        _store(
-            sums * factor[:, None], out_map, out_place, out, first, end, head, HEADS, DIM, o_layout,
-            LOCAL,
-        )  # fmt: skip
+        output.store(sums * factor[:, None], staging, seq, tile, first, o_layout)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["rows", "gate_stride", "frames", "frame_tokens", "reach"])
 def _attention(
-    q_map, k_map, v_map, out_map, out_place, gate, qk_scale, v_scale, valid_length, rows,
+    q_map, k_map, v_map, out_map, out, gate, qk_scale, v_scale, valid_length, rows,
     gate_stride, scale, frames, frame_tokens, reach,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
     LOCAL: gl.constexpr,
 ):  # fmt: skip
     length = gl.load(valid_length)
     scale *= gl.load(qk_scale)
-    tiles = _row_tiles(rows, frames, frame_tokens, LOCAL) * HEADS
-    dtype: gl.constexpr = q_map.dtype
-    q_ring = _ring(dtype, CONSUMERS, q_map, 1)
-    k_ring = _ring(dtype, STAGES, k_map, CONSUMERS)
-    v_ring = _ring(dtype, STAGES, v_map, CONSUMERS)
-    outs = gl.allocate_shared_memory(out_map.dtype, [CONSUMERS, ROWS, DIM], out_map.layout)
-    fence_async_shared()
+    local = Frames(frames, frame_tokens, reach, LOCAL)
+    tiles = tiles_of_head(rows, local) * HEADS
+    seq = Sequence(rows, length, tiles, local, HEADS, KV_HEADS, DIM, BLOCK_K)
+    rings = make_rings(q_map, k_map, v_map, out_map, STAGES)
+    output = Output(out_map, out, gate, gate_stride)
     gl.warp_specialize(
         [
-            (_consume, (
-                out_map, out_place, gate, gate_stride, scale, v_scale, q_ring, k_ring, v_ring, outs,
-                rows, length, tiles, frames, frame_tokens, reach,
-                0, HEADS, KV_HEADS, DIM, STAGES, LOCAL,
-            )),
-            (_consume, (
-                out_map, out_place, gate, gate_stride, scale, v_scale, q_ring, k_ring, v_ring, outs,
-                rows, length, tiles, frames, frame_tokens, reach,
-                1, HEADS, KV_HEADS, DIM, STAGES, LOCAL,
-            )),
-            (_load, (
-                q_map, k_map, v_map, q_ring, k_ring, v_ring,
-                rows, length, tiles, frames, frame_tokens, reach,
-                HEADS, KV_HEADS, DIM, BLOCK_K, STAGES, LOCAL, True,
-            )),
+            (_consume, (output, scale, v_scale, rings, seq, 0, STAGES)),
+            (_consume, (output, scale, v_scale, rings, seq, 1, STAGES)),
+            (load, (q_map, k_map, v_map, rings, seq, STAGES, True)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, LOADER_REGISTERS],
-    )  # fmt: skip
-
-
-def _map(x: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """A tensor map over a matrix of contiguous rows."""
-    box = [block_rows, block_columns]
-    dtype = gl.bfloat16 if x.element_size() == 2 else gl.float8e4nv
-    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
+    )
 
 
 def attention(
@@ -259,9 +211,11 @@ def attention(
     kv_heads = k.shape[1]
     out = q.new_empty(q.shape, dtype=torch.bfloat16)
     tiles = tiles_of(rows, heads, local)
-    _attention[(min(tiles, _processors(q.device)),)](
-        _map(q.view(rows, -1), ROWS.value, dim), _map(k.view(rows, -1), BLOCK_K.value, dim),
-        _map(v.flatten(0, 1), dim, BLOCK_K.value), _map(out.view(rows, -1), ROWS.value, dim),
+    _attention[(min(tiles, processors(q.device)),)](
+        tensor_map(q.view(rows, -1), ROWS.value, dim),
+        tensor_map(k.view(rows, -1), BLOCK_K.value, dim),
+        tensor_map(v.flatten(0, 1), dim, BLOCK_K.value),
+        tensor_map(out.view(rows, -1), ROWS.value, dim),
         out, gate, qk_scale, v_scale, length, rows, gate.stride(0), dim**-0.5 * LOG2_E,
         *(local or (0, 0, 0)),
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, STAGES=STAGES, LOCAL=local is not None,

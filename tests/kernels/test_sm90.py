@@ -275,7 +275,7 @@ def test_fp8_attention_gives_bf16_whatever_the_gates(
     """Through a map of bf16 over the tensor that it returns."""
     recorder = Recorder(attention_fp8._attention)
     monkeypatch.setattr(attention_fp8, "_attention", recorder)
-    monkeypatch.setattr(attention_fp8, "_processors", lambda device: 132)
+    monkeypatch.setattr(attention_fp8, "processors", lambda device: 132)
     fp8, blocks = torch.float8_e4m3fn, -(-ROWS // 128)
     q, k = (empty(ROWS, heads, 128, dtype=fp8) for heads in (40, 8))
     v, v_scale = empty(8, 128, 128 * blocks, dtype=fp8), empty(8, blocks, dtype=FP32)
