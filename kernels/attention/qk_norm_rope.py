@@ -1,8 +1,4 @@
-"""Per-head norm and rotation of q and k, and the layout attention wants, in one pass.
-
-A thread holds both dims of its pairs, so that each value is read once, and a step's loads are
-issued before the arithmetic of the step in front of it.
-"""
+"""Per-head norm and rotation of q and k, and the layout attention wants, in one pass over rows."""
 
 from __future__ import annotations
 
@@ -13,82 +9,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from magihuman.kernels.attention.rotary import (
+    BLOCK,
+    WARPS,
+    load_heads,
+    load_pairs,
+    norm_and_turn,
+    store_heads,
+)
 from magihuman.kernels.reference import NORM_EPS, Counts, run_starts
 
-BLOCK = 8  # heads of a step
-WARPS = 2
-
 
 @triton.jit
-def _load(source, head, first, second, COUNT: tl.constexpr, DIM: tl.constexpr):
-    exists = (head < COUNT) & (first >= 0)  # the mask in the shape of the tile
-    a = tl.load(source + head * DIM + first, mask=exists, other=0.0)
-    b = tl.load(source + head * DIM + second, mask=exists, other=0.0)
-    return a, b
-
-
-@triton.jit
-def _store(a, b, target, head, first, second, COUNT: tl.constexpr, DIM: tl.constexpr):
-    exists = (head < COUNT) & (first >= 0)
-    tl.store(target + head * DIM + first, a.to(target.dtype.element_ty), mask=exists)
-    tl.store(target + head * DIM + second, b.to(target.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _norm_and_turn(
-    source, weight, factor, target, heads, first, second, sin, cos, eps,
-    COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """All COUNT heads of one row, `heads` and the next BLOCK of them at a time, times `factor`."""
-    first_gain = (tl.load(weight + first) + 1.0) * factor
-    second_gain = (tl.load(weight + second) + 1.0) * factor
-    a, b = _load(source, heads, first, second, COUNT, DIM)
+def _copy(source, target, pairs, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """All COUNT heads of one row as they are, loaded as `norm_and_turn` does."""
+    heads, first, second, _, _ = pairs
     for start in tl.static_range(0, COUNT, BLOCK):
-        head = start + heads
-        next_a, next_b = _load(source, head + BLOCK, first, second, COUNT, DIM)
-        x = a.to(tl.float32)
-        y = b.to(tl.float32)
-        mean = tl.sum(tl.sum(x * x + y * y, axis=2), axis=0) / DIM
-        scale = tl.rsqrt(mean + eps)[None, :, None]
-        x = x * scale * first_gain
-        y = y * scale * second_gain
-        _store(x * cos - y * sin, y * cos + x * sin, target, head, first, second, COUNT, DIM)
-        a = next_a
-        b = next_b
-
-
-@triton.jit
-def _pairs(
-    rope, row, DIM: tl.constexpr, ANGLES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Heads of a step, the dims that turn together, and their angles: [pieces, heads, lanes].
-
-    In this order warps divide the heads, and sums stay in one.
-    """
-    pieces: tl.constexpr = DIM // (2 * LANES)
-    pairs: tl.constexpr = ANGLES // LANES  # pieces that turn
-    piece = tl.arange(0, pieces)[:, None, None]
-    heads = tl.arange(0, BLOCK)[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    whole = tl.zeros((pieces, BLOCK, LANES), tl.int32)  # one shape, hence one layout, for all loads
-    turns = piece + whole < pairs
-    # Of the dims that pass through, the first half is paired with the second.
-    first = (piece + tl.where(turns, 0, pairs)) * LANES + lane
-    second = (piece + tl.where(turns, pairs, pieces)) * LANES + lane
-    table = rope + row * 2 * ANGLES + piece * LANES + lane + whole
-    sin = tl.load(table, mask=turns, other=0.0)
-    cos = tl.load(table + ANGLES, mask=turns, other=1.0)
-    return heads, first, second, sin, cos
-
-
-@triton.jit
-def _copy(
-    source, target, heads, first, second,
-    COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    for start in tl.static_range(0, COUNT, BLOCK):
-        a, b = _load(source, start + heads, first, second, COUNT, DIM)
-        _store(a, b, target, start + heads, first, second, COUNT, DIM)
+        a, b = load_heads(source, start + heads, first, second, COUNT, DIM)
+        store_heads(a, b, target, start + heads, first, second, COUNT, DIM)
 
 
 @triton.jit
@@ -112,21 +50,21 @@ def _qk_norm_rope(
     BLOCK: tl.constexpr,  # heads of a step
 ):
     row = tl.program_id(0).to(tl.int64)
-    heads, first, second, sin, cos = _pairs(rope, row, DIM, ANGLES, LANES, BLOCK)
+    pairs = load_pairs(rope, row, DIM, ANGLES, LANES, BLOCK)
     expert = (row >= audio_start).to(tl.int32) + (row >= text_start).to(tl.int32)
 
     q_source = qkv + row * row_vectors * LANES
     k_source = q_source + HEADS * DIM
     v_source = k_source + KV_HEADS * DIM
-    _norm_and_turn(
-        q_source, q_weight + expert * DIM, 1.0, q + row * HEADS * DIM, heads, first, second,
-        sin, cos, eps, HEADS, DIM, BLOCK,
+    norm_and_turn(
+        q_source, q_weight + expert * DIM, 1.0, q + row * HEADS * DIM, pairs, eps,
+        HEADS, DIM, BLOCK,
     )  # fmt: skip
-    _norm_and_turn(
-        k_source, k_weight + expert * DIM, 1.0, k + row * KV_HEADS * DIM, heads, first, second,
-        sin, cos, eps, KV_HEADS, DIM, BLOCK,
+    norm_and_turn(
+        k_source, k_weight + expert * DIM, 1.0, k + row * KV_HEADS * DIM, pairs, eps,
+        KV_HEADS, DIM, BLOCK,
     )  # fmt: skip
-    _copy(v_source, v + row * KV_HEADS * DIM, heads, first, second, KV_HEADS, DIM, BLOCK)
+    _copy(v_source, v + row * KV_HEADS * DIM, pairs, KV_HEADS, DIM, BLOCK)
 
 
 def qk_norm_rope(

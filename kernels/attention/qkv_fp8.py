@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magihuman.kernels.attention.qk_norm_rope import BLOCK, WARPS, _norm_and_turn, _pairs
+from magihuman.kernels.attention.rotary import BLOCK, WARPS, load_pairs, norm_and_turn
 from magihuman.kernels.reference import (
     FP8,
     FP8_KEYS,
@@ -104,20 +104,20 @@ def _qkv_fp8(
         )  # fmt: skip
     else:
         row = (program - blocks * KV_HEADS).to(tl.int64)
-        heads, first, second, sin, cos = _pairs(rope, row, DIM, ANGLES, LANES, BLOCK)
+        pairs = load_pairs(rope, row, DIM, ANGLES, LANES, BLOCK)
         expert = (row >= audio_start).to(tl.int32) + (row >= text_start).to(tl.int32)
         q_scale = tl.maximum(_scale_of(q_weight, of_gain, EXPERTS, DIM), smallest)
         k_scale = tl.maximum(_scale_of(k_weight, of_gain, EXPERTS, DIM), smallest)
         if row == 0:
             tl.store(qk_scale, q_scale * k_scale)
         source = qkv + row * stride
-        _norm_and_turn(
+        norm_and_turn(
             source, q_weight + expert * DIM, tl.div_rn(1.0, q_scale), q + row * HEADS * DIM,
-            heads, first, second, sin, cos, eps, HEADS, DIM, BLOCK,
+            pairs, eps, HEADS, DIM, BLOCK,
         )  # fmt: skip
-        _norm_and_turn(
+        norm_and_turn(
             source + HEADS * DIM, k_weight + expert * DIM, tl.div_rn(1.0, k_scale),
-            k + row * KV_HEADS * DIM, heads, first, second, sin, cos, eps, KV_HEADS, DIM, BLOCK,
+            k + row * KV_HEADS * DIM, pairs, eps, KV_HEADS, DIM, BLOCK,
         )  # fmt: skip
 
 

@@ -20,8 +20,21 @@ SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the smallest with a finite r
 
 
 @triton.jit
-def _scale_of(largest, inverse_limit, smallest):
-    return tl.maximum(largest * inverse_limit, smallest)
+def _store_rows(
+    first, second, largest, out, scales, row, out_stride, limit, inverse_limit, smallest,
+    HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """A row's scale and its values in e4m3.
+
+    first, second: fp32 of the row's columns [0, HEAD) and [HEAD, HEAD + TAIL), the latter ignored
+    where TAIL is 0; largest: the largest magnitude of both; limit: that of e4m3.
+    """
+    scale = tl.maximum(largest * inverse_limit, smallest)
+    tl.store(scales + row, scale)
+    inverse = tl.div_rn(1.0, scale)
+    _store_piece(first, inverse, limit, out, row, tl.arange(0, HEAD), out_stride)
+    if TAIL > 0:
+        _store_piece(second, inverse, limit, out, row, HEAD + tl.arange(0, TAIL), out_stride)
 
 
 @triton.jit
@@ -61,6 +74,7 @@ def _norm_rows(
     head = tl.arange(0, HEAD)
     first = tl.load(x + head, mask=head < channels, other=0.0)
     total = tl.sum(first * first)
+    second = first
     if TAIL > 0:
         tail = HEAD + tl.arange(0, TAIL)
         second = tl.load(x + tail, mask=tail < channels, other=0.0)
@@ -71,12 +85,10 @@ def _norm_rows(
     if TAIL > 0:
         second = _norm_piece(second, rms, tl.load(weight + tail, mask=tail < channels, other=0.0))
         largest = tl.maximum(largest, tl.max(tl.abs(second)))
-    scale = _scale_of(largest, inverse_limit, smallest)
-    tl.store(scales + row, scale)
-    inverse = tl.div_rn(1.0, scale)
-    _store_piece(first, inverse, limit, out, row, head, out_stride)
-    if TAIL > 0:
-        _store_piece(second, inverse, limit, out, row, tail, out_stride)
+    _store_rows(
+        first, second, largest, out, scales, row, out_stride, limit, inverse_limit, smallest,
+        HEAD, TAIL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -99,16 +111,15 @@ def _quantize_rows(
     head = tl.arange(0, HEAD)
     first = tl.load(x + head, mask=head < groups * LANES, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(first))
+    second = first
     if TAIL > 0:
         tail = HEAD + tl.arange(0, TAIL)
         second = tl.load(x + tail, mask=tail < groups * LANES, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(second)))
-    scale = _scale_of(largest, inverse_limit, smallest)
-    tl.store(scales + row, scale)
-    inverse = tl.div_rn(1.0, scale)
-    _store_piece(first, inverse, limit, out, row, head, out_stride)
-    if TAIL > 0:
-        _store_piece(second, inverse, limit, out, row, tail, out_stride)
+    _store_rows(
+        first, second, largest, out, scales, row, out_stride, limit, inverse_limit, smallest,
+        HEAD, TAIL,
+    )  # fmt: skip
 
 
 def norm_rows(x: Tensor, weight: Tensor, counts: Counts | None) -> tuple[Tensor, Tensor]:
