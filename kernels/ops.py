@@ -329,7 +329,8 @@ def linear_fp8(
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
-        return routes.linear_fp8(x, x_scale, weight, weight_scale, _counts(counts), route)
+        operands = routes.Quantized(x, x_scale), routes.Quantized(weight, weight_scale)
+        return routes.linear_fp8(*operands, _counts(counts), route)
     return ref.scaled_linear(x, x_scale, weight, weight_scale, _counts(counts))
 
 
@@ -362,8 +363,9 @@ def linear_activation_fp8(
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
+        operands = routes.Quantized(x, x_scale), routes.Quantized(weight, weight_scale)
         return routes.linear_activation_fp8(
-            x, x_scale, weight, weight_scale, _counts(counts), kind, padded, out_dtype, route
+            *operands, _counts(counts), kind, padded, out_dtype, route
         )
     product = ref.scaled_linear(x, x_scale, weight, weight_scale, _counts(counts))
     out = activation(product, kind, padded)
@@ -409,8 +411,9 @@ def linear_add_fp8_(
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
-        scale = scale_of_all if x_scale is None else x_scale
-        routes.linear_add_fp8(stream, x, scale, weight, weight_scale, _counts(counts), route)
+        rows = routes.Quantized(x, scale_of_all if x_scale is None else x_scale)
+        scaled_weight = routes.Quantized(weight, weight_scale)
+        routes.linear_add_fp8(stream, rows, scaled_weight, _counts(counts), route)
         return stream
     if x_scale is None:
         x_scale = torch.full((x.shape[0],), scale_of_all)

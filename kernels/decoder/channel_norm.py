@@ -8,6 +8,8 @@ each output written once; a sum that is needed again replaces an input.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,9 +19,23 @@ TILE = 1024  # elements of a program: four vectors of 16 bytes for each thread o
 CHANNELS_LAST = torch.channels_last_3d
 
 
+class Norm(NamedTuple):
+    """What follows the sum of two videos."""
+
+    eps: float | None  # of the norm over channels, or None for no norm
+    activation: str  # "silu", "relu" or "none"
+    before: int  # 1 to repeat the first frame of the result, else 0
+    after: int  # 1 to repeat the last one, else 0
+    other_eps: float | None = None  # of the norm of what replaces x, or None for the sum itself
+
+
 @triton.jit
 def pixel(video, clip, frame, row, column, s_clip, s_frame, s_line, PHASES: tl.constexpr, C):
-    """Where a pixel's channels begin; with PHASES, as `decoder_reference.from_phases` has them."""
+    """A pointer to where a pixel's channels begin.
+
+    video: pointer to [clips, frames, lines, columns, C], of these strides; with PHASES to what
+    `decoder_reference.from_phases` takes, [clips, frames, lines / 2 + 1, columns / 2 + 1, 4 C].
+    """
     at = video + clip * s_clip + frame * s_frame
     if PHASES:
         phase = row % 2 * 2 + column % 2
@@ -56,7 +72,7 @@ def _channel_norm(
     BEFORE: tl.constexpr,  # whether the first frame is written twice
     AFTER: tl.constexpr,  # whether the last one is
     REPLACE: tl.constexpr,  # whether the sum replaces x
-    OTHER_NORM: tl.constexpr,  # normed on its own
+    OTHER_NORM: tl.constexpr,  # whether what replaces x is normed, too
 ):
     clip = (tl.program_id(1) // frames).to(tl.int64)
     frame = (tl.program_id(1) % frames).to(tl.int64)
@@ -100,44 +116,39 @@ def channel_norm(
     x: Tensor,
     delta: Tensor | None,
     bias: Tensor | None,
-    eps: float | None,
-    activation: str,
-    before: int,
-    after: int,
+    norm: Norm,
     x_phases: bool = False,
     delta_phases: bool = False,
-    other_eps: float | None = None,
     replace: bool = False,
 ) -> Tensor:
     """`decoder_reference.join_norm`.
 
     Args:
-        x: [B, C, T, H, W], pixels of a line one after another; or, with `x_phases`, what
-            `decoder_reference.from_phases` takes.
-        delta: like x, or None; with `delta_phases` likewise.
+        x: [B, C, T, H, W] of a float dtype, pixels of a line one after another; or, with
+            `x_phases`, [B, 4 C, T, H / 2 + 1, W / 2 + 1] as `decoder_reference.from_phases` takes.
+        delta: like x, or None; with `delta_phases` as `from_phases` takes it.
         bias: [C] fp32, or None.
-        eps: of the norm, or None for no norm.
-        activation: "silu", "relu" or "none".
-        before, after: 1 to repeat the first or the last frame of the result.
+        norm: norm, activation and repeated frames; `other_eps` needs `eps` and `replace`.
         x_phases, delta_phases: whether pixels have to be put into their places first.
-        other_eps: of the norm of what replaces x; None for the sum itself. Needs `eps`.
         replace: whether the sum is to replace x, which is then not of phases.
 
     Returns:
         [B, C, T + before + after, H, W] in x's dtype and `channels_last_3d`; sums and norms are
         fp32, rounded once.
+
+    Raises `ValueError` where pixels are not rows of channels one after another. For H100.
     """
     batch, channels, frames, height, width = x.shape
     if x_phases:
         channels, height, width = channels // 4, 2 * (height - 1), 2 * (width - 1)
-    shape = (batch, channels, frames + before + after, height, width)
+    shape = (batch, channels, frames + norm.before + norm.after, height, width)
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST)
     columns = triton.next_power_of_2(channels)
     rows = max(1, TILE // columns)
     _channel_norm[(triton.cdiv(height * width, rows), batch * frames)](
         x, delta, bias, out, frames, height, width,
         *strides(x), *((0, 0, 0) if delta is None else strides(delta)),
-        eps or 0.0, other_eps or 0.0,
+        norm.eps or 0.0, norm.other_eps or 0.0,
         C=channels,
         COLUMNS=columns,
         ROWS=rows,
@@ -145,19 +156,22 @@ def channel_norm(
         HAS_BIAS=bias is not None,
         X_PHASES=x_phases,
         DELTA_PHASES=delta_phases,
-        NORM=eps is not None,
-        ACTIVATION=activation,
-        BEFORE=before,
-        AFTER=after,
+        NORM=norm.eps is not None,
+        ACTIVATION=norm.activation,
+        BEFORE=norm.before,
+        AFTER=norm.after,
         REPLACE=replace,
-        OTHER_NORM=other_eps is not None,
+        OTHER_NORM=norm.other_eps is not None,
         num_warps=1,
     )  # fmt: skip
     return out
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of clips, frames and lines, once pixels are known to be rows one after another."""
+    """Elements from one clip, frame and line of a video [B, C, T, H, W] to the next.
+
+    Raises `ValueError` where pixels are not rows of channels one after another.
+    """
     clip, channel, frame, line, pixel = x.stride()
     _, channels, _, _, width = x.shape
     if (channels > 1 and channel != 1) or (width > 1 and pixel != channels):

@@ -67,10 +67,10 @@ def _join_norm(
     replace: bool,
 ) -> Tensor:
     if x.is_cuda:
-        from magihuman.kernels.decoder.channel_norm import channel_norm
+        from magihuman.kernels.decoder.channel_norm import Norm, channel_norm
 
-        settings = phases[0], phases[1], other_eps, replace
-        return channel_norm(x, delta, bias, eps, activation, before, after, *settings)
+        norm = Norm(eps, activation, before, after, other_eps)
+        return channel_norm(x, delta, bias, norm, phases[0], phases[1], replace)
     wide = ref.from_phases(x) if phases[0] else x
     if delta is not None and phases[1]:
         delta = ref.from_phases(delta)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ ROUNDS = 3
 WARM_MS, TIMED_MS = 10, 30  # the card slows down as it heats; shorter runs would not see it
 
 
+class Quantized(NamedTuple):
+    """A matrix in e4m3 whose rows have a scale each, as `reference.quantize_rows` gives it."""
+
+    values: Tensor  # [rows, K] e4m3, rows at multiples of 16 bytes
+    scale: Tensor | float  # [rows] fp32, or one number for all rows
+
+
 def why_not(x: Tensor, weight: Tensor, epilogue: Epilogue, counts: Counts | None) -> str | None:
     """Why the own product cannot take these operands; None where it can."""
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
@@ -59,8 +66,8 @@ def linear(x: Tensor, weight: Tensor, counts: Counts | None, route: str) -> Tens
     """`reference.linear`, on a GPU. See `ops.linear`."""
     out = x.new_empty(x.shape[0], columns_of(weight, counts))
     if route == LIBRARY:
-        for rows, own, result in _runs(x, weight, counts, out):
-            torch.mm(rows, own.t(), out=result)
+        for rows, part, result in _runs(x, weight, counts, out):
+            torch.mm(rows, part.t(), out=result)
     else:
         matmul(x, weight, out, counts, "store", _tile(route))
     return out
@@ -92,56 +99,62 @@ def linear_add(
     if route != LIBRARY:
         matmul(x, weight, stream, counts, "add", _tile(route))
         return
-    for rows, own, result in _runs(x, weight, counts, stream):
+    for rows, part, result in _runs(x, weight, counts, stream):
         if x.dtype == torch.float32:
-            result.addmm_(rows, own.t())
+            result.addmm_(rows, part.t())
         else:
-            torch.addmm(result, rows, own.t(), out_dtype=torch.float32, out=result)
+            torch.addmm(result, rows, part.t(), out_dtype=torch.float32, out=result)
 
 
-def linear_fp8(
-    x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, counts: Counts | None, route: str
-) -> Tensor:
-    """`reference.scaled_linear`, on a GPU, in bf16; rows start at multiples of 16 bytes."""
-    rows, columns = x.shape[0], columns_of(weight, counts)
-    out = torch.empty(rows, -(-columns // 8) * 8, dtype=torch.bfloat16, device=x.device)
+def linear_fp8(x: Quantized, weight: Quantized, counts: Counts | None, route: str) -> Tensor:
+    """`reference.scaled_linear`, on a GPU: [N, M] bf16, rows at multiples of 16 bytes."""
+    rows, columns = x.values.shape[0], columns_of(weight.values, counts)
+    out = torch.empty(rows, -(-columns // 8) * 8, dtype=torch.bfloat16, device=x.values.device)
     out = out[:, :columns]
-    matmul(x, weight, out, counts, "store", _tile(route), x_scale, scale)
+    _matmul_fp8(x, weight, out, counts, "store", route)
     return out
 
 
 def linear_activation_fp8(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+    x: Quantized,
+    weight: Quantized,
     counts: Counts | None,
     kind: str,
     padded: int,
     out_dtype: torch.dtype,
     route: str,
 ) -> Tensor:
-    """The activation of `linear_fp8`, [N, padded], in bf16, or in e4m3 over `STATIC_SCALES`."""
-    width = columns_of(weight, counts) // (2 if kind == "swiglu7" else 1)
-    out = torch.empty(x.shape[0], padded, dtype=out_dtype, device=x.device)
-    result = out[:, :width]
-    matmul(x, weight, result, counts, cast(Epilogue, kind), _tile(route), x_scale, scale)
-    if out_dtype != FP8:  # what reads e4m3 stops at the width
+    """`reference.swiglu7` or `gelu7`, by `kind`, of `linear_fp8`.
+
+    Returns [N, padded] in bf16, columns beyond the activation's zeros, or in e4m3 divided by
+    `STATIC_SCALES`, where those columns mean nothing: what reads e4m3 stops before them.
+    """
+    width = columns_of(weight.values, counts) // (2 if kind == "swiglu7" else 1)
+    out = torch.empty(x.values.shape[0], padded, dtype=out_dtype, device=x.values.device)
+    _matmul_fp8(x, weight, out[:, :width], counts, cast(Epilogue, kind), route)
+    if out_dtype != FP8:
         out[:, width:].zero_()
     return out
 
 
 def linear_add_fp8(
-    stream: Tensor,
-    x: Tensor,
-    x_scale: Tensor | float,
-    weight: Tensor,
-    scale: Tensor,
+    stream: Tensor, x: Quantized, weight: Quantized, counts: Counts | None, route: str
+) -> None:
+    """`stream += linear_fp8(x, weight)`, stream [N, M] fp32, with the product in fp32."""
+    _matmul_fp8(x, weight, stream, counts, "add", route)
+
+
+def _matmul_fp8(
+    x: Quantized,
+    weight: Quantized,
+    out: Tensor,
     counts: Counts | None,
+    epilogue: Epilogue,
     route: str,
 ) -> None:
-    """`stream += linear_fp8(...)` with the product in fp32."""
-    matmul(x, weight, stream, counts, "add", _tile(route), x_scale, scale)
+    """`matmul` of two e4m3 matrices; the weight's scale is a tensor."""
+    tile, scale = _tile(route), cast(Tensor, weight.scale)
+    matmul(x.values, weight.values, out, counts, epilogue, tile, x.scale, scale)
 
 
 def _tile(route: str) -> Tile:
@@ -235,13 +248,14 @@ def _runner(
         if epilogue == "store":
             return lambda route: linear(narrow, weight, counts, route)
         return lambda route: linear_activation(narrow, weight, counts, epilogue, padded, route)
-    q, x_scale = quantize_rows(x)
+    values = Quantized(*quantize_rows(x))
+    narrow_weight = Quantized(weight, scale)
     if epilogue == "store":
-        return lambda route: linear_fp8(q, x_scale, weight, scale, counts, route)
+        return lambda route: linear_fp8(values, narrow_weight, counts, route)
     if epilogue == "add":
-        return lambda route: linear_add_fp8(stream, q, x_scale, weight, scale, counts, route)
+        return lambda route: linear_add_fp8(stream, values, narrow_weight, counts, route)
     return lambda route: linear_activation_fp8(
-        q, x_scale, weight, scale, counts, epilogue, padded, FP8, route
+        values, narrow_weight, counts, epilogue, padded, FP8, route
     )
 
 

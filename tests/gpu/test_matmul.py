@@ -110,7 +110,8 @@ def test_fp8_product_of_odd_weights(route: str, counts: ref.Counts | None) -> No
     weight, scale = ref.quantize_rows(randn(323 * (3 if counts else 1), 192) / 14)
     # What lies behind the last scale is not the weight's.
     scale = F.pad(scale, (0, 1), value=float("nan"))[:-1]
-    out = routes.linear_fp8(x, x_scale, weight, scale, counts, route)
+    operands = routes.Quantized(x, x_scale), routes.Quantized(weight, scale)
+    out = routes.linear_fp8(*operands, counts, route)
     whole = ref.dequantize_rows(x, x_scale).double(), ref.dequantize_rows(weight, scale).double()
     exact = ref.per_modality(lambda a, b: a @ b.t(), *whole, counts)
     assert golden.error(out, exact) <= 1.1 * golden.error(exact.to(torch.bfloat16), exact) + 1e-3

@@ -137,7 +137,7 @@ def video(*shape: int) -> Tensor:
 
 
 def check_channel_norm() -> None:
-    from magihuman.kernels.decoder.channel_norm import channel_norm
+    from magihuman.kernels.decoder.channel_norm import Norm, channel_norm
 
     for channels, activation, pads, bias in itertools.product(
         (8, 24),
@@ -154,18 +154,18 @@ def check_channel_norm() -> None:
             (delta, None, None),
         ):
             x = whole.clone()[:, :, 1:, :3, :5]
-            arguments = (x, change, own, eps, activation, *pads)
-            expected = decoder.join_norm(*arguments, other_eps)
-            assert_close(channel_norm(*arguments), expected[0])
-            out = channel_norm(*arguments, other_eps=other_eps, replace=True)
+            inputs, norm = (x, change, own), Norm(eps, activation, *pads, other_eps)
+            expected = decoder.join_norm(*inputs, *norm)
+            assert_close(channel_norm(*inputs, norm), expected[0])
+            out = channel_norm(*inputs, norm, replace=True)
             for mine, right in zip((out, x), expected, strict=True):
                 assert_close(mine, right)
         x, phases = video(1, channels, 2, 4, 6), video(1, 4 * channels, 2, 3, 4)
         placed = decoder.from_phases(phases)
-        settings = own, 1e-8, activation, *pads
-        expected = decoder.join_norm(placed, x, *settings)[0]
-        assert_close(channel_norm(phases, x, *settings, True), expected)
-        assert_close(channel_norm(x, phases, *settings, False, True), expected)
+        norm = Norm(1e-8, activation, *pads)
+        expected = decoder.join_norm(placed, x, own, *norm)[0]
+        assert_close(channel_norm(phases, x, own, norm, x_phases=True), expected)
+        assert_close(channel_norm(x, phases, own, norm, delta_phases=True), expected)
 
 
 def check_frames() -> None:

@@ -205,7 +205,7 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         "_channel_norm",
         lambda: channel_norm.channel_norm(
             video(128, 36, 128, 240), video(128, 36, 128, 240), empty(128, dtype=FP32),
-            1e-8, "silu", 1, 1, False, False, 1e-6, True,
+            channel_norm.Norm(1e-8, "silu", 1, 1, 1e-6), replace=True,
         ),
         {16},
         {16},
@@ -214,7 +214,8 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         channel_norm,
         "_channel_norm",
         lambda: channel_norm.channel_norm(
-            video(512, 9, 16, 30), None, empty(512, dtype=FP32), 1e-8, "silu", 1, 1
+            video(512, 9, 16, 30), None, empty(512, dtype=FP32),
+            channel_norm.Norm(1e-8, "silu", 1, 1),
         ),
         {16},
         {16},
@@ -224,7 +225,7 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         "_channel_norm",
         lambda: channel_norm.channel_norm(
             video(128, 36, 128, 240), video(512, 36, 65, 121), empty(128, dtype=FP32),
-            1e-8, "relu", 1, 1, False, True, None, True,
+            channel_norm.Norm(1e-8, "relu", 1, 1), delta_phases=True, replace=True,
         ),
         {16},
         {16},

@@ -142,18 +142,19 @@ def test_measurements_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_unset_is_refused_on_a_gpu() -> None:
     """Which would come here; nothing is launched before a kernel is chosen."""
     x, weight = torch.ones(3, 16), torch.ones(32, 16)
-    scales = torch.ones(3), torch.ones(32)
+    operands = (
+        routes.Quantized(x, torch.ones(3)),
+        routes.Quantized(weight, torch.ones(32)),
+    )
     calls = {
         "linear": lambda route: routes.linear(x, weight, None, route),
         "activation": lambda route: routes.linear_activation(x, weight, None, "gelu7", 128, route),
         "add": lambda route: routes.linear_add(torch.ones(3, 32), x, weight, None, route),
-        "fp8": lambda route: routes.linear_fp8(x, scales[0], weight, scales[1], None, route),
+        "fp8": lambda route: routes.linear_fp8(*operands, None, route),
         "fp8 activation": lambda route: routes.linear_activation_fp8(
-            x, scales[0], weight, scales[1], None, "gelu7", 128, torch.bfloat16, route
+            *operands, None, "gelu7", 128, torch.bfloat16, route
         ),
-        "fp8 add": lambda route: routes.linear_add_fp8(
-            torch.ones(3, 32), x, scales[0], weight, scales[1], None, route
-        ),
+        "fp8 add": lambda route: routes.linear_add_fp8(torch.ones(3, 32), *operands, None, route),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match="must be chosen before it runs on a GPU, got 'unset'"):
