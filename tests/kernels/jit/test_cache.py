@@ -18,9 +18,9 @@ import pwd
 def nobody(uid):
     raise KeyError(uid)
 pwd.getpwuid = nobody
-import magihuman.export.tensorrt, magihuman.graphs.store
-import magihuman.kernels.measured, magihuman.kernels.nvrtc
-from magihuman.kernels import cache
+import magihuman.export.tensorrt, magihuman.graphs.graph_cache
+import magihuman.kernels.jit.measured, magihuman.kernels.jit.nvrtc
+from magihuman.kernels.jit import cache
 cache.write("kind", "key", b"content")
 print(cache.folder_of("kind"), cache.read("kind", "key"))
 """
