@@ -56,13 +56,13 @@ class Sharding(NamedTuple):
 
     @classmethod
     def of(cls, counts: Counts, ranks: int) -> Sharding:
-        """For a sequence of any length."""
+        """How `ranks` processes share a sequence of any length."""
         video, audio, text = counts
         return cls((video, audio, text + -sum(counts) % ranks), ranks)
 
     @property
     def rows(self) -> int:
-        """Of each process."""
+        """Rows of each process."""
         return sum(self.counts) // self.ranks
 
     def own(self, rank: int) -> tuple[slice, slice, slice]:
@@ -76,7 +76,7 @@ class Sharding(NamedTuple):
 
     def own_counts(self, rank: int) -> Counts:
         """How many rows of each modality one process has."""
-        video, audio, text = (own.stop - own.start for own in self.own(rank))
+        video, audio, text = (rows.stop - rows.start for rows in self.own(rank))
         return video, audio, text
 
 
@@ -99,7 +99,7 @@ def per_modality(
     if counts is None:
         return fn(x, weight)
     parts = zip(x.split(counts), weight.chunk(3), strict=True)
-    return torch.cat([fn(rows, own) for rows, own in parts])
+    return torch.cat([fn(rows, third) for rows, third in parts])
 
 
 def rms_norm(x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
@@ -111,7 +111,7 @@ def rms_norm(x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
     if x.dtype != torch.float32:
         x = x.float()
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)
-    return per_modality(lambda rows, own: rows * (own + 1), x, weight, counts)
+    return per_modality(lambda rows, gain: rows * (gain + 1), x, weight, counts)
 
 
 def linear(x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
@@ -125,6 +125,7 @@ def linear(x: Tensor, weight: Tensor, counts: Counts | None = None) -> Tensor:
 
 
 def _matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight^T` in the weight's dtype, from sums in fp32."""
     if weight.device.type == "cpu":
         return F.linear(x.float(), weight.float()).to(weight.dtype)
     return F.linear(x, weight)
@@ -145,6 +146,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_e4m3(x: Tensor) -> Tensor:
+    """Values of any shape in e4m3; what is beyond the limit becomes the limit."""
     return x.clamp(-FP8_LIMIT, FP8_LIMIT).to(FP8)
 
 
@@ -161,9 +163,9 @@ def scaled_linear(
     values: [N, K] and weight: [M, K], or [3 M, K] with `counts`, float8_e4m3fn; scale: [N] and
     weight_scale: [M] or [3 M], fp32. Returns [N, M] bf16, from sums in fp32 rounded once.
     """
-    product = per_modality(lambda x, own: x @ own.T, values.float(), weight.float(), counts)
+    product = per_modality(lambda x, third: x @ third.T, values.float(), weight.float(), counts)
     product = product * scale[:, None]
-    return per_modality(lambda x, own: x * own, product, weight_scale, counts).bfloat16()
+    return per_modality(lambda x, third: x * third, product, weight_scale, counts).bfloat16()
 
 
 def rope_table(coords: Tensor, bands: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ def rope_table(coords: Tensor, bands: Tensor) -> Tensor:
 
     coords: [N, 9] fp32, (t, h, w), sizes (T, H, W), reference sizes (Tr, Hr, Wr); bands: [B] fp32.
     Per axis the scale is (ref - 1) / (size - 1), or 1 where both are 1; h and w are centred, t is
-    not. Returns [N, 6 B] fp32: sines of all bands of t, then h, then w; then the cosines likewise.
+    not. Returns [N, 6 B] fp32: sines of all bands of t, then h, then w; then as many cosines.
     """
     position, size, reference = coords.split(3, dim=-1)
     both_one = (size == 1) & (reference == 1)
@@ -312,6 +314,7 @@ def attention_fp8(
     """`gated_attention` of what `qkv_fp8` returns, weights of the softmax in e4m3 too.
 
     Of each row's weights the largest is 2^8 when they are rounded; their sum is that before.
+    Arguments as `qkv_fp8` returns them; gate: [N, heads]; length and local as for `attention`.
     Returns [N, heads, D] in gate's dtype.
     """
     rows = len(k)
@@ -325,6 +328,7 @@ def attention_fp8(
 
 
 def _weights_in_e4m3(scores: Tensor) -> Tensor:
+    """Softmax of scores [heads, queries, keys] fp32 over weights rounded to e4m3."""
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     return _to_e4m3(weights * 256).float() / (256 * weights.sum(-1, keepdim=True))
 
@@ -337,7 +341,7 @@ def gated_attention(
     local: LocalAttention | None = None,
     length: Tensor | None = None,
 ) -> Tensor:
-    """`attention`, each head scaled by its gate. Returns [N, heads, D]."""
+    """`attention`, each head scaled by its gate [N, heads]. Returns [N, heads, D] in q's dtype."""
     return head_gate(attention(q, k, v, local, length), gate)
 
 
@@ -397,7 +401,11 @@ def _ranges(
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
-    """PyTorch's own kernels; widened on the CPU, whose bf16 kernel rounds the probabilities."""
+    """Attention by PyTorch's kernels, in fp32 on the CPU, where that of bf16 rounds the weights.
+
+    q: [heads, N, D]; k, v: [kv_heads, keys, D]; valid: [keys] bool, or None for all keys. Returns
+    [heads, N, D] in q's dtype.
+    """
     dtype = q.dtype
     if q.device.type == "cpu":
         q, k, v = q.float(), k.float(), v.float()
@@ -409,6 +417,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> T
 
 
 def _softmax(scores: Tensor) -> Tensor:
+    """Weights of scores [heads, queries, keys]; each row of keys adds up to 1."""
     return scores.softmax(-1)
 
 
@@ -419,7 +428,10 @@ def _blockwise_attention(
     valid: Tensor | None,
     weights_of: Callable[[Tensor], Tensor] = _softmax,
 ) -> Tensor:
-    """The definition in fp32, a block of queries at a time so that memory stays linear in N."""
+    """The definition in fp32, a block of queries at a time so that memory stays linear in N.
+
+    Arguments and result as those of `_fused_attention`; weights_of: scores to weights.
+    """
     group = q.shape[0] // k.shape[0]
     keys, values = (x.float().repeat_interleave(group, dim=0) for x in (k, v))
     scale = q.shape[-1] ** -0.5

@@ -1,6 +1,6 @@
 """Which attention kernels this machine can run, and which of them is fastest for a shape.
 
-`gluon` and `triton` are the project's own, with the head gate in their epilogue. `fa3` is
+`gluon` and `triton` belong to this project and have the head gate in their epilogue. `fa3` is
 FlashAttention-3 from the distribution `fa3-fwd`, `cudnn` PyTorch's binding of cuDNN; both are
 followed by a gate kernel.
 """
@@ -67,9 +67,22 @@ def run(
     length: Tensor,
     local: LocalAttention | None = None,
 ) -> Tensor:
-    """`reference.gated_attention` over the first `length` keys, by this backend.
+    """`reference.gated_attention` over the first `length` keys, by the backend `name`.
 
     Frame-local attention has one kernel, whichever backend is asked for.
+
+    Args:
+        name: one of `NAMES`.
+        q: [N, heads, D] bf16 contiguous, on a GPU.
+        k, v: [N, kv_heads, D] bf16 contiguous.
+        gate: [N, heads] of a float dtype, any row stride.
+        length: int32 scalar on the device, 1 to N.
+        local: shape of frame-local attention, or None for all tokens.
+
+    Returns:
+        [N, heads, D] in q's dtype; rows from `length` on mean nothing.
+
+    Raises `ValueError` where `name` is no backend, or not chosen yet.
     """
     if name == LOCAL or local is not None:
         from magihuman.kernels.attention import gluon as attention_gluon
@@ -95,6 +108,7 @@ def run(
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """Attention without gates by FlashAttention-3; arguments and result as those of `run`."""
     from fa3_fwd_interface import flash_attn_with_kvcache
 
     out: Tensor = flash_attn_with_kvcache(
@@ -104,6 +118,7 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    """Attention without gates by cuDNN, whose mask is [N, N]; as `_fa3` otherwise."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     rows = q.shape[0]
@@ -117,7 +132,8 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
 def fastest(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> str:
     """The backend that measured fastest for this shape on this GPU; measured once, then kept.
 
-    Raises `RuntimeError` where none can run.
+    rows: tokens; heads, kv_heads: of queries and of keys; dim: of a head. Raises `RuntimeError`
+    where no backend can run, `torch.OutOfMemoryError` where there is memory for none.
     """
     names = usable(dim, device)
     if not names:
@@ -130,14 +146,14 @@ def fastest(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
         return names[0]
 
     def measure() -> dict[str, float]:
-        times, lack = dict[str, float](), None
+        times, out_of_memory = dict[str, float](), None
         for name in names:
             try:
                 times[name] = _milliseconds(name, rows, heads, kv_heads, dim, device)
             except torch.OutOfMemoryError as error:  # of cuDNN, whose mask is rows x rows
-                lack = str(error)
+                out_of_memory = str(error)
         if not times:
-            raise torch.OutOfMemoryError(lack)
+            raise torch.OutOfMemoryError(out_of_memory)
         return times
 
     key = f"attention rows={rows} heads={heads}/{kv_heads} dim={dim} of {','.join(names)}"
@@ -147,7 +163,10 @@ def fastest(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
 def _milliseconds(
     name: str, rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
 ) -> float:
-    """Device time of one call, from replays of a graph of several; the host does not count."""
+    """Device time of one call of `run`, from replays of a graph of several calls.
+
+    The host's time does not count. Arguments as those of `fastest`.
+    """
     q = torch.randn(rows, heads, dim, device=device, dtype=torch.bfloat16)
     k, v = (torch.randn(rows, kv_heads, dim, device=device, dtype=torch.bfloat16) for _ in "kv")
     gate = torch.randn(rows, heads, device=device, dtype=torch.bfloat16)

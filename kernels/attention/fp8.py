@@ -1,4 +1,4 @@
-"""Attention over e4m3 queries, keys and values for Hopper, in Gluon: as `gluon`.
+"""Attention over e4m3 queries, keys and values for Hopper, in Gluon, by the scheme of `gluon`.
 
 Tensor cores take 8-bit values only with the keys along a row, and 8-bit weights from registers only
 in an order of keys that differs from the one in which they leave the scores. So values come
@@ -47,9 +47,11 @@ PEAK = gl.constexpr(8.0)  # log2 of the largest weight
 
 @gluon.jit
 def _as_operand(weights, layout: gl.constexpr):
-    """Weights as they leave the scores, taken for those of the keys in the order of the values.
+    """Weights [queries, keys] fp32 as the left operand of a product, in e4m3 and in this layout.
 
-    Four neighbours become a register by two conversions: the compiler would take each byte out.
+    They stay in the registers where the scores left them, and so count as the weights of the keys
+    in the order of the values. Four neighbours become a register by two conversions: the compiler
+    would take each byte out.
     """
     rows: gl.constexpr = weights.shape[0]
     keys: gl.constexpr = weights.shape[1]

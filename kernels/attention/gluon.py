@@ -4,12 +4,7 @@ The scheme is FlashAttention-3 (arXiv 2407.08608). A tile is 128 queries of one 
 consumer. The loader fills rings of key and value blocks through tensor maps. A consumer issues the
 scores of the next key block before the weighted sum of the current one, so that its softmax runs
 while the tensor cores work. The block with the last valid key comes first: the only masked one.
-
-Frame-local attention walks two ranges of keys under one softmax: audio and text, then the frames
-seen. A tile then ends where its frame ends, and a block is masked where it reaches out of a range.
-
-A ring is (slots, full, empty). The copy engine completes `full`, both consumers complete `empty`;
-slot and parity follow from a running count of blocks, which never restarts between tiles.
+What both this kernel and that for e4m3 are built from is in `tiles`, frame-local attention too.
 """
 
 from __future__ import annotations
@@ -163,7 +158,7 @@ def attention(
         q: [N, heads, D] bf16 contiguous; D 32, 64 or 128.
         k, v: [N, kv_heads, D] bf16 contiguous. Rows of v between `length` and the end of its
             block are multiplied by zero, so they must be finite.
-        gate: [N, heads], any row stride.
+        gate: [N, heads] of a float dtype, any row stride.
         length: int32 scalar on the device, 1 to N: keys from there on carry no weight. With
             `local`, beyond the last frame.
         local: shape of frame-local attention, or None for all tokens.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 @triton.jit
 def _head_gate(x, gate, out, gate_stride, HEADS: tl.constexpr, DIM: tl.constexpr):
+    """Scale eight heads of a row; programs are [rows, heads / 8]."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * 8 + tl.arange(0, 8)
     at = (row * HEADS + head[:, None]) * DIM + tl.arange(0, DIM)[None, :]
@@ -24,7 +25,15 @@ def _head_gate(x, gate, out, gate_stride, HEADS: tl.constexpr, DIM: tl.constexpr
 
 
 def head_gate(x: Tensor, gate: Tensor) -> Tensor:
-    """`reference.head_gate`. x: [N, heads, D] contiguous; gate: [N, heads], any row stride."""
+    """`reference.head_gate`: each head times the sigmoid of its gate, in fp32.
+
+    Args:
+        x: [N, heads, D] of a float dtype, contiguous; D a power of two.
+        gate: [N, heads] of a float dtype, any row stride.
+
+    Returns:
+        [N, heads, D] contiguous, in x's dtype.
+    """
     rows, heads, dim = x.shape
     out = torch.empty_like(x)
     if rows:

@@ -49,6 +49,7 @@ def _qk_norm_rope(
     LANES: tl.constexpr,  # dims loaded together; divides ANGLES, DIM / 2 and the row stride
     BLOCK: tl.constexpr,  # heads of a step
 ):
+    """A row of q, k and v; programs are [rows]."""
     row = tl.program_id(0).to(tl.int64)
     pairs = load_pairs(rope, row, DIM, ANGLES, LANES, BLOCK)
     expert = (row >= audio_start).to(tl.int32) + (row >= text_start).to(tl.int32)
@@ -79,13 +80,17 @@ def qk_norm_rope(
     """`reference.qk_norm_rotary` of q and k, and v, each contiguous.
 
     Args:
-        qkv: [N, (heads + 2 kv_heads) D + heads], rows [Q | K | V | gate], bf16 or fp32.
+        qkv: [N, (heads + 2 kv_heads) D + heads], rows [Q | K | V | gate], bf16 or fp32, contiguous
+            but for its rows' stride.
         q_weight, k_weight: [D], or [3 D] with `counts`, fp32.
         rope: [N, R] fp32, `[sin | cos]` of R / 2 angles.
-        counts: rows of video, audio and text.
+        counts: rows of video, audio and text, or None for one set of weights.
+        heads, kv_heads: of queries, and of keys and values.
 
     Returns:
-        q [N, heads, D]; k, v [N, kv_heads, D], in qkv's dtype. D must be a power of two.
+        q [N, heads, D]; k, v [N, kv_heads, D], in qkv's dtype.
+
+    Raises `ValueError` where D is not a power of two.
 
     Tuned on H100 with triton 3.6, 40 and 8 heads of 128: 45.9 us at N = 4286, 91 % of a copy's
     bandwidth, and 96 % at N = 14762. Row strides that are no multiple of 8 make it slower.

@@ -1,4 +1,4 @@
-"""q, k and v in e4m3 for `attention_fp8`: norm and rotation of q and k, transposition of v.
+"""q, k and v in e4m3 for the attention in `fp8`: norm and rotation of q and k, v transposed.
 
 One launch: its first programs take a block of keys of one head's values each, the others a row.
 """
@@ -28,7 +28,10 @@ PIECE = 32  # dims of values that are in registers together
 
 @triton.jit
 def _scale_of(weight, of_gain, EXPERTS: tl.constexpr, DIM: tl.constexpr):
-    """Of normed heads, whose dims the largest gain bounds."""
+    """The scale of all normed heads, whose dims the largest gain bounds.
+
+    weight: pointer to [EXPERTS, DIM] fp32, zero-centred; of_gain: the scale where the gain is 1.
+    """
     dims = tl.arange(0, DIM)
     largest = tl.max(tl.abs(tl.load(weight + dims) + 1.0))
     for expert in tl.static_range(1, EXPERTS):
@@ -41,7 +44,12 @@ def _quantize_values(
     source, target, scale_of, block, length, stride, end, limit, inverse_limit, smallest,
     KEYS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """A block of one head's values [KEYS, DIM] to [DIM, KEYS]. Read twice, then from a cache."""
+    """A block of one head's values [KEYS, DIM] to e4m3 [DIM, KEYS], and their scale.
+
+    source, target: pointers to the head's first value, of rows `stride` and `end` apart; keys from
+    `length` on give zeros. Values are read twice, the second time from a cache, so that few are in
+    registers.
+    """
     place = tl.arange(0, KEYS)
     key = block * KEYS + place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
     exists = (key < length)[:, None]
@@ -92,6 +100,7 @@ def _qkv_fp8(
     KEYS: tl.constexpr,
     PIECE: tl.constexpr,
 ):
+    """A block of values, or a row of q and k; programs are [blocks KV_HEADS + rows]."""
     program = tl.program_id(0)
     stride = row_vectors * LANES
     if program < blocks * KV_HEADS:
@@ -134,16 +143,20 @@ def qkv_fp8(
     """`reference.qkv_fp8`.
 
     Args:
-        qkv: [N, (heads + 2 kv_heads) D + heads], rows [Q | K | V | gate], bf16 or fp32.
+        qkv: [N, (heads + 2 kv_heads) D + heads], rows [Q | K | V | gate], bf16 or fp32, contiguous
+            but for its rows' stride.
         q_weight, k_weight: [D], or [3 D] with `counts`, fp32.
         rope: [N, R] fp32, `[sin | cos]` of R / 2 angles.
         length: int32 scalar on the device; values from there on count as zeros.
-        counts: rows of video, audio and text.
+        counts: rows of video, audio and text, or None for one set of weights.
+        heads, kv_heads: of queries, and of keys and values.
 
     Returns:
-        As the reference. D must be a power of two, 32 at least.
+        q [N, heads, D] and k [N, kv_heads, D] e4m3; v [kv_heads, D, keys] e4m3, keys whole blocks
+        of 128; the scale [1] fp32 of q times k, and those [kv_heads, keys / 128] fp32 of v.
 
-    For H100, 40 and 8 heads of 128.
+    Raises `ValueError` where D is not a power of two, or below 32. Written for H100 at 40 and 8
+    heads of 128.
     """
     rows = qkv.shape[0]
     dim = (qkv.shape[1] - heads) // (heads + 2 * kv_heads)

@@ -24,6 +24,11 @@ def _attend(
     accumulator, total, peak, query, k_map, v_map, kv_column, length, start, stop, scale,
     BLOCK_K: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    """Walk the keys `start` to `stop`; MASKED: whether a block may reach beyond `length`.
+
+    Returns the weighted sums [queries, DIM], the sums of weights [queries] and their peaks
+    [queries], all fp32, of the keys walked so far; peaks are logarithms to base 2.
+    """
     for key in range(start, stop, BLOCK_K):
         k = k_map.load([key, kv_column])
         scores = tl.dot(query, k.T)
@@ -47,6 +52,7 @@ def _attention(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_Q queries of one head against all valid keys; programs are [tiles, HEADS]."""
     length = tl.load(valid_length)
     head = tl.program_id(1)
     first = tl.program_id(0) * BLOCK_Q
@@ -80,6 +86,7 @@ def _attention(
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Device memory for the tensor maps that the kernel makes: what Triton asks a caller for."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
@@ -95,7 +102,7 @@ def attention(
     Args:
         q: [N, heads, D] bf16 contiguous; D 32, 64 or 128.
         k, v: [N, kv_heads, D] bf16 contiguous.
-        gate: [N, heads], any row stride.
+        gate: [N, heads] of a float dtype, any row stride.
         length: int32 scalar on the device, 1 to N: keys from there on are never read.
 
     Returns:

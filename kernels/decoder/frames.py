@@ -1,7 +1,8 @@
-"""The video decoder's movements of frames: channels that become frames, pixels out, and those for a
-video encoder.
+"""The video decoder's movements of frames: channels that become frames, channels that become
+pixels, and pixels that become what a video encoder takes.
 
-Videos are [B, C, T, H, W] with a pixel's channels as one row of memory.
+Videos are [B, C, T, H, W] with a pixel's channels as one row of memory. Each value is read and
+written once, but for `yuv420`, whose reads overlap.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def _join_frames(
     HAS_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
+    """ROWS pixels of a frame of the result; programs are [pixels / ROWS, clips frames]."""
     clip = (tl.program_id(1) // frames).to(tl.int64)
     frame = (tl.program_id(1) % frames + DROP).to(tl.int64)
     part = (frame % PARTS).to(tl.int32)
@@ -72,11 +74,17 @@ def join_frames(
     [B, C, T', H, W].
 
     Args:
-        x: pixels of a line one after another.
+        x: [B, C, T, H, W] of a float dtype, pixels of a line one after another.
         delta: like x, added first; or None.
         bias: of as many channels as x, fp32, added too; or None.
         in_time: whether channels become frames, two of one.
         drop: frames left out at the start.
+
+    Returns:
+        [B, C, T - drop, H, W], or [B, C, 2 T - drop, H, W] where `in_time`, in x's dtype and
+        `channels_last_3d`.
+
+    Raises `ValueError` where pixels are not rows of channels one after another.
     """
     batch, channels, frames, height, width = x.shape
     parts = 2 if in_time else 1
@@ -117,6 +125,7 @@ def _pixels(
     TO_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """BLOCK values of a line of the picture; programs are [values / BLOCK, lines of all frames]."""
     line = tl.program_id(1)
     frame, y = (line // (height * PATCH)).to(tl.int64), line % (height * PATCH)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -141,12 +150,14 @@ def pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype)
         x: [B, colors patch^2 or more, T, H, W], pixels of a line one after another; channels
             beyond are ignored.
         bias: of as many channels as x, fp32.
-        colors: of a pixel.
-        patch: pixels of a side of what a pixel of x becomes.
+        colors: values of a pixel of the picture.
+        patch: a pixel of x becomes patch x patch pixels.
         dtype: uint8, or a float dtype for values as they are.
 
     Returns:
         [B, T, patch H, patch W, colors] contiguous.
+
+    Raises `ValueError` where pixels are not rows of channels one after another.
     """
     batch, channels, frames, height, width = x.shape
     shape = (batch, frames, patch * height, patch * width, colors)
@@ -172,6 +183,7 @@ def _yuv420(
     width,
     BLOCK: tl.constexpr,
 ):
+    """BLOCK fours of pixels of a frame; programs are [fours / BLOCK, frames]."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < height * width
     row, column = at // width, at % width
@@ -198,9 +210,10 @@ def _yuv420(
 
 
 def yuv420(frames: Tensor) -> Tensor:
-    """`decoder_reference.to_yuv420`, bit for bit, byte by byte: little beside the decoder.
+    """`decoder_reference.to_yuv420`, bit for bit.
 
-    frames: uint8 [T, H, W, 3] contiguous, of even H and W. Returns uint8 [T, 3 H / 2, W].
+    frames: uint8 [T, H, W, 3] contiguous, of even H and W. Returns uint8 [T, 3 H / 2, W]. It goes
+    byte by byte, which takes little time beside the decoder.
     """
     count, height, width, _ = frames.shape
     out = torch.empty((count, height // 2 * 3, width), dtype=torch.uint8, device=frames.device)

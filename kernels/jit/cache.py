@@ -1,4 +1,4 @@
-"""What this package makes once per machine and keeps: timings, machine code, rewritten graphs.
+"""Files that this package keeps from run to run: timings, machine code, rewritten graphs.
 
 Files lie in one folder for each kind, below the user's cache folder or below that which the
 environment variable MAGIHUMAN_CACHE names. Other settings are arguments, and environment variables
@@ -6,8 +6,8 @@ are read in the command line and the server only. This one is the exception, sin
 no matter of any caller: it is used below operators, which have no argument for it, and by processes
 that others start. Both are looked up at every use, so that an import depends on neither.
 
-What is kept can be made again. So nothing here raises: what cannot be read as it was written is a
-miss, and what cannot be written is made again next time.
+What is kept can be computed again. So nothing here raises: what cannot be read as it was written is
+a miss, and what cannot be written is computed again next time.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 def read(kind: str, key: str, folder: Path | None = None) -> bytes | None:
     """What was kept of this kind under this key, or None.
 
-    It is None, too, where a file is not what `write` made of these arguments, is a link or somebody
-    else's, or lies in a folder that others may write to. folder: of this kind, in place of the
-    user's.
+    It is None, too, where a file is not what `write` wrote for these arguments, is a link or
+    somebody else's, or lies in a folder that others may write to. folder: the folder of this kind,
+    in place of the user's.
     """
     place = folder or folder_of(kind)
     try:
@@ -56,7 +56,8 @@ def read(kind: str, key: str, folder: Path | None = None) -> bytes | None:
 def write(kind: str, key: str, content: bytes, folder: Path | None = None) -> None:
     """Keep content for `read`, whole or not at all; a full or read-only disk is no error.
 
-    key: any name of a file. folder: as of `read`, made where it is not there.
+    key: any name of a file, else `ValueError`. folder: as for `read`; it is created where it is not
+    there.
     """
     place = folder or folder_of(kind)
     if place is None:
@@ -102,6 +103,7 @@ def atomic_path(path: Path, mode: int = 0o666) -> Iterator[Path]:
 
 
 def _file(place: Path, key: str) -> Path:
+    """The file of a key in a folder; `ValueError` where the key would lead out of it."""
     if key in ("", "..") or Path(key).name != key:
         raise ValueError(f"a key must be a file's name without a folder, got {key!r}")
     return place / key
@@ -121,11 +123,13 @@ def _is_own(place: Path) -> bool:
 
 
 def _is_mine(facts: os.stat_result) -> bool:
+    """Whether this user is the owner of a file, where the system tells."""
     return not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()
 
 
 @functools.cache
 def _warn(place: Path) -> None:
+    """Say once for each folder that nothing is kept there, and why."""
     log.warning(
         "a cache folder must be a folder that its user alone may write to, and %s is not: nothing"
         " is kept there; give it to this user with mode 0700, or name another in %s",

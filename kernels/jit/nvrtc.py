@@ -37,7 +37,10 @@ def is_available() -> bool:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """The value of a call of cuda.bindings, which returns its status first."""
+    """The value of a call of cuda.bindings, which returns its status first.
+
+    Raises `CudaError` where the status is not success.
+    """
     status, *values = result
     if status.value != 0:
         raise CudaError(f"CUDA call failed: {status!r}")
@@ -78,6 +81,7 @@ def compile_cubin(source: str, arch: str, cache: Path | None = None) -> bytes:
 
 
 def _text(message: bytes) -> str:
+    """A message without the zero that ends it."""
     return message.decode().rstrip("\0\n")
 
 
@@ -110,7 +114,7 @@ class Kernel:
 
 @functools.cache
 def tensor_map_types() -> dict[torch.dtype, Any]:
-    """Element types of tensor maps."""
+    """The element type of a tensor map by the dtype of its tensor."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
@@ -122,7 +126,7 @@ def tensor_map_types() -> dict[torch.dtype, Any]:
 
 
 class TensorMap(ctypes.Structure):
-    """`CUtensorMap`."""
+    """`CUtensorMap` of the CUDA driver, 128 bytes."""
 
     _fields_ = [("words", ctypes.c_uint64 * 16)]
 
@@ -132,8 +136,9 @@ def tensor_map(
 ) -> TensorMap:
     """A map over the first rows and columns of x, swizzled over the width of a box.
 
-    x: [N, C], its rows and its first element at multiples of 16 bytes. Reads outside give zeros,
-    writes outside are dropped.
+    x: [N, C], its rows and its first element at multiples of 16 bytes, else `ValueError`; a box's
+    row: 16, 32, 64 or 128 bytes. Reads outside give zeros, writes outside are dropped. Source: the
+    CUDA driver API, `cuTensorMapEncodeTiled`.
     """
     from cuda.bindings import driver
 
@@ -149,7 +154,7 @@ def tensor_map(
         32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
         16: swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
     }[box_columns * size]
-    made = check(
+    encoded = check(
         driver.cuTensorMapEncodeTiled(
             tensor_map_types()[x.dtype], 2, x.data_ptr(),
             [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
@@ -162,4 +167,4 @@ def tensor_map(
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )  # fmt: skip
-    return TensorMap.from_buffer_copy(ctypes.string_at(int(made.getPtr()), 128))
+    return TensorMap.from_buffer_copy(ctypes.string_at(int(encoded.getPtr()), 128))

@@ -1,4 +1,7 @@
-"""The clamped activations, with rows padded with zeros to what the next product wants."""
+"""The clamped activations, with rows padded with zeros to what the next product wants.
+
+A program takes `BLOCK` columns of a row of the result; each value is read and written once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ BLOCK = 1024
 
 @triton.jit
 def _load(x, start, vectors, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """COUNT columns from `start` on, zero beyond the row's `vectors` of LANES columns."""
+    """COUNT columns of a row in fp32, from `start` on; zeros beyond its `vectors` LANES columns.
+
+    x: pointer to the row; the result is [COUNT / LANES, LANES].
+    """
     vector = start // LANES + tl.arange(0, COUNT // LANES)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     exists = (vector < vectors) & (lane >= 0)  # the mask in the shape of the tile
@@ -28,6 +34,7 @@ def _load(x, start, vectors, COUNT: tl.constexpr, LANES: tl.constexpr):
 def _swiglu7(
     x, out, vectors, row_vectors, out_stride, limit, alpha, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """BLOCK columns of out from 2 BLOCK of x; programs are [rows, blocks]."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     value = _load(x + row * row_vectors * LANES, 2 * start, vectors, 2 * BLOCK, LANES)
@@ -43,6 +50,7 @@ def _swiglu7(
 def _gelu7(
     x, out, vectors, row_vectors, out_stride, limit, alpha, LANES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """BLOCK columns of out from as many of x; programs are [rows, blocks]."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     value = _load(x + row * row_vectors * LANES, start, vectors, BLOCK, LANES)
@@ -53,16 +61,25 @@ def _gelu7(
 
 
 def swiglu7(x: Tensor, padded: int | None = None) -> Tensor:
-    """`reference.swiglu7` of x [N, 2 M], as [N, padded or M]; columns from M on are zeros."""
+    """`reference.swiglu7`.
+
+    x: [N, 2 M] bf16 or fp32, glu in the even columns and lin in the odd ones, contiguous but for
+    its rows' stride. Returns [N, padded or M] in x's dtype; columns from M on are zeros.
+    """
     return _activate(_swiglu7, x, x.shape[1] // 2, padded)
 
 
 def gelu7(x: Tensor, padded: int | None = None) -> Tensor:
-    """`reference.gelu7` of x [N, M], as [N, padded or M]; columns from M on are zeros."""
+    """`reference.gelu7`.
+
+    x: [N, M] bf16 or fp32, contiguous but for its rows' stride. Returns [N, padded or M] in x's
+    dtype; columns from M on are zeros.
+    """
     return _activate(_gelu7, x, x.shape[1], padded)
 
 
 def _activate(kernel: Any, x: Tensor, width: int, padded: int | None) -> Tensor:
+    """Launch an activation's kernel; width: columns of the result that are not padding."""
     rows, columns = x.shape
     padded = padded or width
     out = torch.empty((rows, padded), dtype=x.dtype, device=x.device)

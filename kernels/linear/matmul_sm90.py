@@ -37,7 +37,7 @@ class Tile:
     """Shape of the work of a thread block, of `ROWS` rows.
 
     Attributes:
-        columns: of the product, a multiple of 16.
+        columns: columns of the product, a multiple of 16.
         cluster_rows: blocks, one below the other, that share their columns' operand.
         group: at most so many row tiles go through all columns together, for the L2 cache's sake.
     """
@@ -48,6 +48,8 @@ class Tile:
 
 
 class _Shape(ctypes.Structure):
+    """`Shape` of the source, field by field."""
+
     _fields_ = [
         ("x_scale", ctypes.c_void_p),
         ("weight_scale", ctypes.c_void_p),
@@ -64,6 +66,8 @@ class _Shape(ctypes.Structure):
 
 
 class _Maps(ctypes.Structure):
+    """`Maps` of the source: of both operands, and of each run's rows of the output."""
+
     _fields_ = [
         ("x", nvrtc.TensorMap),
         ("weight", nvrtc.TensorMap),
@@ -72,19 +76,19 @@ class _Maps(ctypes.Structure):
 
 
 def columns_of(weight: Tensor, counts: Counts | None) -> int:
-    """Of the product: rows of the weight, or of each run's third of it."""
+    """Columns of the product: rows of the weight, or of each run's third of it."""
     return weight.shape[0] // (3 if counts else 1)
 
 
 def out_dtypes(epilogue: Epilogue) -> list[torch.dtype]:
-    """What an output may be."""
+    """The dtypes that the output of a product with this epilogue may have."""
     if epilogue == "add":
         return [torch.float32]
     return [torch.bfloat16, FP8] if epilogue in STATIC_SCALES else [torch.bfloat16]
 
 
 def out_bytes(tile: Tile, epilogue: Epilogue, out_dtype: torch.dtype) -> int:
-    """Width of the boxes that leave a tile: the widest swizzle that divides it."""
+    """Bytes of a row of the boxes that leave a tile: the widest swizzle that divides its row."""
     columns = tile.columns // 2 if epilogue == "swiglu7" else tile.columns
     width = columns * out_dtype.itemsize
     return next(size for size in (128, 64, 32, 16) if width % size == 0)
@@ -136,12 +140,14 @@ def compile_tiles(
 def _kernel(
     tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype, device: torch.device
 ) -> nvrtc.Kernel:
+    """The compiled kernel, loaded into the context of the device, which must be current."""
     code = nvrtc.compile_cubin(source(tile, epilogue, fp8, out_dtype), ARCH)
     return nvrtc.Kernel(code, "matmul", SHARED_BYTES + 2048)
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a block of threads runs on each."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -159,17 +165,20 @@ def matmul(
 
     Args:
         x: [N, K or more] bf16 or e4m3, rows at multiples of 16 bytes; N at least 1.
-        weight: [M, K] or, with `counts`, [3 M, K], likewise. For "swiglu7" the even rows of M are
-            glu, the odd ones lin.
-        out: [N, M], or [N, M / 2] for "swiglu7", of one of `out_dtypes`; rows likewise. Beyond its
-            shape columns are touched only up to the next multiple of 16 bytes. An e4m3 activation
-            is divided by its entry in `reference.STATIC_SCALES`.
-        counts: rows of each of three runs, each with its own third of the weight's rows.
+        weight: [M, K] or, with `counts`, [3 M, K], of x's dtype, rows at multiples of 16 bytes. For
+            "swiglu7" the even rows of M are glu, the odd ones lin.
+        out: [N, M], or [N, M / 2] for "swiglu7", of one of `out_dtypes`, rows at multiples of 16
+            bytes. Beyond its shape columns are touched only up to the next such multiple. An e4m3
+            activation is divided by its entry in `reference.STATIC_SCALES`.
+        counts: rows of each of three runs, each with a third of the weight's rows.
         epilogue: what happens to the product. Activations take it rounded to bf16, as the plain
             model does; "add" takes it as summed, in fp32.
         tile: how the work is cut.
         x_scale: of e4m3 operands, [N] fp32, or one number for all rows.
         weight_scale: of e4m3 operands, [M] or [3 M] fp32.
+
+    Raises `ValueError` where rows do not start at multiples of 16 bytes. `routes.TILES` has what
+    was fastest on H100.
     """
     fp8 = x.dtype == FP8
     depth_block = DEPTH_BYTES // x.element_size()

@@ -39,6 +39,7 @@ def _store_rows(
 
 @triton.jit
 def _store_piece(values, inverse, limit, out, row, columns, out_stride):
+    """Store these columns of a row in e4m3, `values` times `inverse`, up to its stride."""
     # NaN stays NaN: it is to be seen in what follows.
     scaled = tl.clamp(values * inverse, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     target = out + row * out_stride + columns
@@ -47,6 +48,7 @@ def _store_piece(values, inverse, limit, out, row, columns, out_stride):
 
 @triton.jit
 def _norm_piece(value, rms, gain):
+    """Values normed; rms: the reciprocal of their row's root mean square; gain: zero-centred."""
     return value * rms * (gain + 1.0)
 
 
@@ -67,6 +69,7 @@ def _norm_rows(
     HEAD: tl.constexpr,  # largest power of two not above out_stride
     TAIL: tl.constexpr,  # power of two that covers the rest, or 0
 ):
+    """A row, normed, in e4m3 with its scale; programs are [rows]."""
     row = tl.program_id(0).to(tl.int64)
     expert = (row >= audio_start).to(tl.int32) + (row >= text_start).to(tl.int32)
     x += row * channels
@@ -103,9 +106,10 @@ def _quantize_rows(
     inverse_limit,
     smallest,
     LANES: tl.constexpr,
-    HEAD: tl.constexpr,  # as above
-    TAIL: tl.constexpr,
+    HEAD: tl.constexpr,  # largest power of two not above out_stride
+    TAIL: tl.constexpr,  # power of two that covers the rest, or 0
 ):
+    """A row in e4m3 with its scale; programs are [rows]."""
     row = tl.program_id(0).to(tl.int64)
     x += row * (x_groups * LANES)
     head = tl.arange(0, HEAD)
@@ -128,13 +132,13 @@ def norm_rows(x: Tensor, weight: Tensor, counts: Counts | None) -> tuple[Tensor,
     Args:
         x: [N, C] fp32 contiguous, C at most 32768.
         weight: [C], or [3 C] with `counts`, fp32, zero-centred.
-        counts: rows of video, audio and text.
+        counts: rows of video, audio and text, or None for one set of weights.
 
     Returns:
         Values [N, C] float8_e4m3fn, each row followed by zeros up to a multiple of 16 bytes, and
         scales [N] fp32.
 
-    For H100 at C = 5120.
+    Raises `ValueError` where C is larger. Written for H100 at C = 5120.
     """
     channels = x.shape[1]
     out, scales = _empty(x)
@@ -157,9 +161,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
             wide as the powers of two, up to 8, that divide both C and that stride.
 
     Returns:
-        As `norm_rows`.
+        Values and scales as `norm_rows` does.
 
-    For H100 at C = 5120 and, in padded rows, 13652.
+    Raises `ValueError` where C is larger or rows are not contiguous. Written for H100 at C = 5120
+    and, in padded rows, 13652.
     """
     if x.stride(1) != 1:
         raise ValueError(f"rows must be contiguous, got strides {x.stride()}; pass a copy")

@@ -1,7 +1,7 @@
 """The ways to compute a linear and what follows it, and which of them is fastest for a shape.
 
-`library` is PyTorch's product with a kernel after it; the other routes are tiles of the project's
-own product, which does the rest in its epilogue.
+`library` is PyTorch's product with a kernel after it; the other routes are tiles of `matmul_sm90`,
+which does the rest in its epilogue.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class Quantized(NamedTuple):
 
 
 def why_not(x: Tensor, weight: Tensor, epilogue: Epilogue, counts: Counts | None) -> str | None:
-    """Why the own product cannot take these operands; None where it can."""
+    """Why `matmul` cannot take these operands; None where it can.
+
+    x: [N, K]; weight: [M, K], or [3 M, K] with `counts`.
+    """
     if not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
         return "it is written for sm_90"
     if not nvrtc.is_available():
@@ -63,7 +66,7 @@ def why_not(x: Tensor, weight: Tensor, epilogue: Epilogue, counts: Counts | None
 
 
 def linear(x: Tensor, weight: Tensor, counts: Counts | None, route: str) -> Tensor:
-    """`reference.linear`, on a GPU. See `ops.linear`."""
+    """`reference.linear`, on a GPU: [N, M] in x's dtype. Arguments as those of `ops.linear`."""
     out = x.new_empty(x.shape[0], columns_of(weight, counts))
     if route == LIBRARY:
         for rows, part, result in _runs(x, weight, counts, out):
@@ -76,7 +79,10 @@ def linear(x: Tensor, weight: Tensor, counts: Counts | None, route: str) -> Tens
 def linear_activation(
     x: Tensor, weight: Tensor, counts: Counts | None, kind: str, padded: int, route: str
 ) -> Tensor:
-    """`reference.swiglu7` or `gelu7` of `linear`, [N, padded], columns beyond its own zeros."""
+    """`reference.swiglu7` or `gelu7`, by `kind`, of `linear`.
+
+    Returns [N, padded] in x's dtype; columns beyond the activation's are zeros.
+    """
     from magihuman.kernels.linear import activations
 
     if route == LIBRARY:
@@ -95,7 +101,7 @@ def linear_activation(
 def linear_add(
     stream: Tensor, x: Tensor, weight: Tensor, counts: Counts | None, route: str
 ) -> None:
-    """`stream += linear(x, weight)` with the product in fp32."""
+    """`stream += linear(x, weight)`, stream [N, M] fp32, with the product in fp32."""
     if route != LIBRARY:
         matmul(x, weight, stream, counts, "add", _tile(route))
         return
@@ -158,7 +164,7 @@ def _matmul_fp8(
 
 
 def _tile(route: str) -> Tile:
-    """That of a route which is not the library's, or `ValueError`."""
+    """The tile of a route; raises `ValueError` for the library's, or for what is no route."""
     if route == UNSET:
         raise ValueError(
             f"a linear's route must be chosen before it runs on a GPU, got {UNSET!r}; give the"
@@ -179,7 +185,7 @@ def _tile(route: str) -> Tile:
 def _runs(
     x: Tensor, weight: Tensor, counts: Counts | None, out: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Rows of x, weight and rows of the result for each run that is not empty."""
+    """Rows of x, their part of the weight, and rows of the result for each run that has rows."""
     if weight.shape[1] != x.shape[1]:
         weight = weight.as_strided((weight.shape[0], x.shape[1]), weight.stride())
     if counts is None:
@@ -200,12 +206,13 @@ def fastest(
 
     Args:
         epilogue: what follows the product.
-        weight: [M, K] or [3 M, K], on the device; the model's own, since the power that a product
-            draws, and so its speed, depends on its operands.
+        weight: [M, K] or [3 M, K], on the device, of the model and not made up: the power that a
+            product draws, and so its speed, depends on its operands.
         counts: rows of each run, or None.
         rows: of the other operand.
         padded: columns of the output of an activation.
-        scale: of the weight's rows, where it is e4m3. The library has no such route.
+        scale: of the weight's rows, [M] or [3 M] fp32, where it is e4m3. The library has no such
+            route.
     """
     device = weight.device
     names = list(TILES) if scale is not None else [LIBRARY, *TILES]
@@ -236,7 +243,10 @@ def _runner(
     padded: int,
     scale: Tensor | None,
 ) -> Callable[[str], object]:
-    """A call by a given route. x: as wide as the weight's rows are laid out."""
+    """A call of what `fastest` measures, which takes the route.
+
+    x: [rows, K'] bf16, as wide as the weight's rows are laid out.
+    """
     # Only an addition has a stream: where memory is limited there is no room for one as wide as
     # what goes into an activation.
     columns = columns_of(weight, counts) if epilogue == "add" else 0
@@ -262,7 +272,10 @@ def _runner(
 def _milliseconds(
     run: Callable[[str], object], names: list[str], device: torch.device
 ) -> dict[str, float]:
-    """Device time of one call by each route, in turns and each for long enough to heat the card."""
+    """Milliseconds on the device of a call by each route: the median of several turns.
+
+    Routes take turns, each for long enough to heat the card.
+    """
 
     def timed(name: str, calls: int) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

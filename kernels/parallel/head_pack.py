@@ -19,6 +19,7 @@ WARPS = 2
 
 @triton.jit
 def _copy(source, target, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """COUNT values from one pointer to another, BLOCK at a time."""
     for start in tl.static_range(0, COUNT, BLOCK):
         at = start + tl.arange(0, BLOCK)
         tl.store(target + at, tl.load(source + at, mask=at < COUNT), mask=at < COUNT)
@@ -38,6 +39,7 @@ def _pack_heads(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A row's columns for one process; programs are [rows, RANKS]."""
     row = tl.program_id(0).to(tl.int64)
     rank = tl.program_id(1)
     q: tl.constexpr = HEADS * DIM
@@ -55,6 +57,7 @@ def _pack_heads(
 
 @triton.jit
 def _unpack_heads(x, out, rows, COLUMNS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's columns from one process; programs are [rows, RANKS]."""
     row = tl.program_id(0).to(tl.int64)
     rank = tl.program_id(1)
     target = out + (row * RANKS + rank) * COLUMNS
@@ -68,12 +71,13 @@ def pack_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
         qkv: [S, (heads + 2 kv_heads) D + heads], any 2- or 4-byte dtype, contiguous but for its
             rows' stride.
         heads, kv_heads: of the projection, 64 ranks query heads at most.
-        ranks: divides both.
+        ranks: processes, a divisor of both.
 
     Returns:
-        [ranks, S, W] contiguous.
+        [ranks, S, W] contiguous in qkv's dtype.
 
-    For H100: it reads and writes 14416 bytes a row at 40 and 8 heads of 128 in bf16.
+    Raises `ValueError` where a process would get more than 64 heads. Written for H100, where it
+    reads and writes 14416 bytes a row at 40 and 8 heads of 128 in bf16.
     """
     rows, columns = qkv.shape
     dim = (columns - heads) // (heads + 2 * kv_heads)
@@ -92,7 +96,10 @@ def pack_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
 
 
 def unpack_heads(x: Tensor) -> Tensor:
-    """`reference.unpack_heads`, bit for bit. x: [ranks, S, C] contiguous."""
+    """`reference.unpack_heads`, bit for bit.
+
+    x: [ranks, S, C] contiguous, any 2- or 4-byte dtype. Returns [S, ranks C] contiguous.
+    """
     ranks, rows, columns = x.shape
     out = torch.empty((rows, ranks * columns), dtype=x.dtype, device=x.device)
     if rows:

@@ -147,14 +147,14 @@ def check_channel_norm() -> None:
     ):
         whole = video(2, channels, 4, 4, 6)  # and a part of it
         delta = video(2, channels, 3, 3, 5)
-        own = None if bias is None else bias[:channels]
+        part_bias = None if bias is None else bias[:channels]
         for change, eps, other_eps in (
             (delta, 1e-8, 1e-6),
             (None, 1e-8, None),
             (delta, None, None),
         ):
             x = whole.clone()[:, :, 1:, :3, :5]
-            inputs, norm = (x, change, own), Norm(eps, activation, *pads, other_eps)
+            inputs, norm = (x, change, part_bias), Norm(eps, activation, *pads, other_eps)
             expected = decoder.join_norm(*inputs, *norm)
             assert_close(channel_norm(*inputs, norm), expected[0])
             out = channel_norm(*inputs, norm, replace=True)
@@ -163,9 +163,9 @@ def check_channel_norm() -> None:
         x, phases = video(1, channels, 2, 4, 6), video(1, 4 * channels, 2, 3, 4)
         placed = decoder.from_phases(phases)
         norm = Norm(1e-8, activation, *pads)
-        expected = decoder.join_norm(placed, x, own, *norm)[0]
-        assert_close(channel_norm(phases, x, own, norm, x_phases=True), expected)
-        assert_close(channel_norm(x, phases, own, norm, delta_phases=True), expected)
+        expected = decoder.join_norm(placed, x, part_bias, *norm)[0]
+        assert_close(channel_norm(phases, x, part_bias, norm, x_phases=True), expected)
+        assert_close(channel_norm(x, phases, part_bias, norm, delta_phases=True), expected)
 
 
 def check_frames() -> None:
@@ -175,8 +175,8 @@ def check_frames() -> None:
         for in_time, delta, bias in itertools.product((True, False), (True, False), (True, False)):
             shape = (2, channels * (2 if in_time else 1), 3, 3, 5)
             x, change = video(*shape), video(*shape) if delta else None
-            own = torch.randn(shape[1]) if bias else None
-            arguments = (x, change, own, in_time, drop)
+            channel_bias = torch.randn(shape[1]) if bias else None
+            arguments = (x, change, channel_bias, in_time, drop)
             assert_close(join_frames(*arguments), decoder.join_frames(*arguments))
     x, bias = video(2, 16, 3, 3, 100), torch.randn(16)
     for dtype in (torch.float32, torch.uint8):

@@ -107,8 +107,8 @@ def spills(compiled: Any, folder: Path) -> int:
 def widths(compiled: Any, operation: str) -> set[int]:
     """Bytes that a thread moves at once, of all global loads (`ld`) or stores (`st`)."""
     pattern = rf"\b{operation}\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
-    found = re.findall(pattern, compiled.asm["ptx"])
-    return {int(count or 1) * int(bits) // 8 for count, bits in found}
+    accesses = re.findall(pattern, compiled.asm["ptx"])
+    return {int(count or 1) * int(bits) // 8 for count, bits in accesses}
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:

@@ -50,8 +50,8 @@ def test_reasons(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: triton)
     for name, reason in expected.items():
-        found = backends.why_not(name, dim, GPU)
-        assert found is None if reason is None else reason in str(found)
+        reason_given = backends.why_not(name, dim, GPU)
+        assert reason_given is None if reason is None else reason in str(reason_given)
     assert "fa3-fwd is not installed" in str(backends.why_not("fa3", dim, GPU))
 
 
@@ -104,10 +104,10 @@ def test_measuring_a_product_takes_no_more_than_it_computes(
     epilogue: Epilogue, fp8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only an addition has a stream: one in fp32 beside an activation would pass a limit."""
-    made: list[int] = []
+    sizes: list[int] = []
     zeros = torch.zeros
     monkeypatch.setattr(
-        torch, "zeros", lambda *shape, **options: made.append(prod(shape)) or zeros(*shape)
+        torch, "zeros", lambda *shape, **options: sizes.append(prod(shape)) or zeros(*shape)
     )
     monkeypatch.setattr(
         routes, "quantize_rows", lambda x: (x.to(torch.float8_e4m3fn), x.float()[:, 0])
@@ -115,7 +115,7 @@ def test_measuring_a_product_takes_no_more_than_it_computes(
     x, weight = torch.ones(3, 16, dtype=torch.bfloat16), torch.ones(32, 16)
     scale = torch.ones(32) if fp8 else None
     routes._runner(epilogue, x, weight, None, 32, scale)
-    assert sum(made) == (3 * 32 if epilogue == "add" else 0)
+    assert sum(sizes) == (3 * 32 if epilogue == "add" else 0)
 
 
 def test_measurements_are_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ def test_packed_columns_are_the_projection_of_fewer_heads(ranks: int) -> None:
     assert packed.shape[2] - COLUMNS // ranks < ref.PACKED_COLUMNS
     assert not packed[:, :, COLUMNS // ranks :].any()
     for rank in range(ranks):
-        own = packed[rank, :, : COLUMNS // ranks]
-        parts = ref.split_qkv(own, ones, ones, rope, None, HEADS // ranks, KV_HEADS // ranks)
+        columns = packed[rank, :, : COLUMNS // ranks]
+        parts = ref.split_qkv(columns, ones, ones, rope, None, HEADS // ranks, KV_HEADS // ranks)
         for part, all_heads in zip(parts, whole, strict=True):
             assert torch.equal(part, all_heads.chunk(ranks, dim=1)[rank])
 
@@ -39,20 +39,20 @@ def test_unpacking_puts_columns_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "ranks", "own"),
+    ("counts", "ranks", "each"),
     [
         ((10, 4, 3), 2, [(9, 0, 0), (1, 4, 4)]),
         ((2, 3, 6), 4, [(2, 1, 0), (0, 2, 1), (0, 0, 3), (0, 0, 3)]),
         ((7, 0, 0), 1, [(7, 0, 0)]),
     ],
 )
-def test_rows_are_shared_in_runs(counts: ref.Counts, ranks: int, own: list[ref.Counts]) -> None:
+def test_rows_are_shared_in_runs(counts: ref.Counts, ranks: int, each: list[ref.Counts]) -> None:
     """Equal ones, together all of the sequence in its order, with the text padded."""
     sharding = ref.Sharding.of(counts, ranks)
     assert sharding.counts[:2] == counts[:2]
     assert 0 <= sharding.counts[2] - counts[2] < ranks
-    assert [sharding.own_counts(rank) for rank in range(ranks)] == own
-    assert {sum(rows) for rows in own} == {sharding.rows}
+    assert [sharding.own_counts(rank) for rank in range(ranks)] == each
+    assert {sum(rows) for rows in each} == {sharding.rows}
     streams = [[(i, row) for row in range(count)] for i, count in enumerate(sharding.counts)]
     shares = [
         row
