@@ -1,14 +1,20 @@
 """Finding a function in a graph, and putting something else there.
 
-`pattern` traces a reference function and replaces every occurrence of it.
+`pattern` traces a reference function and replaces every occurrence of it. `arguments` reads and
+replaces what operators are called with, by the names in their schemas.
 """
 
+from magihuman.graphs.rewrite.arguments import ArgumentError, arguments, call, with_arguments
 from magihuman.graphs.rewrite.pattern import Build, replace
 from magihuman.graphs.rewrite.report import CompileError, Report
 
 __all__ = [
+    "ArgumentError",
     "Build",
     "CompileError",
     "Report",
+    "arguments",
+    "call",
     "replace",
+    "with_arguments",
 ]

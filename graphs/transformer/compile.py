@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from magihuman.graphs import graph_cache
 from magihuman.graphs.quantization import is_quantized
-from magihuman.graphs.rewrite import CompileError, Report
+from magihuman.graphs.rewrite import CompileError, Report, arguments, with_arguments
 from magihuman.graphs.trace import capture
 from magihuman.graphs.transformer.passes import (
     activation,
@@ -107,7 +107,7 @@ def compile_forward(
         graph_cache.save(module, key, cache)
     start = time.perf_counter()
     has_choice = any(
-        node.target is OPS.gated_attention.default and not node.args[5]
+        node.target is OPS.gated_attention.default and not arguments(node)["local"]
         for node in module.graph.nodes
     )
     if has_choice and device.type == "cuda" and attention_backend is None:
@@ -209,7 +209,7 @@ def specialize(
             for argument in node.args
         )
         if node.target is OPS.gated_attention.default:
-            node.args = (*node.args[:-1], attention_backend)
+            with_arguments(node, backend=attention_backend)
     module.recompile()
 
 
@@ -235,25 +235,30 @@ def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[
     for node in module.graph.nodes:
         if node.target not in ROUTED:
             continue
-        after, weight, scale, counts, padded = ROUTED[node.target](node.args)
+        given = arguments(node)
+        weight, scale, counts = given["weight"], given.get("weight_scale"), given["counts"]
+        after = given["kind"] if ROUTED[node.target] == "kind" else ROUTED[node.target]
         values, scales = _attribute(module, weight), _attribute(module, scale)
         kind = f"{after} {tuple(values.shape)}{' fp8' if scale else ''}"
         kind += " by modality" if counts else ""
         if kind not in chosen:
-            chosen[kind] = route or _fastest(after, values, counts, rows, padded, scales)
-        node.args = (*node.args[:-1], chosen[kind])
+            chosen[kind] = route or _fastest(
+                after, values, counts, rows, given.get("padded", 0), scales
+            )
+        with_arguments(node, route=chosen[kind])
     module.recompile()
     return chosen
 
 
-# From an operator's arguments: what follows the product, weight, its scale, runs, padded columns.
-ROUTED: dict[Any, Callable[[Any], tuple[Any, ...]]] = {
-    OPS.linear.default: lambda args: ("store", args[1], None, args[2], 0),
-    OPS.linear_add_.default: lambda args: ("add", args[2], None, args[3], 0),
-    OPS.linear_activation.default: lambda args: (args[3], args[1], None, args[2], args[4]),
-    OPS.linear_fp8.default: lambda args: ("store", *args[2:5], 0),
-    OPS.linear_add_fp8_.default: lambda args: ("add", *args[4:7], 0),
-    OPS.linear_activation_fp8.default: lambda args: (args[5], *args[2:5], args[6]),
+# The operators that have a route, and what follows the product of each; their argument `kind`
+# names the activation.
+ROUTED: dict[Any, str] = {
+    OPS.linear.default: "store",
+    OPS.linear_fp8.default: "store",
+    OPS.linear_add_.default: "add",
+    OPS.linear_add_fp8_.default: "add",
+    OPS.linear_activation.default: "kind",
+    OPS.linear_activation_fp8.default: "kind",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from magihuman.graphs.rewrite import Build, replace
+from magihuman.graphs.rewrite import Build, call, replace
 from magihuman.kernels.decoder import ops as decoder_ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels.decoder import reference as ref
 
@@ -147,8 +147,20 @@ def _pad(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> int
 
 def _join_norm(eps: float | None, activation: str, pad: int) -> Build:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, None, None, eps, activation, pad, pad, IN_PLACE)
-        return [graph.call_function(OPS.join_norm.default, arguments)]
+        return [
+            call(
+                graph,
+                OPS.join_norm.default,
+                x=inputs[0],
+                delta=None,
+                bias=None,
+                eps=eps,
+                activation=activation,
+                before=pad,
+                after=pad,
+                phases=IN_PLACE,
+            )
+        ]
 
     return build
 
@@ -195,8 +207,8 @@ def _movement(in_time: bool, drop: int) -> Callable[[Tensor], Tensor]:
 
 def _join_frames(in_time: bool, drop: int) -> Build:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, None, None, in_time, drop)
-        return [graph.call_function(OPS.join_frames.default, arguments)]
+        operands = {"x": inputs[0], "delta": None, "bias": None}
+        return [call(graph, OPS.join_frames.default, **operands, in_time=in_time, drop=drop)]
 
     return build
 
@@ -207,8 +219,8 @@ def _pixels(module: fx.GraphModule, context: DecoderContext, dtype: torch.dtype)
     colors, patch = config.out_channels, config.patch_size
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, None, colors, patch, dtype)
-        return [graph.call_function(OPS.join_pixels.default, arguments)]
+        format_ = {"colors": colors, "patch": patch, "dtype": dtype}
+        return [call(graph, OPS.join_pixels.default, x=inputs[0], bias=None, **format_)]
 
     return replace(
         module,
@@ -239,11 +251,10 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
         names = str(weight.target), str(bias.target)
         lay_out(module, *names, ALIGNMENT if is_last else 1, by_phases)
         with graph.inserting_before(node):
-            call = graph.call_function(
-                OPS.conv.default, (x, weight, [0] * (3 - len(padding)) + padding)
-            )
-            made = graph.call_function(OPS.add_bias.default, (call, bias))
-        node.replace_all_uses_with(made)
+            padding = [0] * (3 - len(padding)) + padding
+            product = call(graph, OPS.conv.default, x=x, weight=weight, padding=padding)
+            total = call(graph, OPS.add_bias.default, x=product, bias=bias)
+        node.replace_all_uses_with(total)
         graph.erase_node(node)
     graph.lint()
     return found

@@ -8,11 +8,11 @@ is kept needs more frames the further one goes back, and the latents whole.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
+from magihuman.graphs.rewrite import arguments, with_arguments
 from magihuman.kernels.decoder import ops as decoder_ops  # noqa: F401 - registers torch.ops.magihuman
 
 OPS = torch.ops.magihuman
@@ -78,7 +78,7 @@ class _Trim:
         self.needed[pixels] = kept
         for node in reversed(nodes):
             if node.target is OPS.join_norm_.default:
-                x: Any = node.args[0]
+                x = arguments(node)["x"]
                 if x in self.needed:
                     self.replaced[node] = self.needed[x]
             if node in self.needed:
@@ -92,11 +92,11 @@ class _Trim:
         if node.op == "placeholder":
             self.full[node] = self.latents
         elif node.op == "call_function":
-            x: Any = node.args[0]
+            x = arguments(node)["x"]
             if node.target is OPS.conv.default:
                 self.full[node] = self.full[x] - self.reach(node)
             elif node.target is OPS.join_frames.default:
-                self.full[node] = parts(node) * self.full[x] - int(node.args[4])  # type: ignore[arg-type]
+                self.full[node] = parts(node) * self.full[x] - arguments(node)["drop"]
             elif node.target in NORMS:
                 self.full[node] = self.full[x] + sum(pads(node))
             else:
@@ -104,31 +104,31 @@ class _Trim:
 
     def reach(self, conv: fx.Node) -> int:
         """Frames of its input that a convolution's result is shorter by."""
-        weight: Any = conv.args[1]
+        weight = arguments(conv)["weight"]
         return int(self.module.get_buffer(str(weight.target)).shape[TIME]) - 1
 
     def require(self, node: fx.Node, out: Range) -> None:
         """What `out` of the node needs of its inputs."""
         if node.op != "call_function":
             return
-        x: Any = node.args[0]
-        sources = [x]
+        given = arguments(node)
+        sources = [given["x"]]
         if node.target is OPS.conv.default:
             out = Range(out.begin, out.end + self.reach(node))
         elif node.target is OPS.join_frames.default:
-            drop: Any = node.args[4]
+            drop = given["drop"]
             out = Range((out.begin + drop) // parts(node), -(-(out.end + drop) // parts(node)))
-            sources.append(node.args[1])
+            sources.append(given["delta"])
         elif node.target in NORMS:
             out = self.read(node)
-            sources.append(node.args[1])
+            sources.append(given["delta"])
         for source in sources:
             if source is not None:
                 self.needed[source] = out.join(self.needed.get(source))
 
     def read(self, norm: fx.Node) -> Range:
         """What a norm reads of its input: what is needed of its result, and of what replaces x."""
-        x: Any = norm.args[0]
+        x = arguments(norm)["x"]
         before, _ = pads(norm)
         last, out = self.full[x], self.needed[norm]
         begin = min(max(out.begin - before, 0), last - 1)
@@ -141,37 +141,36 @@ class _Trim:
         if node.op == "placeholder":
             self.made[node] = Range(0, self.latents)
         elif node.target is OPS.conv.default:  # over all there is: a part would have to be copied
-            x: Any = node.args[0]
+            x = arguments(node)["x"]
             self.made[node] = Range(self.made[x].begin, self.made[x].end - self.reach(node))
         elif node.target is OPS.join_pixels.default:
-            self.cut(node, 0, needed)
+            self.cut(node, "x", needed)
             self.made[node] = needed
         elif node.target in NORMS:
             read = self.read(node)
-            x = node.args[0]
+            x = arguments(node)["x"]
             before, after = pads(node)
-            self.cut(node, 0, read)
-            self.cut(node, 1, read)
+            self.cut(node, "x", read)
+            self.cut(node, "delta", read)
             begin = 0 if read.begin == 0 else read.begin + before
             before, after = before * (read.begin == 0), after * (read.end == self.full[x])
-            node.update_arg(5, before)
-            node.update_arg(6, after)
+            with_arguments(node, before=before, after=after)
             self.made[node] = Range(begin, begin + before + read.end - read.begin + after)
         elif node.target is OPS.join_frames.default:
-            drop: Any = node.args[4]
+            drop = arguments(node)["drop"]
             begin, end = needed.begin + drop, needed.end + drop  # before frames are dropped
             read = Range(begin // parts(node), -(-end // parts(node)))
-            self.cut(node, 0, read)
-            self.cut(node, 1, read)
+            self.cut(node, "x", read)
+            self.cut(node, "delta", read)
             if read.begin:
-                node.update_arg(4, 0)
+                with_arguments(node, drop=0)
             self.made[node] = Range(
                 max(parts(node) * read.begin - drop, 0), parts(node) * read.end - drop
             )
 
-    def cut(self, node: fx.Node, index: int, read: Range) -> None:
-        """Let an argument be those frames alone."""
-        x: Any = node.args[index]
+    def cut(self, node: fx.Node, name: str, read: Range) -> None:
+        """Let the argument of this name be those frames alone."""
+        x = arguments(node)[name]
         if x is None or self.made[x] == read:
             return
         begin = read.begin - self.made[x].begin
@@ -179,16 +178,15 @@ class _Trim:
             part = self.module.graph.call_function(
                 torch.ops.aten.slice.Tensor, (x, TIME, begin, begin + read.end - read.begin)
             )
-        node.update_arg(index, part)
+        with_arguments(node, **{name: part})
 
 
 def pads(norm: fx.Node) -> tuple[int, int]:
     """Frames that `join_norm` repeats at the start and at the end."""
-    before, after = norm.args[5:7]
-    assert isinstance(before, int) and isinstance(after, int)
-    return before, after
+    given = arguments(norm)
+    return given["before"], given["after"]
 
 
 def parts(upsample: fx.Node) -> int:
     """Frames that `join_frames` makes of one."""
-    return 2 if upsample.args[3] else 1
+    return 2 if arguments(upsample)["in_time"] else 1

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from magihuman.graphs.rewrite import replace
+from magihuman.graphs.rewrite import call, replace
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels import reference as ref
@@ -31,8 +30,9 @@ def _run(
     module: fx.GraphModule, context: Context, width: int, out: int, fn: Callable[[Tensor], Tensor]
 ) -> int:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, fn.__name__, ref.padded_width(out))
-        return [graph.call_function(torch.ops.magihuman.activation.default, arguments)]
+        (x,) = inputs
+        operator = torch.ops.magihuman.activation.default
+        return [call(graph, operator, x=x, kind=fn.__name__, padded=ref.padded_width(out))]
 
     return replace(
         module, fn, (context.example(context.tokens, width, dtype=context.dtype),), build

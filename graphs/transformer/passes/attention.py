@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
-from magihuman.graphs.rewrite import replace
+from magihuman.graphs.rewrite import call, replace
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels import reference as ref
@@ -27,8 +25,20 @@ def _run(module: fx.GraphModule, context: Context, local: ref.LocalAttention | N
     shapes = [(rows, n, config.head_dim) for n in (heads, kv_heads, kv_heads)]
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, list(local or ()), UNSET)
-        return [graph.call_function(torch.ops.magihuman.gated_attention.default, arguments)]
+        q, k, v, gate, length = inputs
+        return [
+            call(
+                graph,
+                torch.ops.magihuman.gated_attention.default,
+                q=q,
+                k=k,
+                v=v,
+                gate=gate,
+                length=length,
+                local=list(local or ()),
+                backend=UNSET,
+            )
+        ]
 
     return replace(
         module,

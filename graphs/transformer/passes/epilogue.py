@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from magihuman.graphs.rewrite import arguments, call
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels.jit import UNSET
@@ -32,32 +33,34 @@ def run(module: fx.GraphModule, context: Context) -> int:
     return count
 
 
-def _linear(node: Any) -> tuple[Any, ...] | None:
-    """Operands and runs of a linear that nothing else reads."""
+def _linear(node: Any) -> dict[str, Any] | None:
+    """Operands and runs, by name, of a linear that nothing else reads."""
     if isinstance(node, fx.Node) and node.target is OPS.linear.default and len(node.users) == 1:
-        return tuple(node.args[:3])
+        given = arguments(node)
+        return {name: given[name] for name in ("x", "weight", "counts")}
     return None
 
 
 def _activation(graph: fx.Graph, node: fx.Node) -> bool:
-    operands = _linear(node.args[0])
+    given = arguments(node)
+    operands = _linear(given["x"])
     if operands is None:
         return False
+    after = {name: given[name] for name in ("kind", "padded")}
     with graph.inserting_before(node):
-        fused = graph.call_function(
-            OPS.linear_activation.default, (*operands, *node.args[1:], UNSET)
-        )
+        fused = call(graph, OPS.linear_activation.default, **operands, **after, route=UNSET)
     _replace(graph, node, fused)
     return True
 
 
 def _add_norm(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> bool:
-    total = _added(graph, node)
+    given = arguments(node)
+    total = _added(graph, node, given["x"], given["delta"])
     if total is None:
         return False
-    weight, counts = node.args[2:]
+    weight, counts = given["weight"], given["counts"]
     with graph.inserting_before(node):
-        normed = graph.call_function(OPS.norm.default, (total, weight, counts, dtype))
+        normed = call(graph, OPS.norm.default, x=total, weight=weight, counts=counts, dtype=dtype)
     for part in list(node.users):  # getitem
         part.replace_all_uses_with(normed if part.args[1] else total)
         graph.erase_node(part)
@@ -66,21 +69,21 @@ def _add_norm(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _add(graph: fx.Graph, node: fx.Node) -> bool:
-    total = _added(graph, node)
+    stream, delta = node.args
+    total = _added(graph, node, stream, delta)
     if total is None:
         return False
     _replace(graph, node, total)
     return True
 
 
-def _added(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """The stream, a node's first argument, after the linear that is its second was added to it."""
-    stream, delta = node.args[:2]
+def _added(graph: fx.Graph, node: fx.Node, stream: Any, delta: Any) -> fx.Node | None:
+    """The stream that a node reads, after the linear that is to be added to it, `delta`, was."""
     operands = _linear(delta)
     if operands is None or not _is_last_reader(stream, node):
         return None
     with graph.inserting_before(node):
-        return graph.call_function(OPS.linear_add_.default, (stream, *operands, UNSET))
+        return call(graph, OPS.linear_add_.default, stream=stream, **operands, route=UNSET)
 
 
 def _is_last_reader(stream: Any, node: fx.Node) -> bool:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
-from magihuman.graphs.rewrite import replace
+from magihuman.graphs.rewrite import call, replace
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels import reference as ref
@@ -35,8 +33,10 @@ def _run(
     module: fx.GraphModule, context: Context, counts: ref.Counts | None, fan_in: int, fan_out: int
 ) -> int:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, list(counts or ()), UNSET)
-        return [graph.call_function(torch.ops.magihuman.linear.default, arguments)]
+        x, weight = inputs
+        operator = torch.ops.magihuman.linear.default
+        runs = list(counts or ())
+        return [call(graph, operator, x=x, weight=weight, counts=runs, route=UNSET)]
 
     return replace(
         module,

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from magihuman.graphs.rewrite import replace
+from magihuman.graphs.rewrite import call, replace
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels import reference as ref
@@ -26,14 +26,20 @@ def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) ->
     norm = config.head_dim * (3 if counts else 1)
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        call = graph.call_function(
+        qkv, q_weight, k_weight, rope = inputs
+        parts = call(
+            graph,
             torch.ops.magihuman.qk_norm_rope.default,
-            (*inputs, list(counts or ()), heads, kv_heads),
+            qkv=qkv,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            rope=rope,
+            counts=list(counts or ()),
+            heads=heads,
+            kv_heads=kv_heads,
         )
-        gate = graph.call_function(
-            torch.ops.aten.slice.Tensor, (inputs[0], 1, columns - heads, columns)
-        )
-        return [*(graph.call_function(operator.getitem, (call, i)) for i in range(3)), gate]
+        gate = graph.call_function(torch.ops.aten.slice.Tensor, (qkv, 1, columns - heads, columns))
+        return [*(graph.call_function(operator.getitem, (parts, i)) for i in range(3)), gate]
 
     return replace(
         module,

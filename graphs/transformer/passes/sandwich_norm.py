@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
-from magihuman.graphs.rewrite import replace
+from magihuman.graphs.rewrite import call, replace
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels import reference as ref
@@ -24,10 +23,10 @@ def run(module: fx.GraphModule, context: Context) -> int:
 
 def _with_addition(module: fx.GraphModule, context: Context, counts: ref.Counts | None) -> int:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        call = graph.call_function(
-            torch.ops.magihuman.add_norm.default, (*inputs, list(counts or ()))
-        )
-        return [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
+        x, delta, weight = inputs
+        target = torch.ops.magihuman.add_norm.default
+        pair = call(graph, target, x=x, delta=delta, weight=weight, counts=list(counts or ()))
+        return [graph.call_function(operator.getitem, (pair, i)) for i in range(2)]
 
     return replace(
         module,
@@ -43,8 +42,10 @@ def _with_addition(module: fx.GraphModule, context: Context, counts: ref.Counts 
 
 def _first(module: fx.GraphModule, context: Context, counts: ref.Counts | None) -> int:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
-        arguments: tuple[Any, ...] = (*inputs, list(counts or ()), context.dtype)
-        return [inputs[0], graph.call_function(torch.ops.magihuman.norm.default, arguments)]
+        x, weight = inputs
+        target = torch.ops.magihuman.norm.default
+        runs = list(counts or ())
+        return [x, call(graph, target, x=x, weight=weight, counts=runs, dtype=context.dtype)]
 
     return replace(
         module,

@@ -14,6 +14,7 @@ from magihuman.graphs.decoder import replay
 from magihuman.graphs.decoder.compile import compile_decoder
 from magihuman.graphs.decoder.passes.trim import trim
 from magihuman.graphs.decoder.replay import CompiledDecoder, _share_buffers
+from magihuman.graphs.rewrite import arguments
 from magihuman.graphs.rewrite.report import CompileError, Report
 from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime.config import TurboVAEConfig
@@ -91,12 +92,12 @@ def test_every_block_is_found(graphs: Graphs) -> None:
 def test_sums_are_stored_only_where_they_are_read_again(graphs: Graphs) -> None:
     module, _ = graphs[False]
     norms = [n for n in module.graph.nodes if str(n.target).startswith("magihuman.join_norm")]
-    residual = [norm for norm in norms if norm.args[1] is not None]
+    residual = [norm for norm in norms if arguments(norm)["delta"] is not None]
     # Of 15 residual blocks one ends in an upsample without a convolution before it. Their sums are
     # read again by another block, but for those before a shortcut, an upsample or the end.
     assert len(residual) == 14
     kept = [norm for norm in norms if str(norm.target) == "magihuman.join_norm_.default"]
-    assert sum(norm.args[8] is None for norm in kept) == 2 + 2 + 1 + 1 + 2
+    assert sum(arguments(norm)["other_eps"] is None for norm in kept) == 2 + 2 + 1 + 1 + 2
 
 
 def test_no_pixels_are_repeated_before_a_convolution(graphs: Graphs) -> None:
@@ -107,8 +108,8 @@ def test_no_pixels_are_repeated_before_a_convolution(graphs: Graphs) -> None:
     assert all(shape[0] == 4 * shape[1] and shape[2:] == (1, 2, 2) for shape in upsamples)
     assert len(upsamples) == 3
     norms = [n for n in module.graph.nodes if str(n.target).startswith("magihuman.join_norm")]
-    assert [norm.args[7] for norm in norms].count([True, False]) == 3
-    assert [norm.args[7] for norm in norms].count([False, True]) == 3
+    assert [arguments(norm)["phases"] for norm in norms].count([True, False]) == 3
+    assert [arguments(norm)["phases"] for norm in norms].count([False, True]) == 3
 
 
 @pytest.mark.parametrize("first", [True, False])

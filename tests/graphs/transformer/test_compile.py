@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import golden
 from magihuman.graphs import graph_cache, quantization, support
+from magihuman.graphs.rewrite import arguments
 from magihuman.graphs.rewrite.report import CompileError, Report
 from magihuman.graphs.trace import CaptureError, capture
 from magihuman.graphs.transformer import compile as compiling
@@ -179,7 +180,7 @@ def test_frame_local_layers(quantized: bool, tmp_path: Path) -> None:
         assert report.from_cache == (number > 0)
         name = "gated_attention_fp8" if quantized else "gated_attention"
         calls = [n for n in module.graph.nodes if str(n.target) == f"magihuman.{name}.default"]
-        shapes = [list(node.args[7 if quantized else 5]) for node in calls]
+        shapes = [list(arguments(node)["local"]) for node in calls]
         assert shapes.count(list(local)) == local_layers and shapes.count([]) == 5 - local_layers
         inputs = golden.inputs_of(model, layout)
         length = torch.tensor(layout.tokens - 1, dtype=torch.int32)
@@ -304,5 +305,5 @@ def test_what_no_gpu_has_chosen_is_unset(cache: Path, tmp_path: Path) -> None:
         assert report.attention == UNSET
         names = ("linear", "linear_add_", "linear_activation", "linear_activation_fp8")
         routed = {getattr(torch.ops.magihuman, name).default for name in names}
-        routes = [node.args[-1] for node in module.graph.nodes if node.target in routed]
+        routes = [arguments(n)["route"] for n in module.graph.nodes if n.target in routed]
         assert routes == [given or UNSET] * 20

@@ -115,7 +115,7 @@ def test_fp8_attention_does_not_see_padding() -> None:
 def test_the_graphs_cache_tells_quantized_linears_apart() -> None:
     model = golden.dit(local=False)
     keys = {
-        compiling.store.key_of(model.config, torch.bfloat16, model, names)
+        compiling.graph_cache.key_of(model.config, torch.bfloat16, model, names)
         for names in ([], ["block.layers.0.mlp.down_proj"], ["block.layers.1.mlp.down_proj"])
     }
     assert len(keys) == 3
