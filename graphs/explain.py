@@ -32,7 +32,7 @@ from magihuman.kernels.reference import Counts
 
 META = torch.device("meta")
 VIEWS = {
-    "chunk", "expand", "flatten", "slice", "select", "split", "split_with_sizes",
+    "chunk", "expand", "flatten", "slice", "select", "split", "split_rows", "split_with_sizes",
     "transpose", "unflatten", "unsqueeze", "view",
 }  # fmt: skip
 OUTSIDE = "embedders and heads"

@@ -14,6 +14,8 @@ import torch
 from torch import fx, nn
 
 import magihuman.graphs
+import magihuman.kernels.ops
+import magihuman.kernels.parallel.exchange
 import magihuman.kernels.reference
 from magihuman.kernels.jit import cache
 
@@ -34,6 +36,8 @@ def key_of(
     """
     sources = [
         *sorted(Path(magihuman.graphs.__file__).parent.rglob("*.py")),
+        Path(magihuman.kernels.ops.__file__),  # whose schemas say what arguments in a file mean
+        Path(magihuman.kernels.parallel.exchange.__file__),
         Path(magihuman.kernels.reference.__file__),
         Path(str(__import__(type(model).__module__, fromlist=["_"]).__file__)),
     ]

@@ -1,8 +1,12 @@
 """Every fused kernel as a PyTorch operator, `torch.ops.magihuman.*`.
 
 On a GPU an operator launches its kernel; on the CPU it computes the reference, so that a rewritten
-graph runs, and can be tested, anywhere. `counts` is (video, audio, text), or empty for one set of
-weights.
+graph runs, and can be tested, anywhere.
+
+`modality_rows` are the rows of video, audio and text among those given, or empty for one set of
+weights; `attended_rows` are the same for what is computed between two exchanges, where several
+processes share a sequence and these are rows of all of it. Rewritten graphs are made for other
+lengths by these names.
 
 `route` and `backend` say which of several kernels a GPU is to launch. Passes leave both `UNSET`,
 since the shape is not known then: the CPU computes the reference all the same, a GPU refuses.
@@ -17,8 +21,8 @@ from magihuman.kernels import reference as ref
 from magihuman.kernels.jit import UNSET
 
 
-def _counts(counts: list[int]) -> ref.Counts | None:
-    return (counts[0], counts[1], counts[2]) if counts else None
+def _runs(rows: list[int]) -> ref.Counts | None:
+    return (rows[0], rows[1], rows[2]) if rows else None
 
 
 def _local(local: list[int]) -> ref.LocalAttention | None:
@@ -26,32 +30,34 @@ def _local(local: list[int]) -> ref.LocalAttention | None:
 
 
 @torch.library.custom_op("magihuman::add_norm", mutates_args=())
-def add_norm(x: Tensor, delta: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, modality_rows: list[int]
+) -> tuple[Tensor, Tensor]:
     """`reference.add_norm`, the norm in delta's dtype."""
     if x.is_cuda:
         from magihuman.kernels.sandwich_norm import sandwich_norm
 
-        return sandwich_norm(x, delta, weight, _counts(counts), delta.dtype)
-    return ref.add_norm(x, delta, weight, _counts(counts), delta.dtype)
+        return sandwich_norm(x, delta, weight, _runs(modality_rows), delta.dtype)
+    return ref.add_norm(x, delta, weight, _runs(modality_rows), delta.dtype)
 
 
 @add_norm.register_fake
-def _(x: Tensor, delta: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, delta: Tensor, weight: Tensor, modality_rows: list[int]) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(delta)
 
 
 @torch.library.custom_op("magihuman::norm", mutates_args=())
-def norm(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+def norm(x: Tensor, weight: Tensor, modality_rows: list[int], dtype: torch.dtype) -> Tensor:
     """`reference.rms_norm` in `dtype`."""
     if x.is_cuda:
         from magihuman.kernels.sandwich_norm import sandwich_norm
 
-        return sandwich_norm(x, None, weight, _counts(counts), dtype)[1]
-    return ref.rms_norm(x, weight, _counts(counts)).to(dtype)
+        return sandwich_norm(x, None, weight, _runs(modality_rows), dtype)[1]
+    return ref.rms_norm(x, weight, _runs(modality_rows)).to(dtype)
 
 
 @norm.register_fake
-def _(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+def _(x: Tensor, weight: Tensor, modality_rows: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
@@ -79,17 +85,17 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("magihuman::norm_fp8", mutates_args=())
-def norm_fp8(x: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+def norm_fp8(x: Tensor, weight: Tensor, modality_rows: list[int]) -> tuple[Tensor, Tensor]:
     """`quantize_fp8` of `reference.rms_norm` in fp32."""
     if x.is_cuda:
         from magihuman.kernels.linear.quantize import norm_rows
 
-        return norm_rows(x, weight, _counts(counts))
-    return quantize_fp8(ref.rms_norm(x, weight, _counts(counts)))
+        return norm_rows(x, weight, _runs(modality_rows))
+    return quantize_fp8(ref.rms_norm(x, weight, _runs(modality_rows)))
 
 
 @norm_fp8.register_fake
-def _(x: Tensor, weight: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, modality_rows: list[int]) -> tuple[Tensor, Tensor]:
     return _fp8_rows(x), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
@@ -99,7 +105,7 @@ def qk_norm_rope(
     q_weight: Tensor,
     k_weight: Tensor,
     rope: Tensor,
-    counts: list[int],
+    attended_rows: list[int],
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,8 +113,10 @@ def qk_norm_rope(
     if qkv.is_cuda:
         from magihuman.kernels.attention import qk_norm_rope as kernel
 
-        return kernel.qk_norm_rope(qkv, q_weight, k_weight, rope, _counts(counts), heads, kv_heads)
-    parts = ref.split_qkv(qkv, q_weight, k_weight, rope, _counts(counts), heads, kv_heads)
+        return kernel.qk_norm_rope(
+            qkv, q_weight, k_weight, rope, _runs(attended_rows), heads, kv_heads
+        )
+    parts = ref.split_qkv(qkv, q_weight, k_weight, rope, _runs(attended_rows), heads, kv_heads)
     q, k, v = (part.clone(memory_format=torch.contiguous_format) for part in parts[:3])
     return q, k, v
 
@@ -119,7 +127,7 @@ def _(
     q_weight: Tensor,
     k_weight: Tensor,
     rope: Tensor,
-    counts: list[int],
+    attended_rows: list[int],
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,12 +143,12 @@ def qkv_fp8(
     k_weight: Tensor,
     rope: Tensor,
     length: Tensor,
-    counts: list[int],
+    attended_rows: list[int],
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.qkv_fp8`."""
-    arguments = (qkv, q_weight, k_weight, rope, length, _counts(counts), heads, kv_heads)
+    arguments = (qkv, q_weight, k_weight, rope, length, _runs(attended_rows), heads, kv_heads)
     if qkv.is_cuda:
         from magihuman.kernels.attention import qkv_fp8 as kernel
 
@@ -155,7 +163,7 @@ def _(
     k_weight: Tensor,
     rope: Tensor,
     length: Tensor,
-    counts: list[int],
+    attended_rows: list[int],
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -236,6 +244,18 @@ def _(
     return torch.empty_like(q)
 
 
+# Views, which no decorator allows. PyTorch sees through it to its own split.
+torch.library.define(
+    "magihuman::split_rows", "(Tensor(a -> *) x, int[] modality_rows) -> Tensor(a)[]"
+)
+
+
+@torch.library.impl("magihuman::split_rows", "CompositeImplicitAutograd")
+def split_rows(x: Tensor, modality_rows: list[int]) -> list[Tensor]:
+    """The rows of video, audio and text of x [N, C], as views."""
+    return list(x.split(modality_rows))
+
+
 @torch.library.custom_op("magihuman::activation", mutates_args=())
 def activation(x: Tensor, kind: str, padded: int) -> Tensor:
     """`reference.swiglu7` or `gelu7`, rows padded with zeros to `padded` columns."""
@@ -253,7 +273,7 @@ def _(x: Tensor, kind: str, padded: int) -> Tensor:
 
 
 @torch.library.custom_op("magihuman::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET) -> Tensor:
+def linear(x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET) -> Tensor:
     """`reference.linear` by this route; x may have more columns than the weight, zeros.
 
     x: [N, K'], K' at least K; weight: [out, K] or [3 out, K], of row stride K' where K' is not K.
@@ -261,30 +281,30 @@ def linear(x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET) -> 
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
-        return routes.linear(x, weight, _counts(counts), route)
-    return ref.linear(x[:, : weight.shape[1]], weight, _counts(counts))
+        return routes.linear(x, weight, _runs(modality_rows), route)
+    return ref.linear(x[:, : weight.shape[1]], weight, _runs(modality_rows))
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] // (3 if counts else 1))
+def _(x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // (3 if modality_rows else 1))
 
 
 @torch.library.custom_op("magihuman::linear_activation", mutates_args=())
 def linear_activation(
-    x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, route: str = UNSET
+    x: Tensor, weight: Tensor, modality_rows: list[int], kind: str, padded: int, route: str = UNSET
 ) -> Tensor:
     """`activation` of `linear`, rounded between the two as the plain model does."""
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
-        return routes.linear_activation(x, weight, _counts(counts), kind, padded, route)
-    return activation(ref.linear(x, weight, _counts(counts)), kind, padded)
+        return routes.linear_activation(x, weight, _runs(modality_rows), kind, padded, route)
+    return activation(ref.linear(x, weight, _runs(modality_rows)), kind, padded)
 
 
 @linear_activation.register_fake
 def _(
-    x: Tensor, weight: Tensor, counts: list[int], kind: str, padded: int, route: str = UNSET
+    x: Tensor, weight: Tensor, modality_rows: list[int], kind: str, padded: int, route: str = UNSET
 ) -> Tensor:
     return x.new_empty(x.shape[0], padded)
 
@@ -293,26 +313,28 @@ def _(
 # above forbids that, a declaration does not.
 torch.library.define(
     "magihuman::linear_add_",
-    "(Tensor(a!) stream, Tensor x, Tensor weight, int[] counts,"
+    "(Tensor(a!) stream, Tensor x, Tensor weight, int[] modality_rows,"
     f' str route="{UNSET}") -> Tensor(a!)',
 )
 
 
 @torch.library.impl("magihuman::linear_add_", ("CPU", "CUDA"))
 def linear_add_(
-    stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET
+    stream: Tensor, x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET
 ) -> Tensor:
     """`linear` joins the fp32 stream [N, out] in place; on a GPU without a rounding before it."""
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
-        routes.linear_add(stream, x, weight, _counts(counts), route)
+        routes.linear_add(stream, x, weight, _runs(modality_rows), route)
         return stream
-    return stream.add_(ref.linear(x[:, : weight.shape[1]], weight, _counts(counts)))
+    return stream.add_(ref.linear(x[:, : weight.shape[1]], weight, _runs(modality_rows)))
 
 
 @torch.library.register_fake("magihuman::linear_add_")
-def _(stream: Tensor, x: Tensor, weight: Tensor, counts: list[int], route: str = UNSET) -> Tensor:
+def _(
+    stream: Tensor, x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET
+) -> Tensor:
     return stream
 
 
@@ -322,7 +344,7 @@ def linear_fp8(
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    counts: list[int],
+    modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
     """`reference.scaled_linear` by this route."""
@@ -330,8 +352,8 @@ def linear_fp8(
         from magihuman.kernels.linear import routes
 
         operands = routes.Quantized(x, x_scale), routes.Quantized(weight, weight_scale)
-        return routes.linear_fp8(*operands, _counts(counts), route)
-    return ref.scaled_linear(x, x_scale, weight, weight_scale, _counts(counts))
+        return routes.linear_fp8(*operands, _runs(modality_rows), route)
+    return ref.scaled_linear(x, x_scale, weight, weight_scale, _runs(modality_rows))
 
 
 @linear_fp8.register_fake
@@ -340,10 +362,10 @@ def _(
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    counts: list[int],
+    modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
-    columns = weight.shape[0] // (3 if counts else 1)
+    columns = weight.shape[0] // (3 if modality_rows else 1)
     return x.new_empty(x.shape[0], columns, dtype=torch.bfloat16)
 
 
@@ -353,7 +375,7 @@ def linear_activation_fp8(
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    counts: list[int],
+    modality_rows: list[int],
     kind: str,
     padded: int,
     out_dtype: torch.dtype,
@@ -365,9 +387,9 @@ def linear_activation_fp8(
 
         operands = routes.Quantized(x, x_scale), routes.Quantized(weight, weight_scale)
         return routes.linear_activation_fp8(
-            *operands, _counts(counts), kind, padded, out_dtype, route
+            *operands, _runs(modality_rows), kind, padded, out_dtype, route
         )
-    product = ref.scaled_linear(x, x_scale, weight, weight_scale, _counts(counts))
+    product = ref.scaled_linear(x, x_scale, weight, weight_scale, _runs(modality_rows))
     out = activation(product, kind, padded)
     if out_dtype == torch.bfloat16:
         return out
@@ -380,7 +402,7 @@ def _(
     x_scale: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    counts: list[int],
+    modality_rows: list[int],
     kind: str,
     padded: int,
     out_dtype: torch.dtype,
@@ -392,7 +414,7 @@ def _(
 torch.library.define(
     "magihuman::linear_add_fp8_",
     "(Tensor(a!) stream, Tensor x, Tensor? x_scale, float scale_of_all, Tensor weight,"
-    f' Tensor weight_scale, int[] counts, str route="{UNSET}") -> Tensor(a!)',
+    f' Tensor weight_scale, int[] modality_rows, str route="{UNSET}") -> Tensor(a!)',
 )
 
 
@@ -404,7 +426,7 @@ def linear_add_fp8_(
     scale_of_all: float,
     weight: Tensor,
     weight_scale: Tensor,
-    counts: list[int],
+    modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
     """`linear_fp8` joins the fp32 stream in place; without x_scale all rows have one scale."""
@@ -413,12 +435,14 @@ def linear_add_fp8_(
 
         rows = routes.Quantized(x, scale_of_all if x_scale is None else x_scale)
         scaled_weight = routes.Quantized(weight, weight_scale)
-        routes.linear_add_fp8(stream, rows, scaled_weight, _counts(counts), route)
+        routes.linear_add_fp8(stream, rows, scaled_weight, _runs(modality_rows), route)
         return stream
     if x_scale is None:
         x_scale = torch.full((x.shape[0],), scale_of_all)
     values = x[:, : weight.shape[1]]
-    return stream.add_(ref.scaled_linear(values, x_scale, weight, weight_scale, _counts(counts)))
+    return stream.add_(
+        ref.scaled_linear(values, x_scale, weight, weight_scale, _runs(modality_rows))
+    )
 
 
 @torch.library.register_fake("magihuman::linear_add_fp8_")
@@ -429,7 +453,7 @@ def _(
     scale_of_all: float,
     weight: Tensor,
     weight_scale: Tensor,
-    counts: list[int],
+    modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
     return stream

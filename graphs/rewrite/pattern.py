@@ -35,6 +35,7 @@ def replace(
     """
     named = {f"input_{i}": example for i, example in enumerate(examples)}
     pattern = capture(_Function(fn), named).graph
+    pattern.eliminate_dead_code()  # results that `fn` takes apart and does not return
     outputs: list[fx.Node] = list(pattern.output_node().args[0])  # type: ignore[arg-type]
     graph = module.graph
     matcher = SubgraphMatcher(pattern, match_output=False, match_placeholder=False)

@@ -25,6 +25,7 @@ from magihuman.graphs.transformer.passes import (
     precision,
     qk_norm_rope,
     sandwich_norm,
+    split_rows,
 )
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels.jit import UNSET
@@ -34,7 +35,7 @@ from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding, p
 OPS = torch.ops.magihuman
 Pass = Callable[[fx.GraphModule, Context], int]
 
-TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do; these occur nowhere else in a graph
+TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do that nothing else in the model is split by
 TRACE_LOCAL = LocalAttention(frames=3, frame_tokens=8, reach=1)  # of so many video tokens
 META = torch.device("meta")
 ONE_KERNEL = "one kernel"  # where all attention is over fp8 or frame-local
@@ -50,6 +51,7 @@ def passes_for(config: Any) -> list[tuple[str, Pass, int]]:
         ("activation", activation.run, layers),
         ("linear", linear.run, 4 * layers),
         ("epilogue", epilogue.run, 3 * layers),
+        ("split_rows", split_rows.run, 1),
     ]
 
 
@@ -193,23 +195,23 @@ def specialize(
     """Put token counts, the shape of frame-local attention and the attention backend into a graph
     rewritten at `TRACE_COUNTS` and `TRACE_LOCAL`.
 
-    Once rewritten, a graph holds the counts only as whole lists: of the modality layers' operators
-    and of the split before the heads; and so the shape, of the operators of attention. So one
-    capture serves every length and size. Where processes share a sequence, its own counts are in
-    the operators between two exchanges.
+    Once rewritten, a graph holds them only as arguments of these names of the project's operators;
+    an empty list says that an operator groups no rows, or attends to all, and stays. So one capture
+    serves every length and size. Where processes share a sequence, `attended_rows` are those of all
+    of it.
     """
-    wanted = {TRACE_COUNTS: list(counts), tuple(TRACE_LOCAL): list(local or ())}
-    if sharding is not None:
-        traced = _traced(sharding.ranks)
-        assert traced is not None
-        wanted[traced.counts] = list(sharding.counts)
+    attended = counts if sharding is None else sharding.counts
+    symbols = {
+        "modality_rows": list(counts),
+        "attended_rows": list(attended),
+        "local": list(local or ()),
+        "backend": attention_backend,
+    }
     for node in module.graph.nodes:
-        node.args = tuple(
-            wanted.get(tuple(argument), argument) if _is_numbers(argument) else argument
-            for argument in node.args
-        )
-        if node.target is OPS.gated_attention.default:
-            with_arguments(node, backend=attention_backend)
+        if getattr(node.target, "namespace", None) == OPS.name:
+            given = arguments(node)
+            changes = {name: value for name, value in symbols.items() if given.get(name)}
+            with_arguments(node, **changes)
     module.recompile()
 
 
@@ -219,10 +221,6 @@ def _traced(ranks: int) -> Sharding | None:
         return None
     video, audio, text = TRACE_COUNTS
     return Sharding((video + (ranks - 1) * sum(TRACE_COUNTS), audio, text), ranks)
-
-
-def _is_numbers(argument: Any) -> bool:
-    return isinstance(argument, (list, tuple)) and all(type(item) is int for item in argument)
 
 
 def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[str, str]:
@@ -236,7 +234,7 @@ def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[
         if node.target not in ROUTED:
             continue
         given = arguments(node)
-        weight, scale, counts = given["weight"], given.get("weight_scale"), given["counts"]
+        weight, scale, counts = given["weight"], given.get("weight_scale"), given["modality_rows"]
         after = given["kind"] if ROUTED[node.target] == "kind" else ROUTED[node.target]
         values, scales = _attribute(module, weight), _attribute(module, scale)
         kind = f"{after} {tuple(values.shape)}{' fp8' if scale else ''}"

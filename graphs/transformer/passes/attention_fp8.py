@@ -14,7 +14,7 @@ from magihuman.kernels.parallel import exchange  # noqa: F401 - register torch.o
 OPS = torch.ops.magihuman
 
 # Arguments that the e4m3 operators take over from those whose places they take.
-SPLIT = ("qkv", "q_weight", "k_weight", "rope", "counts", "heads", "kv_heads")
+SPLIT = ("qkv", "q_weight", "k_weight", "rope", "attended_rows", "heads", "kv_heads")
 ATTENTION = ("gate", "length", "local")
 
 

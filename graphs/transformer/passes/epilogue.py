@@ -37,7 +37,7 @@ def _linear(node: Any) -> dict[str, Any] | None:
     """Operands and runs, by name, of a linear that nothing else reads."""
     if isinstance(node, fx.Node) and node.target is OPS.linear.default and len(node.users) == 1:
         given = arguments(node)
-        return {name: given[name] for name in ("x", "weight", "counts")}
+        return {name: given[name] for name in ("x", "weight", "modality_rows")}
     return None
 
 
@@ -58,9 +58,11 @@ def _add_norm(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> bool:
     total = _added(graph, node, given["x"], given["delta"])
     if total is None:
         return False
-    weight, counts = given["weight"], given["counts"]
+    weight, rows = given["weight"], given["modality_rows"]
     with graph.inserting_before(node):
-        normed = call(graph, OPS.norm.default, x=total, weight=weight, counts=counts, dtype=dtype)
+        normed = call(
+            graph, OPS.norm.default, x=total, weight=weight, modality_rows=rows, dtype=dtype
+        )
     for part in list(node.users):  # getitem
         part.replace_all_uses_with(normed if part.args[1] else total)
         graph.erase_node(part)

@@ -36,7 +36,7 @@ def _run(
         x, weight = inputs
         operator = torch.ops.magihuman.linear.default
         runs = list(counts or ())
-        return [call(graph, operator, x=x, weight=weight, counts=runs, route=UNSET)]
+        return [call(graph, operator, x=x, weight=weight, modality_rows=runs, route=UNSET)]
 
     return replace(
         module,

@@ -44,7 +44,7 @@ def _replace(graph: fx.Graph, node: fx.Node, quantized: Collection[str]) -> None
         product = {
             "weight": weight,
             "weight_scale": scale,
-            "counts": given["counts"],
+            "modality_rows": given["modality_rows"],
             "route": given["route"],
         }
         if node.target is OPS.linear.default:
@@ -82,7 +82,7 @@ def _rows(graph: fx.Graph, x: fx.Node) -> dict[str, fx.Node]:
     """e4m3 rows and their scales in place of x; the norm makes them itself."""
     if x.target is OPS.norm.default:
         given = arguments(x)
-        normed = {name: given[name] for name in ("x", "weight", "counts")}
+        normed = {name: given[name] for name in ("x", "weight", "modality_rows")}
         pair = call(graph, OPS.norm_fp8.default, **normed)
     else:
         pair = call(graph, OPS.quantize_fp8.default, x=x)

@@ -34,7 +34,7 @@ def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) ->
             q_weight=q_weight,
             k_weight=k_weight,
             rope=rope,
-            counts=list(counts or ()),
+            attended_rows=list(counts or ()),
             heads=heads,
             kv_heads=kv_heads,
         )

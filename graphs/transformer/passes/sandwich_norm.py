@@ -25,7 +25,9 @@ def _with_addition(module: fx.GraphModule, context: Context, counts: ref.Counts 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
         x, delta, weight = inputs
         target = torch.ops.magihuman.add_norm.default
-        pair = call(graph, target, x=x, delta=delta, weight=weight, counts=list(counts or ()))
+        pair = call(
+            graph, target, x=x, delta=delta, weight=weight, modality_rows=list(counts or ())
+        )
         return [graph.call_function(operator.getitem, (pair, i)) for i in range(2)]
 
     return replace(
@@ -45,7 +47,7 @@ def _first(module: fx.GraphModule, context: Context, counts: ref.Counts | None) 
         x, weight = inputs
         target = torch.ops.magihuman.norm.default
         runs = list(counts or ())
-        return [x, call(graph, target, x=x, weight=weight, counts=runs, dtype=context.dtype)]
+        return [x, call(graph, target, x=x, weight=weight, modality_rows=runs, dtype=context.dtype)]
 
     return replace(
         module,

@@ -22,8 +22,10 @@ def test_defaults_are_filled_in() -> None:
     part = graph.call_function(ATEN.slice.Tensor, (x, 1, 2))
     assert arguments(part) == {"self": x, "dim": 1, "start": 2, "end": None, "step": 1}
     assert list(arguments(part)) == ["self", "dim", "start", "end", "step"]
-    product = graph.call_function(OPS.linear.default, (x,), {"counts": [1, 2, 3], "weight": weight})
-    given = {"x": x, "weight": weight, "counts": [1, 2, 3], "route": UNSET}
+    product = graph.call_function(
+        OPS.linear.default, (x,), {"modality_rows": [1, 2, 3], "weight": weight}
+    )
+    given = {"x": x, "weight": weight, "modality_rows": [1, 2, 3], "route": UNSET}
     assert arguments(product) == given
     assert list(arguments(product)) == list(given)
 
@@ -31,7 +33,7 @@ def test_defaults_are_filled_in() -> None:
 def test_a_call_orders_by_the_schema() -> None:
     graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
-    product = call(graph, OPS.linear.default, counts=[], weight=weight, x=x)
+    product = call(graph, OPS.linear.default, modality_rows=[], weight=weight, x=x)
     assert product.args == (x, weight, [], UNSET) and product.kwargs == {}
     scaled = call(graph, ATEN.add.Tensor, other=weight, self=x)
     assert scaled.args == (x, weight) and scaled.kwargs == {"alpha": 1}  # by name alone
@@ -51,7 +53,7 @@ def test_replaced_arguments_stand_in_their_places() -> None:
 def test_errors_name_operator_and_argument() -> None:
     graph = fx.Graph()
     x, weight = graph.placeholder("x"), graph.placeholder("weight")
-    product = call(graph, OPS.linear.default, x=x, weight=weight, counts=[])
+    product = call(graph, OPS.linear.default, x=x, weight=weight, modality_rows=[])
     with pytest.raises(
         ArgumentError, match=r"magihuman\.linear\.default has no argument 'kind'; .* 'x', 'weight'"
     ):
@@ -59,7 +61,9 @@ def test_errors_name_operator_and_argument() -> None:
     assert arguments(product)["route"] == UNSET  # as it was
     with pytest.raises(ArgumentError, match=r"aten\.add\.Tensor has no argument 'others'; .* 'al"):
         call(graph, ATEN.add.Tensor, self=x, other=weight, others=weight)
-    with pytest.raises(ArgumentError, match=r"linear\.default needs the argument 'counts', which"):
+    with pytest.raises(
+        ArgumentError, match=r"linear\.default needs the argument 'modality_rows', which"
+    ):
         call(graph, OPS.linear.default, x=x, weight=weight)
     with pytest.raises(ArgumentError, match=r"only calls of operators .* x is placeholder of x"):
         arguments(x)

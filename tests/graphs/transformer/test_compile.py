@@ -6,19 +6,22 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import golden
 from magihuman.graphs import graph_cache, quantization, support
-from magihuman.graphs.rewrite import arguments
+from magihuman.graphs.rewrite import arguments, call
 from magihuman.graphs.rewrite.report import CompileError, Report
 from magihuman.graphs.trace import CaptureError, capture
 from magihuman.graphs.transformer import compile as compiling
 from magihuman.graphs.transformer.passes.context import Context
+from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
+from magihuman.kernels.decoder import ops as decoder_ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels.jit import UNSET
 from magihuman.kernels.jit import cache as kept
 from magihuman.kernels.parallel import exchange
@@ -27,6 +30,7 @@ from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.pipeline import denoise
 
 CPU = torch.device("cpu")
+OPS = torch.ops.magihuman
 ONE_ROUNDING = 7e-3  # between two runs of the model that round one sum to bf16 differently
 LAYOUTS = [
     tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7),
@@ -77,6 +81,7 @@ def test_every_block_is_found_and_the_numbers_stay(model: DiT, cache: Path) -> N
                 "activation": 5,
                 "linear": 20,
                 "epilogue": 15,
+                "split_rows": 1,
             }
         inputs = golden.inputs_of(model, layout)
         for padding in (0, 3):
@@ -96,12 +101,13 @@ def test_nothing_of_the_blocks_is_left_in_the_graph(model: DiT, cache: Path) -> 
         "magihuman.gated_attention.default": 5,
         "magihuman.linear_add_.default": 10,
         "magihuman.linear_activation.default": 5,
+        "magihuman.split_rows.default": 1,
     }
     left = {name for name in names if not name.startswith("magihuman.")}
     # Embedders, heads and their norms, and views.
     assert left <= {
         "aten.linear.default", "aten.cat.default", "aten.flatten.using_ints", "aten.slice.Tensor",
-        "aten.split_with_sizes.default", "<built-in function getitem>", "aten.add.Tensor",
+        "<built-in function getitem>", "aten.add.Tensor",
         "aten.square.default", "aten.mean.dim", "aten.rsqrt.default", "aten.mul.Tensor",
         "aten.to.dtype",
     }  # fmt: skip
@@ -125,6 +131,43 @@ def test_a_prompt_gives_the_same_in_any_bucket(model: DiT, cache: Path) -> None:
     assert_same(model, inputs, module(*wide.values(), length), None)
 
 
+def test_values_like_those_of_the_trace_stay() -> None:
+    """Rows and shapes are known by the arguments that they are, not by being the traced ones."""
+    own, whole = list(compiling.TRACE_COUNTS), [60, 7, 5]
+    shape = list(compiling.TRACE_LOCAL)
+    graph = fx.Graph()
+    x, weight, length = (graph.placeholder(name) for name in ("x", "weight", "length"))
+    by_modality = call(graph, OPS.linear.default, x=x, weight=weight, modality_rows=own)
+    all_alike = call(graph, OPS.linear.default, x=x, weight=weight, modality_rows=[])
+    operands = {"qkv": x, "q_weight": weight, "k_weight": weight, "rope": x}
+    heads = {"heads": 24, "kv_heads": 7}
+    rotated = call(graph, OPS.qk_norm_rope.default, **operands, **heads, attended_rows=whole)
+    parts = call(graph, OPS.split_rows.default, x=x, modality_rows=own)
+    operands = {"q": x, "k": x, "v": x, "gate": x, "length": length}
+    near = call(graph, OPS.gated_attention.default, **operands, local=shape)
+    far = call(graph, OPS.gated_attention.default, **operands, local=[])
+    others = [
+        call(graph, OPS.conv.default, x=x, weight=weight, padding=shape),
+        call(graph, OPS.conv.default, x=x, weight=weight, padding=own),
+        graph.call_function(torch.ops.aten.view.default, (x, own)),
+        graph.call_function(torch.ops.aten.split_with_sizes.default, (x, whole)),
+    ]
+    before = [node.args for node in others]
+    graph.output((by_modality, all_alike, rotated, parts, near, far, *others))
+    module = fx.GraphModule(nn.Module(), graph)
+    sharding = ref.Sharding((100, 20, 8), 2)
+    local = ref.LocalAttention(4, 25, 2)
+    compiling.specialize(module, (64, 0, 0), "gluon", local, sharding)
+    assert arguments(by_modality)["modality_rows"] == [64, 0, 0]
+    assert arguments(parts)["modality_rows"] == [64, 0, 0]
+    assert arguments(all_alike)["modality_rows"] == []
+    assert arguments(rotated)["attended_rows"] == [100, 20, 8]
+    assert (arguments(rotated)["heads"], arguments(rotated)["kv_heads"]) == (24, 7)
+    assert (arguments(near)["local"], arguments(near)["backend"]) == ([4, 25, 2], "gluon")
+    assert (arguments(far)["local"], arguments(far)["backend"]) == ([], "gluon")
+    assert [node.args for node in others] == before
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_exchanges_are_operators_of_the_graph(ranks: int, tmp_path: Path) -> None:
     """Own counts outside of them, those of the whole sequence between them; one graph for all."""
@@ -146,6 +189,7 @@ def test_exchanges_are_operators_of_the_graph(ranks: int, tmp_path: Path) -> Non
         modality = len(config.modality_layers)
         assert seen["qk_norm_rope", sharding.counts] == modality
         assert seen["linear", own] == seen["linear_activation", own] == modality
+        assert seen["split_rows", own] == 1
         names = Counter(str(node.target) for node in module.graph.nodes)
         layers = config.num_layers
         assert names["magihuman.rows_to_heads.default"] == layers
@@ -274,6 +318,18 @@ def test_stored_graphs(model: DiT, cache: Path, tmp_path: Path) -> None:
     for text in ("[[", gone):
         kept.write(graph_cache.KIND, key, text.encode(), tmp_path)
         assert graph_cache.load(key, model, tmp_path) is None
+
+
+@pytest.mark.parametrize("changed", [ops, exchange, ref])
+def test_stored_graphs_are_those_of_their_operators(
+    changed: ModuleType, model: DiT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file has arguments in the order of the schemas that it was written with."""
+    key = graph_cache.key_of(model.config, torch.bfloat16, model)
+    source = tmp_path / "changed.py"
+    source.write_text(Path(str(changed.__file__)).read_text() + "# changed")
+    monkeypatch.setattr(changed, "__file__", str(source))
+    assert graph_cache.key_of(model.config, torch.bfloat16, model) != key
 
 
 def test_padding_weights_changes_no_value(model: DiT) -> None:

@@ -17,16 +17,16 @@ CPU = torch.device("cpu")
 LAYOUT = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7)
 ALL = {
     "norm_fp8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 5, "linear_fp8": 5,
-    "linear_activation_fp8": 5, "linear_add_fp8_": 10,
+    "linear_activation_fp8": 5, "linear_add_fp8_": 10, "split_rows": 1,
 }  # fmt: skip
 # Up and down projections read and write each other's type, whichever of them is kept.
 NO_DOWN = {
     "norm_fp8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 5, "linear_fp8": 5,
-    "linear_activation_fp8": 5, "linear_add_fp8_": 5, "linear_add_": 5,
+    "linear_activation_fp8": 5, "linear_add_fp8_": 5, "linear_add_": 5, "split_rows": 1,
 }  # fmt: skip
 NO_UP = {
     "norm_fp8": 5, "norm": 5, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 10,
-    "linear_fp8": 5, "linear_activation": 5, "linear_add_fp8_": 10,
+    "linear_fp8": 5, "linear_activation": 5, "linear_add_fp8_": 10, "split_rows": 1,
 }  # fmt: skip
 
 
