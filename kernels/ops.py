@@ -20,6 +20,8 @@ from torch import Tensor
 from magihuman.kernels import reference as ref
 from magihuman.kernels.jit import UNSET
 
+BF16_ROW = 8  # columns of bf16 in 16 bytes
+
 
 def _runs(rows: list[int]) -> ref.Counts | None:
     return (rows[0], rows[1], rows[2]) if rows else None
@@ -193,7 +195,7 @@ def gated_attention_fp8(
         from magihuman.kernels.attention import fp8 as attention_fp8
 
         return attention_fp8.attention(*arguments)
-    return ref.attention_fp8(*arguments)
+    return ref.attention_fp8(*arguments).contiguous()
 
 
 @gated_attention_fp8.register_fake
@@ -338,6 +340,12 @@ def _(
     return stream
 
 
+def _bf16_rows(x: Tensor, columns: int) -> Tensor:
+    """Room in bf16 for a product of x, in rows that start at multiples of 16 bytes."""
+    stride = -(-columns // BF16_ROW) * BF16_ROW
+    return x.new_empty((x.shape[0], stride), dtype=torch.bfloat16)[:, :columns]
+
+
 @torch.library.custom_op("magihuman::linear_fp8", mutates_args=())
 def linear_fp8(
     x: Tensor,
@@ -347,13 +355,14 @@ def linear_fp8(
     modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
-    """`reference.scaled_linear` by this route."""
+    """`reference.scaled_linear` by this route, in rows that start at multiples of 16 bytes."""
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
         operands = routes.Quantized(x, x_scale), routes.Quantized(weight, weight_scale)
         return routes.linear_fp8(*operands, _runs(modality_rows), route)
-    return ref.scaled_linear(x, x_scale, weight, weight_scale, _runs(modality_rows))
+    product = ref.scaled_linear(x, x_scale, weight, weight_scale, _runs(modality_rows))
+    return _bf16_rows(x, product.shape[1]).copy_(product)
 
 
 @linear_fp8.register_fake
@@ -365,8 +374,7 @@ def _(
     modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
-    columns = weight.shape[0] // (3 if modality_rows else 1)
-    return x.new_empty(x.shape[0], columns, dtype=torch.bfloat16)
+    return _bf16_rows(x, weight.shape[0] // (3 if modality_rows else 1))
 
 
 @torch.library.custom_op("magihuman::linear_activation_fp8", mutates_args=())
