@@ -27,8 +27,12 @@ import torch
 import environment
 import sizes
 from magihuman.graphs import quantization as fp8
-from magihuman.graphs.transformer.compile import compile_forward
-from magihuman.graphs.transformer.replay import CompiledForward
+from magihuman.graphs.transformer import (
+    CompiledForward,
+    CompileOptions,
+    Context,
+    compile_forward,
+)
 from magihuman.kernels.reference import Sharding
 from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
@@ -93,17 +97,20 @@ def rewrite(team: Team, size: sizes.Size, model: DiT, precision: str) -> None:
     meanwhile that for one from rank 1. Each takes one core 20 s.
     """
     sharding = Sharding.of(size.layout.counts, RANKS)
-    compile_forward(
-        model,
+    rows = size.layout.counts if team.rank else sharding.own_counts(0)
+    context = Context(
         model.config,
-        size.layout.counts if team.rank else sharding.own_counts(0),
+        rows,
         torch.bfloat16,
         team.device,
+        sharding=None if team.rank else sharding,
+    )
+    options = CompileOptions(
         attention_backend="gluon",  # any, of all that is left open: nothing is measured for this
         linear_route="library",
         fp8_attention=PrecisionPolicy(precision).is_fp8_attention,
-        sharding=None if team.rank else sharding,
     )
+    compile_forward(model, context, options)
 
 
 def join(

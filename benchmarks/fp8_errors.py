@@ -30,6 +30,8 @@ import weight_kinds
 from magihuman import runtime
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
+from magihuman.graphs.transformer.options import CompileOptions
+from magihuman.graphs.transformer.passes.context import Context
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
@@ -274,8 +276,8 @@ def fp8_forward(model: DiT, layout: tokens.Layout, cache: Path) -> denoise.Forwa
     if device.type == "cuda":
         return CompiledForward(model, model.config, torch.bfloat16, device)
     compiling.pad_weights(model, model.config)
-    arguments = (model, model.config, layout.counts, torch.bfloat16, device)
-    module, _ = compiling.compile_forward(*arguments, cache=cache)
+    context = Context(model.config, layout.counts, torch.bfloat16, device)
+    module, _ = compiling.compile_forward(model, context, CompileOptions(cache=cache))
     length = torch.tensor(layout.tokens, dtype=torch.int32)
     return lambda video, audio, text, rope, local: module(video, audio, text, rope, length)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.graphs.decoder.replay import CompiledDecoder
+from magihuman.graphs.transformer.options import ReplayOptions
 from magihuman.graphs.transformer.replay import TEXT_BUCKET, CompiledForward
 from magihuman.kernels import ops
 from magihuman.kernels.attention import backends
@@ -130,7 +131,7 @@ def compiled_forward(model: Any, **options: Any) -> CompiledForward:
     where = next(model.parameters()).device
     if where.type != "cuda":
         options |= {"replays": False, "budget_bytes": 0}
-    return CompiledForward(model, model.config, torch.bfloat16, where, **options)
+    return CompiledForward(model, model.config, torch.bfloat16, where, ReplayOptions(**options))
 
 
 def compiled_decoder(vae: Any, **options: Any) -> CompiledDecoder:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,10 +16,10 @@ from torch import Tensor
 import golden
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
-from magihuman.graphs.transformer import replay
+from magihuman.graphs.transformer.options import CompileOptions, ReplayOptions
+from magihuman.graphs.transformer.passes.context import Context
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import reference as ref
-from magihuman.kernels.jit import cache as kept
 from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.parallel.context_parallel import ContextParallel, Transformer
@@ -65,11 +64,12 @@ class Rewritten:
         table = rope.new_zeros(sum(sharding.counts), rope.shape[1])
         table[: len(rope)] = rope
         own = [x[s] for x, s in zip((video, audio, padded), sharding.own(self._rank), strict=True)]
-        module, _ = compiling.compile_forward(
-            self._model, self._model.config, sharding.own_counts(self._rank), torch.bfloat16,
-            torch.device("cpu"), local=local, sharding=sharding if self._ranks > 1 else None,
-            fp8_attention=self._narrow, cache=self._cache,
+        context = Context(
+            self._model.config, sharding.own_counts(self._rank), torch.bfloat16,
+            torch.device("cpu"), local, sharding if self._ranks > 1 else None,
         )  # fmt: skip
+        options = CompileOptions(fp8_attention=self._narrow, cache=self._cache)
+        module, _ = compiling.compile_forward(self._model, context, options)
         return module(*own, table, torch.tensor(len(rope), dtype=torch.int32))
 
 
@@ -99,15 +99,8 @@ class Launched(CompiledForward):
 
     def __init__(self, model: DiT, attention: str, rank: int, ranks: int, cache: Path) -> None:
         cpu = torch.device("cpu")
-        super().__init__(
-            model, model.config, torch.bfloat16, cpu, budget_bytes=0, replays=False, rank=rank,
-            ranks=ranks,
-        )  # fmt: skip
-        self._cache = cache
-
-    def _compile(self, size: replay.Size) -> Any:
-        with mock.patch.dict(os.environ, {kept.VARIABLE: str(self._cache)}):
-            return super()._compile(size)
+        options = ReplayOptions(cache=cache, budget_bytes=0, replays=False, rank=rank, ranks=ranks)
+        super().__init__(model, model.config, torch.bfloat16, cpu, options)
 
 
 OTHERS = {BROKEN: Broken, DYING: Dying, FAILING: Failing, LAUNCHED: Launched}
@@ -173,10 +166,10 @@ def compiled(name: str, device: torch.device, rank: int = 0, ranks: int = 1) -> 
     if kind != "bf16":
         quantization.quantize_model(model, quantization.quantized_linears(model.config))
     narrow = kind == "fp8-attn"
-    forward = CompiledForward(
-        model, model.config, torch.bfloat16, device, fp8_attention=narrow,
-        replays=size != "launched", rank=rank, ranks=ranks,
-    )  # fmt: skip
+    options = ReplayOptions(
+        fp8_attention=narrow, replays=size != "launched", rank=rank, ranks=ranks
+    )
+    forward = CompiledForward(model, model.config, torch.bfloat16, device, options)
     return Transformer(model, forward)
 
 

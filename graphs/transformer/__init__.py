@@ -6,19 +6,24 @@ graph for each size, `layer_hooks` lets weights come layer by layer.
 
 from magihuman.graphs.transformer.compile import (
     TRACE_COUNTS,
+    compile_forward,
     example_inputs,
     pad_weights,
     rewrite,
     route_linears,
     specialize,
 )
+from magihuman.graphs.transformer.options import CompileOptions, ReplayOptions
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.graphs.transformer.replay import CompiledForward
 
 __all__ = [
     "TRACE_COUNTS",
+    "CompileOptions",
     "CompiledForward",
     "Context",
+    "ReplayOptions",
+    "compile_forward",
     "example_inputs",
     "pad_weights",
     "rewrite",

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from magihuman.graphs import graph_cache
 from magihuman.graphs.quantization import is_quantized
 from magihuman.graphs.rewrite import CompileError, Report, arguments, with_arguments
 from magihuman.graphs.trace import capture
+from magihuman.graphs.transformer.options import CompileOptions
 from magihuman.graphs.transformer.passes import (
     activation,
     attention,
@@ -57,33 +57,16 @@ def passes_for(config: Any) -> list[tuple[str, Pass, int]]:
 
 def compile_forward(
     model: nn.Module,
-    config: Any,
-    counts: Counts,
-    dtype: torch.dtype,
-    device: torch.device,
-    attention_backend: str | None = None,
-    linear_route: str | None = None,
-    cache: Path | None = None,
-    fp8_attention: bool = False,
-    local: LocalAttention | None = None,
-    sharding: Sharding | None = None,
+    context: Context,
+    options: CompileOptions | None = None,
 ) -> tuple[fx.GraphModule, Report]:
-    """The forward of `model` for sequences of `counts` tokens, in fused kernels.
+    """The forward of `model` for sequences of the context's sizes, in fused kernels.
 
     Args:
         model: a DiT with the signature of `magihuman.runtime.model.dit.DiT.forward`.
-        config: its architecture.
-        counts: tokens of each modality; text includes the padding of its bucket. With `sharding`,
-            of the rows of this process.
-        dtype: of the linears inside the blocks.
-        device: that the model is on.
-        attention_backend: one of `attention_backends.NAMES`; by default what measures fastest here.
-        linear_route: one of `linear_routes.TILES` or "library"; by default what measures fastest
-            here for each shape.
-        cache: folder of rewritten graphs; by default the user's.
-        fp8_attention: in the layers whose projection to q, k and v has e4m3 weights.
-        local: shape of frame-local attention, where the architecture has such layers.
-        sharding: how several processes share a sequence, where they do. The graph is every one's.
+        context: its architecture, dtype and device, and the sizes of a sequence; text includes the
+            padding of its bucket. With `sharding` the graph is every process's.
+        options: by default those of `CompileOptions`.
 
     Returns:
         A module that takes video, audio, text, rope and length, and the report.
@@ -92,38 +75,42 @@ def compile_forward(
         CaptureError: the forward is not one graph.
         CompileError: a pass found more or fewer places than the architecture has.
     """
+    options = options or CompileOptions()
     report = Report()
     start = time.perf_counter()
+    config, device = context.config, context.device
     quantized = [name for name, module in model.named_modules() if is_quantized(module)]
-    ranks = 1 if sharding is None else sharding.ranks
-    key = graph_cache.key_of(config, dtype, model, quantized, fp8_attention, ranks)
-    module = graph_cache.load(key, model, cache)
+    narrow = options.fp8_attention
+    key = graph_cache.key_of(config, context.dtype, model, quantized, narrow, context.ranks)
+    module = graph_cache.load(key, model, options.cache)
     report.from_cache = module is not None
     report.seconds["cache"] = time.perf_counter() - start
     if module is None:
-        is_local = bool(config.local_attention_layers)
-        context = Context(
-            config, TRACE_COUNTS, dtype, device, TRACE_LOCAL if is_local else None, _traced(ranks)
+        traced = dataclasses.replace(
+            context,
+            counts=TRACE_COUNTS,
+            local=TRACE_LOCAL if config.local_attention_layers else None,
+            sharding=_traced(context.ranks),
         )
-        module = rewrite(model, context, report, quantized, fp8_attention)
-        graph_cache.save(module, key, cache)
+        module = rewrite(model, traced, report, quantized, narrow)
+        graph_cache.save(module, key, options.cache)
     start = time.perf_counter()
     has_choice = any(
         node.target is OPS.gated_attention.default and not arguments(node)["local"]
         for node in module.graph.nodes
     )
-    if has_choice and device.type == "cuda" and attention_backend is None:
-        context = Context(config, counts, dtype, device, local, sharding)
+    backend = options.attention_backend
+    if has_choice and device.type == "cuda" and backend is None:
         shape = (sum(context.attended), *context.heads, config.head_dim)
         from magihuman.kernels.attention import backends
 
-        attention_backend = backends.fastest(*shape, device)
-    backend = attention_backend or UNSET
+        backend = backends.fastest(*shape, device)
+    backend = backend or UNSET
     report.attention = backend if has_choice else ONE_KERNEL
     report.seconds["choose attention"] = time.perf_counter() - start
-    specialize(module, counts, backend, local, sharding)
+    specialize(module, context.counts, backend, context.local, context.sharding)
     start = time.perf_counter()
-    report.linears = route_linears(module, sum(counts), linear_route)
+    report.linears = route_linears(module, context.tokens, options.linear_route)
     report.seconds["choose linears"] = time.perf_counter() - start
     report.nodes_after = len(module.graph.nodes)
     return module, report

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from magihuman.graphs.cuda_graphs import (
 from magihuman.graphs.rewrite import Report
 from magihuman.graphs.transformer.compile import compile_forward, example_inputs, pad_weights
 from magihuman.graphs.transformer.layer_hooks import call_before_layers
+from magihuman.graphs.transformer.options import ReplayOptions
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels.parallel import exchange
 from magihuman.kernels.reference import Counts, LocalAttention, Sharding
@@ -80,36 +80,23 @@ class CompiledForward:
         config: Any,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        fp8_attention: bool = False,
-        budget_bytes: int | None = None,
-        capturing: AbstractContextManager[Any] | None = None,
-        replays: bool = True,
-        before_layer: Callable[[int], None] | None = None,
-        debug: bool = False,
-        rank: int = 0,
-        ranks: int = 1,
+        options: ReplayOptions | None = None,
     ) -> None:
-        """Model: a DiT, whose weights are laid out anew in place.
+        """Nothing is compiled or captured yet.
 
-        fp8_attention: in the layers whose projection to q, k and v is quantised.
-        budget_bytes: of all captured graphs; by default a quarter of the memory free now. One graph
-        is kept even where it passes the budget alone. capturing: entered while a size is timed and
-        captured, when nothing else may run on the device. replays: False launches kernels one by
-        one, and nothing is captured. before_layer: called, where nothing is captured, with the
-        number of each layer before it is launched, and with their number behind the last. debug:
-        check before every replay that no tensor has moved, and keep what was captured for
-        `recorded`. rank: of this process among `ranks` that share each sequence, the default group
-        of torch.distributed.
+        Args:
+            model: a DiT on the device, whose weights are laid out anew in place.
+            config: its architecture.
+            dtype: of the linears inside its blocks.
+            device: that it is on.
+            options: by default those of `ReplayOptions`.
         """
         pad_weights(model, config)
         self._model, self._config = model, config
         self._dtype, self._device = dtype, device
-        self._fp8_attention, self._debug = fp8_attention, debug
-        self._rank, self._ranks = rank, ranks
-        self._captures = Captures[Size, _Captured](device, budget_bytes, capturing)
-        self._replays, self._before_layer = replays, before_layer
-        self._capturing = capturing or nullcontext()
+        self._options = options = options or ReplayOptions()
+        self._captures = Captures[Size, _Captured](device, options.budget_bytes, options.capturing)
+        self._capturing = options.capturing or nullcontext()
         self._uncaptured: dict[Size, tuple[fx.GraphModule, Report]] = {}
 
     def __call__(
@@ -126,10 +113,10 @@ class CompiledForward:
             torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
             MovedError: in debug, a weight, input or output is not where it was when captured.
         """
-        if not self._replays:
+        if not self._options.replays:
             return self._launch(video, audio, text, rope, local)
         captured = self._kept(self._size(video.shape[0], audio.shape[0], text.shape[0], local))
-        if self._debug:
+        if self._options.debug:
             check_addresses(captured.addresses, self._tensors(captured.inputs, captured.outputs))
         fixed = captured.inputs
         streams = {"video": video, "audio": audio, "text": text}
@@ -147,7 +134,7 @@ class CompiledForward:
     ) -> None:
         """Make the graph for so many tokens of each modality, if need be."""
         size = self._size(video, audio, text, local)
-        if self._replays:
+        if self._options.replays:
             self._kept(size)
         else:
             self._rewritten(size)
@@ -172,17 +159,17 @@ class CompiledForward:
     def sharding(self, video: int, audio: int, text: int) -> Sharding:
         """How so many tokens of each modality are padded and shared."""
         padded = (video, audio, bucket_of(text))
-        return Sharding.of(padded, self._ranks)
+        return Sharding.of(padded, self._options.ranks)
 
     def reports(self) -> dict[Size, Report]:
         """What compiling did, for each shape kept."""
-        if not self._replays:
+        if not self._options.replays:
             return {size: report for size, (_, report) in self._uncaptured.items()}
         return {size: captured.report for size, captured in self._captures.kept.items()}
 
     def recorded(self, video: int, audio: int, text: int) -> Recorded:
         """The nodes of the graph for so many tokens of each modality, in debug only."""
-        if not self._debug:
+        if not self._options.debug:
             raise ValueError("what was captured is kept in debug only; give debug=True")
         return recorded(self._kept(self._size(video, audio, text)).graph)
 
@@ -202,7 +189,7 @@ class CompiledForward:
         size = self._size(video.shape[0], audio.shape[0], text.shape[0], local)
         module = self._rewritten(size)
         padding = (0, 0, 0, size.counts[2] - text.shape[0])
-        own = Sharding(size.counts, self._ranks).own(self._rank)
+        own = Sharding(size.counts, self._options.ranks).own(self._options.rank)
         streams = (video, audio, F.pad(text, padding))
         length = torch.tensor(rope.shape[0], dtype=torch.int32, device=self._device)
         with torch.inference_mode():
@@ -223,9 +210,10 @@ class CompiledForward:
                 if self._device.type == "cuda":  # weights that still come would disturb timings
                     torch.cuda.synchronize(self._device)
                 module, report = self._compile(size)
-            if self._before_layer is not None:
-                call_before_layers(module, self._config.num_layers, self._before_layer)
-            if self._ranks > 1:  # kernels compile, memory is found, before others are waited for
+            if self._options.before_layer is not None:
+                call_before_layers(module, self._config.num_layers, self._options.before_layer)
+            if self._options.ranks > 1:
+                # Kernels compile, and memory is found, before others are waited for.
                 with torch.inference_mode(), exchange.apart():
                     module(*self._zeros(size).values())
             while len(self._uncaptured) >= UNCAPTURED:
@@ -242,16 +230,7 @@ class CompiledForward:
 
     def _compile(self, size: Size) -> tuple[fx.GraphModule, Report]:
         context = self._context(size, self._device)
-        return compile_forward(
-            self._model,
-            self._config,
-            context.counts,
-            self._dtype,
-            self._device,
-            fp8_attention=self._fp8_attention,
-            local=size.local,
-            sharding=context.sharding,
-        )
+        return compile_forward(self._model, context, self._options)
 
     def _capture(self, size: Size) -> _Captured:
         module, report = self._compile(size)
@@ -264,24 +243,26 @@ class CompiledForward:
                     module(*inputs.values())
 
         graph, outputs = self._captures.record(
-            warm_up, lambda: module(*inputs.values()), keep_graph=self._debug
+            warm_up, lambda: module(*inputs.values()), keep_graph=self._options.debug
         )
         report.seconds["graph"] = time.perf_counter() - start
         log.info("compiled %s tokens in %.1f s", size.counts, sum(report.seconds.values()))
-        own = Sharding(size.counts, self._ranks).own(self._rank)
+        own = Sharding(size.counts, self._options.ranks).own(self._options.rank)
         captured = _Captured(graph, module, inputs, (outputs[0], outputs[1]), report, own)
-        if self._debug:
+        if self._options.debug:
             captured.addresses = addresses(self._tensors(inputs, captured.outputs))
         return captured
 
     def _context(self, size: Size, device: torch.device) -> Context:
-        sharding = Sharding(size.counts, self._ranks)
+        ranks = self._options.ranks
+        sharding = Sharding(size.counts, ranks)
         return Context(
             self._config,
-            sharding.own_counts(self._rank),
+            sharding.own_counts(self._options.rank),
             self._dtype,
             device,
-            sharding=sharding if self._ranks > 1 else None,
+            size.local,
+            sharding if ranks > 1 else None,
         )
 
     def _tensors(

@@ -267,10 +267,10 @@ def recorded_forward(counts: Counts) -> Recorded:
         bindings()
     except NoBindingsError as error:
         raise InvalidRequestError(f"--recorded: {error}") from error
-    from magihuman.graphs.transformer import CompiledForward
+    from magihuman.graphs.transformer import CompiledForward, ReplayOptions
 
     model = random_weights.dit(config, 0, device, torch.bfloat16, "explain")
-    forward = CompiledForward(model, config, torch.bfloat16, device, debug=True)
+    forward = CompiledForward(model, config, torch.bfloat16, device, ReplayOptions(debug=True))
     return forward.recorded(*counts)
 
 

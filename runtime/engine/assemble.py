@@ -135,13 +135,9 @@ def compiled(
     if reason is not None:
         log.info("running the plain transformer: %s", reason)
         return None
-    from magihuman.graphs.transformer import CompiledForward
+    from magihuman.graphs.transformer import CompiledForward, ReplayOptions
 
-    return CompiledForward(
-        model,
-        model.config,
-        spec.linear,
-        device,
+    options = ReplayOptions(
         fp8_attention=spec.precision.is_fp8_attention,
         capturing=capturing,
         replays=placer.replays and not placer.moves(part),
@@ -150,6 +146,7 @@ def compiled(
         rank=0 if team is None else team.rank,
         ranks=1 if team is None else team.ranks,
     )
+    return CompiledForward(model, model.config, spec.linear, device, options)
 
 
 def replayed(encoder: TextEncoder, placer: Placer) -> TextEncoder:

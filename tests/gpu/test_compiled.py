@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 from magihuman import runtime
 from magihuman.graphs import quantization
 from magihuman.graphs.cuda_graphs.addresses import MovedError
+from magihuman.graphs.transformer.options import ReplayOptions
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels.attention import backends
 from magihuman.kernels.linear import routes
@@ -34,7 +35,8 @@ SECOND = re.compile("splitKreduce|cublasLt.*epilogue|scal_kernel", re.IGNORECASE
 
 def compiled_of(**options: Any) -> tuple[torch.nn.Module, CompiledForward]:
     model = golden.dit(local=False).to(DEVICE)
-    return model, CompiledForward(model, model.config, torch.bfloat16, DEVICE, **options)
+    given = ReplayOptions(**options)
+    return model, CompiledForward(model, model.config, torch.bfloat16, DEVICE, given)
 
 
 def velocity_of(
@@ -158,7 +160,8 @@ def test_fp8_linears(attention: bool) -> None:
     reference, _ = compiled_of()
     model = golden.dit(local=False).to(DEVICE)
     quantization.quantize_model(model, quantization.quantized_linears(model.config))
-    forward = CompiledForward(model, model.config, torch.bfloat16, DEVICE, fp8_attention=attention)
+    options = ReplayOptions(fp8_attention=attention)
+    forward = CompiledForward(model, model.config, torch.bfloat16, DEVICE, options)
     text = torch.randn(layout.text, model.config.text_channels, device=DEVICE)
     with torch.inference_mode():
         plain = denoise.velocity_of(reference, layout, text, "v2")(*streams_of(layout))

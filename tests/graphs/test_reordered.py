@@ -91,6 +91,7 @@ def outputs() -> dict[str, tuple[Tensor, ...]]:
     from magihuman.graphs import quantization
     from magihuman.graphs.decoder.compile import compile_decoder
     from magihuman.graphs.decoder.passes.trim import trim
+    from magihuman.graphs.transformer import CompileOptions, Context
     from magihuman.graphs.transformer import compile as compiling
     from magihuman.kernels import reference as ref
     from magihuman.runtime.config import TurboVAEConfig
@@ -110,11 +111,15 @@ def outputs() -> dict[str, tuple[Tensor, ...]]:
             quantization.quantize_model(model, names)
         compiling.pad_weights(model, model.config)
         with tempfile.TemporaryDirectory() as cache:
-            module, _ = compiling.compile_forward(
-                model, model.config, layout.counts, torch.bfloat16, torch.device("cpu"),
-                cache=Path(cache), fp8_attention=keep == "none",
+            context = Context(
+                model.config,
+                layout.counts,
+                torch.bfloat16,
+                torch.device("cpu"),
                 local=ref.LocalAttention(layout.frames, layout.frame_tokens, 1),
-            )  # fmt: skip
+            )
+            options = CompileOptions(cache=Path(cache), fp8_attention=keep == "none")
+            module, _ = compiling.compile_forward(model, context, options)
         assert {NAMESPACE, "magihuman"} & namespaces_of(module) == {torch.ops.magihuman.name}
         results[keep] = module(*inputs.values(), length)
     values = golden.META["turbo_vae"]["config"]

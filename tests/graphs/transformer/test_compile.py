@@ -18,6 +18,7 @@ from magihuman.graphs.rewrite import arguments, call
 from magihuman.graphs.rewrite.report import CompileError, Report
 from magihuman.graphs.trace import CaptureError, capture
 from magihuman.graphs.transformer import compile as compiling
+from magihuman.graphs.transformer.options import CompileOptions
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
@@ -69,9 +70,9 @@ def assert_same(
 def test_every_block_is_found_and_the_numbers_stay(model: DiT, cache: Path) -> None:
     """First captured, then, for other lengths, from the cache; padding included."""
     for number, layout in enumerate(LAYOUTS):
-        module, report = compiling.compile_forward(
-            model, model.config, layout.counts, torch.bfloat16, CPU, cache=cache
-        )
+        context = Context(model.config, layout.counts, torch.bfloat16, CPU)
+        options = CompileOptions(cache=cache)
+        module, report = compiling.compile_forward(model, context, options)
         assert report.from_cache == (number > 0)
         if number == 0:
             assert report.matches == {
@@ -90,9 +91,9 @@ def test_every_block_is_found_and_the_numbers_stay(model: DiT, cache: Path) -> N
 
 
 def test_nothing_of_the_blocks_is_left_in_the_graph(model: DiT, cache: Path) -> None:
-    module, _ = compiling.compile_forward(
-        model, model.config, LAYOUTS[0].counts, torch.bfloat16, CPU, cache=cache
-    )
+    context = Context(model.config, LAYOUTS[0].counts, torch.bfloat16, CPU)
+    options = CompileOptions(cache=cache)
+    module, _ = compiling.compile_forward(model, context, options)
     names = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
     assert Counter(name for name in names if name.startswith("magihuman.")) == {
         "magihuman.norm.default": 10,
@@ -124,9 +125,9 @@ def test_a_prompt_gives_the_same_in_any_bucket(model: DiT, cache: Path) -> None:
     for (name, value), count in zip(inputs.items(), rows, strict=True):
         wide[name] = value.new_full((count, *value.shape[1:]), 7.0)
         wide[name][: len(value)] = value
-    module, _ = compiling.compile_forward(
-        model, model.config, padded.counts, torch.bfloat16, CPU, cache=cache
-    )
+    context = Context(model.config, padded.counts, torch.bfloat16, CPU)
+    options = CompileOptions(cache=cache)
+    module, _ = compiling.compile_forward(model, context, options)
     length = torch.tensor(exact.tokens, dtype=torch.int32)
     assert_same(model, inputs, module(*wide.values(), length), None)
 
@@ -176,9 +177,9 @@ def test_exchanges_are_operators_of_the_graph(ranks: int, tmp_path: Path) -> Non
     sharding = ref.Sharding.of(LAYOUTS[0].counts, ranks)
     for rank in range(ranks):
         own = sharding.own_counts(rank)
-        module, report = compiling.compile_forward(
-            model, config, own, torch.bfloat16, CPU, cache=tmp_path, sharding=sharding
-        )
+        context = Context(config, own, torch.bfloat16, CPU, sharding=sharding)
+        options = CompileOptions(cache=tmp_path)
+        module, report = compiling.compile_forward(model, context, options)
         assert report.from_cache == (rank > 0)
         seen = Counter(
             (str(node.target).removeprefix("magihuman.").removesuffix(".default"), tuple(argument))
@@ -217,10 +218,9 @@ def test_frame_local_layers(quantized: bool, tmp_path: Path) -> None:
     assert 0 < local_layers < 5
     for number, (layout, reach) in enumerate(((LAYOUTS[0], 1), (LAYOUTS[1], 2), (LAYOUTS[0], 0))):
         local = ref.LocalAttention(layout.frames, layout.frame_tokens, reach)
-        module, report = compiling.compile_forward(
-            model, model.config, layout.counts, torch.bfloat16, CPU, cache=tmp_path, local=local,
-            fp8_attention=quantized,
-        )  # fmt: skip
+        context = Context(model.config, layout.counts, torch.bfloat16, CPU, local=local)
+        options = CompileOptions(cache=tmp_path, fp8_attention=quantized)
+        module, report = compiling.compile_forward(model, context, options)
         assert report.from_cache == (number > 0)
         name = "gated_attention_fp8" if quantized else "gated_attention"
         calls = [n for n in module.graph.nodes if str(n.target) == f"magihuman.{name}.default"]
@@ -244,9 +244,9 @@ def test_golden_super_resolution_through_the_compiled_graph(tmp_path: Path) -> N
     def forward(
         video: Tensor, audio: Tensor, text: Tensor, rope: Tensor, local: ref.LocalAttention | None
     ) -> tuple[Tensor, Tensor]:
-        module, _ = compiling.compile_forward(
-            model, model.config, layout.counts, torch.bfloat16, CPU, cache=tmp_path, local=local
-        )
+        context = Context(model.config, layout.counts, torch.bfloat16, CPU, local=local)
+        options = CompileOptions(cache=tmp_path)
+        module, _ = compiling.compile_forward(model, context, options)
         return module(video, audio, text, rope, torch.tensor(layout.tokens, dtype=torch.int32))
 
     plain = denoise.velocity_of(model, layout, text, "v1")
@@ -265,9 +265,9 @@ def test_golden_loop_through_the_compiled_graph(model: DiT, cache: Path) -> None
     text = data["context"][0, : meta["text_len"]]
     video, sound = data["latent_video"], data["latent_audio"]
     layout = tokens.Layout(*video.shape[2:], sound.shape[1], len(text))
-    module, _ = compiling.compile_forward(
-        model, model.config, layout.counts, torch.bfloat16, CPU, cache=cache
-    )
+    context = Context(model.config, layout.counts, torch.bfloat16, CPU)
+    options = CompileOptions(cache=cache)
+    module, _ = compiling.compile_forward(model, context, options)
 
     def forward(
         video: Tensor, audio: Tensor, text: Tensor, rope: Tensor, local: None
@@ -352,10 +352,9 @@ def test_what_no_gpu_has_chosen_is_unset(cache: Path, tmp_path: Path) -> None:
     quantization.quantize_model(model, ["block.layers.1.mlp.up_gate_proj"])
     compiling.pad_weights(model, model.config)
     for given in (None, "128x192"):
-        module, report = compiling.compile_forward(
-            model, model.config, LAYOUTS[0].counts, torch.bfloat16, CPU, linear_route=given,
-            cache=tmp_path,
-        )  # fmt: skip
+        context = Context(model.config, LAYOUTS[0].counts, torch.bfloat16, CPU)
+        options = CompileOptions(linear_route=given, cache=tmp_path)
+        module, report = compiling.compile_forward(model, context, options)
         assert set(report.linears.values()) == {given or UNSET}
         assert any(kind.startswith("swiglu7") and "fp8" in kind for kind in report.linears)
         assert report.attention == UNSET

@@ -11,6 +11,8 @@ import torch
 import golden
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
+from magihuman.graphs.transformer.options import CompileOptions
+from magihuman.graphs.transformer.passes.context import Context
 from magihuman.runtime.model import tokens
 
 CPU = torch.device("cpu")
@@ -46,9 +48,9 @@ def test_quantized_linears(keep: str | list[str], expected: dict[str, int], tmp_
     theirs = plain(**inputs, length=length)
     outputs = []
     for from_cache in (False, True):
-        module, report = compiling.compile_forward(
-            model, model.config, LAYOUT.counts, torch.bfloat16, CPU, cache=tmp_path
-        )
+        context = Context(model.config, LAYOUT.counts, torch.bfloat16, CPU)
+        options = CompileOptions(cache=tmp_path)
+        module, report = compiling.compile_forward(model, context, options)
         assert report.from_cache == from_cache
         found = Counter(
             str(node.target).removeprefix("magihuman.").removesuffix(".default")
@@ -77,10 +79,9 @@ def test_fp8_attention(keep: str | list[str], layers: int, tmp_path: Path) -> No
     theirs = plain(**inputs, length=length)
     errors, outputs = [], []
     for narrow in (False, True, True):
-        module, report = compiling.compile_forward(
-            model, model.config, LAYOUT.counts, torch.bfloat16, CPU, cache=tmp_path,
-            fp8_attention=narrow,
-        )  # fmt: skip
+        context = Context(model.config, LAYOUT.counts, torch.bfloat16, CPU)
+        options = CompileOptions(cache=tmp_path, fp8_attention=narrow)
+        module, report = compiling.compile_forward(model, context, options)
         found = Counter(str(node.target).removesuffix(".default") for node in module.graph.nodes)
         assert found["magihuman.gated_attention_fp8"] == (layers if narrow else 0)
         assert found["magihuman.qkv_fp8"] == (layers if narrow else 0)
@@ -100,9 +101,9 @@ def test_fp8_attention_does_not_see_padding() -> None:
     outputs = []
     for text in (7, 64):  # the second one: padding in a block of its own
         layout = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=text)
-        module, _ = compiling.compile_forward(
-            model, model.config, layout.counts, torch.bfloat16, CPU, fp8_attention=True
-        )
+        context = Context(model.config, layout.counts, torch.bfloat16, CPU)
+        options = CompileOptions(fp8_attention=True)
+        module, _ = compiling.compile_forward(model, context, options)
         torch.manual_seed(0)
         inputs = golden.inputs_of(model, LAYOUT)
         padding = text - LAYOUT.text

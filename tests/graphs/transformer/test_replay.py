@@ -12,6 +12,7 @@ import torch
 import golden
 from magihuman.graphs.cuda_graphs import pool
 from magihuman.graphs.cuda_graphs.pool import DRIVER_BYTES
+from magihuman.graphs.transformer.options import ReplayOptions
 from magihuman.graphs.transformer.replay import CompiledForward
 
 CPU = torch.device("cpu")
@@ -46,9 +47,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 def forward_of(budget_bytes: int, **options: Any) -> CompiledForward:
     model = golden.dit(local=False)
-    return CompiledForward(
-        model, model.config, torch.bfloat16, CPU, budget_bytes=budget_bytes, **options
-    )
+    given = ReplayOptions(budget_bytes=budget_bytes, **options)
+    return CompiledForward(model, model.config, torch.bfloat16, CPU, given)
 
 
 def test_sizes_are_kept_by_text_bucket_until_the_budget_is_full(device: Device) -> None:

@@ -23,6 +23,8 @@ import weight_kinds
 from magihuman import runtime
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
+from magihuman.graphs.transformer.options import CompileOptions
+from magihuman.graphs.transformer.passes.context import Context
 from magihuman.runtime.cli.main import app
 from magihuman.runtime.evaluate import clip_score, verify_page, verify_report, verify_runs
 from magihuman.runtime.evaluate.simulated_fp8 import Mode, SimulatedFp8
@@ -91,10 +93,9 @@ def test_the_simulation_is_the_rewritten_graph(keep, attention, tmp_path):
     torch.manual_seed(0)
     inputs = golden.inputs_of(model, layout)
     length = torch.tensor(layout.tokens, dtype=torch.int32)
-    module, _ = compiling.compile_forward(
-        quantized, quantized.config, layout.counts, torch.bfloat16, CPU, cache=tmp_path,
-        fp8_attention=attention,
-    )  # fmt: skip
+    context = Context(quantized.config, layout.counts, torch.bfloat16, CPU)
+    options = CompileOptions(cache=tmp_path, fp8_attention=attention)
+    module, _ = compiling.compile_forward(quantized, context, options)
     graph = module(*inputs.values(), length)
     bf16 = model(**inputs)
     with SimulatedFp8(model, names, attention) as simulation:

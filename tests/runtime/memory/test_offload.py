@@ -20,6 +20,7 @@ from magihuman.graphs import quantization
 from magihuman.graphs.transformer import replay
 from magihuman.graphs.transformer.compile import pad_weights
 from magihuman.graphs.transformer.layer_hooks import LayersMixedError, call_before_layers
+from magihuman.graphs.transformer.options import ReplayOptions
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels.jit import cache
 from magihuman.runtime.memory import offload
@@ -118,14 +119,14 @@ def test_a_compiled_model_that_moves_computes_the_same(fp8, streamed, monkeypatc
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     stays = dit(fp8)
     inputs = golden.inputs_of(stays, LAYOUT)
-    expected = CompiledForward(stays, DIT, torch.bfloat16, CPU, replays=False)(**inputs)
+    options = ReplayOptions(replays=False)
+    expected = CompiledForward(stays, DIT, torch.bfloat16, CPU, options)(**inputs)
     if streamed == (1, 2, 3):  # capture it anew, over weights that share memory
         monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "other"))
     model = dit(fp8)
     part = moved(model, streamed)
-    forward = CompiledForward(
-        model, DIT, torch.bfloat16, CPU, replays=False, before_layer=part.before_layer
-    )
+    options = ReplayOptions(replays=False, before_layer=part.before_layer)
+    forward = CompiledForward(model, DIT, torch.bfloat16, CPU, options)
     for _ in range(2):
         with part.present():
             for _ in range(2):
