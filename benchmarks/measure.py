@@ -32,7 +32,7 @@ GEMM_SIDE = 8192
 # Kernels that no block has, and on the CPU PyTorch's own operators.
 OUTSIDE = ("at::native", "ffma", "sgemm", "aten::")
 # Norms that open the halves of a layer: kernels, and on the CPU operators.
-NORMS = ("_sandwich_norm", "_norm_rows", "magihuman::add_norm", "magihuman::norm")
+NORMS = ("_add_rms_norm", "_norm_rows", "magihuman::add_norm", "magihuman::norm")
 CALLS = 4  # of a graph that measures a ceiling
 
 

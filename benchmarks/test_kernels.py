@@ -48,7 +48,7 @@ def is_fused(request: pytest.FixtureRequest, size: Size) -> bool:
 
 @pytest.mark.benchmark(group="norms and activations")
 @pytest.mark.parametrize("has_delta", [True, False], ids=["add", "alone"])
-def test_sandwich_norm(size: Size, time_kernel: Callable, is_fused: bool, has_delta: bool) -> None:
+def test_add_rms_norm(size: Size, time_kernel: Callable, is_fused: bool, has_delta: bool) -> None:
     rows, channels = size.layout.tokens, size.arch.hidden_size
     weight = randn(size, channels, dtype=FP32)
 

@@ -37,9 +37,9 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """`reference.add_norm`, the norm in delta's dtype."""
     if x.is_cuda:
-        from magihuman.kernels.sandwich_norm import sandwich_norm
+        from magihuman.kernels.add_rms_norm import add_rms_norm
 
-        return sandwich_norm(x, delta, weight, _runs(modality_rows), delta.dtype)
+        return add_rms_norm(x, delta, weight, _runs(modality_rows), delta.dtype)
     return ref.add_norm(x, delta, weight, _runs(modality_rows), delta.dtype)
 
 
@@ -52,9 +52,9 @@ def _(x: Tensor, delta: Tensor, weight: Tensor, modality_rows: list[int]) -> tup
 def norm(x: Tensor, weight: Tensor, modality_rows: list[int], dtype: torch.dtype) -> Tensor:
     """`reference.rms_norm` in `dtype`."""
     if x.is_cuda:
-        from magihuman.kernels.sandwich_norm import sandwich_norm
+        from magihuman.kernels.add_rms_norm import add_rms_norm
 
-        return sandwich_norm(x, None, weight, _runs(modality_rows), dtype)[1]
+        return add_rms_norm(x, None, weight, _runs(modality_rows), dtype)[1]
     return ref.rms_norm(x, weight, _runs(modality_rows)).to(dtype)
 
 

@@ -80,7 +80,7 @@ def test_the_kernels_are_measured_on_a_cpu(report):
     rows = 4 * 4 * 4 + 13 + 32
     assert found["test_attention[tiny-reference]"]["flops"] == 4 * rows**2 * 4 * 32
     assert found["test_linear[tiny-library-bf16-proj]"]["flops"] == 2 * rows * 128 * 128
-    norm = found["test_sandwich_norm[tiny-reference-add]"]
+    norm = found["test_add_rms_norm[tiny-reference-add]"]
     assert norm["bytes"] == rows * 128 * (4 + 2 + 4 + 2) + 128 * 4
     assert norm["shape"] == {"rows": rows, "channels": 128}
     assert norm["device"] == "cpu" and "device_ms" not in norm

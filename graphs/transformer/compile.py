@@ -18,13 +18,13 @@ from magihuman.graphs.trace import capture
 from magihuman.graphs.transformer.options import CompileOptions
 from magihuman.graphs.transformer.passes import (
     activation,
+    add_rms_norm,
     attention,
     attention_fp8,
     epilogue,
     linear,
     precision,
     qk_norm_rope,
-    sandwich_norm,
     split_rows,
 )
 from magihuman.graphs.transformer.passes.context import Context
@@ -45,7 +45,7 @@ def passes_for(config: Any) -> list[tuple[str, Pass, int]]:
     """Every pass with the number of matches that the architecture implies."""
     layers = config.num_layers
     return [
-        ("sandwich_norm", sandwich_norm.run, 2 * layers),
+        ("add_rms_norm", add_rms_norm.run, 2 * layers),
         ("qk_norm_rope", qk_norm_rope.run, layers),
         ("attention", attention.run, layers),
         ("activation", activation.run, layers),

@@ -191,7 +191,7 @@ def test_nothing_but_the_expected_kernels_runs(
     layers, own = model.config.num_layers, route != "library"
     gelu, modality = len(model.config.gelu7_layers), len(model.config.modality_layers)
     expected = {
-        "_sandwich_norm": 2 * layers,
+        "_add_rms_norm": 2 * layers,
         "_qk_norm_rope": layers,
         "_attention": layers,
         "_gelu7": 0 if own else gelu,

@@ -16,7 +16,7 @@ from magihuman.kernels import reference as ref
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from magihuman.kernels import ops, sandwich_norm
+from magihuman.kernels import add_rms_norm, ops
 from magihuman.kernels.attention import (
     backends,
     head_gate,
@@ -58,15 +58,15 @@ def assert_close(ours: Tensor, plain: Tensor, exact: Tensor) -> None:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("channels", [128, 384, 5120])
-def test_sandwich_norm(rows: int, channels: int) -> None:
+def test_add_rms_norm(rows: int, channels: int) -> None:
     for counts in groupings(rows):
         x, delta = randn(rows, channels, dtype=torch.float32), randn(rows, channels)
         weight = 0.1 * randn(channels * (3 if counts else 1), dtype=torch.float32)
-        total, normed = sandwich_norm.sandwich_norm(x, delta, weight, counts, torch.bfloat16)
+        total, normed = add_rms_norm.add_rms_norm(x, delta, weight, counts, torch.bfloat16)
         plain_total, plain = ref.add_norm(x, delta, weight, counts, torch.bfloat16)
         assert torch.equal(total, plain_total)
         assert_close(normed, plain, ref.rms_norm(x + delta, weight, counts))
-        same, normed = sandwich_norm.sandwich_norm(x, None, weight, counts, torch.bfloat16)
+        same, normed = add_rms_norm.add_rms_norm(x, None, weight, counts, torch.bfloat16)
         assert same is x
         exact = ref.rms_norm(x, weight, counts)
         assert_close(normed, exact.to(torch.bfloat16), exact)

@@ -47,15 +47,15 @@ def in_wider_rows(columns: int) -> list[Tensor]:
     return [torch.randn(ROWS, stride)[:, :columns] for stride in strides]
 
 
-def check_sandwich_norm() -> None:
-    from magihuman.kernels.sandwich_norm import sandwich_norm
+def check_add_rms_norm() -> None:
+    from magihuman.kernels.add_rms_norm import add_rms_norm
 
     for channels in (100, 128, 200):  # below, at and above a power of two
         for counts in COUNTS:
             x, delta = torch.randn(ROWS, channels), torch.randn(ROWS, channels)
             weight = weight_of(channels, counts)
             for change in (delta, None):
-                ours = sandwich_norm(x, change, weight, counts, torch.float32)
+                ours = add_rms_norm(x, change, weight, counts, torch.float32)
                 expected = ref.add_norm(x, change, weight, counts, torch.float32)
                 for mine, right in zip(ours, expected, strict=True):
                     assert_close(mine, right)
@@ -204,7 +204,7 @@ if __name__ == "__main__":
     # Fills what torch.empty returns with NaN: a kernel that leaves a place out is found.
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
-    check_sandwich_norm()
+    check_add_rms_norm()
     check_qk_norm_rope()
     check_activations()
     check_quantize()

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-from magihuman.kernels import sandwich_norm  # noqa: E402
+from magihuman.kernels import add_rms_norm  # noqa: E402
 from magihuman.kernels.attention import (  # noqa: E402
     fp8 as attention_fp8,
 )
@@ -127,12 +127,12 @@ def video(channels: int, frames: int, height: int, width: int) -> Tensor:
 
 
 # Kernel, its launch at full size, and the bytes that a thread loads and stores at once: 16, but for
-# the end of a row in sandwich_norm, of 4 elements a thread, single gates, and colours of pixels.
+# the end of a row in add_rms_norm, of 4 elements a thread, single gates, and colours of pixels.
 CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
-    "sandwich_norm": (
-        sandwich_norm,
-        "_sandwich_norm",
-        lambda: sandwich_norm.sandwich_norm(
+    "add_rms_norm": (
+        add_rms_norm,
+        "_add_rms_norm",
+        lambda: add_rms_norm.add_rms_norm(
             empty(ROWS, 5120, dtype=FP32), empty(ROWS, 5120), empty(3 * 5120, dtype=FP32), COUNTS,
             BF16,
         ),

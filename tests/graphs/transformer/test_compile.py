@@ -76,7 +76,7 @@ def test_every_block_is_found_and_the_numbers_stay(model: DiT, cache: Path) -> N
         assert report.from_cache == (number > 0)
         if number == 0:
             assert report.matches == {
-                "sandwich_norm": 10,
+                "add_rms_norm": 10,
                 "qk_norm_rope": 5,
                 "attention": 5,
                 "activation": 5,

@@ -35,7 +35,7 @@ def _store_piece(
 
 
 @triton.jit
-def _sandwich_norm(
+def _add_rms_norm(
     x,
     delta,
     weight,
@@ -69,7 +69,7 @@ def _sandwich_norm(
         )  # fmt: skip
 
 
-def sandwich_norm(
+def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, counts: Counts | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`x + delta`, and `reference.rms_norm` of it in `dtype`.
@@ -96,7 +96,7 @@ def sandwich_norm(
     audio_start, text_start = run_starts(counts, rows)
     head = 1 << (channels.bit_length() - 1)
     rest = channels - head
-    _sandwich_norm[(rows,)](
+    _add_rms_norm[(rows,)](
         x, delta, weight, total, out, audio_start, text_start, channels, NORM_EPS,
         HAS_DELTA=delta is not None,
         HEAD=head,
