@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,85 +17,107 @@ import typer
 from rich.table import Column, Table
 
 from magihuman.runtime.cli import main as cli
-from magihuman.runtime.cli.console import FAILED, Bar, JsonOption, err, out, size_text, user_errors
+from magihuman.runtime.cli.console import FAILED, Bar, err, out, size_text, user_errors
+from magihuman.runtime.cli.options import JsonOptions, takes_options
 from magihuman.runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from magihuman.export.exporting import OnGraph
     from magihuman.export.verify import Verdict
 
 
-@cli.app.command()
-def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")],
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(JsonOptions):
+    """Which decoder is written, where, and as what."""
+
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to make.")]
     model: Annotated[
         str,
         typer.Option("--model", "-m", envvar="MAGIHUMAN_MODEL", help="Model directory, or nano."),
-    ],
-    vae: Annotated[bool, typer.Option("--vae", help="The Turbo VAE decoder.")] = False,
+    ]
+    vae: Annotated[bool, typer.Option("--vae", help="The Turbo VAE decoder.")] = False
     audio: Annotated[
         bool, typer.Option("--audio", help="The audio decoder instead, as ONNX in fp32.")
-    ] = False,
-    target: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx",
+    ] = False
+    target: Annotated[str, typer.Option(help="onnx or tensorrt.")] = "onnx"
     sm: Annotated[
         int | None,
         typer.Option(help="Compute capability of the engines, as 89; by default this GPU's."),
-    ] = None,
+    ] = None
     size: Annotated[
         list[str] | None,
         typer.Option(help="As 480x256, or fewest:best:most; may be given several times."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    ] = None
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16"
     workspace_gib: Annotated[
         float, typer.Option(min=0.01, help="GPU memory a layer of an engine may use.")
-    ] = 8.0,
+    ] = 8.0
     verify: Annotated[
         bool, typer.Option(help="Compare with the plain decoder; figures go into the manifest.")
-    ] = True,
+    ] = True
     verify_only: Annotated[
         bool, typer.Option("--verify-only", help="Make nothing: compare what DIR holds.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
+    ] = False
+
+
+@cli.app.command()
+@takes_options
+def export(options: ExportOptions) -> None:
     """Write the video or the audio decoder as ONNX, or as TensorRT engines."""
     with user_errors():
-        if vae == audio and not verify_only:
-            raise InvalidRequestError("one of --vae and --audio must be given, got both or none")
-        if audio and (target != "onnx" or size or sm):
-            raise InvalidRequestError(
-                "--audio must go without --target tensorrt, --size and --sm: the audio decoder is"
-                " one ONNX graph for clips of all lengths"
-            )
-        try:
-            from magihuman.export import exporting
-            from magihuman.export import verify as verifying
-        except ModuleNotFoundError as error:
-            raise InvalidRequestError(
-                f"export must have its libraries, and {error.name} is not installed; install them"
-                " with pip install 'magihuman[onnx]'"
-            ) from error
-        bar = Bar(as_json)
+        _check(options)
+        _check_libraries()
         start = time.perf_counter()
-        with bar:
-            if audio and not verify_only:
-                exporting.export_audio(model, folder, on_step=bar.on_step, on_hash=bar.on_convert)
-            elif not verify_only:
-                exporting.export_vae(
-                    model,
-                    folder,
-                    target=target,
-                    sizes=size or exporting.SIZES,
-                    sm=sm,
-                    dtype=dtype,
-                    workspace_bytes=int(workspace_gib * 2**30),
-                    on_step=bar.on_step,
-                    on_hash=bar.on_convert,
-                )
-            verdict = None
-            if verify or verify_only:
-                verdict = verifying.verify(folder, model, bar.on_step)
-        _show(folder, verdict, time.perf_counter() - start, as_json)
+        verdict = _write(options)
+        _show(options.folder, verdict, time.perf_counter() - start, options.as_json)
         if verdict is not None and not verdict.is_ok:
             raise typer.Exit(FAILED)
+
+
+def _check(options: ExportOptions) -> None:
+    """Refuse options that do not go together."""
+    if options.vae == options.audio and not options.verify_only:
+        raise InvalidRequestError("one of --vae and --audio must be given, got both or none")
+    if options.audio and (options.target != "onnx" or options.size or options.sm):
+        raise InvalidRequestError(
+            "--audio must go without --target tensorrt, --size and --sm: the audio decoder is"
+            " one ONNX graph for clips of all lengths"
+        )
+
+
+def _check_libraries() -> None:
+    """Refuse where a library of the export is not installed."""
+    try:
+        from magihuman.export import exporting, verify  # noqa: F401 - all they need is there
+    except ModuleNotFoundError as error:
+        raise InvalidRequestError(
+            f"export must have its libraries, and {error.name} is not installed; install them"
+            " with pip install 'magihuman[onnx]'"
+        ) from error
+
+
+def _write(options: ExportOptions) -> Verdict | None:
+    """Make the folder and compare it with the plain decoder, each unless told otherwise."""
+    from magihuman.export import exporting
+    from magihuman.export import verify as verifying
+
+    bar = Bar(options.as_json)
+    callbacks: dict[str, OnGraph] = {"on_step": bar.on_step, "on_hash": bar.on_convert}
+    with bar:
+        if options.audio and not options.verify_only:
+            exporting.export_audio(options.model, options.folder, **callbacks)
+        elif not options.verify_only:
+            decoder = exporting.VaeExport(
+                target=options.target,
+                sizes=tuple(options.size or exporting.SIZES),
+                sm=options.sm,
+                dtype=options.dtype,
+                workspace_bytes=int(options.workspace_gib * 2**30),
+            )
+            exporting.export_vae(options.model, options.folder, decoder, **callbacks)
+        if options.verify or options.verify_only:
+            return verifying.verify(options.folder, options.model, bar.on_step)
+    return None
 
 
 def _show(folder: Path, verdict: Verdict | None, seconds: float, as_json: bool) -> None:

@@ -7,6 +7,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -50,15 +51,50 @@ OnGraph = Callable[[str, int, int], None]  # (stage, steps done, of how many)
 PathLike = str | os.PathLike[str]
 
 
+@dataclass(frozen=True)
+class VaeExport:
+    """What the Turbo VAE decoder is written as.
+
+    Attributes:
+        target: "onnx" or "tensorrt".
+        sizes: of the clips, in pixels, as "480x256", or a range as "256x256:480x256:896x512".
+        sm: compute capability the engines are for, as 89; by default that of the GPU at hand.
+        dtype: of weights and activations: "bf16", "fp16" or "fp32".
+        workspace_bytes: of GPU memory a layer of an engine may use beside its activations.
+
+    Raises:
+        InvalidRequestError: a value is not one of those above.
+    """
+
+    target: str = "onnx"
+    sizes: Sequence[str] = SIZES
+    sm: int | None = None
+    dtype: str = "bf16"
+    workspace_bytes: int = WORKSPACE_BYTES
+
+    def __post_init__(self) -> None:
+        one_of("target", self.target, exported.TARGETS)
+        one_of("dtype", self.dtype, tuple(DTYPES))
+        if self.sm is not None and self.target != "tensorrt":
+            raise InvalidRequestError(
+                f"sm must go with target='tensorrt', got {self.sm} with {self.target!r}"
+            )
+        sizes = self.parsed_sizes()
+        if not sizes or len(set(sizes)) < len(sizes):
+            raise InvalidRequestError(
+                f"sizes must be named, each once, got {', '.join(self.sizes) or 'none'}"
+            )
+
+    def parsed_sizes(self) -> list[Size]:
+        """The sizes in latent rows and columns."""
+        return [Size.parse(size) for size in self.sizes]
+
+
 def export_vae(
     model: PathLike,
     folder: PathLike,
+    options: VaeExport | None = None,
     *,
-    target: str = "onnx",
-    sizes: Sequence[str] = SIZES,
-    sm: int | None = None,
-    dtype: str = "bf16",
-    workspace_bytes: int = WORKSPACE_BYTES,
     on_step: OnGraph = lambda stage, done, of: None,
     on_hash: OnBytes = lambda stage, done, of: None,
 ) -> Path:
@@ -67,51 +103,46 @@ def export_vae(
     Args:
         model: a directory with the published folders, or "nano".
         folder: to make; must not exist. It appears whole or not at all.
-        target: "onnx" or "tensorrt".
-        sizes: of the clips, in pixels, as "480x256", or a range as "256x256:480x256:896x512".
-        sm: compute capability the engines are for, as 89; by default that of the GPU at hand.
-        dtype: of weights and activations: "bf16", "fp16" or "fp32".
-        workspace_bytes: of GPU memory a layer of an engine may use beside its activations.
+        options: what to write; by default ONNX in bf16 for clips of 480x256.
         on_step, on_hash: called with (stage, done, of).
 
     Raises:
-        InvalidRequestError: an argument is not one of those above.
         CheckpointError: a published file is missing, damaged, or does not fit.
         DeviceError: no TensorRT here makes such engines.
         BuildError: TensorRT refused a graph.
         OutputError: the folder cannot be written; nothing is left of it.
     """
-    one_of("target", target, exported.TARGETS)
-    one_of("dtype", dtype, tuple(DTYPES))
-    if sm is not None and target != "tensorrt":
-        raise InvalidRequestError(f"sm must go with target='tensorrt', got {sm} with {target!r}")
-    wanted = [Size.parse(size) for size in sizes]
-    if not wanted or len(set(wanted)) < len(wanted):
-        raise InvalidRequestError(
-            f"sizes must be named, each once, got {', '.join(sizes) or 'none'}"
-        )
-    builder = builder_for(sm) if target == "tensorrt" else None
+    options = options or VaeExport()
+    builder = builder_for(options.sm) if options.target == "tensorrt" else None
     place = model_folder(model) / TURBO_FOLDER
     files = checkpoint.turbo_vae_files(place)
     out = Path(folder).absolute()
     check_new_folder(out, files[1].stat().st_size)
     with _written(out) as temporary:
         sources = hashed(files, on_hash)
-        vae = checkpoint.load_turbo_vae(place, CPU, DTYPES[dtype])
-        graphs = _windows(vae, wanted, temporary, lambda done, of: on_step("onnx", done, of))
+        vae = checkpoint.load_turbo_vae(place, CPU, DTYPES[options.dtype])
+        sizes = options.parsed_sizes()
+        graphs = _windows(vae, sizes, temporary, lambda done, of: on_step("onnx", done, of))
         if builder is not None:
             channels, batch = (vae.config.latent_channels,) * 3, (1, 1, 1)
+            workspace = options.workspace_bytes
             graphs = [
-                _with_engine(graph, (batch, channels), builder, workspace_bytes, temporary, on_step)
+                _with_engine(graph, (batch, channels), builder, workspace, temporary, on_step)
                 for graph in graphs
             ]
-        facts: dict[str, object] = {"dtype": dtype, "architecture": dataclasses.asdict(vae.config)}
-        if builder is not None:
-            facts["builder"] = dataclasses.asdict(builder)
-        for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
-            facts[name] = torch.tensor(values, dtype=DTYPES[dtype]).tolist()
-        _write_manifest(temporary, TURBO_VAE, target, facts, graphs, sources)
+        facts = _vae_facts(vae, options.dtype, builder)
+        _write_manifest(temporary, TURBO_VAE, options.target, facts, graphs, sources)
     return out
+
+
+def _vae_facts(vae: TurboVAE, dtype: str, builder: Builder | None) -> dict[str, object]:
+    """What the manifest says of the decoder, and of what has built its engines."""
+    facts: dict[str, object] = {"dtype": dtype, "architecture": dataclasses.asdict(vae.config)}
+    if builder is not None:
+        facts["builder"] = dataclasses.asdict(builder)
+    for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
+        facts[name] = torch.tensor(values, dtype=DTYPES[dtype]).tolist()
+    return facts
 
 
 def export_audio(

@@ -1,4 +1,4 @@
-"""What the commands share: options, consoles, errors as exit codes, progress, a clip's summary."""
+"""What the commands share: consoles, errors as exit codes, progress, a clip's summary, a plan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -24,52 +24,6 @@ err = Console(stderr=True, soft_wrap=True)
 
 BAD_INPUT, FAILED = 2, 1
 BAD_INPUT_ERRORS = (runtime.InvalidRequestError, runtime.CheckpointError, runtime.OutputError)
-
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        envvar="MAGIHUMAN_MODEL",
-        help="Model directory, hub id (owner/name), or nano, the small one in this package.",
-    ),
-]
-PrecisionOption = Annotated[
-    str | None,
-    typer.Option(
-        help="bf16, fp32, fp8 or fp8-attn; by default that of a converted transformer, else bf16."
-    ),
-]
-PlanVariantOption = Annotated[str, typer.Option(help="For the memory plan: distill or base.")]
-PlanSrOption = Annotated[
-    str | None, typer.Option(help="For the memory plan: super-resolution, 540p or 1080p.")
-]
-LimitOption = Annotated[
-    float | None,
-    typer.Option(
-        help="GiB of GPU memory to stay below; what has no room rests in host memory. By default"
-        " what is free."
-    ),
-]
-SrOption = Annotated[str | None, typer.Option(help="Super-resolution: 540p or 1080p.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Revision of the hub repository.")]
-TransformerOption = Annotated[
-    str | None, typer.Option(help="Folder of the transformer, published or converted.")
-]
-SrTransformerOption = Annotated[
-    str | None, typer.Option(help="Folder of the super-resolution transformer.")
-]
-TurboVaeOption = Annotated[str | None, typer.Option(help="Path of the Turbo VAE.")]
-KeepOption = Annotated[
-    str | None,
-    typer.Option(
-        help="With fp8, what stays bf16: none, modality, or names and patterns, by commas."
-    ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object instead of tables.")
-]
 
 
 @contextmanager
@@ -210,8 +164,3 @@ def size_text(count: int) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024  # type: ignore[assignment]
     return f"{count:.1f} GiB"
-
-
-def keep_list(given: str | None) -> str | list[str] | None:
-    """The words that `load` knows as they are, anything else as a list of names."""
-    return given if given in (None, "none", "modality") else given.split(",")

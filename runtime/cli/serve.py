@@ -12,150 +12,161 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import (
-    KeepOption,
-    ModelOption,
-    PrecisionOption,
-    RevisionOption,
-    SrOption,
-    SrTransformerOption,
-    TransformerOption,
-    TurboVaeOption,
-    err,
-    keep_list,
-    user_errors,
-)
+from magihuman.runtime.cli.console import err, user_errors
+from magihuman.runtime.cli.options import EngineOptions, ModelOption, takes_options
 from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, MIN_SECONDS, MIN_SIDE_PX
+
+if TYPE_CHECKING:
+    from magihuman.runtime.serving.settings import Settings
 
 TOKEN_VARIABLE = "MAGIHUMAN_TOKEN"
 WAIT_S = 15.0  # for the processes of a server that has just been killed
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def serve(
-    model: ModelOption,
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(EngineOptions):
+    """Where the server listens, what it keeps and takes, and its engines."""
+
+    model: ModelOption
     folder: Annotated[
         Path, typer.Option(help="Where videos and what is asked for are kept; made if need be.")
-    ] = Path("videos"),
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    ] = Path("videos")
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000
     token_file: Annotated[
         Path | None,
         typer.Option(help=f"A file with the token that clients must send; or {TOKEN_VARIABLE}."),
-    ] = None,
-    min_replicas: Annotated[int, typer.Option(min=1, help="Engines to begin with.")] = 1,
+    ] = None
+    min_replicas: Annotated[int, typer.Option(min=1, help="Engines to begin with.")] = 1
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Engines under load; by default one for each GPU.")
-    ] = None,
-    queue_limit: Annotated[int, typer.Option(min=1, help="Videos that may wait.")] = 64,
-    max_upload_mib: Annotated[int, typer.Option(min=1, help="Of a request, its files too.")] = 32,
-    max_prompt_chars: Annotated[int, typer.Option(min=1, help="Of a prompt.")] = 10_000,
-    max_seconds: Annotated[float, typer.Option(help="Of a clip.")] = MAX_SECONDS,
+    ] = None
+    queue_limit: Annotated[int, typer.Option(min=1, help="Videos that may wait.")] = 64
+    max_upload_mib: Annotated[int, typer.Option(min=1, help="Of a request, its files too.")] = 32
+    max_prompt_chars: Annotated[int, typer.Option(min=1, help="Of a prompt.")] = 10_000
+    max_seconds: Annotated[float, typer.Option(help="Of a clip.")] = MAX_SECONDS
     max_pixels: Annotated[
         int, typer.Option(min=MIN_SIDE_PX**2, help="Of a frame, before super-resolution.")
-    ] = MAX_SIDE_PX**2,
+    ] = MAX_SIDE_PX**2
     timeout_seconds: Annotated[
         float | None, typer.Option(help="A video that takes an engine longer fails.")
-    ] = None,
-    keep_hours: Annotated[float, typer.Option(help="How long finished videos are kept.")] = 24.0,
+    ] = None
+    keep_hours: Annotated[float, typer.Option(help="How long finished videos are kept.")] = 24.0
     drain_seconds: Annotated[
         float, typer.Option(help="For what is being made when the server is told to stop.")
-    ] = 60.0,
+    ] = 60.0
     warmup: Annotated[
         list[str] | None,
         typer.Option(metavar="WxHxS", help="Compile for clips like 480x272x5; may be repeated."),
-    ] = None,
-    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill",
-    sr: SrOption = None,
-    precision: PrecisionOption = None,
-    keep_bf16: KeepOption = None,
-    vae: Annotated[str | None, typer.Option(help="fast, plain or tensorrt.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, or cuda, one GPU an engine.")] = None,
-    revision: RevisionOption = None,
-    transformer: TransformerOption = None,
-    sr_transformer: SrTransformerOption = None,
-    turbo_vae: TurboVaeOption = None,
-) -> None:
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda, one GPU an engine.")] = None
+
+    @property
+    def place(self) -> str:
+        """The address at which a browser finds the server."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+@takes_options
+def serve(options: ServeOptions) -> None:
     """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
     with user_errors():
-        token = _token(token_file)
-        for name, value in (("--keep-hours", keep_hours), ("--drain-seconds", drain_seconds)):
-            if not 0 <= value <= 1e6:
-                raise runtime.InvalidRequestError(f"{name} must be 0 to 1000000, got {value:g}")
-        if not MIN_SECONDS <= max_seconds <= MAX_SECONDS:
-            raise runtime.InvalidRequestError(
-                f"--max-seconds must be {MIN_SECONDS:g} to {MAX_SECONDS:g}, got {max_seconds:g}"
-            )
-        if timeout_seconds is not None and not 0 < timeout_seconds < math.inf:
-            raise runtime.InvalidRequestError(
-                f"--timeout-seconds must be above 0, got {timeout_seconds:g}"
-            )
-        sizes = tuple(_size(text) for text in warmup or ())
+        token = _token(options.token_file)
+        _check_numbers(options)
+        sizes = tuple(_size(text) for text in options.warmup or ())
         _check_extra()
-        gpus = _gpus(device)
-        most = max_replicas or max(min_replicas, gpus)
-        if not min_replicas <= most <= (gpus or most):
-            raise runtime.InvalidRequestError(
-                f"--max-replicas must be from --min-replicas, {min_replicas}, to the number of"
-                f" GPUs, {gpus}, got {most}"
-            )
-        options: dict[str, Any] = {
-            "model": model,
-            "variant": variant,
-            "sr": sr,
-            "precision": precision,
-            "keep_bf16": keep_list(keep_bf16),
-            "vae": vae,
-            "device": "cuda:0" if gpus else "cpu",  # of those that its process sees
-            "revision": revision,
-            "transformer": transformer,
-            "sr_transformer": sr_transformer,
-            "turbo_vae": turbo_vae,
-        }
-        _check_model(options, sizes)
+        gpus = _gpus(options.device)
+        max_replicas = _max_replicas(options, gpus)
+        # Of the GPUs, an engine's process sees its own alone.
+        arguments = {**options.load_arguments(), "device": "cuda:0" if gpus else "cpu"}
+        _check_model(arguments, sizes)
         from magihuman.runtime.serving import app
-        from magihuman.runtime.serving.settings import Limits, Settings
         from magihuman.runtime.serving.store import locked
 
-        settings = Settings(
-            folder=folder.absolute(),
-            model=Path(model).absolute().name if Path(model).exists() else model,
-            variant=variant,
-            sr=sr,
-            keep_s=keep_hours * 3600,
-            timeout_s=timeout_seconds,
-            token_sha256=token,
-            is_local=host in LOOPBACK and token is None,
-            limits=Limits(
-                body_bytes=max_upload_mib * 2**20,
-                prompt_chars=max_prompt_chars,
-                queued=queue_limit,
-                seconds=max_seconds,
-                pixels=max_pixels,
-            ),
-        )
-        engines = app.Engines(options, sizes, gpus > 0, min_replicas, most)
+        settings = _settings(options, token)
+        engines = app.Engines(arguments, sizes, gpus > 0, options.min_replicas, max_replicas)
         with locked(settings.folder, WAIT_S):
             pass  # the process that keeps the jobs takes it
-        _check_port(host, port)
-        if host not in LOOPBACK and token is None:
+        _check_port(options.host, options.port)
+        if options.host not in LOOPBACK and token is None:
             _say(
-                f"warning: without a token, everybody who reaches {host} can make videos and"
-                f" fetch them; set {TOKEN_VARIABLE} or --token-file"
+                f"warning: without a token, everybody who reaches {options.host} can make videos"
+                f" and fetch them; set {TOKEN_VARIABLE} or --token-file"
             )
-        _say(f"loading {model}")
-        place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        app.run(settings, engines, host, port, drain_seconds, lambda: _wait(place))
+        _say(f"loading {options.model}")
+        app.run(
+            settings,
+            engines,
+            options.host,
+            options.port,
+            options.drain_seconds,
+            lambda: _wait(options.place),
+        )
+
+
+def _check_numbers(options: ServeOptions) -> None:
+    """Refuse times that are out of their ranges."""
+    for name, value in (
+        ("--keep-hours", options.keep_hours),
+        ("--drain-seconds", options.drain_seconds),
+    ):
+        if not 0 <= value <= 1e6:
+            raise runtime.InvalidRequestError(f"{name} must be 0 to 1000000, got {value:g}")
+    if not MIN_SECONDS <= options.max_seconds <= MAX_SECONDS:
+        raise runtime.InvalidRequestError(
+            f"--max-seconds must be {MIN_SECONDS:g} to {MAX_SECONDS:g}, got {options.max_seconds:g}"
+        )
+    timeout_s = options.timeout_seconds
+    if timeout_s is not None and not 0 < timeout_s < math.inf:
+        raise runtime.InvalidRequestError(f"--timeout-seconds must be above 0, got {timeout_s:g}")
+
+
+def _max_replicas(options: ServeOptions, gpus: int) -> int:
+    """The number of engines under load: as given, or one for each GPU."""
+    most = options.max_replicas or max(options.min_replicas, gpus)
+    if not options.min_replicas <= most <= (gpus or most):
+        raise runtime.InvalidRequestError(
+            f"--max-replicas must be from --min-replicas, {options.min_replicas}, to the number of"
+            f" GPUs, {gpus}, got {most}"
+        )
+    return most
+
+
+def _settings(options: ServeOptions, token: bytes | None) -> Settings:
+    """What the part that speaks HTTP is told. token: SHA-256 of the bearer token."""
+    from magihuman.runtime.serving.settings import Limits, Settings
+
+    model = options.model
+    return Settings(
+        folder=options.folder.absolute(),
+        model=Path(model).absolute().name if Path(model).exists() else model,
+        variant=options.variant,
+        sr=options.sr,
+        keep_s=options.keep_hours * 3600,
+        timeout_s=options.timeout_seconds,
+        token_sha256=token,
+        is_local=options.host in LOOPBACK and token is None,
+        limits=Limits(
+            body_bytes=options.max_upload_mib * 2**20,
+            prompt_chars=options.max_prompt_chars,
+            queued=options.queue_limit,
+            seconds=options.max_seconds,
+            pixels=options.max_pixels,
+        ),
+    )
 
 
 def _wait(place: str) -> None:
-    """Until the process is told to stop. A second signal then ends it at once."""
+    """Return once the process is told to stop. A second signal then ends it at once."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -167,7 +178,7 @@ def _wait(place: str) -> None:
 
 
 def _token(file: Path | None) -> bytes | None:
-    """SHA-256 of the token. It leaves the environment, which other processes are given."""
+    """Return the token's SHA-256, and take the token out of the environment that others inherit."""
     token = os.environ.pop(TOKEN_VARIABLE, None)
     if file is not None:
         try:
@@ -186,6 +197,7 @@ def _token(file: Path | None) -> bytes | None:
 
 
 def _size(text: str) -> tuple[int, int, float]:
+    """Width and height in pixels and length in seconds, read from WIDTHxHEIGHTxSECONDS."""
     try:
         width, height, seconds = text.split("x")
         return int(width), int(height), float(seconds)
@@ -196,6 +208,7 @@ def _size(text: str) -> tuple[int, int, float]:
 
 
 def _check_extra() -> None:
+    """Refuse where a library of the extra is not installed."""
     try:
         for name in ("fastapi", "python_multipart", "prometheus_client", "ray.serve"):
             importlib.import_module(name)
@@ -206,7 +219,7 @@ def _check_extra() -> None:
 
 
 def _gpus(device: str | None) -> int:
-    """How many to use."""
+    """Return how many GPUs there are to use, 0 for the CPU."""
     import torch
 
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
@@ -218,7 +231,7 @@ def _gpus(device: str | None) -> int:
 
 
 def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]]) -> None:
-    """What can be refused before processes are started: sizes, files missing or damaged."""
+    """Refuse before processes are started what can be: sizes, files that are missing or damaged."""
     import torch
 
     from magihuman.runtime import config
@@ -246,6 +259,7 @@ def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]
 
 
 def _check_port(host: str, port: int) -> None:
+    """Refuse an address that stays taken, or is none of this machine's."""
     end_s = time.monotonic() + WAIT_S
     while True:
         try:

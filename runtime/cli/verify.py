@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -10,103 +11,117 @@ import typer
 from rich.table import Table
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import (
-    FAILED,
-    Bar,
-    JsonOption,
-    KeepOption,
+from magihuman.runtime.cli.console import FAILED, Bar, err, out, user_errors
+from magihuman.runtime.cli.options import (
+    DeviceOptions,
+    JsonOptions,
     ModelOption,
-    err,
-    keep_list,
-    out,
-    user_errors,
+    PrecisionOptions,
+    takes_options,
 )
 
 if TYPE_CHECKING:
     from magihuman.runtime.config import Precision
-    from magihuman.runtime.evaluate import Report
+    from magihuman.runtime.evaluate import Report, Thresholds
 
 SHOWN_LINEARS = 8
 
 
-def verify(
-    model: ModelOption,
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(PrecisionOptions, DeviceOptions, JsonOptions):
+    """What is compared, at which size, and the thresholds of the verdict."""
+
+    model: ModelOption
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="One clip each; may be repeated.")
-    ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None,
-    precision: Annotated[str, typer.Option(help="fp8, or fp8-attn: attention too.")] = "fp8",
-    keep_bf16: KeepOption = None,
-    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill",
+    ] = None
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None
+    precision: Annotated[str, typer.Option(help="fp8, or fp8-attn: attention too.")] = "fp8"
+    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill"
     transformer: Annotated[
         str | None, typer.Option(help="Folder of a transformer that lies elsewhere.")
-    ] = None,
-    seconds: Annotated[float | None, typer.Option(help="By default 5, or as suits.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; by default 480, or as suits.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; by default 272, or as suits.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    seed: Annotated[int, typer.Option(help="Of both clips of a prompt.")] = 42,
-    max_linear_error: Annotated[float, typer.Option(help="Of any linear's product.")] = 0.08,
-    max_attention_error: Annotated[float, typer.Option(help="Of any layer's attention.")] = 0.12,
-    max_latents_error: Annotated[float, typer.Option(help="Of video and audio.")] = 0.15,
-    min_psnr_db: Annotated[float | None, typer.Option(help="Of the frames.")] = None,
-    min_ssim: Annotated[float | None, typer.Option(help="Of the frames.")] = None,
-    min_snr_db: Annotated[float | None, typer.Option(help="Of the sound.")] = None,
+    ] = None
+    seconds: Annotated[float | None, typer.Option(help="By default 5, or as suits.")] = None
+    width: Annotated[int | None, typer.Option(help="Pixels; by default 480, or as suits.")] = None
+    height: Annotated[int | None, typer.Option(help="Pixels; by default 272, or as suits.")] = None
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
+    seed: Annotated[int, typer.Option(help="Of both clips of a prompt.")] = 42
+    max_linear_error: Annotated[float, typer.Option(help="Of any linear's product.")] = 0.08
+    max_attention_error: Annotated[float, typer.Option(help="Of any layer's attention.")] = 0.12
+    max_latents_error: Annotated[float, typer.Option(help="Of video and audio.")] = 0.15
+    min_psnr_db: Annotated[float | None, typer.Option(help="Of the frames.")] = None
+    min_ssim: Annotated[float | None, typer.Option(help="Of the frames.")] = None
+    min_snr_db: Annotated[float | None, typer.Option(help="Of the sound.")] = None
     score: Annotated[
         bool, typer.Option("--score", help="Of the nano model: compare colours and mouth too.")
-    ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
-    as_json: JsonOption = False,
-) -> None:
+    ] = False
+    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None
+
+
+@takes_options
+def verify(options: VerifyOptions) -> None:
     """Compare fp8, simulated on any device, with bf16, on your weights and prompts.
 
     Errors of linears, layers and latents, PSNR and SSIM of frames, SNR of the sound; exit code 1
     where a threshold is not met, with the linears to keep in bf16.
     """
     with user_errors():
-        wanted = [*(prompt or ()), *_read(prompts)]
-        if not wanted:
+        prompts = [*(options.prompt or ()), *_read(options.prompts)]
+        if not prompts:
             raise runtime.InvalidRequestError("verify needs --prompt or --prompts, got neither")
+        html = options.html
         if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
             raise runtime.OutputError(f"--html must be a file in a folder that exists, got {html}")
-        from magihuman.runtime.evaluate import Thresholds, write_page
-        from magihuman.runtime.weights import sized
-
-        bar = Bar(as_json)
-        with bar:
-            report = runtime.verify(
-                model,
-                wanted,
-                precision=cast("Precision", precision),
-                keep_bf16=keep_list(keep_bf16) or "none",
-                **sized(model, seconds=seconds, width=width, height=height),
-                steps=steps,
-                seed=seed,
-                thresholds=Thresholds(
-                    max_linear_error=max_linear_error,
-                    max_attention_error=max_attention_error,
-                    max_video_error=max_latents_error,
-                    max_audio_error=max_latents_error,
-                    min_psnr_db=min_psnr_db,
-                    min_ssim=min_ssim,
-                    min_snr_db=min_snr_db,
-                ),
-                score=score,
-                variant=variant,
-                transformer=transformer,
-                device=device,
-                on_load=bar.on_load,
-                on_progress=bar.on_progress,
-            )
+        report = _compare(prompts, options)
         if html is not None:
+            from magihuman.runtime.evaluate import write_page
+
             write_page(report, html)
-        if as_json:
+        if options.as_json:
             print(json.dumps(report.to_dict(), allow_nan=False))
         else:
             _print(report)
     if report.broken:
         raise typer.Exit(FAILED)
+
+
+def _compare(prompts: list[str], options: VerifyOptions) -> Report:
+    """Make the clips of all prompts and compare them."""
+    from magihuman.runtime.weights import sized
+
+    size = {"seconds": options.seconds, "width": options.width, "height": options.height}
+    bar = Bar(options.as_json)
+    with bar:
+        return runtime.verify(
+            options.model,
+            prompts,
+            precision=cast("Precision", options.precision),
+            keep_bf16=options.kept_names or "none",
+            **sized(options.model, **size),
+            steps=options.steps,
+            seed=options.seed,
+            thresholds=_thresholds(options),
+            score=options.score,
+            variant=options.variant,
+            transformer=options.transformer,
+            device=options.device,
+            on_load=bar.on_load,
+            on_progress=bar.on_progress,
+        )
+
+
+def _thresholds(options: VerifyOptions) -> Thresholds:
+    from magihuman.runtime.evaluate import Thresholds
+
+    return Thresholds(
+        max_linear_error=options.max_linear_error,
+        max_attention_error=options.max_attention_error,
+        max_video_error=options.max_latents_error,
+        max_audio_error=options.max_latents_error,
+        min_psnr_db=options.min_psnr_db,
+        min_ssim=options.min_ssim,
+        min_snr_db=options.min_snr_db,
+    )
 
 
 def _read(path: Path | None) -> list[str]:

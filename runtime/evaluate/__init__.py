@@ -5,13 +5,14 @@ has fp8, simulated on any device, against bf16 from the same noise, and writes a
 """
 
 from magihuman.runtime.evaluate.clip_score import ClipScore, Synchrony, score_file
-from magihuman.runtime.evaluate.model_score import score_model
+from magihuman.runtime.evaluate.model_score import ModelScore, score_model
 from magihuman.runtime.evaluate.verify_page import write_page
 from magihuman.runtime.evaluate.verify_report import Report, Thresholds
 from magihuman.runtime.evaluate.verify_runs import VerifyOptions, verify
 
 __all__ = [
     "ClipScore",
+    "ModelScore",
     "Report",
     "Synchrony",
     "Thresholds",

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from magihuman import export as package
 from magihuman.export import exporting
 from magihuman.export.cli import cli, export
-from magihuman.export.exporting import export_audio, export_vae
+from magihuman.export.exporting import VaeExport, export_audio, export_vae
 from magihuman.export.sizes import Size
 from magihuman.export.tensorrt import BuildError, build_engine
 from magihuman.export.verify import verify
@@ -74,12 +75,19 @@ def test_what_cannot_be_made_is_refused_before_any_work(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(raised, match=message):
-        export_vae(tiny_dir, tmp_path / "out", **options)
+        export_vae(tiny_dir, tmp_path / "out", VaeExport(**options))
     with pytest.raises(OutputError, match="must not exist yet"):
         export_vae(tiny_dir, tmp_path)
     with pytest.raises(CheckpointError, match="must hold"):
         export_vae(tmp_path, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_package_has_what_its_docstring_calls():
+    assert package.export_vae is export_vae
+    assert package.VaeExport(target="tensorrt").sizes == ("480x256",)
+    with pytest.raises(AttributeError, match="has no attribute 'export_all'"):
+        package.export_all  # noqa: B018
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -24,7 +24,7 @@ try:
 except DeviceError as reason:
     pytest.skip(str(reason), allow_module_level=True)
 
-from magihuman.export.exporting import export_vae
+from magihuman.export.exporting import VaeExport, export_vae
 from magihuman.export.verify import verify
 
 CUDA = torch.device("cuda", 0)
@@ -36,7 +36,7 @@ SIZES = ("64x64", "64x64:128x96:160x96")
 def engines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     runtime.write_tiny(folder / "tiny")
-    export_vae(folder / "tiny", folder / "engines", target="tensorrt", sizes=SIZES)
+    export_vae(folder / "tiny", folder / "engines", VaeExport(target="tensorrt", sizes=SIZES))
     return folder
 
 

@@ -1,0 +1,165 @@
+"""Options of the commands as dataclasses: a command takes one instance, not thirty parameters.
+
+A field is an option, its annotation says how it is written on the command line. Options that
+several commands have are dataclasses to inherit from. A class that gives a field again changes its
+default or its help.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="MAGIHUMAN_MODEL",
+        help="Model directory, hub id (owner/name), or nano, the small one in this package.",
+    ),
+]
+SrOption = Annotated[str | None, typer.Option(help="Super-resolution: 540p or 1080p.")]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="bf16, fp32, fp8 or fp8-attn; by default that of a converted transformer, else bf16."
+    ),
+]
+
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]
+
+
+def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
+    """Make a function of one dataclass one that typer can read, with a parameter for each field.
+
+    Fields of the class itself come first, then those of the classes it inherits from, in the order
+    in which these are named: so `--help` begins with what the command alone has.
+    """
+    (parameter,) = inspect.signature(command).parameters
+    options = get_type_hints(command)[parameter]
+    annotations = get_type_hints(options, include_extras=True)
+    defaults = {field.name: field.default for field in fields(options)}
+    classes = [given for given in options.__mro__ if given is not object]
+    names = dict.fromkeys(name for given in classes for name in inspect.get_annotations(given))
+
+    @functools.wraps(command)
+    def expanded(**values: Any) -> None:
+        command(options(**values))
+
+    expanded.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if defaults[name] is MISSING else defaults[name],
+                annotation=annotations[name],
+            )
+            for name in names
+        ]
+    )
+    expanded.__annotations__ = {**{name: annotations[name] for name in names}, "return": None}
+    return expanded
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOptions:
+    """Whether one JSON object is printed, for programs, instead of tables."""
+
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """The one device that a command computes on."""
+
+    device: DeviceOption = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions:
+    """The precision of a transformer, and the linears that stay bf16 where the others are fp8."""
+
+    precision: PrecisionOption = None
+    keep_bf16: Annotated[
+        str | None,
+        typer.Option(
+            help="With fp8, what stays bf16: none, modality, or names and patterns, by commas."
+        ),
+    ] = None
+
+    @property
+    def kept_names(self) -> str | list[str] | None:
+        """The words that `load` knows as they are, anything else as a list of names."""
+        text = self.keep_bf16
+        return text if text in (None, "none", "modality") else text.split(",")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """A bound on GPU memory, in GiB."""
+
+    memory_limit_gb: Annotated[
+        float | None,
+        typer.Option(
+            help="GiB of GPU memory to stay below; what has no room rests in host memory. By"
+            " default what is free."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """Where weights are that do not lie in the folders of the model."""
+
+    revision: Annotated[str | None, typer.Option(help="Revision of the hub repository.")] = None
+    transformer: Annotated[
+        str | None, typer.Option(help="Folder of the transformer, published or converted.")
+    ] = None
+    sr_transformer: Annotated[
+        str | None, typer.Option(help="Folder of the super-resolution transformer.")
+    ] = None
+    turbo_vae: Annotated[str | None, typer.Option(help="Path of the Turbo VAE.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(PrecisionOptions, FileOptions):
+    """The model of an engine, in which precision it is held, and where its weights are."""
+
+    model: ModelOption
+    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill"
+    sr: SrOption = None
+    vae: Annotated[str | None, typer.Option(help="fast, plain or tensorrt.")] = None
+
+    def load_arguments(self) -> dict[str, Any]:
+        """The arguments of `runtime.load` that these options are."""
+        return {
+            "model": self.model,
+            "variant": self.variant,
+            "sr": self.sr,
+            "precision": self.precision,
+            "keep_bf16": self.kept_names,
+            "vae": self.vae,
+            "revision": self.revision,
+            "transformer": self.transformer,
+            "sr_transformer": self.sr_transformer,
+            "turbo_vae": self.turbo_vae,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(LimitOptions, JsonOptions):
+    """What a memory plan is asked for."""
+
+    variant: Annotated[str, typer.Option(help="For the memory plan: distill or base.")] = "distill"
+    sr: Annotated[
+        str | None, typer.Option(help="For the memory plan: super-resolution, 540p or 1080p.")
+    ] = None
+    precision: PrecisionOption = None
