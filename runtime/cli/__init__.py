@@ -1,5 +1,6 @@
 """The `magihuman` command, but for `export`.
 
-`main` has the commands, `serve`, `verify` and `score` those with a file of their own. `console` has
-what they share: options, tables, exit codes. `inspect` gathers facts as data, which they print.
+`main` binds the commands, which are in files by their names; `convert` has `tiny` too, `describe`
+has `inspect`, `doctor` and `explain`. `options` makes parameters of dataclasses, `console` has
+consoles, tables and exit codes, and `inspect` gathers the facts that `describe` prints.
 """

@@ -1,0 +1,214 @@
+"""`magihuman inspect`, `doctor` and `explain`: what `inspect.py` gathers, as tables or JSON.
+
+Exit codes as for all commands; `inspect` has that of bad input where a component is damaged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from magihuman import runtime
+from magihuman.runtime.cli.console import (
+    BAD_INPUT,
+    err,
+    out,
+    print_plan,
+    size_text,
+    user_errors,
+)
+from magihuman.runtime.cli.options import JsonOptions, PlanOptions, takes_options
+
+if TYPE_CHECKING:
+    from magihuman.graphs.cuda_graphs import Recorded
+    from magihuman.graphs.explain import Explanation
+    from magihuman.runtime.cli.inspect import Component, PlanAsked
+    from magihuman.runtime.memory import MemoryPlan
+
+SIDES = ("before", "after")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(PlanOptions):
+    """A model directory, and the memory plan to make for it."""
+
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A model directory, or nano.")]
+
+
+@takes_options
+def inspect(options: InspectOptions) -> None:
+    """Say what is in a model directory, what is missing or damaged, what fits this GPU, and where
+    weights would be in each stage.
+    """
+    with user_errors():
+        import torch
+
+        from magihuman.runtime.cli.inspect import fits, inspect_model
+        from magihuman.runtime.weights import model_folder
+
+        folder = model_folder(options.model)
+        question = _plan_question(options)
+        components = inspect_model(folder)
+        memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+        lineups = {} if memory is None else fits(components, memory)
+        damaged = [c for c in components if c.state not in ("ok", "missing")]
+        plan, reason = question.of_folder(folder, components)
+        if options.as_json:
+            fields = [
+                {"name": c.name, **{k: v for k, v in vars(c).items() if k != "name"}}
+                for c in components
+            ]
+            facts = {"components": fields, "gpu_bytes": memory, "fits": lineups}
+            print(json.dumps({**facts, "memory_plan": _plan_as_dict(plan, reason)}))
+        else:
+            _print_components(components)
+            for label, ok in lineups.items():
+                out.print(f"{label}: {'fits' if ok else 'does not fit'} this GPU")
+            if memory is None:
+                out.print("no GPU here: everything would run on the CPU")
+            _print_plan(plan, reason)
+            for c in damaged:
+                err.print(f"{c.name}: {c.state}", style="red", markup=False, highlight=False)
+        if damaged:
+            raise typer.Exit(BAD_INPUT)
+
+
+def _print_components(components: Sequence[Component]) -> None:
+    """A row for each component: its state, tensors, and bytes on disk and on the device."""
+    table = Table(Column("component", no_wrap=True))
+    for title in ("state", "tensors", "dtypes on disk", "disk", "on the device"):
+        table.add_column(title)
+    for c in components:
+        table.add_row(
+            c.name,
+            c.state if c.state in ("ok", "missing") else "damaged",
+            str(c.tensors),
+            ", ".join(f"{count} {name}" for name, count in c.dtypes.items()),
+            size_text(c.disk_bytes),
+            size_text(c.device_bytes),
+        )
+    out.print(table)
+
+
+@takes_options
+def doctor(options: PlanOptions) -> None:
+    """Say what this machine has, which paths will be used, and why, and where the weights of the
+    published sizes would be in each stage.
+    """
+    with user_errors():
+        from magihuman.runtime.cli.inspect import machine
+
+        question = _plan_question(options)
+        facts = machine()
+        plan, reason = question.of_published()
+        if options.as_json:
+            print(json.dumps({**facts, "memory_plan": _plan_as_dict(plan, reason)}))
+            return
+        table = Table(show_header=False)
+        for name, value in facts.items():
+            table.add_row(name, value)
+        out.print(table)
+        _print_plan(plan, reason)
+
+
+def _plan_question(options: PlanOptions) -> PlanAsked:
+    """What the memory plan is asked for. Raises `InvalidRequestError` for what there is not."""
+    from magihuman.runtime.cli.inspect import PlanAsked
+
+    return PlanAsked(options.variant, options.sr, options.precision, options.memory_limit_gb)
+
+
+def _plan_as_dict(plan: MemoryPlan | None, reason: str) -> dict[str, Any]:
+    """The plan for JSON, or why there is none."""
+    return {"error": reason} if plan is None else plan.as_dict()
+
+
+def _print_plan(plan: MemoryPlan | None, reason: str) -> None:
+    """The plan as a table, or why there is none."""
+    if plan is not None:
+        print_plan(plan)
+    else:
+        out.print(f"no memory plan: {reason}", markup=False, highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions(JsonOptions):
+    """The forward pass to explain, and where to."""
+
+    variant: Annotated[str, typer.Option(help="distill, base or 540p_sr.")] = "distill"
+    seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 5.0
+    width: Annotated[int, typer.Option(help="Pixels.")] = 480
+    height: Annotated[int, typer.Option(help="Pixels.")] = 272
+    text_tokens: Annotated[int, typer.Option(min=1, max=640, help="Of the prompt.")] = 300
+    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None
+    recorded: Annotated[
+        bool, typer.Option("--recorded", help="Also capture it on this GPU and list its kernels.")
+    ] = False
+
+
+@takes_options
+def explain(options: ExplainOptions) -> None:
+    """Say what compiling makes of one forward pass: operations, launches, bytes, per kind of layer.
+
+    Needs no weights, and no GPU but for --recorded.
+    """
+    with user_errors():
+        import torch
+
+        from magihuman.graphs import explain as explaining
+        from magihuman.runtime.cli.inspect import compiled_counts, recorded_forward
+        from magihuman.runtime.config import DiTConfig
+        from magihuman.runtime.model import DiT
+
+        request = runtime.Request(
+            "-", seconds=options.seconds, width=options.width, height=options.height
+        )
+        counts = compiled_counts(options.variant, request, options.text_tokens)
+        graph = recorded_forward(counts) if options.recorded else None
+        explanation = explaining.explain(DiT, DiTConfig(), counts, torch.bfloat16)
+        if options.html is not None:
+            _write(options.html, explaining.to_html(explanation))
+        if options.as_json:
+            sides = {s: [vars(row) for row in getattr(explanation, s)] for s in SIDES}
+            facts = {"tokens": counts, **sides, "totals": explanation.totals()}
+            print(json.dumps(facts if graph is None else {**facts, "recorded": vars(graph)}))
+            return
+        _print_explanation(explanation)
+        if graph is not None:
+            _print_recorded(graph)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise runtime.OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _print_explanation(explanation: Explanation) -> None:
+    """A table of the forward pass before compiling, and one after."""
+    for side in SIDES:
+        total = explanation.totals()[side]
+        title = f"{side}: {total['launches']:.0f} launches, {total['gigabytes']:.1f} GB"
+        table = Table("layers", "operation", "calls", "launches", "GB", title=title)
+        shown = ""
+        for row in getattr(explanation, side):
+            label, shown = ("" if row.layers == shown else row.layers), row.layers
+            figures = (str(row.calls), str(row.launches), f"{row.gigabytes:.2f}")
+            table.add_row(label, row.operation, *figures)
+        out.print(table)
+
+
+def _print_recorded(graph: Recorded) -> None:
+    """The kernels of a captured graph, and how often each is launched."""
+    nodes = ", ".join(f"{count} {kind}" for kind, count in graph.nodes.most_common())
+    table = Table("kernel", "nodes", title=f"recorded, one layer of each kind: {nodes}")
+    for name, count in graph.by_readable_name().most_common():
+        table.add_row(name, str(count))
+    out.print(table)

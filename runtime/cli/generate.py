@@ -1,0 +1,158 @@
+"""`magihuman generate`. Exit codes as for all commands."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from magihuman import runtime
+from magihuman.runtime.cli.console import Bar, print_result, user_errors
+from magihuman.runtime.cli.options import (
+    DeviceOption,
+    EngineOptions,
+    JsonOptions,
+    LimitOptions,
+    ModelOption,
+    SrOption,
+    takes_options,
+)
+from magihuman.runtime.config import NANO
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentOptions:
+    """Where the small components are, if elsewhere than the model."""
+
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Path or hub id of the text encoder.")
+    ] = None
+    audio_vae: Annotated[
+        str | None, typer.Option(help="Path or hub id of the audio autoencoder.")
+    ] = None
+    image_vae: Annotated[str | None, typer.Option(help="Path or hub id of the image encoder.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(EngineOptions, ComponentOptions, LimitOptions, JsonOptions):
+    """A clip and the engine that makes it."""
+
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is seen and said.")]
+    output: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")]
+    model: ModelOption = NANO
+    image: Annotated[
+        Path | None, typer.Option(help="Reference image; becomes the first frame.")
+    ] = None
+    audio: Annotated[Path | None, typer.Option(help="Driving voice; becomes the sound.")] = None
+    variant: Annotated[str, typer.Option(help="distill (8 steps) or base (32, with guidance).")] = (
+        "distill"
+    )
+    sr: SrOption = None
+    seconds: Annotated[
+        float | None, typer.Option(help="Length of the clip, 0.2 to 60; by default 5, or as suits.")
+    ] = None
+    width: Annotated[
+        int | None, typer.Option(help="Pixels, made in steps of 32; by default 480, or as suits.")
+    ] = None
+    height: Annotated[
+        int | None, typer.Option(help="Pixels, made in steps of 32; by default 272, or as suits.")
+    ] = None
+    sr_width: Annotated[int | None, typer.Option(help="Pixels after super-resolution.")] = None
+    sr_height: Annotated[int | None, typer.Option(help="Pixels after super-resolution.")] = None
+    seed: Annotated[int, typer.Option(help="Same seed, same clip.")] = 42
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = (
+        None
+    )
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
+    sr_steps: Annotated[int | None, typer.Option(help="Super-resolution steps.")] = None
+    guidance: Annotated[float | None, typer.Option(help="Video guidance of the base model.")] = None
+    sr_guidance: Annotated[float | None, typer.Option(help="Guidance of super-resolution.")] = None
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            help="Decoder of frames: fast (needs a Hopper GPU), plain, or tensorrt, with"
+            " --turbo-vae, a folder of engines."
+        ),
+    ] = None
+    device: DeviceOption = None
+    context_parallel: Annotated[
+        int, typer.Option(help="GPUs, from --device on, that make the clip together.")
+    ] = 1
+
+    def request(self) -> runtime.Request:
+        """The clip that is asked for, at the length and size that suit the model by default."""
+        from magihuman.runtime.weights import sized
+
+        size = {"seconds": self.seconds, "width": self.width, "height": self.height}
+        values = sized(self.model, **size)
+        if self.negative_prompt is not None:
+            values["negative_prompt"] = self.negative_prompt
+        return runtime.Request(
+            prompt=self.prompt,
+            image=self.image,
+            audio=self.audio,
+            sr_width=self.sr_width,
+            sr_height=self.sr_height,
+            seed=self.seed,
+            steps=self.steps,
+            sr_steps=self.sr_steps,
+            guidance=self.guidance,
+            sr_guidance=self.sr_guidance,
+            **values,
+        )
+
+    def load_arguments(self) -> dict[str, Any]:
+        """The arguments of `runtime.load` that these options are."""
+        return {
+            **super().load_arguments(),
+            "device": self.device,
+            "context_parallel": self.context_parallel,
+            "text_encoder": self.text_encoder,
+            "audio_vae": self.audio_vae,
+            "image_vae": self.image_vae,
+            "memory_limit_gb": self.memory_limit_gb,
+        }
+
+
+@takes_options
+def generate(options: GenerateOptions) -> None:
+    """Make one clip and write it as an mp4 with sound."""
+    with user_errors():
+        request = options.request()
+        _check_before_loading(request, options)
+        bar = Bar(options.as_json)
+        start = time.perf_counter()
+        with bar:
+            engine = runtime.load(**options.load_arguments(), on_load=bar.on_load)
+            load_s = time.perf_counter() - start
+            with engine:
+                video = engine.generate(request, save=options.output, on_progress=bar.on_progress)
+        timings_s = {"load": load_s, **video.timings_s}
+        print_result(options.output.absolute(), video, timings_s, options.as_json)
+
+
+def _check_before_loading(request: runtime.Request, options: GenerateOptions) -> None:
+    """Refuse before weights are read what can be: plan, input files, the output's place."""
+    from magihuman.runtime import config
+    from magihuman.runtime.errors import one_of
+    from magihuman.runtime.media import check_output
+
+    variant, sr = options.variant, options.sr
+    one_of("variant", variant, config.BASE_VARIANTS)
+    if sr is not None:
+        one_of("sr", sr, tuple(config.SR_SIZES))
+    plan = request.plan(config.VARIANTS[variant], sr)
+    if request.image is not None:
+        from magihuman.runtime.media import open_image
+
+        open_image(request.image)
+    if request.audio is not None:
+        from magihuman.runtime.pipeline import open_driving_audio
+
+        open_driving_audio(request.audio, request.seconds)
+    check_output(options.output, config.video_frames(plan.frames), *plan.size_px)
