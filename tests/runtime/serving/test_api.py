@@ -578,7 +578,7 @@ def test_bodies_that_are_being_sent_have_a_place_in_line(local):
 
 
 def test_a_body_that_takes_too_long(local, monkeypatch):
-    monkeypatch.setattr("magihuman.runtime.serving.api.BODY_S", 0.2)
+    monkeypatch.setattr("magihuman.runtime.serving.routes.BODY_S", 0.2)
     with half_sent(local) as connection:
         answer = connection.recv(4096)
     assert answer.startswith(b"HTTP/1.1 408 ")

@@ -1,0 +1,241 @@
+"""The routes: the page, how the server is, and videos."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import ClientDisconnect
+
+from magihuman.runtime.serving import uploads
+from magihuman.runtime.serving.errors import ApiError
+from magihuman.runtime.serving.jobs import Draining, Jobs, LineFull
+from magihuman.runtime.serving.metrics import Metrics
+from magihuman.runtime.serving.schema import (
+    Deleted,
+    ErrorBody,
+    Health,
+    VideoObject,
+    body_schema,
+)
+from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.store import Job, Status
+
+# The page is one file, loads nothing, and may ask this server alone.
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self';"
+    " img-src 'self' blob: data:; media-src 'self' blob:; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
+)
+DRAIN_RETRY_S, DISK_RETRY_S = 30, 60
+BODY_S = 300.0  # for a body, which has a place in line meanwhile; 32 MiB at 0.9 Mbit/s
+
+Check = Callable[..., Awaitable[None]]  # a dependency of FastAPI's, which raises `ApiError`
+
+
+def page() -> HTMLResponse:
+    """The page, which may ask this server alone."""
+    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
+
+
+async def health() -> Health:
+    """Whether the server answers."""
+    return Health(status="ok")
+
+
+@dataclass(frozen=True)
+class ServerRoutes:
+    """The page, and how the server is.
+
+    The docstrings of routes are what clients read in the OpenAPI description.
+
+    Attributes:
+        jobs, metrics: asked at each request, since the application can be made before them.
+        is_ready: whether an engine runs.
+    """
+
+    jobs: Callable[[], Jobs]
+    is_ready: Callable[[], Awaitable[bool]]
+    metrics: Callable[[], Metrics]
+
+    def add_to(self, app: FastAPI, check: Check) -> None:
+        """Bind the routes. check: the token's, of those that are not for everybody."""
+        app.get("/", response_class=HTMLResponse, include_in_schema=False)(page)
+        app.get("/health", response_model=Health, tags=["server"])(health)
+        app.get(
+            "/ready", response_model=Health, responses={503: {"model": Health}}, tags=["server"]
+        )(self.ready)
+        app.get(
+            "/metrics",
+            response_class=Response,
+            responses={200: {"content": {"text/plain": {}}}, **_errors(401)},
+            tags=["server"],
+            dependencies=[Depends(check)],
+        )(self.prometheus)
+
+    async def ready(self, response: Response) -> Health:
+        """Whether an engine is loaded and new videos are taken."""
+        if self.jobs().is_draining:
+            response.status_code = 503
+            return Health(status="draining")
+        if not await self.is_ready():
+            response.status_code = 503
+            return Health(status="starting")
+        return Health(status="ok")
+
+    async def prometheus(self) -> Response:
+        """For Prometheus."""
+        return Response(self.metrics().text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@dataclass(frozen=True)
+class VideoRoutes:
+    """Videos: asked for, looked at, fetched, removed.
+
+    The docstrings of routes are what clients read in the OpenAPI description.
+
+    Attributes:
+        jobs: asked at each request, since the application can be made before them.
+    """
+
+    settings: Settings
+    jobs: Callable[[], Jobs]
+
+    def add_to(self, app: FastAPI, check: Check) -> None:
+        """Bind the routes, all behind the token's check."""
+        closed: dict[str, Any] = {"tags": ["videos"], "dependencies": [Depends(check)]}
+        app.post(
+            "/v1/videos",
+            response_model=VideoObject,
+            responses=_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
+            openapi_extra={"requestBody": body_schema(self.settings.limits)},
+            **closed,
+        )(self.create)
+        app.get(
+            "/v1/videos/{video_id}",
+            response_model=VideoObject,
+            responses=_errors(401, 404, 422),
+            **closed,
+        )(self.retrieve)
+        mp4: dict[str, Any] = {"content": {"video/mp4": {}}}
+        app.get(
+            "/v1/videos/{video_id}/content",
+            response_class=FileResponse,
+            responses={
+                200: {**mp4, "description": "The mp4."},
+                206: {**mp4, "description": "A part of it, by the header Range."},
+                **_errors(401, 404, 409, 422),
+            },
+            **closed,
+        )(self.content)
+        app.delete(
+            "/v1/videos/{video_id}",
+            response_model=Deleted,
+            responses=_errors(401, 403, 404, 422),
+            **closed,
+        )(self.delete)
+
+    async def create(self, request: Request) -> VideoObject:
+        """Ask for a video; it waits in line."""
+        with _place_in_line(self.jobs()):
+            new = await _read(request, self.settings)
+        try:
+            await self.jobs().add(new.job, new.fill)
+        except OSError as error:
+            raise ApiError(
+                503,
+                "disk",
+                f"the server's disk does not take it: {error.strerror}",
+                headers=retry(DISK_RETRY_S),
+            ) from error
+        return VideoObject.of(new.job, self.settings.model)
+
+    async def retrieve(self, video_id: str) -> VideoObject:
+        """A video's status and progress."""
+        return VideoObject.of(self._job(video_id), self.settings.model)
+
+    async def content(self, video_id: str) -> FileResponse:
+        """The finished mp4, whole or in ranges."""
+        job = self._job(video_id)
+        if job.status is not Status.COMPLETED:
+            raise ApiError(
+                409,
+                "not_completed",
+                f"the video must be completed, and is {job.status.value}",
+                "video_id",
+            )
+        path = self.jobs().video(job)
+        if not path.exists():  # removed by hand
+            raise _not_found()
+        return FileResponse(
+            path,
+            media_type="video/mp4",
+            filename=f"{job.id}.mp4",
+            content_disposition_type="inline",
+        )
+
+    async def delete(self, video_id: str) -> Deleted:
+        """Cancel a video that waits or is being made, or remove a finished one."""
+        job = self._job(video_id)
+        self.jobs().remove(job)
+        return Deleted(id=job.id)
+
+    def _job(self, video_id: str) -> Job:
+        """The job of an id. Raises `ApiError` where there is none."""
+        job = self.jobs().get(video_id)
+        if job is None:
+            raise _not_found()
+        return job
+
+
+def retry(seconds: int) -> dict[str, str]:
+    """When to come again."""
+    return {"Retry-After": str(seconds)}
+
+
+def _not_found() -> ApiError:
+    return ApiError(404, "video_not_found", "there is no such video, or no more", "video_id")
+
+
+async def _read(request: Request, settings: Settings) -> uploads.NewVideo:
+    """Read a body within `BODY_S`. Raises `ApiError` for whatever is wrong with it."""
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await uploads.read(request, settings)
+    except TimeoutError:
+        message = f"the body must be sent within {BODY_S:g} s; send a smaller image or sound"
+        raise ApiError(408, "body_too_slow", message) from None
+    except ClientDisconnect:  # nobody is told, and it is no fault of the server
+        raise ApiError(400, "malformed_body", "the body must be sent to its end") from None
+
+
+@contextmanager
+def _place_in_line(jobs: Jobs) -> Iterator[None]:
+    """Keep a place in line while a body is read. Raises `ApiError` where there is none."""
+    try:
+        with jobs.arriving():
+            yield
+    except LineFull:
+        message = "as many videos wait as may; try again later"
+        wait = retry(jobs.retry_after_s)
+        raise ApiError(429, "queue_full", message, headers=wait) from None
+    except Draining:
+        raise ApiError(
+            503,
+            "draining",
+            "the server is about to stop and takes no more; try again later",
+            headers=retry(DRAIN_RETRY_S),
+        ) from None
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's description of answers of these statuses."""
+    return {status: {"model": ErrorBody} for status in statuses}
