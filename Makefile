@@ -12,9 +12,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Folders are listed too, so that a removed module is noticed.
-SOURCES := $(shell find $(wildcard export runtime graphs kernels) -name '*.py' -o -name py.typed \
-    -o -type d ! -name __pycache__ -o -path '*/nano/*' -type f)
 
 DEMO := "A woman with long black hair in a yellow shirt on a pink background looks into the camera\
     and says: ho ba hu bu ge de pi bi pi ke gu"
@@ -23,7 +20,7 @@ DEMO := "A woman with long black hair in a yellow shirt on a pink background loo
 
 test: lint types imports unit
 
-lint: $(VENV)/.deps
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -50,15 +47,12 @@ bench: $(VENV)/.installed
 	    --benchmark-json=out/bench.json $(BENCH)
 	$(BIN)/python benchmarks/history.py out/bench.json
 
-$(VENV)/.deps: pyproject.toml
+# Linked, not copied: what is edited, added or removed is there at once.
+$(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) install '$(TORCH)')
-	$(PIP) install '.[dev]'
-	touch $@
-
-$(VENV)/.installed: $(VENV)/.deps $(SOURCES)
-	$(PIP) install --no-deps --force-reinstall .
+	$(PIP) install -e '.[dev]'
 	touch $@
 
 clean:

@@ -163,6 +163,50 @@ def links(text: str) -> list[tuple[str, str]]:
     ]
 
 
+def test_the_links_of_an_editable_install_are_the_folders_of_the_wheel():
+    links = (ROOT / ".editable" / "magihuman").iterdir()
+    assert {link.name: link.readlink().as_posix() for link in links} == {
+        name: f"../../{name}" for name in FOLDERS
+    }
+
+
+def test_an_editable_install_follows_the_tree(tmp_path):
+    """Built by the backend as pip does, and put where only its own files are on the path."""
+    tree = shutil.copytree(ROOT, tmp_path / "tree", ignore=LEFT_OUT)
+    shutil.copytree(ROOT / ".editable", tree / ".editable", symlinks=True)
+    build = "import sys, scikit_build_core.build as b; b.build_editable(sys.argv[1])"
+    python("-c", build, str(tmp_path), path=[], cwd=tree)
+    (built,) = tmp_path.glob("*.whl")
+    folder = tmp_path / "site"
+    with zipfile.ZipFile(built) as archive:
+        assert not any(name.startswith("magihuman/") for name in archive.namelist())
+        archive.extractall(folder)
+
+    def import_it() -> list[str]:
+        code = """
+import importlib, site, sys
+before = set(sys.path)
+site.addsitedir(sys.argv[1])
+print(*sorted(set(sys.path) - before))
+try:
+    print(importlib.import_module("magihuman.kernels.fresh").__file__)
+except ModuleNotFoundError as error:
+    print(error)
+"""
+        return python("-I", "-S", "-c", code, str(folder), path=[], cwd=tmp_path).splitlines()
+
+    paths = f"{folder} {tree / '.editable'}"  # and not the folder in which the tree lies
+    assert import_it() == [paths, "No module named 'magihuman.kernels.fresh'"]
+    module = tree / "kernels" / "fresh.py"
+    module.touch()
+    linked = tree / ".editable" / "magihuman" / "kernels"
+    assert import_it() == [paths, str(linked / "fresh.py")]
+    module.unlink()  # and a package in its place
+    (tree / "kernels" / "fresh").mkdir()
+    (tree / "kernels" / "fresh" / "__init__.py").touch()
+    assert import_it() == [paths, str(linked / "fresh" / "__init__.py")]
+
+
 def test_the_installed_wheel_works(installed, tmp_path):
     code = "from magihuman import runtime; print(runtime.__file__, runtime.Request('hi').steps)"
     said = python("-c", code, path=[installed], cwd=tmp_path).split()
