@@ -121,7 +121,7 @@ def _write(options: ExportOptions) -> Verdict | None:
 
 
 def _show(folder: Path, verdict: Verdict | None, seconds: float, as_json: bool) -> None:
-    """What was made and how far it is from the plain decoder."""
+    """Print what was written and how far it is from the plain decoder."""
     files = sorted(folder.iterdir())
     figures = () if verdict is None else verdict.figures
     skipped = None if verdict is None else verdict.engines_not_run
@@ -139,10 +139,10 @@ def _show(folder: Path, verdict: Verdict | None, seconds: float, as_json: bool) 
         Column("file", no_wrap=True), "size", "latents", "arithmetic", "error", "limit", ""
     )
     for file in files:
-        own = [figure for figure in figures if figure.file == file.name]
-        if not own:
+        of_file = [figure for figure in figures if figure.file == file.name]
+        if not of_file:
             table.add_row(file.name, size_text(file.stat().st_size), "", "", "", "", "")
-        for figure in own:
+        for figure in of_file:
             table.add_row(
                 file.name,
                 size_text(file.stat().st_size),
@@ -159,7 +159,7 @@ def _show(folder: Path, verdict: Verdict | None, seconds: float, as_json: bool) 
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command of this process's arguments."""
     cli.main()
 
 

@@ -136,7 +136,7 @@ def export_vae(
 
 
 def _vae_facts(vae: TurboVAE, dtype: str, builder: Builder | None) -> dict[str, object]:
-    """What the manifest says of the decoder, and of what has built its engines."""
+    """Return what the manifest says of the decoder, and of what has built its engines."""
     facts: dict[str, object] = {"dtype": dtype, "architecture": dataclasses.asdict(vae.config)}
     if builder is not None:
         facts["builder"] = dataclasses.asdict(builder)
@@ -179,7 +179,7 @@ def export_audio(
 
 @contextmanager
 def _written(folder: Path) -> Iterator[Path]:
-    """`atomic_folder`, with our error where the disk fails."""
+    """Do as `atomic_folder` does, and raise `OutputError` where the disk fails."""
     try:
         with atomic_folder(folder) as temporary:
             yield temporary
@@ -194,7 +194,7 @@ def _written(folder: Path) -> Iterator[Path]:
 def _windows(
     vae: TurboVAE, sizes: list[Size], folder: Path, on_step: Callable[[int, int], None]
 ) -> list[Graph]:
-    """Every kind of window at every size, as ONNX."""
+    """Write every kind of window at every size as ONNX."""
     weights, graphs = SharedWeights(folder), list[Graph]()
     kinds = window_kinds(vae.config)
     dtype = next(vae.parameters()).dtype
@@ -222,7 +222,7 @@ def _with_engine(
     folder: Path,
     on_step: OnGraph,
 ) -> Graph:
-    """The graph, and its engine beside it in the folder."""
+    """Write the engine of a graph beside it, and return the graph with the engine's name."""
     name = Path(graph.onnx).stem
     shape = (*leading, *graph.dims.values())
     report = partial(on_step, f"engine {name}")
@@ -239,6 +239,7 @@ def _write_manifest(
     graphs: list[Graph],
     sources: dict[str, dict[str, object]],
 ) -> None:
+    """Write the manifest, once all other files are on disk, with their hashes."""
     files = sorted(folder.iterdir())
     for file in files:
         sync(file)

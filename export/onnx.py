@@ -119,7 +119,7 @@ def write_onnx(
 
 
 def _twice(x: Any, size: Any, scales: Any) -> Any:
-    """Nearest-exact at a factor of two in rows and columns, the only use in the decoder, is plain
+    """Write nearest-exact at a factor of two in rows and columns, the decoder's only use, as plain
     repetition, which all readers of ONNX agree on.
     """
     factors = op.Constant(value_floats=[1.0, 1.0, *scales])
@@ -135,7 +135,7 @@ def _twice(x: Any, size: Any, scales: Any) -> Any:
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Without torch.onnx's remarks on packages that are not there and on its own internals."""
+    """Silence torch.onnx's remarks on packages that are not there and on its internals."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -21,15 +21,15 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """`480x256`, or `256x256:480x256:896x512`: pixels in steps of 32, as clips are made."""
+        """Read `480x256`, or `256x256:480x256:896x512`: pixels in steps of 32, as in clips."""
         parts = text.split(":")
-        found = [FORM.fullmatch(part) for part in parts]
-        if len(parts) not in (1, 3) or not all(found):
+        matches = [FORM.fullmatch(part) for part in parts]
+        if len(parts) not in (1, 3) or not all(matches):
             raise InvalidRequestError(
                 f"size must be as 480x256, or fewest, best and most as 256x256:480x256:896x512,"
                 f" got {text!r}"
             )
-        pixels = [(int(match[1]), int(match[2])) for match in found if match is not None]
+        pixels = [(int(match[1]), int(match[2])) for match in matches if match is not None]
         step = PATCH * VIDEO_STRIDE[1]
         for width, height in pixels:
             if width % step or height % step or not width or not height:
@@ -50,7 +50,7 @@ class Size:
         return self.height[0] != self.height[2] or self.width[0] != self.width[2]
 
     def __str__(self) -> str:
-        """As it is parsed."""
+        """Return the text that `parse` reads as this size."""
         row, column = VIDEO_STRIDE[1:]
         pairs = zip(self.width, self.height, strict=True)
         texts = [f"{width * column}x{height * row}" for width, height in pairs]

@@ -29,7 +29,7 @@ class BuildError(MagiHumanError):
 
 
 def builder_for(sm: int | None) -> Builder:
-    """What will make engines here, for this compute capability or that of the GPU at hand."""
+    """Return what makes engines here, for this compute capability or that of the GPU at hand."""
     here = device_sm()
     wanted = here if sm is None else sm
     if wanted is None:
@@ -45,31 +45,31 @@ def build_engine(
     workspace_bytes: int,
     on_step: OnStep = lambda done, of: None,
 ) -> bytes:
-    """The serialized engine of a graph whose one input has these fewest, best and most sizes.
+    """Build the serialized engine of a graph whose one input has these fewest, best, most sizes.
 
     Strongly typed: it computes in the dtypes that the graph has.
     """
     trt = library(builder.flavour)
     log = logger(builder.flavour)
-    made = trt.Builder(log)
-    network = made.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    trt_builder = trt.Builder(log)
+    network = trt_builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path)):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise BuildError(f"{builder.flavour} cannot read {onnx_path.name}: {errors}")
-    config = made.create_builder_config()
+    config = trt_builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     monitor = config.progress_monitor = _monitor(trt, on_step)
     if any(low != high for low, _, high in shape):
-        profile = made.create_optimization_profile()
+        profile = trt_builder.create_optimization_profile()
         profile.set_shape(INPUT, *zip(*shape, strict=True))
         config.add_optimization_profile(profile)
     if builder.flavour == FULL:
-        content = _timed(trt, made, network, config, builder)
+        content = _timed(trt, trt_builder, network, config, builder)
     else:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{builder.sm}"), 0)
-        content = made.build_serialized_network(network, config)
+        content = trt_builder.build_serialized_network(network, config)
     if monitor.raised is not None:
         raise monitor.raised
     if content is None:
@@ -79,7 +79,7 @@ def build_engine(
     return bytes(content)
 
 
-def _timed(trt: Any, made: Any, network: Any, config: Any, builder: Builder) -> Any:
+def _timed(trt: Any, trt_builder: Any, network: Any, config: Any, builder: Builder) -> Any:
     """Build with the timings of earlier builds, and keep those of this one.
 
     TensorRT-RTX times nothing while it builds, and has no such cache.
@@ -87,13 +87,13 @@ def _timed(trt: Any, made: Any, network: Any, config: Any, builder: Builder) -> 
     key = f"{builder.version}-sm{builder.sm}"
     timings = config.create_timing_cache(cache.read(KIND, key) or b"")
     config.set_timing_cache(timings, ignore_mismatch=False)
-    content = made.build_serialized_network(network, config)
+    content = trt_builder.build_serialized_network(network, config)
     cache.write(KIND, key, bytes(config.get_timing_cache().serialize()))
     return content
 
 
 def _monitor(trt: Any, on_step: OnStep) -> Any:
-    """Reports the outermost phase. What is raised meanwhile, also by Ctrl-C, ends the build."""
+    """Report the outermost phase. What is raised meanwhile, also by Ctrl-C, ends the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

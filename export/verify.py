@@ -89,72 +89,74 @@ def verify(
     Raises:
         CheckpointError: the folder is damaged, or comes from other weights.
     """
-    found, model = read_manifest(Path(folder)), model_folder(model)
-    modules = _modules(found, model)
-    engines, reason = _engines(found)
+    exported, model = read_manifest(Path(folder)), model_folder(model)
+    modules = _modules(exported, model)
+    engines, reason = _engines(exported)
     device = torch.device("cpu" if device_sm() is None else "cuda")
     figures: list[Figure] = []
-    for done, graph in enumerate(found.graphs, 1):
+    for done, graph in enumerate(exported.graphs, 1):
         module = modules[graph.kind].to(device)
-        for latents in _inputs(graph, found):
+        for latents in _inputs(graph, exported):
             exact = _run(module, latents.to(device, torch.float32))
-            figures.append(_onnx_figure(found, graph, latents, exact))
+            figures.append(_onnx_figure(exported, graph, latents, exact))
             if engines is not None:
                 decoded = _decoded(engines, graph.kind, latents)
-                error, limit = _error(decoded, exact), _limit(found.dtype)
+                error, limit = _error(decoded, exact), _limit(exported.dtype)
                 shape = tuple(latents.shape)
-                figures.append(Figure(str(graph.engine), shape, _name(found.dtype), error, limit))
-        on_step("verify", done, len(found.graphs))
+                figures.append(
+                    Figure(str(graph.engine), shape, _name(exported.dtype), error, limit)
+                )
+        on_step("verify", done, len(exported.graphs))
     verdict = Verdict(tuple(figures), reason)
-    _record(found.folder, verdict)
+    _record(exported.folder, verdict)
     return verdict
 
 
-def _modules(found: Exported, model: Path) -> dict[str, Window | Sound]:
-    """The plain decoder of each kind, in fp32, its weights rounded as the exported ones are."""
-    if found.decoder == AUDIO_VAE:
+def _modules(exported: Exported, model: Path) -> dict[str, Window | Sound]:
+    """Return the plain decoder of each kind, in fp32, with weights rounded as those exported."""
+    if exported.decoder == AUDIO_VAE:
         place = model / AUDIO_FOLDER
-        check_sources(found, [place / "model_config.json", place / checkpoint.SINGLE_NAME])
+        check_sources(exported, [place / "model_config.json", place / checkpoint.SINGLE_NAME])
         return {"sound": Sound(checkpoint.load_audio_vae(place, CPU))}
     place = model / TURBO_FOLDER
-    check_sources(found, list(checkpoint.turbo_vae_files(place)))
-    decoder = checkpoint.load_turbo_vae(place, CPU, found.dtype).float().decoder
-    assert found.config is not None
-    return {k: Window(decoder, w.is_first) for k, w in window_kinds(found.config).items()}
+    check_sources(exported, list(checkpoint.turbo_vae_files(place)))
+    decoder = checkpoint.load_turbo_vae(place, CPU, exported.dtype).float().decoder
+    assert exported.config is not None
+    return {k: Window(decoder, w.is_first) for k, w in window_kinds(exported.config).items()}
 
 
-def _engines(found: Exported) -> tuple[TensorRTVAE | None, str | None]:
-    """The engines, loaded, or why they are not run here."""
-    if found.builder is None:
+def _engines(exported: Exported) -> tuple[TensorRTVAE | None, str | None]:
+    """Return the engines, loaded, or why they are not run here."""
+    if exported.builder is None:
         return None, None
     try:
-        return TensorRTVAE(found, torch.device("cuda" if device_sm() else "cpu")), None
+        return TensorRTVAE(exported, torch.device("cuda" if device_sm() else "cpu")), None
     except MagiHumanError as error:
         return None, str(error)
 
 
-def _inputs(graph: Graph, found: Exported) -> Iterator[Tensor]:
-    """Latents as the decoder gets them, in the graph's dtype: best, and fewest where it differs."""
+def _inputs(graph: Graph, exported: Exported) -> Iterator[Tensor]:
+    """Yield latents as the decoder gets them, in the graph's dtype: fewest, then best if other."""
     generator = torch.Generator().manual_seed(0)
     sizes = {tuple(dims[i] for dims in graph.dims.values()) for i in (0, 1)}
     for size in sorted(sizes):
-        if found.decoder == AUDIO_VAE:
-            channels = onnx.load(found.folder / graph.onnx, load_external_data=False)
+        if exported.decoder == AUDIO_VAE:
+            channels = onnx.load(exported.folder / graph.onnx, load_external_data=False)
             width = channels.graph.input[0].type.tensor_type.shape.dim[1].dim_value
             yield torch.randn(1, width, *size, generator=generator)
             continue
         z = torch.randn(1, len(LATENT_MEAN), *size, generator=generator)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (LATENT_MEAN, LATENT_STD))
-        yield (z * std + mean).to(found.dtype)
+        yield (z * std + mean).to(exported.dtype)
 
 
-def _onnx_figure(found: Exported, graph: Graph, latents: Tensor, exact: Tensor) -> Figure:
-    """One graph in onnxruntime on the CPU, which has no bf16 convolution: such a graph is widened,
-    so that its structure and weights are checked, and not its rounding.
+def _onnx_figure(exported: Exported, graph: Graph, latents: Tensor, exact: Tensor) -> Figure:
+    """Run one graph in onnxruntime on the CPU, which has no bf16 convolution: such a graph is
+    widened, so that its structure and weights are checked, and not its rounding.
     """
-    model = onnx.load(found.folder / graph.onnx)
-    name, limit = _name(found.dtype), _limit(found.dtype)
-    if found.dtype == torch.bfloat16:
+    model = onnx.load(exported.folder / graph.onnx)
+    name, limit = _name(exported.dtype), _limit(exported.dtype)
+    if exported.dtype == torch.bfloat16:
         widen(model)
         latents, limit, name = latents.float(), EXACT, "bf16 as fp32"
     options = onnxruntime.SessionOptions()
@@ -210,13 +212,13 @@ def _run(module: Window | Sound, latents: Tensor) -> Tensor:
     return out
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    wanted = wanted.cpu().double()
-    return float((found.cpu().double() - wanted).norm() / wanted.norm())
+def _error(decoded: Tensor, exact: Tensor) -> float:
+    exact = exact.cpu().double()
+    return float((decoded.cpu().double() - exact).norm() / exact.norm())
 
 
 def _record(folder: Path, verdict: Verdict) -> None:
-    """The figures into the manifest, whose other fields stay."""
+    """Write the figures into the manifest, whose other fields stay."""
     path = folder / MANIFEST_NAME
     values = checkpoint.read_json(path)
     values["verified"] = {

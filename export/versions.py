@@ -23,39 +23,39 @@ DISTRIBUTIONS = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tens
 
 
 def versions() -> dict[str, str]:
-    """Of every library in use, and a hash of the sources that decide what is exported."""
-    found = {}
+    """Return every library's version, and a hash of the sources that decide what is exported."""
+    numbers = {}
     for name in DISTRIBUTIONS:
         try:
-            found[name] = metadata.version(name)
+            numbers[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            numbers[name] = "not installed"
     digest = hashlib.sha256()
     for file in sources():
         digest.update(file.read_bytes())
-    return {**found, "sources": digest.hexdigest()}
+    return {**numbers, "sources": digest.hexdigest()}
 
 
 def sources() -> list[Path]:
-    """The files of this folder, and those of every module of ours that `ROOTS` import, in turn.
+    """Return the files of this folder, and of every module of ours that `ROOTS` import, in turn.
 
     Imports are read from the text, those inside functions too: to run them takes seconds.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     left = list(ROOTS)
     while left:
         name = left.pop()
         file, parent = _file_of(name), name.rpartition(".")[0]
-        if name in found or file is None:
+        if name in files or file is None:
             continue
-        found[name] = file
+        files[name] = file
         package = name if file.name == "__init__.py" else parent
         left += [parent, *_imports(ast.parse(file.read_bytes()), package)]
-    return sorted({*found.values(), *HERE.rglob("*.py")})
+    return sorted({*files.values(), *HERE.rglob("*.py")})
 
 
 def _file_of(name: str) -> Path | None:
-    """Of a module of ours; None for others, and for what is no module."""
+    """Return the file of a module of ours; None for others, and for what is no module."""
     top, *parts = name.split(".")
     if top != "magihuman" or not parts:
         return None
@@ -65,7 +65,7 @@ def _file_of(name: str) -> Path | None:
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Names of what a module imports when it runs; what is taken out of another may be a module."""
+    """Yield what a module imports when it runs; what is taken out of another may be a module."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -77,7 +77,7 @@ def _imports(tree: ast.AST, package: str) -> Iterator[str]:
 
 
 def main() -> None:
-    """Entry point; see the module."""
+    """Do what the module's docstring says of the arguments."""
     match sys.argv[1:]:
         case ["--builder", sm]:
             print(_builder(int(sm) if sm else None))
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _builder(sm: int | None) -> str:
-    """What will make engines here; ends the process with the reason where nothing can."""
+    """Say what makes engines here; end the process with the reason where nothing can."""
     try:
         from magihuman.export import exporting, verify  # noqa: F401 - all they need is there
         from magihuman.export.tensorrt import builder_for

@@ -43,7 +43,7 @@ def user_errors() -> Iterator[None]:
 
 
 class Bar:
-    """A live bar on a terminal, plain lines elsewhere, nothing with --json."""
+    """Shows progress: a live bar on a terminal, plain lines elsewhere, nothing with --json."""
 
     def __init__(self, silent: bool) -> None:
         self._live = None
@@ -66,21 +66,21 @@ class Bar:
             self._live.stop()
 
     def on_load(self, component: str, done: int, of: int) -> None:
-        """Weights are being read."""
+        """Show how many bytes of a component's weights have been read."""
         finished = of > 0 and done == of
         note = size_text(done) if of > 1 else ""
         self._show(f"load {component}", done, of, note, line=finished and of == 1)
 
     def on_convert(self, stage: str, done: int, of: int) -> None:
-        """Weights are being hashed or converted."""
+        """Show how many bytes of weights have been hashed or converted."""
         self._show(stage, done, of, size_text(done), line=done == of)
 
     def on_step(self, stage: str, done: int, of: int) -> None:
-        """A graph has been exported, or a step of a build is done."""
+        """Show how many graphs have been exported, or how many steps of a build are done."""
         self._show(stage, done, of, f"{done}/{of}", line=done == of)
 
     def on_progress(self, progress: runtime.Progress) -> None:
-        """A step has finished."""
+        """Show how many steps of a stage have finished."""
         note = f"{progress.step}/{progress.of}"
         self._show(progress.stage, progress.step, progress.of, note, line=progress.step > 0)
 
@@ -128,7 +128,7 @@ def print_result(
 
 
 def print_plan(plan: MemoryPlan) -> None:
-    """What is on the device in each stage, and what moving is expected to cost."""
+    """Print what is on the device in each stage, and what moving is expected to cost."""
     title = f"memory plan within {size_text(plan.limit_bytes)}, estimated"
     table = Table(Column("stage", no_wrap=True), title=title, title_justify="left")
     for name in ("on the device", "activations", "sum", "brought over", "extra"):
@@ -158,7 +158,7 @@ def print_plan(plan: MemoryPlan) -> None:
 
 
 def size_text(count: int) -> str:
-    """Bytes in the unit that reads best."""
+    """Return a number of bytes as text, in the unit that reads best."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

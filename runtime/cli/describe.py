@@ -80,7 +80,7 @@ def inspect(options: InspectOptions) -> None:
 
 
 def _print_components(components: Sequence[Component]) -> None:
-    """A row for each component: its state, tensors, and bytes on disk and on the device."""
+    """Print a row for each component: its state, tensors, and bytes on disk and on the device."""
     table = Table(Column("component", no_wrap=True))
     for title in ("state", "tensors", "dtypes on disk", "disk", "on the device"):
         table.add_column(title)
@@ -118,19 +118,19 @@ def doctor(options: PlanOptions) -> None:
 
 
 def _plan_question(options: PlanOptions) -> PlanAsked:
-    """What the memory plan is asked for. Raises `InvalidRequestError` for what there is not."""
+    """Return what the plan is asked for. Raises `InvalidRequestError` for what there is not."""
     from magihuman.runtime.cli.inspect import PlanAsked
 
     return PlanAsked(options.variant, options.sr, options.precision, options.memory_limit_gb)
 
 
 def _plan_as_dict(plan: MemoryPlan | None, reason: str) -> dict[str, Any]:
-    """The plan for JSON, or why there is none."""
+    """Return the plan for JSON, or why there is none."""
     return {"error": reason} if plan is None else plan.as_dict()
 
 
 def _print_plan(plan: MemoryPlan | None, reason: str) -> None:
-    """The plan as a table, or why there is none."""
+    """Print the plan as a table, or why there is none."""
     if plan is not None:
         print_plan(plan)
     else:
@@ -139,7 +139,7 @@ def _print_plan(plan: MemoryPlan | None, reason: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainOptions(JsonOptions):
-    """The forward pass to explain, and where to."""
+    """The forward pass to explain, and how it is shown."""
 
     variant: Annotated[str, typer.Option(help="distill, base or 540p_sr.")] = "distill"
     seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 5.0
@@ -192,7 +192,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _print_explanation(explanation: Explanation) -> None:
-    """A table of the forward pass before compiling, and one after."""
+    """Print a table of the forward pass before compiling, and one after."""
     for side in SIDES:
         total = explanation.totals()[side]
         title = f"{side}: {total['launches']:.0f} launches, {total['gigabytes']:.1f} GB"
@@ -206,7 +206,7 @@ def _print_explanation(explanation: Explanation) -> None:
 
 
 def _print_recorded(graph: Recorded) -> None:
-    """The kernels of a captured graph, and how often each is launched."""
+    """Print the kernels of a captured graph, and how often each is launched."""
     nodes = ", ".join(f"{count} {kind}" for kind, count in graph.nodes.most_common())
     table = Table("kernel", "nodes", title=f"recorded, one layer of each kind: {nodes}")
     for name, count in graph.by_readable_name().most_common():

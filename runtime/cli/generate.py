@@ -25,7 +25,7 @@ from magihuman.runtime.config import NANO
 
 @dataclass(frozen=True, kw_only=True)
 class ComponentOptions:
-    """Where the small components are, if elsewhere than the model."""
+    """Where the components beside the transformers are, if not with the model."""
 
     text_encoder: Annotated[
         str | None, typer.Option(help="Path or hub id of the text encoder.")
@@ -85,7 +85,7 @@ class GenerateOptions(EngineOptions, ComponentOptions, LimitOptions, JsonOptions
     ] = 1
 
     def request(self) -> runtime.Request:
-        """The clip that is asked for, at the length and size that suit the model by default."""
+        """Return the clip asked for, by default at the length and size that suit the model."""
         from magihuman.runtime.weights import sized
 
         size = {"seconds": self.seconds, "width": self.width, "height": self.height}
@@ -107,7 +107,7 @@ class GenerateOptions(EngineOptions, ComponentOptions, LimitOptions, JsonOptions
         )
 
     def load_arguments(self) -> dict[str, Any]:
-        """The arguments of `runtime.load` that these options are."""
+        """Return these options as arguments of `runtime.load`."""
         return {
             **super().load_arguments(),
             "device": self.device,

@@ -72,32 +72,34 @@ class Component:
 
     @property
     def is_ok(self) -> bool:
-        """Complete, with every name and shape as the model wants it."""
+        """Whether it is complete, with every name and shape as the model wants it."""
         return self.state == "ok"
 
 
 def inspect_model(root: Path) -> list[Component]:
-    """Every component of a model directory: transformers and text encoder by file headers alone,
-    the small ones by loading them.
+    """Look at every component of a model directory: transformers and text encoder by file headers
+    alone, the small ones by loading them.
     """
     if not root.is_dir():
         raise CheckpointError(f"{root} must be a directory with the published folders")
-    found = [_inspect_dit(root / name, name) for name in VARIANTS]
+    components = [_inspect_dit(root / name, name) for name in VARIANTS]
     cpu = torch.device("cpu")
-    found.append(
+    components.append(
         _inspect(
             root / TURBO_FOLDER,
             lambda f: _pickled(checkpoint.load_turbo_vae(f, cpu, torch.float32)),
         )
     )
-    found.append(_inspect(root / TEXT_FOLDER, lambda f: _scanned(f, "model.encoder.", "encoder.")))
-    found.append(_inspect(root / AUDIO_FOLDER, _inspect_audio))
-    found.append(_inspect(root / IMAGE_FOLDER, _inspect_image))
-    return found
+    components.append(
+        _inspect(root / TEXT_FOLDER, lambda f: _scanned(f, "model.encoder.", "encoder."))
+    )
+    components.append(_inspect(root / AUDIO_FOLDER, _inspect_audio))
+    components.append(_inspect(root / IMAGE_FOLDER, _inspect_image))
+    return components
 
 
 def fits(components: list[Component], memory_bytes: int) -> dict[str, bool]:
-    """Which of the usual line-ups stay in so much memory together, with room to work."""
+    """Say which of the usual line-ups stay in so much memory together, with room to work."""
     size = {component.name: component.device_bytes for component in components}
     shared = sum(size[name] for name in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER))
     lineups = {
@@ -136,7 +138,7 @@ class PlanAsked:
     def of_folder(
         self, root: Path, components: Sequence[Component]
     ) -> tuple[MemoryPlan | None, str]:
-        """For the components of a model directory."""
+        """Plan for the components of a model directory."""
         state = {component.name: component.state for component in components}
         for name in (*self._names, TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER):
             if state[name] != "ok":
@@ -151,12 +153,12 @@ class PlanAsked:
         return self._plan([self._spec(name, root / name) for name in self._names], others)
 
     def of_published(self) -> tuple[MemoryPlan | None, str]:
-        """For the published sizes."""
+        """Plan for the published sizes."""
         specs = [self._spec(name, None) for name in self._names]
         return self._plan(specs, lambda: synthetic_parts(torch.bfloat16))
 
     def _spec(self, name: str, folder: Path | None) -> TransformerSpec:
-        """As it would be held where that is possible, whatever this machine can."""
+        """Return how a transformer is held where that is possible, whatever this machine can."""
         options = TransformerOptions(torch.device("cpu"), PrecisionPolicy.BF16, compile=False)
         spec = plan(VARIANTS[name], folder, options)
         if self.precision is None:
@@ -187,7 +189,7 @@ class PlanAsked:
 
 
 def machine() -> dict[str, str]:
-    """Versions, devices and the paths that will be taken here, each with its reason."""
+    """Gather versions, devices and the paths that will be taken here, each with its reason."""
     facts = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
     for name in PACKAGES:
         facts[name] = metadata.version(name) if util.find_spec(_module(name)) else "not installed"
@@ -238,7 +240,7 @@ def machine() -> dict[str, str]:
 
 
 def compiled_counts(variant: str, request: Request, text_tokens: int) -> Counts:
-    """Tokens of each modality in one forward pass of a variant that compiles."""
+    """Count the tokens of each modality in one forward pass of a variant that compiles."""
     chosen = VARIANTS.get(variant)
     if chosen is None or chosen.local_attention:
         raise InvalidRequestError(
@@ -249,8 +251,8 @@ def compiled_counts(variant: str, request: Request, text_tokens: int) -> Counts:
 
 
 def recorded_forward(counts: Counts) -> Recorded:
-    """What this GPU records of the compiled forward, over random weights and one layer of each kind
-    so that it needs little memory.
+    """Return what this GPU records of the compiled forward, over random weights and one layer of
+    each kind so that it needs little memory.
 
     Raises:
         InvalidRequestError: this machine cannot compile, or cannot read what it has recorded.
@@ -293,8 +295,8 @@ def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:
 
 def _inspect_dit(folder: Path, name: str) -> Component:
     def read(place: Path) -> Tensors:
-        found = plan(VARIANTS[name], place, options).scan()
-        return [(info.dtype, info.size_bytes) for info in found.values()]
+        tensors = plan(VARIANTS[name], place, options).scan()
+        return [(info.dtype, info.size_bytes) for info in tensors.values()]
 
     options = TransformerOptions(pick_device(None))
     component = _inspect(folder, read)
@@ -315,8 +317,8 @@ def _inspect_audio(folder: Path) -> Tensors:
 
 
 def _scanned(folder: Path, *prefixes: str) -> Tensors:
-    found = checkpoint.scan(folder)
-    kept = [info for key, info in found.items() if key.startswith(prefixes)]
+    tensors = checkpoint.scan(folder)
+    kept = [info for key, info in tensors.items() if key.startswith(prefixes)]
     if not kept:
         raise CheckpointError(f"{folder} has no tensors named {' or '.join(prefixes)}...")
     return [(info.dtype, info.size_bytes) for info in kept]

@@ -25,6 +25,6 @@ for command in (serve, verify, score, generate, convert, tiny, inspect, doctor, 
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command of this process's arguments; warnings go to stderr, a line each."""
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     app()

@@ -31,7 +31,6 @@ PrecisionOption = Annotated[
         help="bf16, fp32, fp8 or fp8-attn; by default that of a converted transformer, else bf16."
     ),
 ]
-
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
@@ -97,7 +96,7 @@ class PrecisionOptions:
 
     @property
     def kept_names(self) -> str | list[str] | None:
-        """The words that `load` knows as they are, anything else as a list of names."""
+        """The words that `load` knows are kept as they are; anything else is a list of names."""
         text = self.keep_bf16
         return text if text in (None, "none", "modality") else text.split(",")
 
@@ -139,7 +138,7 @@ class EngineOptions(PrecisionOptions, FileOptions):
     vae: Annotated[str | None, typer.Option(help="fast, plain or tensorrt.")] = None
 
     def load_arguments(self) -> dict[str, Any]:
-        """The arguments of `runtime.load` that these options are."""
+        """Return these options as arguments of `runtime.load`."""
         return {
             "model": self.model,
             "variant": self.variant,

@@ -94,7 +94,7 @@ def _score_model(model: str, options: ScoreOptions) -> ModelScore:
 
 
 def _print_total(total: ModelScore) -> None:
-    """The figures of all clips, and the thresholds that are not met."""
+    """Print the figures of all clips, and the thresholds that are not met."""
     table = Table("figure", "value")
     for name, value in asdict(total).items():
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
@@ -104,7 +104,7 @@ def _print_total(total: ModelScore) -> None:
 
 
 def _print_clip(figures: ClipScore) -> None:
-    """The figures of one clip."""
+    """Print the figures of one clip."""
     table = Table("figure", "value")
     for part, colour in figures.found.items():
         named = figures.named.get(part)

@@ -131,7 +131,7 @@ def _check_numbers(options: ServeOptions) -> None:
 
 
 def _max_replicas(options: ServeOptions, gpus: int) -> int:
-    """The number of engines under load: as given, or one for each GPU."""
+    """Return the number of engines under load: as given, or one for each GPU."""
     most = options.max_replicas or max(options.min_replicas, gpus)
     if not options.min_replicas <= most <= (gpus or most):
         raise runtime.InvalidRequestError(
@@ -142,7 +142,7 @@ def _max_replicas(options: ServeOptions, gpus: int) -> int:
 
 
 def _settings(options: ServeOptions, token: bytes | None) -> Settings:
-    """What the part that speaks HTTP is told. token: SHA-256 of the bearer token."""
+    """Return what the part that speaks HTTP is told. token: SHA-256 of the bearer token."""
     from magihuman.runtime.serving.settings import Limits, Settings
 
     model = options.model
@@ -197,7 +197,7 @@ def _token(file: Path | None) -> bytes | None:
 
 
 def _size(text: str) -> tuple[int, int, float]:
-    """Width and height in pixels and length in seconds, read from WIDTHxHEIGHTxSECONDS."""
+    """Return width and height in pixels and length in seconds, from WIDTHxHEIGHTxSECONDS."""
     try:
         width, height, seconds = text.split("x")
         return int(width), int(height), float(seconds)

@@ -125,7 +125,7 @@ def _thresholds(options: VerifyOptions) -> Thresholds:
 
 
 def _read(path: Path | None) -> list[str]:
-    """The lines of a file of prompts, blank ones left out."""
+    """Return the lines of a file of prompts, without blank ones."""
     if path is None:
         return []
     try:
@@ -135,7 +135,7 @@ def _read(path: Path | None) -> list[str]:
 
 
 def _print(report: Report) -> None:
-    """The worst linears, every clip, and the verdict."""
+    """Print the worst linears, every clip, and the verdict."""
     ranked = sorted(report.per_linear.items(), key=lambda item: item[1].worst, reverse=True)
     table = Table("linear", "first step", "last step", title="largest relative errors")
     for name, error in ranked[:SHOWN_LINEARS]:

@@ -31,7 +31,7 @@ def create_app(
     is_ready: Callable[[], Awaitable[bool]],
     metrics: Callable[[], Metrics],
 ) -> FastAPI:
-    """The ASGI application.
+    """Make the ASGI application.
 
     jobs, metrics: asked at each request, since the application can be made before them. is_ready:
     whether an engine runs.
@@ -138,7 +138,7 @@ def _is_foreign(headers: dict[bytes, bytes]) -> bool:
 
 
 def _token_check(expected: bytes | None) -> Callable[..., Awaitable[None]]:
-    """A dependency that refuses requests without the token. expected: its SHA-256, or None."""
+    """Make a dependency that refuses requests without the token, whose SHA-256 is expected."""
 
     async def check(
         given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
@@ -186,7 +186,7 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _allowed(request: Request) -> set[str]:
-    """The methods of all routes of a path; Starlette itself names those of the first alone."""
+    """Return the methods of all routes of a path; Starlette names those of the first alone."""
     return {
         method
         for route in request.app.routes

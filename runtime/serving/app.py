@@ -72,7 +72,7 @@ class Replica(EngineReplica):
     """An engine in a process of its own, which ends where the engine has failed for good."""
 
     async def make(self, work: Work) -> AsyncGenerator[Event, None]:
-        """See `EngineReplica.make`; whoever called is told of the end by Ray."""
+        """Make a video, as `EngineReplica.make` does; Ray tells the caller if the process ended."""
         try:
             async with aclosing(super().make(work)) as events:
                 async for event in events:
@@ -97,7 +97,7 @@ class Api:
         self.jobs.start()
 
     async def drain(self, bound_s: float) -> None:
-        """See `Jobs.drain`."""
+        """Take no more jobs and let those end that are being made, as `Jobs.drain` does."""
         await self.jobs.drain(bound_s)
 
     async def is_ready(self) -> bool:
@@ -109,7 +109,7 @@ class Api:
 
 
 def application(settings: Settings, engines: Engines) -> serve.Application:
-    """What `serve.run` takes."""
+    """Make what `serve.run` takes: the process that speaks HTTP, bound to the engines."""
     threads = max(1, (os.cpu_count() or 1) // engines.max_replicas)
     variables = {
         FOLDER_VARIABLE: str(settings.folder / METRICS_FOLDER),
@@ -183,7 +183,7 @@ def run(
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """A cluster of this process's own, on this machine alone."""
+    """Run a cluster that belongs to this process, on this machine alone."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Ray listens on all interfaces and runs what it is told; by default it would keep its token in
     # the home folder, which a service may not have, and share it with all its clusters.

@@ -25,7 +25,7 @@ class ApiError(Exception):
         self.headers = headers
 
     def response(self) -> JSONResponse:
-        """With the status and headers."""
+        """Return it as JSON, with its status and headers."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         # What clients sent can come back in a message, with halves of surrogate pairs in it.
         message = self.message.encode("utf-8", "backslashreplace").decode()
@@ -39,12 +39,12 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:
-    """The body can be read, and what it asks for cannot be served."""
+    """Return the error of a body that can be read, and asks for what cannot be served."""
     return ApiError(422, "invalid_value", message, param)
 
 
 def too_large(limit_bytes: int) -> ApiError:
-    """More body than may be."""
+    """Return the error of a body of more bytes than may be."""
     return ApiError(
         413,
         "body_too_large",

@@ -64,26 +64,26 @@ class Jobs:
         self._sweeper = asyncio.create_task(self._sweep())
 
     def count(self) -> dict[Status, int]:
-        """Jobs by status."""
+        """Count the jobs of each status."""
         jobs = self._store.jobs.values()
         return {status: sum(job.status is status for job in jobs) for status in Status}
 
     def get(self, name: str) -> Job | None:
-        """The job of this id."""
+        """Return the job of this id, or None."""
         return self._store.jobs.get(name)
 
     def video(self, job: Job) -> Path:
-        """See `Store.video`."""
+        """Return the path of the mp4, which is there once the job is completed."""
         return self._store.video(job)
 
     @property
     def retry_after_s(self) -> int:
-        """When a place in line may be free: how long the last video took."""
+        """Seconds until a place in line may be free: as many as the last video took."""
         return max(1, min(600, round(self._last_s)))
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """A place in line for a job that is being read; `add`, called at once after, takes it.
+        """Keep a place in line for a job that is being read; `add`, called at once after, takes it.
 
         Raises `LineFull` or `Draining` where there is none.
         """
@@ -129,15 +129,15 @@ class Jobs:
     async def drain(self, bound_s: float) -> None:
         """Take no more jobs, let those being made end within so many seconds; all others stay."""
         self.is_draining = True
-        made = []
+        running = []
         for name, task in self._tasks.items():
             job = self.get(name)
             if job is not None and job.is_running:
-                made.append(task)
+                running.append(task)
             else:
                 task.cancel()
-        if made:
-            await asyncio.wait(made, timeout=bound_s)
+        if running:
+            await asyncio.wait(running, timeout=bound_s)
         await self.close()
 
     async def close(self) -> None:

@@ -23,7 +23,7 @@ class JobsCollector(Collector):
         self._jobs = jobs
 
     def collect(self) -> Iterator[Metric]:
-        """Of `Jobs`."""
+        """Yield the number of jobs of each status, and of those queued again."""
         held = GaugeMetricFamily("magihuman_videos", "Videos kept, by status.", labels=["status"])
         for status, count in self._jobs.count().items():
             held.add_metric([status.value], count)
@@ -36,10 +36,10 @@ class JobsCollector(Collector):
 
 
 class Metrics:
-    """Of the process that speaks HTTP."""
+    """The figures of the process that speaks HTTP, and those of the engines after them."""
 
     def __init__(self, jobs: Jobs, engines: Callable[[], bytes]) -> None:
-        """engines: their own figures, as text."""
+        """engines: returns the figures of the engines, as text."""
         self._registry = CollectorRegistry()
         self._registry.register(JobsCollector(jobs))
         self._engines = engines
@@ -51,17 +51,17 @@ class Metrics:
         )
 
     def count(self, method: str, route: str, status: int) -> None:
-        """One more answer."""
+        """Count one more answer."""
         known = method if method in METHODS else "other"  # clients may send any word
         self._answers.labels(known, route, str(status)).inc()
 
     def text(self) -> bytes:
-        """For Prometheus."""
+        """Return all figures in the text format of Prometheus."""
         return generate_latest(self._registry) + self._engines()
 
 
 def of_processes(folder: Path) -> bytes:
-    """The sum of what processes with `FOLDER_VARIABLE` have written there, also of ended ones."""
+    """Add up what processes with `FOLDER_VARIABLE` have written there, also those that ended."""
     for file in folder.glob("gauge_live*_*.db"):
         process = int(file.stem.rpartition("_")[2])
         if not _is_running(process):

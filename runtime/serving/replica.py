@@ -21,7 +21,7 @@ class EngineReplica:
     """Loads an engine and makes videos with it.
 
     Attributes:
-        registry: of the engine's figures.
+        registry: has the engine's figures.
     """
 
     def __init__(

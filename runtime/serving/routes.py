@@ -41,7 +41,7 @@ Check = Callable[..., Awaitable[None]]  # a dependency of FastAPI's, which raise
 
 
 def page() -> HTMLResponse:
-    """The page, which may ask this server alone."""
+    """Answer with the page, which may ask this server alone."""
     text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
@@ -189,7 +189,7 @@ class VideoRoutes:
         return Deleted(id=job.id)
 
     def _job(self, video_id: str) -> Job:
-        """The job of an id. Raises `ApiError` where there is none."""
+        """Return the job of an id. Raises `ApiError` where there is none."""
         job = self.jobs().get(video_id)
         if job is None:
             raise _not_found()
@@ -197,7 +197,7 @@ class VideoRoutes:
 
 
 def retry(seconds: int) -> dict[str, str]:
-    """When to come again."""
+    """Return the header that says in how many seconds to come again."""
     return {"Retry-After": str(seconds)}
 
 
@@ -237,5 +237,5 @@ def _place_in_line(jobs: Jobs) -> Iterator[None]:
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's description of answers of these statuses."""
+    """Describe answers of these statuses, as OpenAPI has it."""
     return {status: {"model": ErrorBody} for status in statuses}

@@ -21,7 +21,7 @@ FILES = {
 
 
 def _seconds(value: object) -> object:
-    """OpenAI's clients send text; what is no number is left to the check that follows."""
+    """Turn text into a number, since OpenAI's clients send text; what is none is checked later."""
     return float(value) if isinstance(value, str) and re.fullmatch(NUMBER, value) else value
 
 
@@ -62,7 +62,7 @@ class VideoOptions(BaseModel):
     )
 
     def fields(self) -> dict[str, Any]:
-        """As fields of `Request`, the prompt apart."""
+        """Return the options as fields of `Request`, the prompt apart."""
         width, height = map(int, self.size.split("x"))
         values = {
             "seconds": self.seconds,
@@ -106,7 +106,7 @@ class VideoObject(BaseModel):
 
     @classmethod
     def of(cls, job: Job, model: str) -> VideoObject:
-        """What clients see of a job."""
+        """Return what clients see of a job."""
         options = job.options
         return cls(
             id=job.id,
@@ -158,16 +158,16 @@ class ErrorBody(BaseModel):
 
 
 def body_schema(limits: Limits) -> dict[str, Any]:
-    """OpenAPI's requestBody of a new video: a form with files, or JSON with data URLs."""
+    """Describe the body of a new video for OpenAPI: a form with files, or JSON with data URLs."""
 
     def with_files(files: dict[str, Any]) -> dict[str, Any]:
-        made = VideoOptions.model_json_schema()
+        schema = VideoOptions.model_json_schema()
         for name in ("prompt", "negative_prompt"):
-            _text(made["properties"][name])["maxLength"] = limits.prompt_chars
-        made["properties"]["seconds"]["anyOf"][0]["maximum"] = limits.seconds
+            _text(schema["properties"][name])["maxLength"] = limits.prompt_chars
+        schema["properties"]["seconds"]["anyOf"][0]["maximum"] = limits.seconds
         for name, description in FILES.items():
-            made["properties"][name] = {**files, "description": description}
-        return made
+            schema["properties"][name] = {**files, "description": description}
+        return schema
 
     data_url = {"type": "string", "pattern": "^data:[^,]*;base64,"}
     return {
@@ -180,6 +180,6 @@ def body_schema(limits: Limits) -> dict[str, Any]:
 
 
 def _text(schema: dict[str, Any]) -> dict[str, Any]:
-    """The text among the kinds that a field can have."""
+    """Return the text among the kinds that a field can have."""
     kinds = schema.get("anyOf", [schema])
     return next(kind for kind in kinds if kind.get("type") == "string")

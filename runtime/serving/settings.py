@@ -32,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the part that speaks HTTP and keeps the videos.
+    """What the part that speaks HTTP and keeps the videos is told.
 
     Attributes:
         folder: where jobs and videos are kept.

@@ -36,7 +36,7 @@ MAX_ATTEMPTS = 2
 
 
 class Status(StrEnum):
-    """Of a job."""
+    """How far a job is."""
 
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
@@ -94,44 +94,44 @@ class Store:
                 self._recover(job)
 
     def queued(self) -> list[Job]:
-        """Those that wait, oldest first."""
+        """Return the jobs that wait, oldest first."""
         waiting = (job for job in self.jobs.values() if job.status is Status.QUEUED)
         return sorted(waiting, key=lambda job: job.created_at)
 
     def video(self, job: Job) -> Path:
-        """The mp4, there once the job is completed."""
+        """Return the path of the mp4, which is there once the job is completed."""
         return self._folder / job.id / VIDEO
 
     def request(self, job: Job) -> Request:
-        """What an engine is to make."""
+        """Return what an engine is to make."""
         return request_of(job, self._folder / job.id)
 
     @contextmanager
     def create(self, job: Job) -> Iterator[Path]:
-        """A folder for its uploads, the job's own once the context ends well. In any thread."""
+        """Give a folder for the uploads, the job's once the context ends well. For any thread."""
         with atomic_folder(self._folder / job.id) as draft:
             yield draft
             write_json(draft / STATE, _kept(job))
 
     def begin(self, job: Job) -> None:
-        """An engine has taken it."""
+        """Note that an engine has taken the job."""
         job.status, job.started_at = Status.IN_PROGRESS, time.time()
         job.attempts += 1
         self._save(job)
 
     def complete(self, job: Job, timings_s: dict[str, float], warnings: tuple[str, ...]) -> None:
-        """Its video is there."""
+        """Note that the video is there."""
         job.status, job.progress = Status.COMPLETED, 100
         job.timings_s, job.warnings = dict(timings_s), list(warnings)
         self._end(job)
 
     def fail(self, job: Job, code: str, message: str) -> None:
-        """There will be none."""
+        """Note that there will be no video, and why."""
         job.status, job.error = Status.FAILED, {"code": code, "message": message}
         self._end(job)
 
     def back_in_line(self, job: Job, is_its_fault: bool) -> None:
-        """Its engine has gone. Queued again, unless this has happened before.
+        """Queue a job again whose engine has gone, unless this has happened before.
 
         is_its_fault: whether this counts; it does not where the server itself gave the job up.
         """
@@ -180,7 +180,7 @@ class Store:
                 (self._folder / job.id / name).unlink(missing_ok=True)
 
     def _save(self, job: Job) -> bool:
-        """Whether the disk has taken it. A full one holds nothing up: memory has the state."""
+        """Write the state, and return whether the disk took it. A full one holds nothing up."""
         try:
             with atomic_path(self._folder / job.id / STATE) as temporary:
                 write_json(temporary, _kept(job))
@@ -191,14 +191,14 @@ class Store:
 
 
 def request_of(job: Job, folder: Path) -> Request:
-    """What is to be made, with the uploads in a folder. Raises `InvalidRequestError`."""
+    """Return what is to be made, with the uploads in a folder. Raises `InvalidRequestError`."""
     image, audio = (place if place.exists() else None for place in (folder / IMAGE, folder / AUDIO))
     return Request(prompt=job.prompt, image=image, audio=audio, **job.options)
 
 
 @contextmanager
 def locked(folder: Path, wait_s: float) -> Iterator[None]:
-    """The folder to oneself, made if need be; a process that dies gives it up.
+    """Have the folder to oneself, made if need be; a process that dies gives it up.
 
     wait_s: for a server that has just been killed. Raises `OutputError` where another has it.
     """

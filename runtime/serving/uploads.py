@@ -42,7 +42,7 @@ class NewVideo:
     settings: Settings
 
     def fill(self, folder: Path) -> None:
-        """Put the uploads into the folder, once, and refuse what cannot be used. Takes its time."""
+        """Put the uploads into the folder, once, and refuse what cannot be used. Takes seconds."""
         for name, upload in self.uploads.items():
             with upload, (folder / NAMES[name]).open("wb") as file:
                 shutil.copyfileobj(upload, file)
@@ -54,7 +54,7 @@ class NewVideo:
 
 
 async def read(request: Request, settings: Settings) -> NewVideo:
-    """Raises `ApiError` for whatever is wrong with it, but for what is in its files."""
+    """Read and check a body. Raises `ApiError` for all that is wrong, its files' content apart."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == JSON:
         body = await request.body()
@@ -129,7 +129,7 @@ def _data_url(value: object, name: str) -> bytes:
 def _checked(
     values: Mapping[str, Any], uploads: dict[str, BinaryIO], settings: Settings, is_strict: bool
 ) -> NewVideo:
-    """is_strict: whether numbers must be numbers; in a form they are text."""
+    """Check values. is_strict: whether numbers must be numbers; in a form they are text."""
     limits = settings.limits
     try:
         options = VideoOptions.model_validate(values, strict=is_strict)

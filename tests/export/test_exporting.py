@@ -104,7 +104,7 @@ def test_a_failure_midway_leaves_nothing(tiny_dir, tmp_path, monkeypatch, fault)
 
 
 def test_interrupting_a_build_ends_it(engines_dir):
-    made = read_manifest(engines_dir)
+    manifest = read_manifest(engines_dir)
     steps: list[int] = []
 
     def interrupt(done: int, of: int) -> None:
@@ -112,18 +112,18 @@ def test_interrupting_a_build_ends_it(engines_dir):
         raise KeyboardInterrupt
 
     shape = tuple((n, n, n) for n in (1, 48, 8, 4, 4))
-    assert made.builder is not None
+    assert manifest.builder is not None
     with pytest.raises(KeyboardInterrupt):
-        build_engine(engines_dir / "first-64x64.onnx", shape, made.builder, 2**30, interrupt)
+        build_engine(engines_dir / "first-64x64.onnx", shape, manifest.builder, 2**30, interrupt)
     assert steps == [1]
 
 
 def test_what_tensorrt_refuses_has_its_reason(engines_dir, tmp_path):
-    made = read_manifest(engines_dir)
-    assert made.builder is not None
+    manifest = read_manifest(engines_dir)
+    assert manifest.builder is not None
     (tmp_path / "bad.onnx").write_bytes((engines_dir / "first-64x64.onnx").read_bytes())
     with pytest.raises(BuildError, match=r"cannot read bad.onnx: .*decoder.conv_in.conv.weight"):
-        build_engine(tmp_path / "bad.onnx", ((1, 1, 1),), made.builder, 2**30)
+        build_engine(tmp_path / "bad.onnx", ((1, 1, 1),), manifest.builder, 2**30)
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ def in_onnxruntime(path: Path, latents: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run([OUTPUT], {INPUT: latents.numpy()})[0])
 
 
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def error(decoded: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((decoded.double() - exact.double()).norm() / exact.double().norm())
 
 
 def latents_of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -54,9 +54,9 @@ def test_the_full_width_decoder(tmp_path):
     path = tmp_path / "window.onnx"
     with torch.inference_mode(False):
         write_onnx(window, z, fixed(8, 2, 2), path, SharedWeights(tmp_path))
-    found = in_onnxruntime(path, z)
-    assert found.shape == (1, 3, 29, 32, 32)
-    assert error(found, window(z)) <= FP32
+    decoded = in_onnxruntime(path, z)
+    assert decoded.shape == (1, 3, 29, 32, 32)
+    assert error(decoded, window(z)) <= FP32
 
 
 RANGE = {"latents": (9, 9, 9), "height": (2, 4, 6), "width": (2, 6, 8)}
@@ -136,6 +136,6 @@ def test_the_audio_decoder_at_any_length(tmp_path):
     with torch.inference_mode(False):
         write_onnx(sound, latents, {"latents": (1, 40, 300)}, path, SharedWeights(tmp_path))
     for length in (1, 7, 40):
-        found = in_onnxruntime(path, latents[..., :length])
-        assert found.shape == (1, 2, 2048 * length)
-        assert error(found, sound(latents[..., :length])) <= FP32
+        decoded = in_onnxruntime(path, latents[..., :length])
+        assert decoded.shape == (1, 2, 2048 * length)
+        assert error(decoded, sound(latents[..., :length])) <= FP32

@@ -446,11 +446,13 @@ def test_explain(tmp_path):
     page = tmp_path / "page.html"
     result = run("explain", "--seconds", "1", "--html", page, "--json")
     assert result.exit_code == 0
-    found = json.loads(result.stdout)
-    assert found["tokens"] == [7 * 8 * 15, 26, 300]
-    after = {row["operation"] for row in found["after"]}
+    explanation = json.loads(result.stdout)
+    assert explanation["tokens"] == [7 * 8 * 15, 26, 300]
+    after = {row["operation"] for row in explanation["after"]}
     assert {"magihuman.linear_add_", "magihuman.gated_attention", "magihuman.linear"} <= after
-    assert found["totals"]["after"]["launches"] < found["totals"]["before"]["launches"] / 5
+    assert (
+        explanation["totals"]["after"]["launches"] < explanation["totals"]["before"]["launches"] / 5
+    )
     assert page.read_text().startswith("<!doctype html>")
 
 

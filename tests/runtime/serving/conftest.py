@@ -79,9 +79,9 @@ def served(settings: Settings, replica: EngineReplica, make: Make | None = None)
 
 @pytest.fixture(scope="session")
 def replica(tiny_dir) -> Iterator[EngineReplica]:
-    made = EngineReplica({"model": tiny_dir, "device": "cpu"}, [])
-    yield made
-    made.close()
+    engine = EngineReplica({"model": tiny_dir, "device": "cpu"}, [])
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")
@@ -139,8 +139,10 @@ class Server(Client):
         listed = subprocess.run(
             ["ps", "-eo", "pid=,sid=,args="], capture_output=True, text=True, check=True
         )
-        found = [line.split(None, 2) for line in listed.stdout.splitlines()]
-        return [int(pid) for pid, sid, args in found if int(sid) == self.process.pid and of in args]
+        processes = [line.split(None, 2) for line in listed.stdout.splitlines()]
+        return [
+            int(pid) for pid, sid, args in processes if int(sid) == self.process.pid and of in args
+        ]
 
     def folder(self) -> Path:
         """Where it keeps its videos."""
@@ -204,8 +206,8 @@ def one_server(tiny_dir, tmp_path_factory) -> Iterator[Server]:
     command += [str(part) for option in options.items() for part in option]
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, headers=BEARER, timeout=60) as http:
-        made = Server(http, command, folder / "log", url)
-        yield made
+        running = Server(http, command, folder / "log", url)
+        yield running
         with suppress(httpx.TransportError):
-            made.clear()
-        made.end()
+            running.clear()
+        running.end()

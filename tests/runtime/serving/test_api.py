@@ -82,17 +82,17 @@ def test_a_video_is_what_the_engine_makes(local, replica, face, voice, tmp_path)
     asked |= {"num_inference_steps": "2", "model": "tiny"}
     with face.open("rb") as image, voice.open("rb") as sound:
         answer = local.post(asked, input_reference=image, audio=sound)
-    made = answer.json()
+    video = answer.json()
     assert answer.status_code == 200
-    assert re.fullmatch("video_[0-9a-f]{32}", made["id"])
-    assert (made["object"], made["model"], made["progress"]) == ("video", "tiny", 0)
-    assert made["status"] in ("queued", "in_progress") and made["error"] is None
-    assert (made["seconds"], made["size"], made["seed"]) == ("0.36", "64x96", 7)
-    done = local.when(made["id"], "completed")
+    assert re.fullmatch("video_[0-9a-f]{32}", video["id"])
+    assert (video["object"], video["model"], video["progress"]) == ("video", "tiny", 0)
+    assert video["status"] in ("queued", "in_progress") and video["error"] is None
+    assert (video["seconds"], video["size"], video["seed"]) == ("0.36", "64x96", 7)
+    done = local.when(video["id"], "completed")
     assert done["progress"] == 100 and done["stage"] is None
     assert done["created_at"] <= done["started_at"] <= done["completed_at"] < done["expires_at"]
     assert {"text", "denoise", "decode_video", "write"} <= set(done["timings_s"])
-    content = local.content(made["id"])
+    content = local.content(video["id"])
     assert content.headers["content-type"] == "video/mp4"
     options = {"seconds": 0.36, "width": 64, "height": 96, "seed": 7, "steps": 2}
     replica._engine.generate(

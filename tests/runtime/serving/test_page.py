@@ -109,11 +109,11 @@ def test_from_a_prompt_to_a_video_that_plays(page, server, face, voice, tmp_path
     page.browser.execute_script("arguments[0].play()", video)
     until(lambda: video.get_property("ended"))
     name = page.browser.current_url.rpartition("#")[2]
-    made = server.get(name)
-    assert made["prompt"] == 'A woman says: "Hello!" <b>' and made["seed"] == 7
+    video = server.get(name)
+    assert video["prompt"] == 'A woman says: "Hello!" <b>' and video["seed"] == 7
     rows = page.at("bars").text.splitlines()
     assert dict(zip(rows[::2], rows[1::2], strict=True)) == {
-        stage: f"{seconds:.3f}" for stage, seconds in made["timings_s"].items()
+        stage: f"{seconds:.3f}" for stage, seconds in video["timings_s"].items()
     }
     widths = {
         stage: page.browser.execute_script("return arguments[0].offsetWidth", bar)
@@ -121,7 +121,7 @@ def test_from_a_prompt_to_a_video_that_plays(page, server, face, voice, tmp_path
             rows[::2], page.at("bars").find_elements(By.TAG_NAME, "i"), strict=True
         )
     }
-    assert max(widths, key=widths.get) == max(made["timings_s"], key=made["timings_s"].get)
+    assert max(widths, key=widths.get) == max(video["timings_s"], key=video["timings_s"].get)
     page.browser.save_screenshot(str(tmp_path / "page.png"))
     assert page.errors() == []
 

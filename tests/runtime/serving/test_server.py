@@ -163,8 +163,8 @@ def test_engines_that_are_too_many_may_end_what_they_make(tmp_path):
     from magihuman.runtime.serving.app import Engines, application
     from magihuman.runtime.serving.settings import Settings
 
-    made = application(Settings(tmp_path, "tiny"), Engines({}, (), False, 1, 2))
-    engine = made._bound_deployment.init_args[0]._bound_deployment
+    deployed = application(Settings(tmp_path, "tiny"), Engines({}, (), False, 1, 2))
+    engine = deployed._bound_deployment.init_args[0]._bound_deployment
     assert engine._deployment_config.graceful_shutdown_timeout_s >= 3600
 
 

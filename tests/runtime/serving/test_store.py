@@ -42,9 +42,9 @@ def files(store: Store) -> set[str]:
 
 def test_a_job_is_found_as_it_was(store):
     job = added(store, image=b"1", audio=b"2")
-    (found,) = again(store).jobs.values()
-    assert found == job and found is not job
-    request = again(store).request(found)
+    (restored,) = again(store).jobs.values()
+    assert restored == job and restored is not job
+    request = again(store).request(restored)
     assert (request.prompt, request.seed, request.seconds) == ("hi", 7, 0.2)
     assert (request.image.read_bytes(), request.audio.read_bytes()) == (b"1", b"2")
 
@@ -78,10 +78,10 @@ def test_finished_ones_keep_their_video_and_lose_their_uploads(store):
     store.video(job).write_bytes(b"mp4")
     store.complete(job, {"text": 0.5}, ("a note",))
     assert files(store) == {f"{job.id}/job.json", f"{job.id}/video.mp4"}
-    (found,) = again(store).jobs.values()
-    assert found.status is Status.COMPLETED and found.progress == 100
-    assert (found.timings_s, found.warnings) == ({"text": 0.5}, ["a note"])
-    assert found.expires_at == found.completed_at + 100
+    (restored,) = again(store).jobs.values()
+    assert restored.status is Status.COMPLETED and restored.progress == 100
+    assert (restored.timings_s, restored.warnings) == ({"text": 0.5}, ["a note"])
+    assert restored.expires_at == restored.completed_at + 100
 
 
 def test_waiting_ones_keep_their_order(store):
@@ -116,8 +116,8 @@ def test_a_video_whose_server_died_before_it_could_say_so_is_completed(store):
     job = added(store)
     store.begin(job)
     store.video(job).write_bytes(b"whole")  # a rename put it there
-    (found,) = again(store).jobs.values()
-    assert found.status is Status.COMPLETED
+    (restored,) = again(store).jobs.values()
+    assert restored.status is Status.COMPLETED
 
 
 def test_a_video_that_was_taken_away_has_failed(store):
@@ -126,8 +126,8 @@ def test_a_video_that_was_taken_away_has_failed(store):
     store.video(job).write_bytes(b"mp4")
     store.complete(job, {}, ())
     store.video(job).unlink()
-    (found,) = again(store).jobs.values()
-    assert (found.status, found.error["code"]) == (Status.FAILED, "lost")
+    (restored,) = again(store).jobs.values()
+    assert (restored.status, restored.error["code"]) == (Status.FAILED, "lost")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"status": "mad"}', '{"id": "x"}'])
@@ -139,20 +139,20 @@ def test_a_state_that_cannot_be_read_stops_nobody(store, content, caplog):
 
 
 def test_a_full_disk_loses_nothing(store, monkeypatch):
-    made, failed = (added(store, image=b"1") for _ in range(2))
-    for job in (made, failed):
+    ready, failed = (added(store, image=b"1") for _ in range(2))
+    for job in (ready, failed):
         store.begin(job)
-    store.video(made).write_bytes(b"whole")
+    store.video(ready).write_bytes(b"whole")
 
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("magihuman.runtime.serving.store.atomic_path", full)
-        store.complete(made, {}, ())
+        store.complete(ready, {}, ())
         store.fail(failed, "disk", "the disk is full")
-        assert (made.status, failed.status) == (Status.COMPLETED, Status.FAILED)
-        assert again(store).jobs[made.id].status is Status.COMPLETED  # it starts all the same
+        assert (ready.status, failed.status) == (Status.COMPLETED, Status.FAILED)
+        assert again(store).jobs[ready.id].status is Status.COMPLETED  # it starts all the same
     (waiting,) = again(store).queued()
     assert waiting.id == failed.id and again(store).request(waiting).image.read_bytes() == b"1"
 
@@ -240,8 +240,8 @@ def test_killed_at_any_moment_no_finished_job_is_lost(tmp_path):
             os.kill(writer.pid, signal.SIGKILL)
             said = writer.stdout.read()
         finished += [line for line in said.split("\n")[:-1] if line]  # the last may be half a line
-        found = Store(tmp_path, 100).jobs
-        assert {found[name].status for name in finished} == {Status.COMPLETED}
+        jobs = Store(tmp_path, 100).jobs
+        assert {jobs[name].status for name in finished} == {Status.COMPLETED}
         for place in tmp_path.iterdir():
             state = json.loads((place / "job.json").read_text())  # whole, whatever it says
             assert state["id"] == place.name
