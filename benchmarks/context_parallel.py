@@ -175,7 +175,7 @@ def exchanges(run: Callable[[], object]) -> dict[str, Any]:
 
 def reports(forward: CompiledForward) -> dict[str, Any]:
     """What compiling did, by size."""
-    return {str(size.counts): dataclasses.asdict(r) for size, r in forward.reports().items()}
+    return {str(size.modality_rows): dataclasses.asdict(r) for size, r in forward.reports().items()}
 
 
 class Results:

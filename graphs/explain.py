@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from magihuman.graphs.rewrite import Report
+from magihuman.graphs.rewrite import CompileReport
 from magihuman.graphs.trace import capture
 from magihuman.graphs.transformer import (
-    TRACE_COUNTS,
+    TRACE_ROWS,
     Context,
     example_inputs,
     rewrite,
@@ -54,12 +54,12 @@ class Row:
 class Explanation:
     """The forward pass before and after the passes."""
 
-    counts: Counts
+    modality_rows: Counts
     before: list[Row]
     after: list[Row]
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Calls, launches and gigabytes of either side."""
+        """The sums of calls, launches and gigabytes, "before" and "after"."""
         return {
             side: {
                 name: sum(getattr(row, name) for row in rows)
@@ -70,34 +70,38 @@ class Explanation:
 
 
 def explain(
-    build: Callable[[Any], nn.Module], config: Any, counts: Counts, dtype: torch.dtype
+    build: Callable[[Any], nn.Module], config: Any, modality_rows: Counts, dtype: torch.dtype
 ) -> Explanation:
-    """Explain a model for sequences of `counts` tokens.
+    """Explain a model for sequences of so many tokens.
 
     Args:
         build: makes a model of a given architecture.
         config: the architecture, without frame-local layers.
-        counts: tokens of each modality.
+        modality_rows: tokens of video, audio and text.
         dtype: of the linears inside the blocks.
+
+    Raises:
+        CaptureError: the forward is not one graph.
+        CompileError: a pass found more or fewer places than the architecture has.
     """
     kinds = layer_kinds(config)
     small = one_of_each(config)
     with META:
         model = build(small)
-    context = Context(small, counts, dtype, META)
+    context = Context(small, modality_rows, dtype, META)
     inputs = example_inputs(context)
     before = capture(model, inputs, local=None)
-    after = rewrite(model, Context(small, TRACE_COUNTS, dtype, META), Report())
-    specialize(after, counts, UNSET)
-    route_linears(after, sum(counts), OWN_ROUTE)
+    after = rewrite(model, Context(small, TRACE_ROWS, dtype, META), CompileReport())
+    specialize(after, modality_rows, UNSET)
+    route_linears(after, sum(modality_rows), OWN_ROUTE)
     return Explanation(
-        counts, *(_Counter(module, kinds).rows(inputs) for module in (before, after))
+        modality_rows, *(_Counter(module, kinds).rows(inputs) for module in (before, after))
     )
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers that are alike, and how many there are."""
+    """Layers that have weights and activation in common, and how many there are."""
 
     modality: bool
     gelu: bool
@@ -105,7 +109,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """How many layers there are of what weights and activation, for people to read."""
         weights = "weights per modality" if self.modality else "shared weights"
         return f"{self.layers} x {weights}, {'GELU7' if self.gelu else 'SwiGLU7'}"
 
@@ -115,11 +119,11 @@ def layer_kinds(config: Any) -> list[Kind]:
 
     The very first layer is a kind of its own: nothing is added before its first norm.
     """
-    found: dict[tuple[bool, bool, bool], int] = {}
+    layers_of: dict[tuple[bool, bool, bool], int] = {}
     for layer in range(config.num_layers):
         key = (layer in config.modality_layers, layer in config.gelu7_layers, layer == 0)
-        found[key] = found.get(key, 0) + 1
-    return [Kind(modality, gelu, layers) for (modality, gelu, _), layers in found.items()]
+        layers_of[key] = layers_of.get(key, 0) + 1
+    return [Kind(modality, gelu, layers) for (modality, gelu, _), layers in layers_of.items()]
 
 
 def one_of_each(config: Any) -> Any:
@@ -143,7 +147,7 @@ class _Counter(fx.Interpreter):
         self._kind: Kind | None = None
 
     def rows(self, inputs: dict[str, Tensor]) -> list[Row]:
-        """Everything, in order of first appearance."""
+        """Run the graph on these inputs and return all rows, in order of first appearance."""
         self.run(*inputs.values())
         return [
             Row(layers, operation, int(calls), int(launches), size / 1e9)
@@ -200,7 +204,7 @@ def to_html(explanation: Explanation) -> str:
             f" {totals['gigabytes']:.1f} GB</h2><table><tr><th>operation<th>calls<th>launches"
             f"<th>GB<th></tr>{''.join(body)}</table></section>"
         )
-    video, audio, text = explanation.counts
+    video, audio, text = explanation.modality_rows
     return (
         "<!doctype html><meta charset=utf-8><title>One forward pass</title><style>"
         "body{font:14px sans-serif;margin:2em}section{display:inline-block;vertical-align:top;"

@@ -31,8 +31,9 @@ def key_of(
     fp8_attention: bool = False,
     ranks: int = 1,
 ) -> str:
-    """What a rewritten graph depends on: architecture, dtype, the linears with e4m3 weights, the
-    attention beside them, the processes that share a sequence, torch, and the code that makes it.
+    """A name for all that a rewritten graph depends on: architecture, dtype, the linears with e4m3
+    weights, the attention beside them, the processes that share a sequence, torch, and the sources
+    of the passes, of the operators and of the model.
     """
     sources = [
         *sorted(Path(magihuman.graphs.__file__).parent.rglob("*.py")),
@@ -50,7 +51,11 @@ def key_of(
 
 
 def save(module: fx.GraphModule, key: str, folder: Path | None = None) -> None:
-    """Keep a graph whose only tensors are the model's own. A full disk is no error."""
+    """Keep a graph whose only tensors are the model's own. A full disk is no error.
+
+    Raises:
+        TypeError: an argument in the graph is of a type that cannot be kept.
+    """
     nodes = [
         [node.op, node.name, _target(node), _encode(node.args), _encode(node.kwargs)]
         for node in module.graph.nodes
@@ -71,11 +76,11 @@ def load(key: str, model: nn.Module, folder: Path | None = None) -> fx.GraphModu
 
 def _build(nodes: list[Any], model: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
-    made: dict[str, fx.Node] = {}
+    built: dict[str, fx.Node] = {}
     for op, name, target, args, kwargs in nodes:
         resolved = _resolve(target) if op == "call_function" else target
-        made[name] = graph.create_node(
-            op, resolved, tuple(_decode(args, made)), _decode(kwargs, made), name
+        built[name] = graph.create_node(
+            op, resolved, tuple(_decode(args, built)), _decode(kwargs, built), name
         )
     return fx.GraphModule(model, graph)
 
@@ -92,8 +97,9 @@ def _resolve(target: str) -> Callable[..., Any]:
     if target == "getitem":
         return operator.getitem
     namespace, name, overload = target.split(".")
-    found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    return found
+    operators = getattr(getattr(torch.ops, namespace), name)
+    overloaded: Callable[..., Any] = getattr(operators, overload)
+    return overloaded
 
 
 def _encode(value: Any) -> Any:
@@ -110,13 +116,13 @@ def _encode(value: Any) -> Any:
     raise TypeError(f"a graph with a {type(value).__name__} in it cannot be kept")
 
 
-def _decode(value: Any, made: dict[str, fx.Node]) -> Any:
+def _decode(value: Any, built: dict[str, fx.Node]) -> Any:
     if isinstance(value, list):
-        return [_decode(item, made) for item in value]
+        return [_decode(item, built) for item in value]
     if not isinstance(value, dict):
         return value
     if "node" in value:
-        return made[value["node"]]
+        return built[value["node"]]
     if "dtype" in value:
         return getattr(torch, value["dtype"])
-    return {key: _decode(item, made) for key, item in value["dict"].items()}
+    return {key: _decode(item, built) for key, item in value["dict"].items()}

@@ -86,7 +86,10 @@ def dequantize(values: Tensor, scale: Tensor) -> Tensor:
 def quantize_linear(linear: nn.Module, weight: Tensor, rest: torch.device | None = None) -> None:
     """Give a linear this weight in fp8, and let go of the one it had.
 
-    rest: where the weight is to be, if not where it is quantised.
+    Args:
+        linear: a module with a `weight`, changed in place.
+        weight: [M, K], of a float dtype, on the device where it is to be quantised.
+        rest: where the fp8 weight is to be, if not on that device.
     """
     values, scale = quantize(weight)
     if rest is not None:  # with the zeros behind its rows, which a plain copy leaves out

@@ -35,7 +35,10 @@ def _local(local: list[int]) -> ref.LocalAttention | None:
 def add_norm(
     x: Tensor, delta: Tensor, weight: Tensor, modality_rows: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """`reference.add_norm`, the norm in delta's dtype."""
+    """Compute `reference.add_norm`, with the norm in delta's dtype.
+
+    x: [N, C] fp32; delta: [N, C]; weight: [C] or [3 C] fp32. Returns the new stream and the norm.
+    """
     if x.is_cuda:
         from magihuman.kernels.add_rms_norm import add_rms_norm
 
@@ -50,7 +53,7 @@ def _(x: Tensor, delta: Tensor, weight: Tensor, modality_rows: list[int]) -> tup
 
 @torch.library.custom_op("magihuman::norm", mutates_args=())
 def norm(x: Tensor, weight: Tensor, modality_rows: list[int], dtype: torch.dtype) -> Tensor:
-    """`reference.rms_norm` in `dtype`."""
+    """Compute `reference.rms_norm` of x [N, C] fp32, rounded to `dtype`."""
     if x.is_cuda:
         from magihuman.kernels.add_rms_norm import add_rms_norm
 
@@ -72,7 +75,10 @@ def _fp8_rows(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("magihuman::quantize_fp8", mutates_args=())
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.quantize_rows`; rows of values start at multiples of 16 bytes, zeros between."""
+    """Compute `reference.quantize_rows` of x [N, C].
+
+    Rows of values start at multiples of 16 bytes, with zeros between them.
+    """
     if x.is_cuda:
         from magihuman.kernels.linear.quantize import quantize_rows
 
@@ -88,7 +94,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("magihuman::norm_fp8", mutates_args=())
 def norm_fp8(x: Tensor, weight: Tensor, modality_rows: list[int]) -> tuple[Tensor, Tensor]:
-    """`quantize_fp8` of `reference.rms_norm` in fp32."""
+    """Compute `quantize_fp8` of `reference.rms_norm` of x [N, C] fp32, not rounded between."""
     if x.is_cuda:
         from magihuman.kernels.linear.quantize import norm_rows
 
@@ -111,7 +117,7 @@ def qk_norm_rope(
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of `reference.split_qkv`, contiguous."""
+    """Compute q, k and v of `reference.split_qkv`, all contiguous."""
     if qkv.is_cuda:
         from magihuman.kernels.attention import qk_norm_rope as kernel
 
@@ -149,7 +155,7 @@ def qkv_fp8(
     heads: int,
     kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`reference.qkv_fp8`."""
+    """Compute `reference.qkv_fp8`: q, k and v in e4m3, and their scales."""
     arguments = (qkv, q_weight, k_weight, rope, length, _runs(attended_rows), heads, kv_heads)
     if qkv.is_cuda:
         from magihuman.kernels.attention import qkv_fp8 as kernel
@@ -189,7 +195,10 @@ def gated_attention_fp8(
     length: Tensor,
     local: list[int],
 ) -> Tensor:
-    """`reference.attention_fp8`; local: as above."""
+    """Compute `reference.attention_fp8` over the first `length` keys, contiguous.
+
+    local: the fields of `reference.LocalAttention`, or empty.
+    """
     arguments = (q, k, v, qk_scale, v_scale, gate, length, _local(local))
     if q.is_cuda:
         from magihuman.kernels.attention import fp8 as attention_fp8
@@ -222,7 +231,7 @@ def gated_attention(
     local: list[int],
     backend: str = UNSET,
 ) -> Tensor:
-    """`reference.gated_attention` over the first `length` keys, by this backend.
+    """Compute `reference.gated_attention` over the first `length` keys, by this backend.
 
     local: the fields of `reference.LocalAttention`, or empty.
     """
@@ -260,7 +269,9 @@ def split_rows(x: Tensor, modality_rows: list[int]) -> list[Tensor]:
 
 @torch.library.custom_op("magihuman::activation", mutates_args=())
 def activation(x: Tensor, kind: str, padded: int) -> Tensor:
-    """`reference.swiglu7` or `gelu7`, rows padded with zeros to `padded` columns."""
+    """Compute `reference.swiglu7` or `gelu7`, by `kind`, in rows that zeros pad to `padded`
+    columns.
+    """
     if x.is_cuda:
         from magihuman.kernels.linear import activations as kernels
 
@@ -276,7 +287,7 @@ def _(x: Tensor, kind: str, padded: int) -> Tensor:
 
 @torch.library.custom_op("magihuman::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET) -> Tensor:
-    """`reference.linear` by this route; x may have more columns than the weight, zeros.
+    """Compute `reference.linear` by this route; x may have more columns than the weight, zeros.
 
     x: [N, K'], K' at least K; weight: [out, K] or [3 out, K], of row stride K' where K' is not K.
     """
@@ -296,7 +307,7 @@ def _(x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET) -
 def linear_activation(
     x: Tensor, weight: Tensor, modality_rows: list[int], kind: str, padded: int, route: str = UNSET
 ) -> Tensor:
-    """`activation` of `linear`, rounded between the two as the plain model does."""
+    """Compute `activation` of `linear`, rounded between the two as the plain model does."""
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
@@ -324,7 +335,10 @@ torch.library.define(
 def linear_add_(
     stream: Tensor, x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET
 ) -> Tensor:
-    """`linear` joins the fp32 stream [N, out] in place; on a GPU without a rounding before it."""
+    """Add `linear` to the fp32 stream [N, out] in place; on a GPU without a rounding before it.
+
+    Returns the stream itself.
+    """
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
@@ -355,7 +369,9 @@ def linear_fp8(
     modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
-    """`reference.scaled_linear` by this route, in rows that start at multiples of 16 bytes."""
+    """Compute `reference.scaled_linear` by this route, in bf16 rows that start at multiples of 16
+    bytes.
+    """
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
@@ -389,7 +405,7 @@ def linear_activation_fp8(
     out_dtype: torch.dtype,
     route: str = UNSET,
 ) -> Tensor:
-    """`activation` of `linear_fp8`, in bf16, or in e4m3 divided by `reference.STATIC_SCALES`."""
+    """Compute `activation` of `linear_fp8`, in bf16, or in e4m3 over `reference.STATIC_SCALES`."""
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 
@@ -437,7 +453,10 @@ def linear_add_fp8_(
     modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
-    """`linear_fp8` joins the fp32 stream in place; without x_scale all rows have one scale."""
+    """Add `linear_fp8` to the fp32 stream [N, out] in place, and return the stream itself.
+
+    Without x_scale all rows of x have one scale, `scale_of_all`.
+    """
     if x.is_cuda:
         from magihuman.kernels.linear import routes
 

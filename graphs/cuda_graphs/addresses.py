@@ -12,20 +12,24 @@ class MovedError(RuntimeError):
 
 
 def addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Where each tensor begins."""
+    """The address at which each tensor begins, by its name."""
     return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def check_addresses(captured: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
-    """Raise `MovedError` unless every tensor still begins where `captured` says."""
+    """Check that every tensor still begins where `captured` says.
+
+    Raises:
+        MovedError: one does not, or is gone.
+    """
     for name, address in captured.items():
         if name not in tensors:
-            found = "gone"
+            state = "gone"
         elif tensors[name].data_ptr() != address:
-            found = f"at {tensors[name].data_ptr():#x}"
+            state = f"at {tensors[name].data_ptr():#x}"
         else:
             continue
         raise MovedError(
-            f"{name} must stay at {address:#x}, where its graph was captured, and is {found};"
+            f"{name} must stay at {address:#x}, where its graph was captured, and is {state};"
             " change values in place (copy_), or make a new CompiledForward"
         )

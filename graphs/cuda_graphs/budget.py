@@ -21,7 +21,7 @@ class Budget(Generic[Key]):
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        """limit_bytes: of all graphs together; a single graph may pass it."""
+        """Nothing is kept yet. limit_bytes is for all graphs together; a single one may pass it."""
         self.limit_bytes = limit_bytes
         self._own_bytes: OrderedDict[Key, int] = OrderedDict()
         self._pool_bytes = 0
@@ -30,7 +30,7 @@ class Budget(Generic[Key]):
 
     @property
     def total_bytes(self) -> int:
-        """Of everything kept."""
+        """The bytes of everything kept: the pool, and what graphs need outside of it."""
         return self._pool_bytes + sum(self._own_bytes.values())
 
     def make_room(self, tokens: int, own_bytes: int) -> list[Key]:

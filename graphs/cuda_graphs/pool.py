@@ -31,7 +31,7 @@ def bucket_of(tokens: int) -> int:
 
 
 class Captures(Generic[Key, Graph]):
-    """What was captured, by size.
+    """Captured graphs and what belongs to them, by size.
 
     Attributes:
         kept: in no order.
@@ -46,8 +46,13 @@ class Captures(Generic[Key, Graph]):
         budget_bytes: int | None,
         capturing: AbstractContextManager[Any] | None = None,
     ) -> None:
-        """budget_bytes: of all graphs; by default a quarter of the memory free now. One graph is
-        kept even where it passes the budget alone. capturing: entered while a size is captured.
+        """Nothing is captured yet.
+
+        Args:
+            device: a GPU.
+            budget_bytes: of all graphs; by default a quarter of the memory free now. One graph is
+                kept even where it passes the budget alone.
+            capturing: entered while a size is captured.
         """
         if budget_bytes is None:
             budget_bytes = int(FREE_SHARE * free_bytes(device))
@@ -58,7 +63,7 @@ class Captures(Generic[Key, Graph]):
         self._capturing = capturing
 
     def use(self, key: Key) -> Graph:
-        """One that is kept, now the most recently used."""
+        """The graph of a size that is kept, which becomes the most recently used."""
         self._budget.use(key)
         return self.kept[key]
 

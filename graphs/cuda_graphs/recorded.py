@@ -26,10 +26,10 @@ class Recorded:
 
     def by_readable_name(self) -> Counter[str]:
         """Kernels by qualified name, without what C++ ones are instantiated for."""
-        found: Counter[str] = Counter()
+        kernels: Counter[str] = Counter()
         for name, count in self.kernels.items():
-            found[_qualified(name)] += count
-        return found
+            kernels[_qualified(name)] += count
+        return kernels
 
 
 def bindings() -> Any:
@@ -49,15 +49,19 @@ def bindings() -> Any:
 
 
 def recorded(graph: torch.cuda.CUDAGraph) -> Recorded:
-    """What was captured into `graph`, which must have been made with `keep_graph=True`."""
+    """What was captured into `graph`, which must have been made with `keep_graph=True`.
+
+    Raises:
+        NoBindingsError: cuda-bindings is not installed.
+    """
     driver = bindings()
-    found = Recorded()
-    _read(driver, driver.CUgraph(init_value=graph.raw_cuda_graph()), found)
-    return found
+    result = Recorded()
+    _read(driver, driver.CUgraph(init_value=graph.raw_cuda_graph()), result)
+    return result
 
 
 def _qualified(kernel: str) -> str:
-    """The qualified name in a mangled one; others as they are."""
+    """The qualified name in a mangled one; other names stay as they are."""
     if not kernel.startswith("_ZN"):
         return kernel
     parts, rest = [], kernel[3:]
@@ -68,22 +72,25 @@ def _qualified(kernel: str) -> str:
     return "::".join(part for part in parts if not part.startswith("_GLOBAL__N")) or kernel
 
 
-def _read(driver: Any, graph: Any, found: Recorded) -> None:
+def _read(driver: Any, graph: Any, result: Recorded) -> None:
+    """Add the nodes of a graph, and of its child graphs, to the result."""
     _, count = _call(driver.cuGraphGetNodes, graph)
     nodes, count = _call(driver.cuGraphGetNodes, graph, count)
     for node in nodes[:count]:
         (kind,) = _call(driver.cuGraphNodeGetType, node)
         name = kind.name.removeprefix("CU_GRAPH_NODE_TYPE_").lower()
-        found.nodes[name] += 1
+        result.nodes[name] += 1
         if name == "kernel":
-            found.kernels[_kernel_name(driver, node)] += 1
+            result.kernels[_kernel_name(driver, node)] += 1
         elif name == "graph":
             (child,) = _call(driver.cuGraphChildGraphNodeGetGraph, node)
-            _read(driver, child, found)
+            _read(driver, child, result)
 
 
 def _kernel_name(driver: Any, node: Any) -> str:
-    """A node holds a function of a module or, as libraries launch it, a kernel of no context."""
+    """The name of the kernel that a node launches: a node holds a function of a module or, as
+    libraries launch it, a kernel of no context.
+    """
     (parameters,) = _call(driver.cuGraphKernelNodeGetParams, node)
     if int(parameters.func):
         (name,) = _call(driver.cuFuncGetName, parameters.func)

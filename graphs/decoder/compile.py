@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from magihuman.graphs.decoder.passes import joins
 from magihuman.graphs.decoder.passes.blocks import DecoderContext, passes_for
-from magihuman.graphs.rewrite import CompileError, Report
+from magihuman.graphs.rewrite import CompileError, CompileReport
 from magihuman.graphs.trace import capture
 
 TRACE_SIZE = (3, 4, 6)  # any will do: nothing of it is left in the graph
@@ -21,7 +21,7 @@ def compile_decoder(
     config: Any,
     first_window: bool,
     dtype: torch.dtype = torch.uint8,
-) -> tuple[fx.GraphModule, Report]:
+) -> tuple[fx.GraphModule, CompileReport]:
     """The decoder of one kind of window, for latents of any size, in fused operators.
 
     Args:
@@ -40,7 +40,7 @@ def compile_decoder(
         CompileError: a pass found more or fewer places than the architecture has.
         JoinError: an addition is not one of a residual block.
     """
-    report = Report()
+    report = CompileReport()
     start = time.perf_counter()
     parameter = next(decoder.parameters())
     context = DecoderContext(config, TRACE_SIZE, first_window, parameter.dtype, parameter.device)
@@ -49,12 +49,12 @@ def compile_decoder(
     report.nodes_before = len(module.graph.nodes)
     for name, run, expected in passes_for(context):
         start = time.perf_counter()
-        report.matches[name] = found = run(module, context, dtype)
+        report.matches[name] = matches = run(module, context, dtype)
         report.seconds[name] = time.perf_counter() - start
-        if found != expected:
+        if matches != expected:
             raise CompileError(
-                f"the pass {name} must find {expected} places in the video decoder, found {found};"
-                " the model and kernels/decoder_reference.py have drifted apart"
+                f"the pass {name} must find {expected} places in the video decoder, found"
+                f" {matches}; the model and kernels/decoder/reference.py have drifted apart"
             )
     report.matches["joins"] = joins.run(module)
     module.graph.eliminate_dead_code()

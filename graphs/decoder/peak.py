@@ -20,20 +20,22 @@ def peak_bytes(module: fx.GraphModule, *inputs: Tensor) -> int:
 
 
 class _Walk(fx.Interpreter):
+    """Runs a graph on shapes and keeps the most bytes that were alive at once."""
+
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.peak = 0
 
     def run_node(self, n: fx.Node) -> Any:
-        made = super().run_node(n)
+        result = super().run_node(n)
         live: dict[int, int] = {}
-        for value in (*self.env.values(), made):
+        for value in (*self.env.values(), result):
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(tensor, FakeTensor):  # a weight is not
                     storage = tensor.untyped_storage()
                     live[storage._cdata] = storage.nbytes()
         self.peak = max(self.peak, sum(live.values()))
-        return made
+        return result
 
 
 def reserve(size_bytes: int, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ from magihuman.graphs.cuda_graphs import Captures
 from magihuman.graphs.decoder.compile import compile_decoder
 from magihuman.graphs.decoder.passes.trim import trim
 from magihuman.graphs.decoder.peak import peak_bytes, reserve
-from magihuman.graphs.rewrite import Report
+from magihuman.graphs.rewrite import CompileReport
 
 log = logging.getLogger("magihuman")
 Call = tuple[Sequence[int], bool, int, int]  # a decoder's arguments, the shape alone of the latents
@@ -48,12 +48,12 @@ class Size(NamedTuple):
 
     @property
     def latents(self) -> int:
-        """In all."""
+        """The number of latents of all clips and frames."""
         return self.batch * self.frames * self.rows * self.columns
 
     @property
     def pixels(self) -> tuple[int, ...]:
-        """The shape of what is kept."""
+        """The shape of the pixels that are kept: [batch, kept, 16 rows, 16 columns, 3]."""
         return self.batch, self.kept, STRIDE * self.rows, STRIDE * self.columns, COLORS
 
 
@@ -84,10 +84,11 @@ class CompiledDecoder:
         capturing: AbstractContextManager[Any] | None = None,
         replays: bool = True,
     ) -> None:
-        """Decoder: in bf16 on the GPU; its weights are copied in another layout.
+        """Compile both kinds of window; nothing is captured yet.
 
         Args:
-            decoder: see `compile_decoder`.
+            decoder: as of `compile_decoder`, in bf16 on the GPU; its weights are copied in another
+                layout.
             config: its architecture.
             dtype: of the pixels; a float dtype gives the decoder's own values.
             batch: windows of one size, at most, that a caller should decode at once where they
@@ -103,7 +104,7 @@ class CompiledDecoder:
         self._device = next(decoder.parameters()).device
         self._dtype = dtype
         self._modules: dict[bool, fx.GraphModule] = {}
-        self.reports: dict[bool, Report] = {}
+        self.reports: dict[bool, CompileReport] = {}
         for is_first in (True, False):
             module, report = compile_decoder(decoder, config, is_first, dtype)
             self._modules[is_first], self.reports[is_first] = module, report
@@ -130,7 +131,7 @@ class CompiledDecoder:
         return captured.pixels
 
     def _launch(self, latents: Tensor, size: Size) -> Tensor:
-        """The rewritten graph without capturing it."""
+        """Run the rewritten graph without capturing it."""
         if size not in self._uncaptured:
             module = trim(self._modules[size.is_first], size.frames, size.skip, size.kept)
             while len(self._uncaptured) >= UNCAPTURED:
@@ -166,7 +167,7 @@ class CompiledDecoder:
         return self._batch if rows * columns <= SMALL else 1
 
     def _prepare(self, size: Size) -> _Captured:
-        """The graph of this size, made now if need be."""
+        """The captured graph of this size, captured now if need be."""
         if size not in self._captures.kept:
             what = f"windows of {size.frames} latents of {size.columns}x{size.rows}"
             self._captures.add(size, size.latents, 0, lambda: self._capture(size), what)

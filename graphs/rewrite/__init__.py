@@ -6,13 +6,13 @@ replaces what operators are called with, by the names in their schemas.
 
 from magihuman.graphs.rewrite.arguments import ArgumentError, arguments, call, with_arguments
 from magihuman.graphs.rewrite.pattern import Build, replace
-from magihuman.graphs.rewrite.report import CompileError, Report
+from magihuman.graphs.rewrite.report import CompileError, CompileReport
 
 __all__ = [
     "ArgumentError",
     "Build",
     "CompileError",
-    "Report",
+    "CompileReport",
     "arguments",
     "call",
     "replace",

@@ -45,13 +45,15 @@ def replace(
     for match in matches:
         calls = [match.nodes_map[node] for node in pattern.nodes if node.op == "call_function"]
         calls = sorted(set(calls), key=position.__getitem__)
-        found = [match.nodes_map[output] for output in outputs]
+        replaced = [match.nodes_map[output] for output in outputs]
         with graph.inserting_after(calls[-1]):
             mark = graph.call_function(len, ((),))  # a place to build before, removed below
         with graph.inserting_before(mark):
-            made = build(graph, [successor.get(node, node) for node in match.placeholder_nodes])
+            replacements = build(
+                graph, [successor.get(node, node) for node in match.placeholder_nodes]
+            )
         graph.erase_node(mark)
-        for old, new in zip(found, made, strict=True):
+        for old, new in zip(replaced, replacements, strict=True):
             old.replace_all_uses_with(new)
             successor[old] = new
         for node in reversed(calls):

@@ -10,7 +10,7 @@ class CompileError(RuntimeError):
 
 
 @dataclass
-class Report:
+class CompileReport:
     """What compiling did.
 
     Attributes:

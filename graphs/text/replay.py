@@ -40,7 +40,13 @@ class ReplayedEncoder:
     """
 
     def __init__(self, encode: Encode, dtype: torch.dtype, device: torch.device) -> None:
-        """encode: adds its mask, in this dtype, to the scores of every layer's attention."""
+        """Nothing is captured yet.
+
+        Args:
+            encode: takes ids and a mask, which it adds to the scores of every layer's attention.
+            dtype: of that mask.
+            device: that the encoder is on.
+        """
         self._encode, self._dtype, self._device = encode, dtype, device
         self._captures = Captures[int, _Captured](device, BUDGET_BYTES)
 

@@ -1,11 +1,11 @@
-"""The DiT: captured once at any token counts, rewritten by `passes`, replayed by size.
+"""The DiT: captured once at any numbers of tokens, rewritten by `passes`, replayed by size.
 
-`compile` has the order of the passes and the counts that they must reach. `replay` keeps a CUDA
+`compile` has the order of the passes and the matches that they must reach. `replay` keeps a CUDA
 graph for each size, `layer_hooks` lets weights come layer by layer.
 """
 
 from magihuman.graphs.transformer.compile import (
-    TRACE_COUNTS,
+    TRACE_ROWS,
     compile_forward,
     example_inputs,
     pad_weights,
@@ -18,7 +18,7 @@ from magihuman.graphs.transformer.passes.context import Context
 from magihuman.graphs.transformer.replay import CompiledForward
 
 __all__ = [
-    "TRACE_COUNTS",
+    "TRACE_ROWS",
     "CompileOptions",
     "CompiledForward",
     "Context",

@@ -1,4 +1,4 @@
-"""The transformer in fused kernels: the order of the passes and the counts they must reach."""
+"""The transformer in fused kernels: the order of the passes and the matches they must reach."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from magihuman.graphs import graph_cache
 from magihuman.graphs.quantization import is_quantized
-from magihuman.graphs.rewrite import CompileError, Report, arguments, with_arguments
+from magihuman.graphs.rewrite import CompileError, CompileReport, arguments, with_arguments
 from magihuman.graphs.trace import capture
 from magihuman.graphs.transformer.options import CompileOptions
 from magihuman.graphs.transformer.passes import (
@@ -35,7 +35,7 @@ from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding, p
 OPS = torch.ops.magihuman
 Pass = Callable[[fx.GraphModule, Context], int]
 
-TRACE_COUNTS: Counts = (24, 7, 5)  # any counts do that nothing else in the model is split by
+TRACE_ROWS: Counts = (24, 7, 5)  # by modality; any do that nothing else in the model is split by
 TRACE_LOCAL = LocalAttention(frames=3, frame_tokens=8, reach=1)  # of so many video tokens
 META = torch.device("meta")
 ONE_KERNEL = "one kernel"  # where all attention is over fp8 or frame-local
@@ -59,7 +59,7 @@ def compile_forward(
     model: nn.Module,
     context: Context,
     options: CompileOptions | None = None,
-) -> tuple[fx.GraphModule, Report]:
+) -> tuple[fx.GraphModule, CompileReport]:
     """The forward of `model` for sequences of the context's sizes, in fused kernels.
 
     Args:
@@ -76,7 +76,7 @@ def compile_forward(
         CompileError: a pass found more or fewer places than the architecture has.
     """
     options = options or CompileOptions()
-    report = Report()
+    report = CompileReport()
     start = time.perf_counter()
     config, device = context.config, context.device
     quantized = [name for name, module in model.named_modules() if is_quantized(module)]
@@ -88,7 +88,7 @@ def compile_forward(
     if module is None:
         traced = dataclasses.replace(
             context,
-            counts=TRACE_COUNTS,
+            modality_rows=TRACE_ROWS,
             local=TRACE_LOCAL if config.local_attention_layers else None,
             sharding=_traced(context.ranks),
         )
@@ -101,14 +101,14 @@ def compile_forward(
     )
     backend = options.attention_backend
     if has_choice and device.type == "cuda" and backend is None:
-        shape = (sum(context.attended), *context.heads, config.head_dim)
+        shape = (sum(context.attended_rows), *context.heads, config.head_dim)
         from magihuman.kernels.attention import backends
 
         backend = backends.fastest(*shape, device)
     backend = backend or UNSET
     report.attention = backend if has_choice else ONE_KERNEL
     report.seconds["choose attention"] = time.perf_counter() - start
-    specialize(module, context.counts, backend, context.local, context.sharding)
+    specialize(module, context.modality_rows, backend, context.local, context.sharding)
     start = time.perf_counter()
     report.linears = route_linears(module, context.tokens, options.linear_route)
     report.seconds["choose linears"] = time.perf_counter() - start
@@ -119,11 +119,23 @@ def compile_forward(
 def rewrite(
     model: nn.Module,
     context: Context,
-    report: Report,
+    report: CompileReport,
     quantized: Sequence[str] = (),
     fp8_attention: bool = False,
 ) -> fx.GraphModule:
-    """Capture the whole forward and run every pass on it, at the context's token counts."""
+    """Capture the whole forward and run every pass on it, at the context's sizes.
+
+    Args:
+        model: as of `compile_forward`.
+        context: with the sizes to trace at, `TRACE_ROWS` and `TRACE_LOCAL` for `specialize`.
+        report: that steps and matches are added to.
+        quantized: names of the linears whose weights are e4m3.
+        fp8_attention: as of `CompileOptions`.
+
+    Raises:
+        CaptureError: the forward is not one graph.
+        CompileError: a pass found more or fewer places than the architecture has.
+    """
     start = time.perf_counter()
     source = model
     # The forward knows nothing of e4m3 weights, and a capture nothing of weights that share memory:
@@ -139,13 +151,13 @@ def rewrite(
     report.nodes_before = len(module.graph.nodes)
     for name, run, expected in passes_for(context.config):
         start = time.perf_counter()
-        found = run(module, context)
+        matches = run(module, context)
         report.seconds[name] = time.perf_counter() - start
-        report.matches[name] = found
-        if found != expected:
+        report.matches[name] = matches
+        if matches != expected:
             raise CompileError(
                 f"the pass {name} must find {expected} places in {context.config.num_layers}"
-                f" layers, found {found}; the model and kernels/reference.py have drifted apart"
+                f" layers, found {matches}; the model and kernels/reference.py have drifted apart"
             )
     if quantized:
         start = time.perf_counter()
@@ -174,22 +186,22 @@ def _shares_memory(model: nn.Module) -> bool:
 
 def specialize(
     module: fx.GraphModule,
-    counts: Counts,
+    modality_rows: Counts,
     attention_backend: str,
     local: LocalAttention | None = None,
     sharding: Sharding | None = None,
 ) -> None:
-    """Put token counts, the shape of frame-local attention and the attention backend into a graph
-    rewritten at `TRACE_COUNTS` and `TRACE_LOCAL`.
+    """Put rows by modality, the shape of frame-local attention and the attention backend into a
+    graph rewritten at `TRACE_ROWS` and `TRACE_LOCAL`, in place.
 
     Once rewritten, a graph holds them only as arguments of these names of the project's operators;
     an empty list says that an operator groups no rows, or attends to all, and stays. So one capture
     serves every length and size. Where processes share a sequence, `attended_rows` are those of all
     of it.
     """
-    attended = counts if sharding is None else sharding.counts
+    attended = modality_rows if sharding is None else sharding.counts
     symbols = {
-        "modality_rows": list(counts),
+        "modality_rows": list(modality_rows),
         "attended_rows": list(attended),
         "local": list(local or ()),
         "backend": attention_backend,
@@ -203,11 +215,11 @@ def specialize(
 
 
 def _traced(ranks: int) -> Sharding | None:
-    """What to trace with for so many processes: any counts of so many rows for each of them."""
+    """What to trace with for so many processes: rows by modality, as many for each of them."""
     if ranks == 1:
         return None
-    video, audio, text = TRACE_COUNTS
-    return Sharding((video + (ranks - 1) * sum(TRACE_COUNTS), audio, text), ranks)
+    video, audio, text = TRACE_ROWS
+    return Sharding((video + (ranks - 1) * sum(TRACE_ROWS), audio, text), ranks)
 
 
 def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[str, str]:
@@ -221,14 +233,14 @@ def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[
         if node.target not in ROUTED:
             continue
         given = arguments(node)
-        weight, scale, counts = given["weight"], given.get("weight_scale"), given["modality_rows"]
+        weight, scale, runs = given["weight"], given.get("weight_scale"), given["modality_rows"]
         after = given["kind"] if ROUTED[node.target] == "kind" else ROUTED[node.target]
         values, scales = _attribute(module, weight), _attribute(module, scale)
         kind = f"{after} {tuple(values.shape)}{' fp8' if scale else ''}"
-        kind += " by modality" if counts else ""
+        kind += " by modality" if runs else ""
         if kind not in chosen:
             chosen[kind] = route or _fastest(
-                after, values, counts, rows, given.get("padded", 0), scales
+                after, values, runs, rows, given.get("padded", 0), scales
             )
         with_arguments(node, route=chosen[kind])
     module.recompile()
@@ -253,25 +265,25 @@ def _attribute(module: fx.GraphModule, node: fx.Node | None) -> Any:
 
 
 def _fastest(
-    after: Any, weight: Tensor, counts: list[int], rows: int, padded: int, scale: Tensor | None
+    after: Any, weight: Tensor, runs: list[int], rows: int, padded: int, scale: Tensor | None
 ) -> str:
     if not weight.is_cuda:
         return UNSET
     from magihuman.kernels.linear import routes
 
-    runs = (counts[0], counts[1], counts[2]) if counts else None
-    return routes.fastest(after, weight, runs, rows, padded, scale)
+    counts = (runs[0], runs[1], runs[2]) if runs else None
+    return routes.fastest(after, weight, counts, rows, padded, scale)
 
 
 def example_inputs(context: Context) -> dict[str, Tensor]:
     """Tensors of the shapes that the captured graph takes."""
     config = context.config
-    video, audio, text = context.counts
+    video, audio, text = context.modality_rows
     return {
         "video": context.example(video, config.video_channels),
         "audio": context.example(audio, config.audio_channels),
         "text": context.example(text, config.text_channels),
-        "rope": context.example(sum(context.attended), 6 * config.rope_bands),
+        "rope": context.example(sum(context.attended_rows), 6 * config.rope_bands),
         "length": context.example(dtype=torch.int32),
     }
 

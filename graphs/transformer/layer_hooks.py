@@ -36,9 +36,9 @@ def call_before_layers(
     graph = module.graph
     readers: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        found = LAYER.match(str(node.target)) if node.op == "get_attr" else None
-        if found is not None:
-            readers |= dict.fromkeys(node.users, int(found[1]))
+        layer_of = LAYER.match(str(node.target)) if node.op == "get_attr" else None
+        if layer_of is not None:
+            readers |= dict.fromkeys(node.users, int(layer_of[1]))
     order = [(node, readers[node]) for node in graph.nodes if node in readers]
     starts = [
         node for at, (node, layer) in enumerate(order) if at == 0 or order[at - 1][1] != layer

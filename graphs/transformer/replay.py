@@ -27,7 +27,7 @@ from magihuman.graphs.cuda_graphs import (
     check_addresses,
     recorded,
 )
-from magihuman.graphs.rewrite import Report
+from magihuman.graphs.rewrite import CompileReport
 from magihuman.graphs.transformer.compile import compile_forward, example_inputs, pad_weights
 from magihuman.graphs.transformer.layer_hooks import call_before_layers
 from magihuman.graphs.transformer.options import ReplayOptions
@@ -48,7 +48,7 @@ class Size(NamedTuple):
     and of equal shares, and the shape of frame-local attention, where there are such layers.
     """
 
-    counts: Counts
+    modality_rows: Counts
     local: LocalAttention | None
 
 
@@ -60,8 +60,8 @@ class _Captured:
     module: fx.GraphModule  # holds the constants that the graph reads
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, Tensor]
-    report: Report
-    own: tuple[slice, slice, slice]  # rows of each modality that this process computes
+    report: CompileReport
+    shares: tuple[slice, slice, slice]  # rows of each modality that this process computes
     addresses: dict[str, int] = field(default_factory=dict)  # only where they are checked
 
 
@@ -97,7 +97,7 @@ class CompiledForward:
         self._options = options = options or ReplayOptions()
         self._captures = Captures[Size, _Captured](device, options.budget_bytes, options.capturing)
         self._capturing = options.capturing or nullcontext()
-        self._uncaptured: dict[Size, tuple[fx.GraphModule, Report]] = {}
+        self._uncaptured: dict[Size, tuple[fx.GraphModule, CompileReport]] = {}
 
     def __call__(
         self,
@@ -120,8 +120,8 @@ class CompiledForward:
             check_addresses(captured.addresses, self._tensors(captured.inputs, captured.outputs))
         fixed = captured.inputs
         streams = {"video": video, "audio": audio, "text": text}
-        for (name, stream), own in zip(streams.items(), captured.own, strict=True):
-            rows = stream[own]  # of text fewer than there is room for
+        for (name, stream), share in zip(streams.items(), captured.shares, strict=True):
+            rows = stream[share]  # of text fewer than there is room for
             fixed[name][: rows.shape[0]].copy_(rows)
         fixed["rope"][: rope.shape[0]].copy_(rope)
         fixed["length"].fill_(rope.shape[0])
@@ -161,7 +161,7 @@ class CompiledForward:
         padded = (video, audio, bucket_of(text))
         return Sharding.of(padded, self._options.ranks)
 
-    def reports(self) -> dict[Size, Report]:
+    def reports(self) -> dict[Size, CompileReport]:
         """What compiling did, for each shape kept."""
         if not self._options.replays:
             return {size: report for size, (_, report) in self._uncaptured.items()}
@@ -188,17 +188,17 @@ class CompiledForward:
         """The rewritten graph without capturing it: its activations are freed as it goes."""
         size = self._size(video.shape[0], audio.shape[0], text.shape[0], local)
         module = self._rewritten(size)
-        padding = (0, 0, 0, size.counts[2] - text.shape[0])
-        own = Sharding(size.counts, self._options.ranks).own(self._options.rank)
+        padding = (0, 0, 0, size.modality_rows[2] - text.shape[0])
+        shares = Sharding(size.modality_rows, self._options.ranks).own(self._options.rank)
         streams = (video, audio, F.pad(text, padding))
         length = torch.tensor(rope.shape[0], dtype=torch.int32, device=self._device)
         with torch.inference_mode():
             v_video, v_audio = module(
-                *(stream[rows].contiguous() for stream, rows in zip(streams, own, strict=True)),
+                *(stream[rows].contiguous() for stream, rows in zip(streams, shares, strict=True)),
                 F.pad(rope, padding),
                 length,
             )
-        if sum(size.counts) >= LARGE and self._device.type == "cuda":
+        if sum(size.modality_rows) >= LARGE and self._device.type == "cuda":
             # Or small tensors that live on would be cut from the blocks of the large ones.
             torch.cuda.empty_cache()
         return v_video, v_audio
@@ -225,10 +225,10 @@ class CompiledForward:
         """Inputs of the graph of a size, all tokens of it valid."""
         context = self._context(size, self._device)
         inputs = {name: torch.zeros_like(t) for name, t in example_inputs(context).items()}
-        inputs["length"].fill_(sum(context.attended))
+        inputs["length"].fill_(sum(context.attended_rows))
         return inputs
 
-    def _compile(self, size: Size) -> tuple[fx.GraphModule, Report]:
+    def _compile(self, size: Size) -> tuple[fx.GraphModule, CompileReport]:
         context = self._context(size, self._device)
         return compile_forward(self._model, context, self._options)
 
@@ -246,16 +246,16 @@ class CompiledForward:
             warm_up, lambda: module(*inputs.values()), keep_graph=self._options.debug
         )
         report.seconds["graph"] = time.perf_counter() - start
-        log.info("compiled %s tokens in %.1f s", size.counts, sum(report.seconds.values()))
-        own = Sharding(size.counts, self._options.ranks).own(self._options.rank)
-        captured = _Captured(graph, module, inputs, (outputs[0], outputs[1]), report, own)
+        log.info("compiled %s tokens in %.1f s", size.modality_rows, sum(report.seconds.values()))
+        shares = Sharding(size.modality_rows, self._options.ranks).own(self._options.rank)
+        captured = _Captured(graph, module, inputs, (outputs[0], outputs[1]), report, shares)
         if self._options.debug:
             captured.addresses = addresses(self._tensors(inputs, captured.outputs))
         return captured
 
     def _context(self, size: Size, device: torch.device) -> Context:
         ranks = self._options.ranks
-        sharding = Sharding(size.counts, ranks)
+        sharding = Sharding(size.modality_rows, ranks)
         return Context(
             self._config,
             sharding.own_counts(self._options.rank),
@@ -268,7 +268,7 @@ class CompiledForward:
     def _tensors(
         self, inputs: dict[str, Tensor], outputs: tuple[Tensor, Tensor]
     ) -> dict[str, Tensor]:
-        """Everything whose address a graph holds and somebody else could change, by name."""
+        """By name, all tensors whose address a graph holds and somebody else could change."""
         return {
             **{f"input {name}": tensor for name, tensor in inputs.items()},
             **{f"output {i}": tensor for i, tensor in enumerate(outputs)},

@@ -32,8 +32,9 @@ def join_norm(
     after: int,
     phases: list[bool],
 ) -> Tensor:
-    """The first result of `decoder_reference.join_norm`; phases: whether x, and whether delta, is
-    to go through `decoder_reference.from_phases` before.
+    """Compute the first result of `decoder.reference.join_norm`.
+
+    phases: whether x, and whether delta, is to go through `decoder.reference.from_phases` before.
     """
     return _join_norm(x, delta, bias, eps, activation, before, after, phases, None, False)
 
@@ -50,7 +51,7 @@ def join_norm_(
     phases: list[bool],
     other_eps: float | None,
 ) -> Tensor:
-    """As `join_norm`; the second result of the reference replaces x."""
+    """Compute what `join_norm` does, and replace x by the second result of the reference."""
     return _join_norm(x, delta, bias, eps, activation, before, after, phases, other_eps, True)
 
 
@@ -117,7 +118,7 @@ def _(
 def join_frames(
     x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop: int
 ) -> Tensor:
-    """`decoder_reference.join_frames`."""
+    """Compute `decoder.reference.join_frames`."""
     if x.is_cuda:
         from magihuman.kernels.decoder import frames
 
@@ -135,7 +136,7 @@ def _(x: Tensor, delta: Tensor | None, bias: Tensor | None, in_time: bool, drop:
 
 @torch.library.custom_op("magihuman::join_pixels", mutates_args=())
 def join_pixels(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> Tensor:
-    """`decoder_reference.join_pixels`."""
+    """Compute `decoder.reference.join_pixels`: [B, frames, patch H, patch W, colors]."""
     if x.is_cuda:
         from magihuman.kernels.decoder.frames import pixels
 
@@ -151,7 +152,7 @@ def _(x: Tensor, bias: Tensor, colors: int, patch: int, dtype: torch.dtype) -> T
 
 @torch.library.custom_op("magihuman::yuv420", mutates_args=())
 def yuv420(frames: Tensor) -> Tensor:
-    """`decoder_reference.to_yuv420`."""
+    """Compute `decoder.reference.to_yuv420` of uint8 frames [T, H, W, 3]."""
     if frames.is_cuda:
         from magihuman.kernels.decoder import frames as kernels
 
@@ -167,7 +168,7 @@ def _(frames: Tensor) -> Tensor:
 
 @torch.library.custom_op("magihuman::conv", mutates_args=())
 def conv(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
-    """Convolution of a video without bias, on a GPU by cuDNN's heuristics.
+    """Convolve a video, without a bias, on a GPU as cuDNN's heuristics choose.
 
     x: [B, C, T, H, W]; weight: [out, C, ...] in `channels_last_3d`, like x; padding: zeros
     along T, H and W. A long video is convolved in parts.
@@ -209,7 +210,7 @@ def _(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
 
 @torch.library.custom_op("magihuman::add_bias", mutates_args=())
 def add_bias(x: Tensor, bias: Tensor) -> Tensor:
-    """`x + bias` of a video and [C]; stands in a graph only until another operator takes it in."""
+    """Add a bias [C] to a video; it stands in a graph only until another operator takes it in."""
     return ref.join(x, None, bias).to(x.dtype)
 
 

@@ -49,9 +49,10 @@ def _all_to_all(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("magihuman::rows_to_heads", mutates_args=())
 def rows_to_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
-    """From own rows of a whole projection to all rows of the own heads' part of it.
+    """Give this process's rows of a whole projection for all rows of its heads' part of one.
 
-    qkv: [S, C], rows [Q | K | V | gate] of so many heads. Returns [ranks S, C / ranks] likewise.
+    qkv: [S, C], rows [Q | K | V | gate] of so many heads. Returns [ranks S, C / ranks], rows
+    [Q | K | V | gate] of the heads of this process.
     """
     if qkv.is_cuda:
         from magihuman.kernels.parallel import head_pack
@@ -71,7 +72,9 @@ def _(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
 
 @torch.library.custom_op("magihuman::heads_to_rows", mutates_args=())
 def heads_to_rows(x: Tensor, ranks: int) -> Tensor:
-    """The way back: [ranks S, C / ranks] of the own heads to [S, C], own rows of all heads."""
+    """Give all rows of this process's heads, [ranks S, C / ranks], for its rows of all heads,
+    [S, C].
+    """
     received = _all_to_all(x.contiguous().unflatten(0, (ranks, -1)))
     if x.is_cuda:
         from magihuman.kernels.parallel import head_pack

@@ -169,14 +169,14 @@ def _upsample(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -
     """Frames between the movement and the way back are a video too; the way back goes, and so do
     repeated pixels, which the convolution behind them makes up for.
     """
-    found = 0
+    matches = 0
     shapes = set()
     for stage in context.stages():
         if not stage.upsample:
             continue
         drop = int(stage.in_time and context.first_window)
         parts = 2 if stage.in_time else 1
-        found += replace(
+        matches += replace(
             module,
             _movement(stage.in_time, drop),
             (context.example(1, parts * stage.channels, *stage.size),),
@@ -191,7 +191,7 @@ def _upsample(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -
             (context.example(*shape),),
             lambda graph, inputs: inputs,
         )
-    return found
+    return matches
 
 
 def _movement(in_time: bool, drop: int) -> Callable[[Tensor], Tensor]:
@@ -234,16 +234,16 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
     """Convolutions give up their bias to an addition behind them.
 
     Weights are laid out for `channels_last_3d`, once; those over repeated pixels become those of
-    `decoder_reference.phase_weight`, of 4/9 of the work. Pixels come out of channels filled up with
+    `decoder.reference.phase_weight`, of 4/9 of the work. Pixels come out of channels filled up with
     zeros to a multiple of `ALIGNMENT`.
     """
     graph = module.graph
     aten = torch.ops.aten
-    found = 0
+    convolutions = 0
     for node in list(graph.nodes):
         if node.target not in (aten.conv3d.default, aten.conv2d.default):
             continue
-        found += 1
+        convolutions += 1
         x, weight, bias = node.args[:3]
         padding = list(node.args[4]) if len(node.args) > 4 else [0, 0, 0]
         is_last = any(user.target is OPS.join_pixels.default for user in node.users)
@@ -257,24 +257,25 @@ def _conv(module: fx.GraphModule, context: DecoderContext, _: torch.dtype) -> in
         node.replace_all_uses_with(total)
         graph.erase_node(node)
     graph.lint()
-    return found
+    return convolutions
 
 
 def lay_out(
     module: fx.GraphModule, weight: str, bias: str, alignment: int, by_phases: bool
 ) -> None:
-    """The module's own copy of a convolution's tensors, in the layout that its operators take,
+    """Give the module a copy of a convolution's tensors, in the layout that its operators take,
     channels out filled up with zeros to a multiple of `alignment`.
     """
-    own = module.get_parameter(weight).detach()
-    if own.ndim == 4:
-        own = own[:, :, None]
-    missing = -own.shape[0] % alignment
+    values = module.get_parameter(weight).detach()
+    if values.ndim == 4:
+        values = values[:, :, None]
+    missing = -values.shape[0] % alignment
     if by_phases:
-        own = ref.phase_weight(own)
-    own = F.pad(own, (0,) * 9 + (missing,)).contiguous(memory_format=torch.channels_last_3d)
+        values = ref.phase_weight(values)
+    values = F.pad(values, (0,) * 9 + (missing,))
+    values = values.contiguous(memory_format=torch.channels_last_3d)
     wide = F.pad(module.get_parameter(bias).detach().float(), (0, missing))
-    for name, value in ((weight, own), (bias, wide)):
+    for name, value in ((weight, values), (bias, wide)):
         *path, last = name.split(".")
         owner = module.get_submodule(".".join(path))
         delattr(owner, last)

@@ -140,8 +140,8 @@ def is_shortcut(norm: fx.Node) -> bool:
 
 
 def is_by_phases(module: fx.GraphModule, video: fx.Node | None) -> bool:
-    """Whether a video's pixels are as `decoder_reference.from_phases` takes them: those of a
-    convolution of `decoder_reference.phase_weight`.
+    """Whether a video's pixels are as `decoder.reference.from_phases` takes them: those of a
+    convolution of `decoder.reference.phase_weight`.
     """
     if video is None or video.target is not OPS.conv.default:
         return False

@@ -49,20 +49,22 @@ def trim(module: fx.GraphModule, latents: int, skip: int, frames: int) -> fx.Gra
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(module.graph, copied)
     graph.output(result)
-    made = fx.GraphModule(module, graph)
-    _Trim(made, latents).run(Range(skip, skip + frames))
-    made.graph.lint()
-    made.recompile()
-    return made
+    trimmed = fx.GraphModule(module, graph)
+    _Trim(trimmed, latents).run(Range(skip, skip + frames))
+    trimmed.graph.lint()
+    trimmed.recompile()
+    return trimmed
 
 
 @dataclass
 class _Trim:
+    """What is known of the nodes of one graph while it is trimmed, in place."""
+
     module: fx.GraphModule
     latents: int
     full: dict[fx.Node, int] = field(default_factory=dict)  # frames without trimming
     needed: dict[fx.Node, Range] = field(default_factory=dict)
-    made: dict[fx.Node, Range] = field(default_factory=dict)
+    computed: dict[fx.Node, Range] = field(default_factory=dict)
     replaced: dict[fx.Node, Range] = field(default_factory=dict)  # by a norm, and read afterwards
 
     def run(self, kept: Range) -> None:
@@ -88,7 +90,7 @@ class _Trim:
                 self.rewrite(node)
 
     def count(self, node: fx.Node) -> None:
-        """How many frames the node has without trimming."""
+        """Note how many frames the node has without trimming."""
         if node.op == "placeholder":
             self.full[node] = self.latents
         elif node.op == "call_function":
@@ -108,7 +110,7 @@ class _Trim:
         return int(self.module.get_buffer(str(weight.target)).shape[TIME]) - 1
 
     def require(self, node: fx.Node, out: Range) -> None:
-        """What `out` of the node needs of its inputs."""
+        """Note what `out` of the node needs of its inputs."""
         if node.op != "call_function":
             return
         given = arguments(node)
@@ -136,16 +138,18 @@ class _Trim:
         return read.join(self.replaced.get(norm))
 
     def rewrite(self, node: fx.Node) -> None:
-        """Let the node read what it needs, and note which frames it makes of that."""
+        """Let the node read what it needs, and note which frames it computes of that."""
         needed = self.needed[node]
         if node.op == "placeholder":
-            self.made[node] = Range(0, self.latents)
+            self.computed[node] = Range(0, self.latents)
         elif node.target is OPS.conv.default:  # over all there is: a part would have to be copied
             x = arguments(node)["x"]
-            self.made[node] = Range(self.made[x].begin, self.made[x].end - self.reach(node))
+            self.computed[node] = Range(
+                self.computed[x].begin, self.computed[x].end - self.reach(node)
+            )
         elif node.target is OPS.join_pixels.default:
             self.cut(node, "x", needed)
-            self.made[node] = needed
+            self.computed[node] = needed
         elif node.target in NORMS:
             read = self.read(node)
             x = arguments(node)["x"]
@@ -155,7 +159,7 @@ class _Trim:
             begin = 0 if read.begin == 0 else read.begin + before
             before, after = before * (read.begin == 0), after * (read.end == self.full[x])
             with_arguments(node, before=before, after=after)
-            self.made[node] = Range(begin, begin + before + read.end - read.begin + after)
+            self.computed[node] = Range(begin, begin + before + read.end - read.begin + after)
         elif node.target is OPS.join_frames.default:
             drop = arguments(node)["drop"]
             begin, end = needed.begin + drop, needed.end + drop  # before frames are dropped
@@ -164,16 +168,16 @@ class _Trim:
             self.cut(node, "delta", read)
             if read.begin:
                 with_arguments(node, drop=0)
-            self.made[node] = Range(
+            self.computed[node] = Range(
                 max(parts(node) * read.begin - drop, 0), parts(node) * read.end - drop
             )
 
     def cut(self, node: fx.Node, name: str, read: Range) -> None:
         """Let the argument of this name be those frames alone."""
         x = arguments(node)[name]
-        if x is None or self.made[x] == read:
+        if x is None or self.computed[x] == read:
             return
-        begin = read.begin - self.made[x].begin
+        begin = read.begin - self.computed[x].begin
         with self.module.graph.inserting_before(node):
             part = self.module.graph.call_function(
                 torch.ops.aten.slice.Tensor, (x, TIME, begin, begin + read.end - read.begin)

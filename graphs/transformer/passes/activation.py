@@ -14,7 +14,7 @@ from magihuman.kernels import reference as ref
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
-    """One a layer."""
+    """Replace one activation a layer."""
     config = context.config
     gelu = [layer for layer in range(config.num_layers) if layer in config.gelu7_layers]
     swiglu = [layer for layer in range(config.num_layers) if layer not in config.gelu7_layers]

@@ -13,7 +13,7 @@ from magihuman.kernels.jit import UNSET
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
-    """One a layer, over all tokens or frame-local."""
+    """Replace one attention a layer, over all tokens or frame-local."""
     locals_ = [None] if context.local is None else [None, context.local]
     return sum(_run(module, context, local) for local in locals_)
 
@@ -21,7 +21,7 @@ def run(module: fx.GraphModule, context: Context) -> int:
 def _run(module: fx.GraphModule, context: Context, local: ref.LocalAttention | None) -> int:
     config = context.config
     heads, kv_heads = context.heads
-    rows = sum(context.attended)
+    rows = sum(context.attended_rows)
     shapes = [(rows, n, config.head_dim) for n in (heads, kv_heads, kv_heads)]
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:

@@ -19,7 +19,10 @@ ATTENTION = ("gate", "length", "local")
 
 
 def run(graph: fx.Graph) -> int:
-    """Put the e4m3 operators after the pass for linears. Returns in how many layers."""
+    """Put the e4m3 operators, once the linears have theirs.
+
+    Returns the number of layers in which attention was replaced.
+    """
     done = 0
     for node in list(graph.nodes):
         if node.target is not OPS.gated_attention.default:

@@ -1,4 +1,4 @@
-"""What the passes know of the model."""
+"""What the passes know of the model and of a sequence."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from magihuman.kernels.reference import Counts, LocalAttention, Sharding
 
 @dataclass(frozen=True)
 class Context:
-    """Sizes of the captured model.
+    """A model's architecture, and the sizes of the sequences that a graph of it is for.
 
     Attributes:
         config: the architecture, anything with the fields of `magihuman.runtime`'s `DiTConfig`.
-        counts: tokens of each modality; where several processes share a sequence, of one's rows.
+        modality_rows: rows of video, audio and text; where several processes share a sequence,
+            of those that one of them has.
         dtype: of the linears inside the blocks.
         device: that the model is on.
         local: shape of frame-local attention, where the architecture has such layers.
@@ -25,7 +26,7 @@ class Context:
     """
 
     config: Any
-    counts: Counts
+    modality_rows: Counts
     dtype: torch.dtype
     device: torch.device
     local: LocalAttention | None = None
@@ -34,12 +35,12 @@ class Context:
     @property
     def tokens(self) -> int:
         """Rows of the graph's linears: the sequence's length, padding included, or one's share."""
-        return sum(self.counts)
+        return sum(self.modality_rows)
 
     @property
-    def attended(self) -> Counts:
-        """Tokens of each modality that attention is over."""
-        return self.counts if self.sharding is None else self.sharding.counts
+    def attended_rows(self) -> Counts:
+        """Rows of video, audio and text that attention is over: those of the whole sequence."""
+        return self.modality_rows if self.sharding is None else self.sharding.counts
 
     @property
     def ranks(self) -> int:
@@ -60,7 +61,7 @@ class Context:
     def groupings(self) -> tuple[Counts | None, ...]:
         """The ways in which layers group rows: by modality, and not at all."""
         layers, modality = self.config.num_layers, len(self.config.modality_layers)
-        return ((self.counts,) if modality else ()) + ((None,) if modality < layers else ())
+        return ((self.modality_rows,) if modality else ()) + ((None,) if modality < layers else ())
 
     def example(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor to trace with."""

@@ -19,7 +19,7 @@ OPS = torch.ops.magihuman
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
-    """Three a layer: an activation and two additions."""
+    """Replace three nodes a layer: an activation and two additions."""
     graph = module.graph
     count = 0
     for node in list(graph.nodes):

@@ -13,7 +13,7 @@ from magihuman.kernels.jit import UNSET
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
-    """Four a layer."""
+    """Replace the linears of the blocks, four a layer."""
     config = context.config
     shapes = {
         (config.hidden_size, config.qkv_rows),
@@ -23,27 +23,31 @@ def run(module: fx.GraphModule, context: Context) -> int:
         up, down = config.mlp_widths(layer)
         shapes |= {(config.hidden_size, up), (down, config.hidden_size)}
     return sum(
-        _run(module, context, counts, *shape)
-        for counts in context.groupings
+        _run(module, context, modality_rows, *shape)
+        for modality_rows in context.groupings
         for shape in sorted(shapes)
     )
 
 
 def _run(
-    module: fx.GraphModule, context: Context, counts: ref.Counts | None, fan_in: int, fan_out: int
+    module: fx.GraphModule,
+    context: Context,
+    modality_rows: ref.Counts | None,
+    fan_in: int,
+    fan_out: int,
 ) -> int:
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
         x, weight = inputs
         operator = torch.ops.magihuman.linear.default
-        runs = list(counts or ())
+        runs = list(modality_rows or ())
         return [call(graph, operator, x=x, weight=weight, modality_rows=runs, route=UNSET)]
 
     return replace(
         module,
-        lambda x, weight: ref.linear(x, weight, counts),
+        lambda x, weight: ref.linear(x, weight, modality_rows),
         (
             context.example(context.tokens, fan_in, dtype=context.dtype),
-            context.example(fan_out * (3 if counts else 1), fan_in, dtype=context.dtype),
+            context.example(fan_out * (3 if modality_rows else 1), fan_in, dtype=context.dtype),
         ),
         build,
     )

@@ -22,7 +22,10 @@ LINEARS = (OPS.linear.default, OPS.linear_activation.default, OPS.linear_add_.de
 
 
 def run(graph: fx.Graph, quantized: Collection[str]) -> int:
-    """Put the e4m3 operators for the linears named, weights as `name.weight`. Returns how many."""
+    """Put the e4m3 operators for the linears named, whose weights are `name.weight`.
+
+    Returns the number of linears replaced.
+    """
     done = 0
     for node in list(graph.nodes):
         if node.target in LINEARS and _is_quantized(node, quantized):

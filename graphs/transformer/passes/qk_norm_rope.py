@@ -14,16 +14,19 @@ from magihuman.kernels import reference as ref
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
-    """One a layer. The gates stay a view of the projection."""
-    return sum(_run(module, context, counts and context.attended) for counts in context.groupings)
+    """Replace one split of a projection a layer. The gates stay a view of the projection."""
+    return sum(
+        _run(module, context, modality_rows and context.attended_rows)
+        for modality_rows in context.groupings
+    )
 
 
-def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) -> int:
+def _run(module: fx.GraphModule, context: Context, attended_rows: ref.Counts | None) -> int:
     config = context.config
     heads, kv_heads = context.heads
     columns = config.qkv_rows // context.ranks
-    rows = sum(context.attended)
-    norm = config.head_dim * (3 if counts else 1)
+    rows = sum(context.attended_rows)
+    norm = config.head_dim * (3 if attended_rows else 1)
 
     def build(graph: fx.Graph, inputs: list[fx.Node]) -> list[fx.Node]:
         qkv, q_weight, k_weight, rope = inputs
@@ -34,7 +37,7 @@ def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) ->
             q_weight=q_weight,
             k_weight=k_weight,
             rope=rope,
-            attended_rows=list(counts or ()),
+            attended_rows=list(attended_rows or ()),
             heads=heads,
             kv_heads=kv_heads,
         )
@@ -43,7 +46,7 @@ def _run(module: fx.GraphModule, context: Context, counts: ref.Counts | None) ->
 
     return replace(
         module,
-        lambda qkv, q, k, rope: ref.split_qkv(qkv, q, k, rope, counts, heads, kv_heads),
+        lambda qkv, q, k, rope: ref.split_qkv(qkv, q, k, rope, attended_rows, heads, kv_heads),
         (
             context.example(rows, columns, dtype=context.dtype),
             context.example(norm),

@@ -15,7 +15,7 @@ from magihuman.graphs.decoder.compile import compile_decoder
 from magihuman.graphs.decoder.passes.trim import trim
 from magihuman.graphs.decoder.replay import CompiledDecoder, _share_buffers
 from magihuman.graphs.rewrite import arguments
-from magihuman.graphs.rewrite.report import CompileError, Report
+from magihuman.graphs.rewrite.report import CompileError, CompileReport
 from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime.config import TurboVAEConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
@@ -25,7 +25,7 @@ from magihuman.runtime.model.turbo_vae import TurboVAE
 FP32 = 3e-5
 VAE = 1e-4  # of the golden data, as for the plain decoder
 WINDOWS = {True: (7, 8), False: (8, 9)}  # latents of the windows that clips are cut into
-Graphs = dict[bool, tuple[fx.GraphModule, Report]]
+Graphs = dict[bool, tuple[fx.GraphModule, CompileReport]]
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +221,6 @@ def test_a_model_that_drifts_from_the_reference_is_refused(
     )
     with pytest.raises(
         CompileError,
-        match=r"norm, SiLU, pad must find 24 places .* found 23; the model and kernels/decoder_ref",
+        match=r"norm, SiLU, pad must find 24 places .* found 23; the model and kernels/decoder/ref",
     ):
         compile_decoder(vae.decoder, vae.config, False)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 import golden
 from magihuman.graphs import graph_cache, quantization, support
 from magihuman.graphs.rewrite import arguments, call
-from magihuman.graphs.rewrite.report import CompileError, Report
+from magihuman.graphs.rewrite.report import CompileError, CompileReport
 from magihuman.graphs.trace import CaptureError, capture
 from magihuman.graphs.transformer import compile as compiling
 from magihuman.graphs.transformer.options import CompileOptions
@@ -134,7 +134,7 @@ def test_a_prompt_gives_the_same_in_any_bucket(model: DiT, cache: Path) -> None:
 
 def test_values_like_those_of_the_trace_stay() -> None:
     """Rows and shapes are known by the arguments that they are, not by being the traced ones."""
-    own, whole = list(compiling.TRACE_COUNTS), [60, 7, 5]
+    own, whole = list(compiling.TRACE_ROWS), [60, 7, 5]
     shape = list(compiling.TRACE_LOCAL)
     graph = fx.Graph()
     x, weight, length = (graph.placeholder(name) for name in ("x", "weight", "length"))
@@ -292,9 +292,9 @@ def test_a_model_that_drifts_from_the_reference_is_refused(
     module = model.block.layers[2].mlp
     monkeypatch.setattr(module, "activation", lambda x: ref.swiglu7(x) * 1.0)
     monkeypatch.setattr(ref, "swiglu7", lambda x, swiglu7=ref.swiglu7: swiglu7(x).clamp(-1e4, 1e4))
-    context = Context(model.config, compiling.TRACE_COUNTS, torch.bfloat16, CPU)
+    context = Context(model.config, compiling.TRACE_ROWS, torch.bfloat16, CPU)
     with pytest.raises(CompileError, match=r"activation must find 5 .* found [0-4]"):
-        compiling.rewrite(model, context, Report())
+        compiling.rewrite(model, context, CompileReport())
 
 
 def test_a_graph_break_names_the_line() -> None:

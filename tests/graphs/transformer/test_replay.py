@@ -41,7 +41,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(
         pool, "pool_bytes", lambda pool: 1000 * max(sum(counts) for counts in made.captured)
     )
-    monkeypatch.setattr(CompiledForward, "_capture", lambda self, size: made.capture(size.counts))
+    monkeypatch.setattr(
+        CompiledForward, "_capture", lambda self, size: made.capture(size.modality_rows)
+    )
     return made
 
 
@@ -57,7 +59,7 @@ def test_sizes_are_kept_by_text_bucket_until_the_budget_is_full(device: Device) 
         forward.prepare(*counts)
     assert device.captured == [MIDDLE, SMALL]
     forward.prepare(*LARGE)  # grows the pool, and SMALL is the least recently used
-    assert [size.counts for size in forward.reports()] == [MIDDLE, LARGE]
+    assert [size.modality_rows for size in forward.reports()] == [MIDDLE, LARGE]
 
 
 def test_out_of_memory_gives_everything_else_up_once(device: Device) -> None:
@@ -65,7 +67,7 @@ def test_out_of_memory_gives_everything_else_up_once(device: Device) -> None:
     forward.prepare(*SMALL)
     device.failures = 1
     forward.prepare(*MIDDLE)
-    assert [size.counts for size in forward.reports()] == [MIDDLE]
+    assert [size.modality_rows for size in forward.reports()] == [MIDDLE]
     device.failures = 2
     with pytest.raises(torch.OutOfMemoryError, match=r"no room to capture 313 tokens.* 1 GiB"):
         forward.prepare(*LARGE)

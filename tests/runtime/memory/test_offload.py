@@ -132,7 +132,7 @@ def test_a_compiled_model_that_moves_computes_the_same(fp8, streamed, monkeypatc
             for _ in range(2):
                 for ours, theirs in zip(forward(**inputs), expected, strict=True):
                     assert torch.equal(ours, theirs)
-    assert [size.counts for size in forward.reports()] == [(18, 9, 64)]
+    assert [size.modality_rows for size in forward.reports()] == [(18, 9, 64)]
 
 
 def test_a_failure_leaves_the_weights_at_rest():
