@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magihuman.graphs.cuda_graphs.pool import TEXT_BUCKET
 from magihuman.graphs.decoder.replay import CompiledDecoder
 from magihuman.graphs.transformer.options import ReplayOptions
-from magihuman.graphs.transformer.replay import TEXT_BUCKET, CompiledForward
+from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import ops
 from magihuman.kernels.attention import backends
 from magihuman.runtime import config
