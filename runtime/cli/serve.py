@@ -78,7 +78,7 @@ class ServeOptions(EngineOptions):
 
 @takes_options
 def serve(options: ServeOptions) -> None:
-    """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
+    r"""Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman\[serve]'."""
     with user_errors():
         token = _token(options.token_file)
         _check_numbers(options)

@@ -225,6 +225,7 @@ def test_help():
     assert result.exit_code == 0
     assert all(name in result.stdout for name in ("generate", "tiny", "inspect", "doctor"))
     assert "--negative-prompt" in run("generate", "--help").stdout
+    assert "magihuman[serve]" in run("serve", "--help").stdout  # brackets are markup, too
 
 
 # -- the real process -------------------------------------------------------------------------
