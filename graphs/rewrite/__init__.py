@@ -1,7 +1,8 @@
 """Finding a function in a graph, and putting something else there.
 
 `pattern` traces a reference function and replaces every occurrence of it. `arguments` reads and
-replaces what operators are called with, by the names in their schemas.
+replaces what operators are called with, by the names in their schemas. `report` keeps what each
+step found and how long it took.
 """
 
 from magihuman.graphs.rewrite.arguments import ArgumentError, arguments, call, with_arguments

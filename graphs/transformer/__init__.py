@@ -1,7 +1,8 @@
 """The DiT: captured once at any numbers of tokens, rewritten by `passes`, replayed by size.
 
 `compile` has the order of the passes and the matches that they must reach. `replay` keeps a CUDA
-graph for each size, `layer_hooks` lets weights come layer by layer.
+graph for each size, and `options` has what either may be asked. `layer_hooks` lets weights come
+layer by layer.
 """
 
 from magihuman.graphs.transformer.compile import (

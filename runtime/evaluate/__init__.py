@@ -1,7 +1,8 @@
 """How good clips are.
 
 `clip_score` measures a clip of the nano world, `model_score` a model by many of them. `verify_runs`
-has fp8, simulated on any device, against bf16 from the same noise, and writes a report and a page.
+compares fp8, which `simulated_fp8` computes on any device, with bf16 from the same noise.
+`verify_report` has the figures and the verdict, `verify_page` shows them.
 """
 
 from magihuman.runtime.evaluate.clip_score import ClipScore, Synchrony, score_file

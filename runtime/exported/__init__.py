@@ -1,7 +1,7 @@
 """Exported decoders: a folder of ONNX graphs or TensorRT engines with a manifest.
 
-The export writes such folders and the runtime reads them; this is all that the two share.
-`tensorrt` decodes on engines with the interface of the plain decoder.
+The export writes such folders and the runtime reads them, both by `manifest`. `tensorrt` decodes on
+engines, with the interface of the plain decoder.
 """
 
 from magihuman.runtime.exported import manifest

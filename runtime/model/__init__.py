@@ -1,7 +1,8 @@
 """The models in plain PyTorch, under the published key names.
 
-Each reads as its specification and is right on any device; nothing here is written for speed.
-`tokens` makes tokens of latents, and places them in time and space.
+`dit`, `turbo_vae` and `oobleck` read as their specifications and are right on any device; nothing
+here is written for speed. `text_encoder` and `image_encoder` wrap models of transformers and
+diffusers. `tokens` makes tokens of latents, and places them in time and space.
 """
 
 from magihuman.runtime.model import tokens

@@ -1,7 +1,7 @@
 """Several processes on one request.
 
-A `Team` starts them, keeps them in step and notices one that ends. On top of it, the transformers'
-rows are shared (Ulysses), and so are the windows of frames.
+`team` starts them, keeps them in step and notices one that ends. On top of it, `context_parallel`
+shares the transformers' rows (Ulysses) and the windows of frames.
 """
 
 from magihuman.runtime.parallel.context_parallel import ContextParallel, share

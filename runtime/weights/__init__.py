@@ -1,8 +1,9 @@
 """Files of weights, in and out.
 
-`locate` finds the components of a model, `checkpoint` reads the published layouts, checked by name
-and shape, `artifacts` those that `converting` writes. `random_weights` and `tiny` stand in for
-files, and `shipped` is the model in this package.
+`locate` finds the components of a model, and `transformer` says in which precision a transformer
+will be held. `checkpoint`, `t5gemma` and `wan_vae` read the published layouts, checked by name and
+shape, and `artifacts` reads those that `converting` writes. `random_weights` and `tiny` stand in
+for files, and `shipped` is the model in this package.
 """
 
 from magihuman.runtime.weights import checkpoint, locate, random_weights
