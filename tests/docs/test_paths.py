@@ -27,9 +27,8 @@ CLASS = re.compile(r"[A-Z]+[a-z]\w*[A-Z]\w*")
 # Written for users, in folders of theirs.
 WRITTEN = {"job.json", "manifest.json", "model.safetensors.index.json", "request.json"}
 MADE = ("benchmarks/results/history", "benchmarks/results/latency.png")  # by `make bench`
-FILES = {"bin", "mp4", "safetensors", "toml", "txt"}  # `weights.bin` is no member
+FILES = {"bin", "safetensors"}  # `weights.bin` is no member
 INSTANCES = {"engine": "Engine"}  # as the pages' examples call it
-OTHERS = {"KillMode", "OpenAI"}  # names that look like classes of ours
 
 
 class Names:
@@ -115,7 +114,7 @@ def gone(codes: Iterable[str]) -> set[str]:
         elif dotted := DOTTED.fullmatch(code):
             known = dotted[2] in FILES or is_known(dotted[1], dotted[2])
         elif CLASS.fullmatch(code):
-            known = code in names().classes or hasattr(builtins, code) or code in OTHERS
+            known = code in names().classes or hasattr(builtins, code)
         else:
             continue
         found |= set() if known else {code}
