@@ -14,13 +14,12 @@ import torch
 from torch import fx, nn
 
 import magihuman.graphs
-import magihuman.kernels.ops
-import magihuman.kernels.parallel.exchange
-import magihuman.kernels.reference
+from magihuman.kernels import reference
 from magihuman.kernels.jit import cache
 
 KIND = "graphs"  # in the cache
 VERSION = 1
+KERNELS = Path(reference.__file__).parent
 
 
 def key_of(
@@ -37,9 +36,7 @@ def key_of(
     """
     sources = [
         *sorted(Path(magihuman.graphs.__file__).parent.rglob("*.py")),
-        Path(magihuman.kernels.ops.__file__),  # whose schemas say what arguments in a file mean
-        Path(magihuman.kernels.parallel.exchange.__file__),
-        Path(magihuman.kernels.reference.__file__),
+        *operator_sources(KERNELS),
         Path(str(__import__(type(model).__module__, fromlist=["_"]).__file__)),
     ]
     digest = hashlib.sha256()
@@ -48,6 +45,17 @@ def key_of(
     facts = (VERSION, torch.__version__, str(dtype), list(quantized), fp8_attention, ranks)
     digest.update(json.dumps([*facts, dataclasses.asdict(config)], sort_keys=True).encode())
     return digest.hexdigest()[:32]
+
+
+def operator_sources(folder: Path) -> list[Path]:
+    """The files below a folder of kernels that a rewritten graph depends on: the references, and
+    those that register operators, whose schemas say what the arguments in a kept graph mean.
+    """
+    return [
+        file
+        for file in sorted(folder.rglob("*.py"))
+        if file.name == "reference.py" or b"torch.library." in file.read_bytes()
+    ]
 
 
 def save(module: fx.GraphModule, key: str, folder: Path | None = None) -> None:

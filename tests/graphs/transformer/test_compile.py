@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from magihuman.graphs.transformer.options import CompileOptions
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
-from magihuman.kernels.decoder import ops as decoder_ops  # noqa: F401 - registers torch.ops.magihuman
+from magihuman.kernels.decoder import ops as decoder_ops
 from magihuman.kernels.jit import UNSET
 from magihuman.kernels.jit import cache as kept
 from magihuman.kernels.parallel import exchange
@@ -320,16 +321,30 @@ def test_stored_graphs(model: DiT, cache: Path, tmp_path: Path) -> None:
         assert graph_cache.load(key, model, tmp_path) is None
 
 
-@pytest.mark.parametrize("changed", [ops, exchange, ref])
+@pytest.mark.parametrize("changed", [ops, exchange, ref, decoder_ops])
 def test_stored_graphs_are_those_of_their_operators(
     changed: ModuleType, model: DiT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A file has arguments in the order of the schemas that it was written with."""
+    """A file has arguments in the order of the schemas that it was written with, wherever below
+    kernels/ the operators are registered.
+    """
     key = graph_cache.key_of(model.config, torch.bfloat16, model)
-    source = tmp_path / "changed.py"
-    source.write_text(Path(str(changed.__file__)).read_text() + "# changed")
-    monkeypatch.setattr(changed, "__file__", str(source))
+    kernels = Path(str(ref.__file__)).parent
+    copied = shutil.copytree(kernels, tmp_path / "kernels")
+    monkeypatch.setattr(graph_cache, "KERNELS", copied)
+    assert graph_cache.key_of(model.config, torch.bfloat16, model) == key
+    source = copied / Path(str(changed.__file__)).relative_to(kernels)
+    source.write_text(source.read_text() + "# changed")
     assert graph_cache.key_of(model.config, torch.bfloat16, model) != key
+
+
+def test_a_new_file_of_an_operator_counts(tmp_path: Path) -> None:
+    copied = shutil.copytree(graph_cache.KERNELS, tmp_path / "kernels")
+    before = graph_cache.operator_sources(copied)
+    (copied / "linear" / "new.py").write_text('@torch.library.custom_op("magihuman::new")')
+    (copied / "linear" / "other.py").write_text("BLOCK = 128")
+    added = set(graph_cache.operator_sources(copied)) - set(before)
+    assert [file.name for file in added] == ["new.py"]
 
 
 def test_padding_weights_changes_no_value(model: DiT) -> None:
