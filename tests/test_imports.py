@@ -89,3 +89,23 @@ def test_every_module_can_be_imported_alone_and_finds_the_operators_it_names():
         if missing and missing not in excused
     }
     assert wrong == {}
+
+
+WITHOUT_TRITON = """
+import importlib, sys
+sys.modules["triton"] = None  # as where it is not installed
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert not any(name.startswith("triton.") for name in sys.modules)
+from magihuman.kernels.jit.language import triton
+assert triton.jit(len) is len
+"""
+
+
+def test_operators_are_registered_where_triton_is_not_installed():
+    """A file that registers one may declare its Triton kernel too."""
+    registering = [name for name, text in modules() if "@torch.library.custom_op" in text]
+    assert "magihuman.kernels.ops" in registering
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON, *registering]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
