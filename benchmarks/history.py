@@ -99,9 +99,13 @@ def size(benchmark: Entry) -> str:
 
 
 def label(benchmark: Entry) -> str:
-    """`test_activation[full-fused-gelu7]` as `activation fused gelu7`."""
+    """`test_activation[full-fused-gelu7]` as `activation fused gelu7`.
+
+    Of `test_kernel`, whose kernels a table names, the parameters alone.
+    """
     name, _, parameters = benchmark["name"].removeprefix("test_").rstrip("]").partition("[")
-    return " ".join([name, *(p for p in parameters.split("-") if p != size(benchmark))])
+    words = [p for p in parameters.split("-") if p != size(benchmark)]
+    return " ".join(words if name == "kernel" else [name, *words])
 
 
 def milliseconds(benchmark: Entry) -> float:

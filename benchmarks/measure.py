@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernel_cases
 from magihuman.graphs.cuda_graphs.pool import TEXT_BUCKET
 from magihuman.graphs.decoder.replay import CompiledDecoder
 from magihuman.graphs.transformer.options import ReplayOptions
@@ -30,8 +31,8 @@ STEPS = 8
 REPEATS = 5
 COPY_BYTES = 2**30  # far beyond any cache
 GEMM_SIDE = 8192
-# Kernels that no block has, and on the CPU PyTorch's own operators.
-OUTSIDE = ("at::native", "ffma", "sgemm", "aten::")
+# Kernels that no block has, and on the CPU operators.
+OUTSIDE = ("at::native", "ffma", "sgemm", "aten::", *kernel_cases.OUTSIDE)
 # Norms that open the halves of a layer: kernels, and on the CPU operators.
 NORMS = ("_add_rms_norm", "_norm_rows", "magihuman::add_norm", "magihuman::norm")
 CALLS = 4  # of a graph that measures a ceiling

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernel_cases
 from magihuman.graphs import quantization as weights_precision
 from magihuman.graphs import support
 from magihuman.kernels import ops
@@ -67,23 +68,21 @@ def test_add_rms_norm(size: Size, time_kernel: Callable, is_fused: bool, has_del
     time_kernel(build, moved + nbytes(weight), "bytes", rows=rows, channels=channels)
 
 
-@pytest.mark.benchmark(group="norms and activations")
-def test_qk_norm_rope(size: Size, time_kernel: Callable, is_fused: bool) -> None:
-    rows, arch = size.layout.tokens, size.arch
-    heads, kv_heads, dim = arch.heads, arch.kv_heads, arch.head_dim
-    weights = [randn(size, dim, dtype=FP32) for _ in range(2)]
-    angle = randn(size, rows, 3 * arch.rope_bands, dtype=FP32)
-    rope = torch.cat((angle.sin(), angle.cos()), dim=1)
+@pytest.mark.parametrize("name", kernel_cases.CASES)
+def test_kernel(
+    size: Size, time_kernel: Callable, is_fused: bool, name: str, benchmark: Any
+) -> None:
+    """The kernels of the table that tests and benchmarks share."""
+    case = kernel_cases.CASES[name]
+    benchmark.group = case.group
+    shape = case.full_shape(size.layout.counts, size.arch)
 
     def build() -> Callable:
-        qkv = randn(size, rows, arch.qkv_rows)
-        if is_fused:
-            return partial(ops.qk_norm_rope, qkv, *weights, rope, [], heads, kv_heads)
-        return partial(ref.split_qkv, qkv, *weights, rope, None, heads, kv_heads)
+        arguments = case.draw(shape, size.device, BF16)
+        return partial(case.fused if is_fused else case.plain, *arguments)
 
-    moved = 2 * 2 * rows * (heads + 2 * kv_heads) * dim + nbytes(rope, *weights)
-    shape = {"rows": rows, "heads": heads, "kv_heads": kv_heads, "dim": dim}
-    time_kernel(build, moved, "bytes", **shape)
+    numbers = {key: value for key, value in shape.items() if isinstance(value, int)}
+    time_kernel(build, case.work(shape), case.unit, **numbers)
 
 
 @pytest.mark.benchmark(group="norms and activations")

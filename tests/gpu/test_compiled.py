@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import golden
+import kernel_cases
+from kernel_cases import CASES
 from magihuman.runtime.model import tokens
 from magihuman.runtime.pipeline import denoise
 
@@ -192,12 +194,13 @@ def test_nothing_but_the_expected_kernels_runs(
     gelu, modality = len(model.config.gelu7_layers), len(model.config.modality_layers)
     expected = {
         "_add_rms_norm": 2 * layers,
-        "_qk_norm_rope": layers,
         "_attention": layers,
         "_gelu7": 0 if own else gelu,
         "_swiglu7": 0 if own else layers - gelu,
         "matmul": 3 * layers if own else 0,
     }
+    calls = kernel_cases.OPERATORS["none"]
+    expected |= {case.kernel: calls[case.name] for case in CASES.values() if case.name in calls}
     assert {name: found.kernels[name] for name in expected} == expected
 
     others = Counter({k: n for k, n in found.kernels.items() if k not in expected})
@@ -208,16 +211,18 @@ def test_nothing_but_the_expected_kernels_runs(
     assert (gemms - seconds).total() == products, gemms
     assert seconds.total() <= products
 
-    # Outside the blocks, for each head: square, mean, + eps, rsqrt, two products and + 1; one
-    # concatenation. The embedders' biases may be copied before the product. By modality, the own
-    # product leaves the padding of SwiGLU7's rows to a fill.
+    # Outside the blocks, what the graph leaves to PyTorch: one launch each, and one concatenation.
+    # The embedders' biases may be copied before the product. By modality, the own product leaves
+    # the padding of SwiGLU7's rows to a fill.
     others -= gemms
     elementwise = sum(n for k, n in others.items() if "elementwise_kernel" in k)
     fills = modality - gelu if own else 0
-    assert 12 + fills <= elementwise <= 12 + fills + 3, others
-    assert sum(n for k, n in others.items() if "reduce_kernel" in k) == 2, others
+    plain = sum(kernel_cases.ELEMENTWISE.values())
+    reductions = sum(kernel_cases.REDUCTIONS.values())
+    assert plain + fills <= elementwise <= plain + fills + 3, others
+    assert sum(n for k, n in others.items() if "reduce_kernel" in k) == reductions, others
     assert sum(n for k, n in others.items() if "CatArrayBatchedCopy" in k) == 1, others
-    assert others.total() == elementwise + 2 + 1, others
+    assert others.total() == elementwise + reductions + 1, others
 
     assert found.nodes["kernel"] == found.kernels.total()
     assert found.nodes["memset"] <= products  # some products clear what they count in

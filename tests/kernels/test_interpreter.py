@@ -10,11 +10,13 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from kernel_cases import CASES, KernelCase
 from magihuman.kernels import reference as ref
 from magihuman.kernels.decoder import reference as decoder
 
@@ -25,7 +27,8 @@ COUNTS: list[ref.Counts | None] = [None, (2, 1, 2), (0, 1, 4), (5, 0, 0)]
 
 
 def test_kernels_in_the_interpreter_agree_with_their_references() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2] / "benchmarks")}
+    environment = os.environ | paths | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
     )
@@ -61,19 +64,12 @@ def check_add_rms_norm() -> None:
                     assert_close(mine, right)
 
 
-def check_qk_norm_rope() -> None:
-    from magihuman.kernels.attention.qk_norm_rope import qk_norm_rope
-
-    for heads, kv_heads, dim in ((10, 2, 128), (4, 2, 64), (3, 1, 32)):
-        angle = torch.randn(ROWS, 3 * dim // 8)
-        rope = torch.cat((angle.sin(), angle.cos()), dim=1)
-        for counts in COUNTS:
-            weights = weight_of(dim, counts), weight_of(dim, counts)
-            for qkv in in_wider_rows((heads + 2 * kv_heads) * dim + heads):
-                arguments = (qkv, *weights, rope, counts, heads, kv_heads)
-                expected = ref.split_qkv(*arguments)[:3]
-                for mine, right in zip(qk_norm_rope(*arguments), expected, strict=True):
-                    assert_close(mine, right)
+def check_case(case: KernelCase) -> None:
+    for shape in case.small_shapes:
+        arguments = case.draw(shape, torch.device("cpu"), torch.float32)
+        expected = case.plain(*arguments)
+        for mine, right in zip(case.launched(*arguments), expected, strict=True):
+            assert_close(mine, right)
 
 
 def check_activations() -> None:
@@ -204,8 +200,9 @@ if __name__ == "__main__":
     # Fills what torch.empty returns with NaN: a kernel that leaves a place out is found.
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
+    for case in CASES.values():
+        check_case(case)
     check_add_rms_norm()
-    check_qk_norm_rope()
     check_activations()
     check_quantize()
     check_qkv_fp8()

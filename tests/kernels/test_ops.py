@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernel_cases
 from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
 from magihuman.kernels.decoder import ops as decoder_ops  # noqa: F401 - registers torch.ops.magihuman
@@ -116,7 +118,6 @@ CASES: dict[str, Callable[[], list[Arguments]]] = {
         (torch.randn(6, 5), torch.randn(5), []),
         (torch.randn(6, 16), torch.randn(48), ROWS),
     ],
-    "qk_norm_rope": lambda: [(*projection(), ROWS, HEADS, KV_HEADS)],
     "qkv_fp8": lambda: [(*projection(), LENGTH, ROWS, HEADS, KV_HEADS)],
     "gated_attention": lambda: [(*attended(), []), (*attended(), [2, 2, 1], "gluon")],
     "gated_attention_fp8": lambda: [(*attended_fp8(), []), (*attended_fp8(), [2, 2, 1])],
@@ -184,6 +185,14 @@ CASES: dict[str, Callable[[], list[Arguments]]] = {
 }  # fmt: skip
 
 
+def drawn(case: kernel_cases.KernelCase) -> list[Arguments]:
+    """Calls of an operator at all shapes for a CPU, in the dtypes of a compiled forward."""
+    return [case.draw(shape, torch.device("cpu"), torch.bfloat16) for shape in case.small_shapes]
+
+
+CASES |= {name: functools.partial(drawn, case) for name, case in kernel_cases.CASES.items()}
+
+
 # PyTorch's functionalisation refuses these, and no graph of theirs goes through it.
 RETURN_WHAT_THEY_CHANGE = {"linear_add_", "linear_add_fp8_"}
 
@@ -230,6 +239,18 @@ def assert_schema_holds(operator: Any, arguments: Arguments) -> None:
             memory = x.untyped_storage().data_ptr()
             shares = any(result.untyped_storage().data_ptr() == memory for result in results)
             assert shares == (info is not None and bool(info.before_set & returned)), argument.name
+
+
+@pytest.mark.parametrize("case", kernel_cases.CASES.values(), ids=lambda case: case.name)
+def test_operators_on_a_cpu_are_their_references(case: kernel_cases.KernelCase) -> None:
+    """Bit for bit, in the layout that their fake versions promise."""
+    for arguments in drawn(case):
+        meta = [x.to("meta") if torch.is_tensor(x) else x for x in arguments]
+        results = case.fused(*arguments), case.plain(*arguments), case.fused(*meta)
+        for mine, right, fake in zip(*results, strict=True):
+            assert torch.equal(mine, right)
+            assert (mine.dtype, mine.dtype) == (right.dtype, fake.dtype)
+            assert (mine.shape, mine.stride()) == (fake.shape, fake.stride())
 
 
 def test_every_case_is_one_of_an_operator() -> None:

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
+import kernel_cases  # noqa: E402
 from magihuman.kernels import add_rms_norm  # noqa: E402
 from magihuman.kernels.attention import (  # noqa: E402
     fp8 as attention_fp8,
@@ -28,7 +29,6 @@ from magihuman.kernels.attention import (  # noqa: E402
 )
 from magihuman.kernels.attention import (  # noqa: E402
     head_gate,
-    qk_norm_rope,
 )
 from magihuman.kernels.attention import (  # noqa: E402
     triton as attention_triton,
@@ -37,6 +37,7 @@ from magihuman.kernels.decoder import channel_norm, frames  # noqa: E402
 from magihuman.kernels.linear import activations, quantize  # noqa: E402
 from magihuman.kernels.parallel import head_pack  # noqa: E402
 from magihuman.kernels.reference import LocalAttention  # noqa: E402
+from magihuman.runtime.config import DiTConfig  # noqa: E402
 
 BF16, FP32, I32, U8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
 E4M3 = torch.float8_e4m3fn
@@ -138,16 +139,6 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         ),
         {16, 8},
         {16, 8},
-    ),
-    "qk_norm_rope": (
-        qk_norm_rope,
-        "_qk_norm_rope",
-        lambda: qk_norm_rope.qk_norm_rope(
-            full_size_qkv(), *(empty(3 * 128, dtype=FP32) for _ in "qk"),
-            empty(ROWS, 96, dtype=FP32), COUNTS, 40, 8,
-        ),
-        {16},
-        {16},
     ),
     "swiglu7": (
         activations,
@@ -252,6 +243,16 @@ CASES: dict[str, tuple[Any, str, Callable[[], object], set[int], set[int]]] = {
         {16, 4},
     ),
 }  # fmt: skip
+
+
+def shared_case(case: kernel_cases.KernelCase) -> tuple[Any, ...]:
+    """An entry of the table that all tests share, as those above."""
+    shape = case.full_shape(COUNTS, DiTConfig())
+    arguments = case.draw(shape, torch.device("meta"), BF16)
+    return case.loaded(), case.kernel, lambda: case.launched(*arguments), case.loads, case.stores
+
+
+CASES |= {case.name: shared_case(case) for case in kernel_cases.CASES.values()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import golden
+import kernel_cases
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
 from magihuman.graphs.transformer.options import CompileOptions
@@ -17,26 +18,17 @@ from magihuman.runtime.model import tokens
 
 CPU = torch.device("cpu")
 LAYOUT = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7)
-ALL = {
-    "norm_fp8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 5, "linear_fp8": 5,
-    "linear_activation_fp8": 5, "linear_add_fp8_": 10, "split_rows": 1,
-}  # fmt: skip
-# Up and down projections read and write each other's type, whichever of them is kept.
-NO_DOWN = {
-    "norm_fp8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 5, "linear_fp8": 5,
-    "linear_activation_fp8": 5, "linear_add_fp8_": 5, "linear_add_": 5, "split_rows": 1,
-}  # fmt: skip
-NO_UP = {
-    "norm_fp8": 5, "norm": 5, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 10,
-    "linear_fp8": 5, "linear_activation": 5, "linear_add_fp8_": 10, "split_rows": 1,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("keep", "expected"),
-    [("none", ALL), (["*.down_proj"], NO_DOWN), (["*.up_gate_proj"], NO_UP)],
+    ("keep", "quantized"),
+    [
+        ("none", "all"),
+        (["*.down_proj"], "all but down_proj"),
+        (["*.up_gate_proj"], "all but up_gate_proj"),
+    ],
 )
-def test_quantized_linears(keep: str | list[str], expected: dict[str, int], tmp_path: Path) -> None:
+def test_quantized_linears(keep: str | list[str], quantized: str, tmp_path: Path) -> None:
     """As near to the bf16 model as operands rounded to e4m3 leave it, from either cache."""
     plain, model = golden.dit(local=False), golden.dit(local=False)
     names = quantization.quantized_linears(model.config, keep)
@@ -57,7 +49,7 @@ def test_quantized_linears(keep: str | list[str], expected: dict[str, int], tmp_
             for node in module.graph.nodes
             if str(node.target).startswith("magihuman.")
         )
-        assert found == expected
+        assert found == kernel_cases.OPERATORS[quantized]
         outputs.append(module(*inputs.values(), length))
         for a, b in zip(outputs[-1], theirs, strict=True):
             assert 1e-3 < golden.error(a, b) < 0.1
