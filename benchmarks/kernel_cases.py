@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from magihuman.kernels import ops  # noqa: F401 - registers torch.ops.magihuman
+from magihuman.kernels import head_norm, ops  # noqa: F401 - register torch.ops.magihuman
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import DiTConfig
 
@@ -171,7 +171,58 @@ QK_NORM_ROPE = KernelCase(
     stores=frozenset({16}),
 )  # fmt: skip
 
-CASES = {case.name: case for case in (QK_NORM_ROPE,)}
+# -- head_norm ---------------------------------------------------------------------------------
+
+
+def draw_head_norm(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The stream after the last layer, fp32 whatever the dtype, and two weights."""
+    rows, channels = [shape["video"], shape["audio"], shape["text"]], shape["channels"]
+    weights = (0.1 * torch.randn(channels, device=device) for _ in range(2))
+    return 3 * torch.randn(sum(rows), channels, device=device), *weights, rows
+
+
+def exact_head_norm(x: Tensor, *rest: Any) -> Results:
+    """The formula in fp64."""
+    *weights, rows = rest
+    scale = (x.double().square().mean(-1, keepdim=True) + 1e-6) ** -0.5
+    video, audio, _ = (x.double() * scale).split(rows)
+    return video * (weights[0].double() + 1), audio * (weights[1].double() + 1)
+
+
+def head_norm_shapes(rows: tuple[ref.Counts, ...], channels: tuple[int, ...]) -> tuple[Shape, ...]:
+    """Each of these rows by modality, in rows of each of these lengths."""
+    return tuple(
+        {"video": video, "audio": audio, "text": text, "channels": length}
+        for video, audio, text in rows
+        for length in channels
+    )
+
+
+HEAD_NORM = KernelCase(
+    name="head_norm",
+    module="head_norm",
+    kernel="_head_norm",
+    launch=lambda module, *arguments: module.norm_rows(*arguments),
+    reference=lambda *arguments: ref.head_norm(*arguments[:3], as_counts(arguments[3])),
+    exact=exact_head_norm,
+    draw=draw_head_norm,
+    small_shapes=head_norm_shapes(
+        ((2, 1, 2), (0, 1, 4), (4, 0, 1), (0, 0, 5), (3, 2, 0)),
+        (100, 128, 200),  # below, at and above a power of two
+    ),
+    odd_shapes=head_norm_shapes(
+        ((1, 1, 1), (61, 2, 0), (0, 63, 64), (4139, 0, 127), (14175, 126, 461), (0, 0, 9)),
+        (100, 384, 5120, 5124),
+    ),
+    full_shape=lambda counts, config: head_norm_shapes((counts,), (config.hidden_size,))[0],
+    work=lambda shape: 4 * shape["channels"] * (2 * (shape["video"] + shape["audio"]) + 2),
+    unit="bytes",
+    group="norms and activations",
+    loads=frozenset({16}),
+    stores=frozenset({16}),
+)
+
+CASES = {case.name: case for case in (QK_NORM_ROPE, HEAD_NORM)}
 
 
 # -- graphs ------------------------------------------------------------------------------------
@@ -185,12 +236,12 @@ PASSES = {
     "activation": 5,
     "linear": 20,
     "epilogue": 15,
-    "split_rows": 1,
+    "head_norm": 1,
 }
 
 # Calls of operators that stand outside of the layers, whatever is quantised; where `measure` splits
 # a profile by layers, kernels of these names count as such.
-OUTSIDE = {"split_rows": 1}
+OUTSIDE = {"head_norm": 1}
 
 # Calls of operators, by the linears whose weights are e4m3. Up and down projections read and write
 # each other's type, whichever of them is not.
@@ -213,7 +264,7 @@ OPERATORS = {
     },
 }  # fmt: skip
 
-# Calls of PyTorch's own operators that compute: embedders, heads and their norms.
-ELEMENTWISE = {"square": 2, "add": 4, "rsqrt": 2, "mul": 4}
-REDUCTIONS = {"mean": 2}
+# Calls of PyTorch's own operators that compute: embedders and heads.
+ELEMENTWISE: dict[str, int] = {}
+REDUCTIONS: dict[str, int] = {}
 PLAIN = {"linear": 3 + 2, "cat": 1, **ELEMENTWISE, **REDUCTIONS}

@@ -209,6 +209,18 @@ def add_norm(
     return x, rms_norm(x, weight, counts).to(dtype)
 
 
+def head_norm(
+    x: Tensor, video_weight: Tensor, audio_weight: Tensor, counts: Counts
+) -> tuple[Tensor, Tensor]:
+    """What the two heads read: the stream's rows of video and of audio, normed by weights of their
+    own; rows of text end here.
+
+    x: [N, C] fp32; weights: [C] fp32, zero-centred. Returns fp32 [video, C] and [audio, C].
+    """
+    video, audio, _ = x.split(counts)
+    return rms_norm(video, video_weight), rms_norm(audio, audio_weight)
+
+
 def split_qkv(
     qkv: Tensor,
     q_weight: Tensor,

@@ -22,10 +22,10 @@ from magihuman.graphs.transformer.passes import (
     attention,
     attention_fp8,
     epilogue,
+    head_norm,
     linear,
     precision,
     qk_norm_rope,
-    split_rows,
 )
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels.jit import UNSET
@@ -51,7 +51,7 @@ def passes_for(config: Any) -> list[tuple[str, Pass, int]]:
         ("activation", activation.run, layers),
         ("linear", linear.run, 4 * layers),
         ("epilogue", epilogue.run, 3 * layers),
-        ("split_rows", split_rows.run, 1),
+        ("head_norm", head_norm.run, 1),
     ]
 
 
