@@ -42,7 +42,7 @@ Check = Callable[..., Awaitable[None]]  # a dependency of FastAPI's, which raise
 
 def page() -> HTMLResponse:
     """Answer with the page, which may ask this server alone."""
-    text = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    text = resources.files(__package__).joinpath("static", "page.html").read_text(encoding="utf-8")
     return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
