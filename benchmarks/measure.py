@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import kernel_cases
-from magihuman.graphs.cuda_graphs.pool import TEXT_BUCKET
+from magihuman.graphs.cuda_graphs import bucket_of
 from magihuman.graphs.decoder.replay import CompiledDecoder
 from magihuman.graphs.transformer.options import ReplayOptions
 from magihuman.graphs.transformer.replay import CompiledForward
@@ -122,7 +122,7 @@ def example(
 def padded_rows(layout: tokens.Layout) -> int:
     """Rows of the compiled forward, whose text is padded to a bucket."""
     video, audio, text = layout.counts
-    return video + audio + -(-text // TEXT_BUCKET) * TEXT_BUCKET
+    return video + audio + bucket_of(text)
 
 
 def compiled_forward(model: Any, **options: Any) -> CompiledForward:
