@@ -43,9 +43,9 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	mkdir -p out
-	$(BIN)/pytest benchmarks --benchmark-only --benchmark-max-time=0.2 \
+	$(BIN)/pytest benchmarks/suites --benchmark-only --benchmark-max-time=0.2 \
 	    --benchmark-json=out/bench.json $(BENCH)
-	$(BIN)/python benchmarks/history.py out/bench.json
+	$(BIN)/python benchmarks/reports/history.py out/bench.json
 
 # Linked, not copied: what is edited, added or removed is there at once.
 $(VENV)/.installed: pyproject.toml

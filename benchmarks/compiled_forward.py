@@ -18,13 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import environment
-import sizes
-from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.model.tokens import Layout
-from magihuman.runtime.pipeline import denoise
-from magihuman.runtime.weights import random_weights
-from measure import (
+from harness import environment, sizes
+from harness.measure import (
     attention,
     bare_8_steps_ms,
     by_kernel,
@@ -42,6 +37,10 @@ from measure import (
     peak_allocated_bytes,
     reset_peaks,
 )
+from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.model.tokens import Layout
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import random_weights
 
 
 def baseline_ms(model: Any, velocity: denoise.Velocity, steps: Any) -> dict[str, Any]:

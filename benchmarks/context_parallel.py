@@ -24,8 +24,18 @@ from typing import Any
 
 import torch
 
-import environment
-import sizes
+from harness import environment, sizes
+from harness.measure import (
+    Timed,
+    by_kernel,
+    compiled_forward,
+    error,
+    example,
+    kernels_ms,
+    release,
+    rounds,
+    synchronize,
+)
 from magihuman.graphs import quantization as fp8
 from magihuman.graphs.transformer import (
     CompiledForward,
@@ -41,17 +51,6 @@ from magihuman.runtime.parallel.team import Team
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.weights import random_weights
 from magihuman.runtime.weights.precision import PrecisionPolicy
-from measure import (
-    Timed,
-    by_kernel,
-    compiled_forward,
-    error,
-    example,
-    kernels_ms,
-    release,
-    rounds,
-    synchronize,
-)
 
 RANKS = 2
 CALLS, ROUNDS = 3, 3  # forwards in a row, and how often they are timed

@@ -18,15 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import environment
-import sizes
-from magihuman.graphs import quantization
-from magihuman.kernels import ops
-from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.model.tokens import Layout
-from magihuman.runtime.pipeline import denoise
-from magihuman.runtime.weights import random_weights
-from measure import (
+from harness import environment, sizes
+from harness.measure import (
     Timed,
     allocated_bytes,
     attention,
@@ -43,6 +36,12 @@ from measure import (
     padded_rows,
     rounds,
 )
+from magihuman.graphs import quantization
+from magihuman.kernels import ops
+from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.model.tokens import Layout
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import random_weights
 
 MODALITY = "fp8, modality layers bf16"
 ATTENTION = "fp8, attention too"

@@ -3,7 +3,8 @@
     python benchmarks/fp8_errors.py [--folder RESULTS] [--tiny]
 
 On weights that are normally distributed, heavy-tailed with massive activations, and made to break
-(`weight_kinds.py`), at full size, 480x256, 5 s, 300 text tokens; with --tiny at a size for the CPU.
+(`harness/weight_kinds.py`), at full size, 480x256, 5 s, 300 text tokens; with --tiny at a size for
+the CPU.
 
 A linear's inputs are those that it has in the bf16 model. Its kernel and a careful reference
 (operands in e4m3 with the same scales, all else in fp32) are compared with the product of the bf16
@@ -24,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import environment
-import sizes
-import weight_kinds
+from harness import environment, sizes, weight_kinds
+from harness.measure import STEPS, distilled_steps, error, example, release
 from magihuman import runtime
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
@@ -42,7 +42,6 @@ from magihuman.runtime.model.dit import DiT, Layer
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.request import Request
 from magihuman.runtime.weights import random_weights
-from measure import STEPS, distilled_steps, error, example, release
 
 KINDS = ("normal", "outliers", "broken")
 ROUTE = "128x192"  # all tiles of the own product sum in the same order

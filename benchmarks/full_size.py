@@ -24,14 +24,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import environment
-import sizes
-from magihuman import runtime
-from magihuman.runtime import config
-from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.pipeline import denoise
-from magihuman.runtime.weights import checkpoint, random_weights
-from measure import (
+from harness import environment, sizes
+from harness.measure import (
     allocated_bytes,
     error,
     example,
@@ -42,6 +36,11 @@ from measure import (
     rounds,
     synchronize,
 )
+from magihuman import runtime
+from magihuman.runtime import config
+from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import checkpoint, random_weights
 
 REPEATS = 3
 SHARDS = 7

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import environment
-import sizes
+from harness import environment, sizes
 from magihuman.graphs import quantization
 from magihuman.runtime import config
 from magihuman.runtime.model.dit import DiT

@@ -28,19 +28,18 @@ from typing import Any
 
 import torch
 
-import environment
-import sizes
-from magihuman import runtime
-from magihuman.runtime import config
-from magihuman.runtime.memory import estimate
-from magihuman.runtime.memory.plan import GIB
-from measure import (
+from harness import environment, sizes
+from harness.measure import (
     peak_allocated_bytes,
     peak_reserved_bytes,
     reserved_bytes,
     synchronize,
     used_bytes,
 )
+from magihuman import runtime
+from magihuman.runtime import config
+from magihuman.runtime.memory import estimate
+from magihuman.runtime.memory.plan import GIB
 
 CASES: dict[str, dict[str, Any]] = {
     "1080p bf16 in 40": {"sr": "1080p", "precision": "bf16", "memory_limit_gb": 40.0},

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-import environment
+from harness import environment
 from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime.media.mp4 import Mp4Writer, _Frames, _pictures
 

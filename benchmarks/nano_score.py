@@ -11,7 +11,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-import environment
+from harness import environment
 from magihuman import runtime
 from magihuman.runtime.evaluate.model_score import score_model
 from magihuman.runtime.weights.shipped import NANO_FOLDER

@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import environment
-import sizes
+from harness import environment, sizes
+from harness.measure import peak_allocated_bytes, release, reset_peaks, synchronize
 from magihuman import runtime
 from magihuman.runtime import config
-from measure import peak_allocated_bytes, release, reset_peaks, synchronize
 
 REPEATS = 5
 PRECISIONS = ("fp8", "fp8-attn", "bf16")

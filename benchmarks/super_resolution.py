@@ -24,20 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import environment
-import sizes
-from magihuman.graphs import quantization
-from magihuman.graphs.transformer.replay import CompiledForward
-from magihuman.kernels import reference
-from magihuman.kernels.reference import LocalAttention
-from magihuman.runtime import config
-from magihuman.runtime.model import tokens
-from magihuman.runtime.model.dit import DiT
-from magihuman.runtime.pipeline import denoise
-from magihuman.runtime.pipeline.decode import decode_frames
-from magihuman.runtime.weights import random_weights
-from magihuman.runtime.weights.precision import PrecisionPolicy
-from measure import (
+from harness import environment, sizes
+from harness.measure import (
     Timed,
     compiled_decoder,
     compiled_forward,
@@ -52,6 +40,17 @@ from measure import (
     synchronize,
     used_bytes,
 )
+from magihuman.graphs import quantization
+from magihuman.graphs.transformer.replay import CompiledForward
+from magihuman.kernels import reference
+from magihuman.kernels.reference import LocalAttention
+from magihuman.runtime import config
+from magihuman.runtime.model import tokens
+from magihuman.runtime.model.dit import DiT
+from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.pipeline.decode import decode_frames
+from magihuman.runtime.weights import random_weights
+from magihuman.runtime.weights.precision import PrecisionPolicy
 
 GIB = 2**30
 SR_STEPS = 5

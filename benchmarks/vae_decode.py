@@ -25,19 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import environment
 import mp4
-import sizes
-from magihuman.graphs.decoder.compile import compile_decoder
-from magihuman.graphs.decoder.replay import CompiledDecoder
-from magihuman.kernels.decoder import reference as ref
-from magihuman.runtime import config
-from magihuman.runtime.media.mp4 import Mp4Writer
-from magihuman.runtime.model.turbo_vae import TurboVAE
-from magihuman.runtime.pipeline.audio import AudioVAE
-from magihuman.runtime.pipeline.decode import _groups, _kind, decode_frames, frames_shape
-from magihuman.runtime.weights import random_weights
-from measure import (
+from harness import environment, sizes
+from harness.measure import (
     allocated_bytes,
     by_kernel,
     compiled_decoder,
@@ -51,6 +41,15 @@ from measure import (
     synchronize,
     used_bytes,
 )
+from magihuman.graphs.decoder.compile import compile_decoder
+from magihuman.graphs.decoder.replay import CompiledDecoder
+from magihuman.kernels.decoder import reference as ref
+from magihuman.runtime import config
+from magihuman.runtime.media.mp4 import Mp4Writer
+from magihuman.runtime.model.turbo_vae import TurboVAE
+from magihuman.runtime.pipeline.audio import AudioVAE
+from magihuman.runtime.pipeline.decode import _groups, _kind, decode_frames, frames_shape
+from magihuman.runtime.weights import random_weights
 
 NAMES = tuple(sizes.FULL.pixels)  # of sizes
 GIB = 2**30

@@ -18,10 +18,8 @@ import torch
 import fp8
 import fp8_errors
 import load_artifact
-import measure
 import render_readme
-import sizes
-import weight_kinds
+from harness import measure, sizes, weight_kinds
 from magihuman.graphs import quantization
 from magihuman.runtime.weights import random_weights, tiny
 
@@ -47,18 +45,19 @@ TINY: dict[str, list[str]] = {
 }
 # Those that read what the others wrote, and take no --tiny.
 READERS: dict[str, list[str]] = {
-    "history": ["{report}", "--folder", "{folder}/history"],
-    "render_latency": ["--folder", "{folder}/history", "--out", "{out}/latency.png"],
-    "render_readme": ["--folder", "{folder}", "--out", "{out}"],
+    "reports/history": ["{report}", "--folder", "{folder}/history"],
+    "reports/render_latency": ["--folder", "{folder}/history", "--out", "{out}/latency.png"],
+    "reports/render_readme": ["--folder", "{folder}", "--out", "{out}"],
 }
 # One process runs them all: importing torch takes longer than most of them.
 DRIVER = """
-import json, runpy, sys, time, traceback
-sys.path.insert(0, sys.argv[1])
-ends = {}
+import json, os, runpy, sys, time, traceback
+root, ends = sys.argv[1], {}
+sys.path.insert(0, "")
 for name, arguments in json.load(sys.stdin):
-    sys.argv = [f"{sys.path[0]}/{name}.py", *arguments]
-    start, end = time.perf_counter(), "ok"
+    sys.argv = [f"{root}/{name}.py", *arguments]
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    start, end = time.process_time(), "ok"
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as exit:
@@ -66,7 +65,7 @@ for name, arguments in json.load(sys.stdin):
     except BaseException:
         end = traceback.format_exc()
     ends[" ".join([name, *arguments])] = end
-    print(f"-- {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    print(f"-- {name}: {time.process_time() - start:.1f} s", file=sys.stderr, flush=True)
 with open("ends.json", "w") as file:
     json.dump(ends, file)
 """
@@ -132,8 +131,8 @@ def numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 def test_every_script_is_run():
     with_main = {
-        path.stem
-        for path in BENCHMARKS.glob("*.py")
+        path.relative_to(BENCHMARKS).with_suffix("").as_posix()
+        for path in BENCHMARKS.rglob("*.py")
         if re.search(r"^if __name__ == |^def main\(", path.read_text(), re.MULTILINE)
     }
     assert with_main == TINY.keys() | READERS.keys()
@@ -303,7 +302,7 @@ def test_an_artifact_is_loaded_and_compared(results):
 
 def test_another_value_is_found():
     loaded, source = (load_artifact.made(fp8_errors.sizes.TINY) for _ in range(2))
-    load_artifact.precision.quantize_model(loaded, load_artifact.precision.linears(tiny.DIT))
+    quantization.quantize_model(loaded, quantization.quantized_linears(tiny.DIT))
     scale = loaded.state_dict()["block.layers.3.mlp.down_proj.weight_scale"]
     scale[5] *= 1 + 1e-6
     with pytest.raises(ValueError, match=r"down_proj\.weight_scale must be what was written"):

@@ -7,7 +7,7 @@ import sys
 
 import pages
 
-SCRIPT = pages.ROOT / "benchmarks" / "render_readme.py"
+SCRIPT = pages.ROOT / "benchmarks" / "reports" / "render_readme.py"
 
 
 def test_the_tables_are_rendered_from_the_results() -> None:

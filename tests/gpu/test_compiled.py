@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import golden
-import kernel_cases
-from kernel_cases import CASES
+from harness import kernel_cases
+from harness.kernel_cases import CASES
 from magihuman.runtime.model import tokens
 from magihuman.runtime.pipeline import denoise
 

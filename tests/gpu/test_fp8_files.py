@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import golden
-import weight_kinds
+from harness import weight_kinds
 from magihuman import runtime
 from magihuman.graphs import quantization
 from magihuman.kernels import reference as ref

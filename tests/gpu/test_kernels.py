@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import golden
-import kernel_cases
-from kernel_cases import CASES
+from harness import kernel_cases
+from harness.kernel_cases import CASES
 from magihuman.kernels import reference as ref
 
 if not torch.cuda.is_available():

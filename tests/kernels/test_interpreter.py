@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_cases import CASES, KernelCase
+from harness.kernel_cases import CASES, KernelCase
 from magihuman.kernels import reference as ref
 from magihuman.kernels.decoder import reference as decoder
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernel_cases
+from harness import kernel_cases
 from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
 from magihuman.kernels.decoder import ops as decoder_ops  # noqa: F401 - registers torch.ops.magihuman

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # noqa: E402
 
-import kernel_cases  # noqa: E402
+from harness import kernel_cases  # noqa: E402
 from magihuman.kernels import add_rms_norm  # noqa: E402
 from magihuman.kernels.attention import (  # noqa: E402
     fp8 as attention_fp8,

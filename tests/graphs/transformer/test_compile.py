@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import golden
-import kernel_cases
+from harness import kernel_cases
 from magihuman.graphs import graph_cache, quantization, support
 from magihuman.graphs.rewrite import arguments, call
 from magihuman.graphs.rewrite.report import CompileError, CompileReport

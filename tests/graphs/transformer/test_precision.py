@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import golden
-import kernel_cases
+from harness import kernel_cases
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
 from magihuman.graphs.transformer.options import CompileOptions

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import golden
-import weight_kinds
+from harness import weight_kinds
 from magihuman import runtime
 from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling

@@ -17,7 +17,7 @@ import history
 import render_latency
 import render_readme
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GPU = "NVIDIA H100 80GB HBM3"
 
 
@@ -28,7 +28,7 @@ def report(tmp_path_factory) -> dict[str, Any]:
     options = ("--benchmark-only", "--benchmark-max-time=0.001", "--benchmark-min-rounds=1")
     files = (f"--benchmark-json={folder / 'report.json'}", f"--benchmark-storage={folder}")
     # -P: the repository's root stays off sys.path.
-    suites = ("benchmarks/test_kernels.py", "benchmarks/test_model.py")
+    suites = ("benchmarks/suites/test_kernels.py", "benchmarks/suites/test_model.py")
     command = (sys.executable, "-P", "-m", "pytest", *suites)
     # Beside other workers of pytest-xdist, benchmarks would be left out.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST_")}

@@ -1,6 +1,6 @@
 """Draw latency over commits from the history.
 
-    python benchmarks/render_latency.py [--folder HISTORY] [--out PNG]
+    python benchmarks/reports/render_latency.py [--folder HISTORY] [--out PNG]
 
 A panel for each machine, size and group of benchmarks; a line for each benchmark. Device time where
 there is a GPU, else the caller's. No display is needed.
@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 import history
 
-OUT = history.FOLDER.parent / "latency.png"
+OUT = history.RESULTS / "latency.png"
 WIDTH, PANEL_HEIGHT, LINE_HEIGHT = 11.0, 2.6, 0.19  # inches
 COLOURS = 10  # of matplotlib's cycle
 MARGIN = 1.5  # factor above and below the lines, so that a flat line looks flat

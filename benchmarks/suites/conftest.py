@@ -15,9 +15,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-import environment
-import measure
-import sizes
+from harness import environment, measure, sizes
 
 SETS = 3  # of inputs that a kernel's replays take in turn: more than the 50 MB that an H100 caches
 

@@ -1,7 +1,7 @@
 """Write the tables of figures in the README, in docs/ and in the cards of the nano model, from
 benchmarks/results/*.json and the newest full-size run of the suites in benchmarks/results/history.
 
-    python benchmarks/render_readme.py [--check] [--folder RESULTS] [--out ROOT]
+    python benchmarks/reports/render_readme.py [--check] [--folder RESULTS] [--out ROOT]
 
 Each table stands between `<!-- NAME:start -->` and `<!-- NAME:end -->`; nothing else is touched.
 With --check nothing is written, and a file that is out of date is an error. --folder has other
@@ -18,12 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import environment
 import history
 from magihuman.runtime import config
 from magihuman.runtime.evaluate.model_score import LEAST
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PRECISIONS = ("bf16", "fp8", "fp8-attn")
 FILES = {  # which tables each has
     "README.md": ("headline",),
@@ -474,7 +473,7 @@ def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--folder", type=Path, default=environment.RESULTS)
+    parser.add_argument("--folder", type=Path, default=history.RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT)
     arguments = parser.parse_args()
     rendered = tables(arguments.folder)
@@ -486,7 +485,7 @@ def main() -> None:
             _, tail = rest.split(end)
             fresh = f"{head}{start}\n{rendered[part]}\n{end}{tail}"
         if arguments.check and fresh != text:
-            sys.exit(f"{name} is out of date; run python benchmarks/render_readme.py")
+            sys.exit(f"{name} is out of date; run python benchmarks/reports/render_readme.py")
         if not arguments.check:
             path = arguments.out / name
             path.parent.mkdir(parents=True, exist_ok=True)

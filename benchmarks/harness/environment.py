@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

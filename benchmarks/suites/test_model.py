@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import measure
+from harness import measure
+from harness.sizes import Size
 from magihuman import runtime
 from magihuman.graphs import support
 from magihuman.graphs.transformer.replay import CompiledForward
@@ -21,7 +22,6 @@ from magihuman.runtime.model.tokens import Layout
 from magihuman.runtime.pipeline import decode, denoise
 from magihuman.runtime.pipeline.audio import AudioVAE
 from magihuman.runtime.weights import random_weights
-from sizes import Size
 
 pytestmark = pytest.mark.benchmark(group="model")
 

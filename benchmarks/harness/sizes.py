@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from harness.measure import LAYOUT, PROMPT, STEPS, device
 from magihuman import runtime
 from magihuman.runtime import config
 from magihuman.runtime.model import tokens
 from magihuman.runtime.model.oobleck import OobleckConfig
 from magihuman.runtime.weights import tiny
-from measure import LAYOUT, PROMPT, STEPS, device
 
 FULL_GIB = 60  # weights and working memory of the whole engine take 49 GiB
 

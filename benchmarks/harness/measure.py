@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernel_cases
+from harness import kernel_cases
 from magihuman.graphs.cuda_graphs import bucket_of
 from magihuman.graphs.decoder.replay import CompiledDecoder
 from magihuman.graphs.transformer.options import ReplayOptions

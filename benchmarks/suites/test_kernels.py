@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernel_cases
+from harness import kernel_cases
+from harness.sizes import Size
 from magihuman.graphs import quantization as weights_precision
 from magihuman.graphs import support
 from magihuman.kernels import ops
@@ -22,7 +23,6 @@ from magihuman.kernels.attention import backends
 from magihuman.kernels.linear import routes
 from magihuman.runtime.config import FRAME_REACH
 from magihuman.runtime.model.tokens import Layout
-from sizes import Size
 
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 

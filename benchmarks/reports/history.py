@@ -1,6 +1,6 @@
-"""Keep a report of `pytest benchmarks --benchmark-json=REPORT` as an entry of the history.
+"""Keep a report of `pytest benchmarks/suites --benchmark-json=REPORT` as an entry of the history.
 
-    python benchmarks/history.py REPORT [--folder FOLDER] [--commit REVISION]
+    python benchmarks/reports/history.py REPORT [--folder FOLDER] [--commit REVISION]
 
 An entry is a report without the time of every single round, so `--benchmark-compare=ENTRY` reads
 it. --commit names what was measured where the report cannot: where the suites ran on a copy of the
@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "results" / "history"
+RESULTS = Path(__file__).parents[1] / "results"
+FOLDER = RESULTS / "history"
 NOT_KEPT = ("options", "param", "params")  # of a benchmark; its name says which
 COMMIT = ("id", "time", "dirty")
 

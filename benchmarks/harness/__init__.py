@@ -1,0 +1,1 @@
+"""What scripts and suites share: arguments, results, sizes, inputs and timing."""
