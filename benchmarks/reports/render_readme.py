@@ -78,12 +78,18 @@ def headline_table(folder: Path) -> list[str]:
     rows = [
         (
             "prompt to mp4, 480x256",
-            [f"**{request[name]['prompt_to_mp4_s']:.2f} s**" for name in PRECISIONS],
+            [
+                f"**{request[name]['prompt_to_mp4_s']:.2f} s**" if name in request else ""
+                for name in PRECISIONS
+            ],
             "",
         ),
         (
             "its 8 denoising steps",
-            [f"{request[name]['stages_s']['denoise']:.2f} s" for name in PRECISIONS],
+            [
+                f"{request[name]['stages_s']['denoise']:.2f} s" if name in request else ""
+                for name in PRECISIONS
+            ],
             f"`torch.compile`, bf16: {compiled_s:.2f} s",
         ),
     ]
