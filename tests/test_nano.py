@@ -11,16 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import dit
-import prompts
-import sampler
-import sound
 import train
-import transformer
-import video
-import world
-from captions import attributes, caption, draw
-from distill import Matcher
+from autoencoders import sound, video
+from diffusion import dit, prompts, sampler, transformer
+from diffusion.distill import Matcher
+from diffusion.stock import Clips, Pair, Stock
 from magihuman import runtime
 from magihuman.runtime import config
 from magihuman.runtime.evaluate.model_score import SECONDS, score_model
@@ -28,9 +23,10 @@ from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.pipeline import denoise
 from publish import reopen
-from stock import Clips, Pair, Stock
 from training import Average, Run, Standardized, finish, load, save
-from voice import speak
+from world import scene
+from world.captions import attributes, caption, draw
+from world.voice import speak
 
 CPU = torch.device("cpu")
 SIZE_PX, LATENTS = 32, 2
@@ -42,11 +38,11 @@ TRIAL = ("--batch", "2", "--size", str(SIZE_PX), "--stock", "4", "--device", "cp
 def small():
     """Few clips at a time, to draw and to show."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stock.DRAWN", 4)
+        patch.setattr("diffusion.stock.DRAWN", 4)
         patch.setattr("training.COUNTED_BATCHES", 4)
-        patch.setattr("preview.COUNT", 2)
-        patch.setattr("preview.AUDIO", 21)
-        patch.setattr("dit.AUDIO", (21, 9, 8))
+        patch.setattr("diffusion.preview.COUNT", 2)
+        patch.setattr("diffusion.preview.AUDIO", 21)
+        patch.setattr("diffusion.dit.AUDIO", (21, 9, 8))
         yield
 
 
@@ -139,7 +135,7 @@ def test_latents_of_an_image_are_those_trained_on(out, engine):
 
     model = video.VideoAutoencoder()
     load(out / "vae.pt", model)
-    data = world.make(1, 21, random.Random(2), torch.Generator().manual_seed(2), size_px=SIZE_PX)
+    data = scene.make(1, 21, random.Random(2), torch.Generator().manual_seed(2), size_px=SIZE_PX)
     pixels = (data.frames[:, :, :9] * 255).round()
     with torch.no_grad():
         latents = model.eval().encode(pixels / 255 * 2 - 1)
@@ -369,7 +365,7 @@ def test_free_voices_say_what_other_clips_say():
         ).wave
         for shift in (0, 1)
     )
-    found = world.voices(looks, 21, torch.Generator().manual_seed(3), 0.5).wave
+    found = scene.voices(looks, 21, torch.Generator().manual_seed(3), 0.5).wave
     assert [torch.equal(a, b) for a, b in zip(found, own, strict=True)] == [0, 0, 1, 1]
     assert [torch.equal(a, b) for a, b in zip(found, others, strict=True)] == [0, 1, 0, 0]
 

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import torch
 
-import dit
-import sound
-import video
-import world
-from captions import caption, draw
+from autoencoders import sound, video
+from diffusion import dit
+from diffusion.stock import latents_of
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
 from magihuman.runtime.evaluate.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
 from magihuman.runtime.files import write_json
 from magihuman.runtime.weights.shipped import SUITED
-from stock import latents_of
 from training import Average, save, trained
-from world import AUDIO, LONGEST
+from world import scene
+from world.captions import caption, draw
+from world.scene import AUDIO, LONGEST
 
 REFERENCES, CLIPS = 4, 64
 CARD = Path(__file__).parent / "MODEL_CARD.md"
@@ -73,7 +72,7 @@ def write_score(folder: Path) -> None:
     clips = [draw(rng, LONGEST, held_out=True) for _ in range(CLIPS)]
     lines = [caption(clip, rng, "en", full=True) for clip in clips]
     (folder / PROMPTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    data = world.make(REFERENCES, AUDIO, rng, generator, clips=clips[:REFERENCES], shown=(0, 1))
+    data = scene.make(REFERENCES, AUDIO, rng, generator, clips=clips[:REFERENCES], shown=(0, 1))
     for i in range(REFERENCES):
         pixels = (data.frames[i, :, 0] * 255).round().byte().permute(1, 2, 0)
         Image.fromarray(pixels.numpy()).save(folder / f"{i}.png", optimize=True)

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import torch
 
-import distill
-import dit
-import sound
-import video
-import world
+from autoencoders import sound, video
+from diffusion import distill, dit
 from publish import export, reopen
 from training import Run
+from world import scene
 
 MINUTES = {"vae": 9.3, "sound": 9.3, "dit": 12.0, "distill": 9.0}
 BATCHES = {"vae": video.BATCH, "sound": sound.BATCH, "dit": dit.BATCH, "distill": dit.BATCH}
@@ -32,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="model whose weights stages go on from")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--size", type=int, default=world.SIZE_PX, help="pixels, for trials")
+    parser.add_argument("--size", type=int, default=scene.SIZE_PX, help="pixels, for trials")
     parser.add_argument("--stock", type=int, default=dit.STOCK, help="clips that dit draws from")
     parser.add_argument("--matching", type=float, default=0.0, help="weight of it in distill")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -10,6 +10,7 @@ import golden
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from diffusion.transformer import CONFIG
 from magihuman import runtime
 from magihuman.graphs.quantization import quantize_model, quantized_linears
 from magihuman.graphs.transformer.replay import CompiledForward
@@ -17,7 +18,6 @@ from magihuman.runtime.evaluate.model_score import score_model
 from magihuman.runtime.model import tokens
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.weights import random_weights, shipped
-from transformer import CONFIG
 
 DEVICE = torch.device("cuda")
 # 3.2 s of 160x160 and a caption; a short clip, whose rows are no multiples of anything.

@@ -15,11 +15,11 @@ from scipy.io import wavfile
 from sounds import write_sine
 from typer.testing import CliRunner
 
-import world
-from captions import Clip, caption
 from magihuman import runtime
 from magihuman.runtime.cli.main import app
 from magihuman.runtime.evaluate import clip_score, model_score
+from world.captions import Clip, caption
+from world.scene import scene
 
 RATE_HZ, FPS, FRAMES = 51200, 25, 81
 
@@ -28,7 +28,7 @@ RATE_HZ, FPS, FRAMES = 51200, 25, 81
 def clips() -> list[tuple[Clip, str, np.ndarray, np.ndarray]]:
     """(clip, prompt, frames [T, H, W, 3], sound [n]) of the world itself."""
     rng, generator = random.Random(5), torch.Generator().manual_seed(5)
-    data = world.make(5, FRAMES, rng, generator, size_px=96)
+    data = scene.make(5, FRAMES, rng, generator, size_px=96)
     frames = (data.frames * 255).byte().permute(0, 2, 3, 4, 1).numpy()
     sounds = data.sound.wave[:, : FRAMES * 2048].numpy()
     prompts = [caption(clip, rng, "en", full=True) for clip in data.clips]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captions import CONSONANTS, VOWELS
+from world.captions import CONSONANTS, VOWELS
 
 FRAME = 2048  # samples of a video frame at 51.2 kHz
 CONTROLS = 8  # control points of a frame

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-import prompts
-from captions import caption, draw
+from autoencoders.video import picture
+from diffusion import prompts
+from diffusion.sampler import Task, sample
+from diffusion.stock import Clips, Pair
 from magihuman.runtime.config import (
     AUDIO_CHANNELS,
     FPS,
@@ -19,14 +21,12 @@ from magihuman.runtime.config import (
     latent_frames,
 )
 from magihuman.runtime.evaluate.clip_score import score
-from sampler import Task, sample
-from stock import Clips, Pair
 from training import Run, autocast
-from video import picture
-from world import AUDIO, LONGEST
+from world.captions import caption, draw
+from world.scene import AUDIO, LONGEST
 
 if TYPE_CHECKING:
-    from stock import Stock
+    from diffusion.stock import Stock
 
 COUNT = 16
 

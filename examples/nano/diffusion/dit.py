@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import prompts
+from autoencoders.video import CHANNELS
+from diffusion import prompts
+from diffusion.preview import preview
+from diffusion.sampler import Task, draw_task, noise_like, noised
+from diffusion.stock import Clips, Pair, Stock
+from diffusion.transformer import CONFIG, BatchedDiT
 from magihuman.runtime.config import VARIANTS
 from magihuman.runtime.files import write_json
 from magihuman.runtime.pipeline import schedulers
 from magihuman.runtime.weights.checkpoint import ARCHITECTURE_NAME, SINGLE_NAME, load_dit
-from preview import preview
-from sampler import Task, draw_task, noise_like, noised
-from stock import Clips, Pair, Stock
 from training import Average, Run, autocast, compile_parts, load, save, step, trained, uncompiled
-from transformer import CONFIG, BatchedDiT
-from video import CHANNELS
 
 LEARNING_RATE = 1.5e-3
 BATCH = 64

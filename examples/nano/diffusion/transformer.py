@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoders.video import CHANNELS
+from diffusion.prompts import CHANNELS as TEXT_CHANNELS
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import LATENT_CHANNELS, PATCH, DiTConfig
 from magihuman.runtime.model.dit import Attention, DiT, Norm
 from magihuman.runtime.model.tokens import Layout, coordinates
-from prompts import CHANNELS as TEXT_CHANNELS
-from video import CHANNELS
 
 CONFIG = DiTConfig(
     num_layers=8,

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import world
 from magihuman.runtime.config import (
     LATENT_CHANNELS,
     LATENT_MEAN,
@@ -43,6 +42,7 @@ from training import (
     step,
     uncompiled,
 )
+from world import scene
 
 WAN_BASE_DIM = 8  # tensor cores take channels by eights
 TURBO = TurboVAEConfig(
@@ -159,10 +159,10 @@ def train(run: Run, batch: int, size_px: int, compiled: bool) -> None:
     @torch.no_grad()
     def draw(count: int) -> tuple[Tensor, Tensor]:
         frames = video_frames(LATENTS)
-        last = (world.CUT_AUDIO - frames) // 4
+        last = (scene.CUT_AUDIO - frames) // 4
         shown = (rng.choice((0, 4 * rng.randrange(last))), frames)
-        data = world.make(
-            count, world.CUT_AUDIO, rng, generator, free_voice=0.25, shown=shown, size_px=size_px
+        data = scene.make(
+            count, scene.CUT_AUDIO, rng, generator, free_voice=0.25, shown=shown, size_px=size_px
         )
         return data.frames * 2 - 1, data.matters
 

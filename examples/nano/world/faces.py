@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captions import BACKGROUNDS, HAIR, SHIRTS
 from magihuman.runtime.evaluate.clip_score import COLOURS, MOUTH, Colour
+from world.captions import BACKGROUNDS, HAIR, SHIRTS
 
 # Colours as sRGB in 0 .. 255; those of captions are where the score knows them too.
 SKINS = ((250, 216, 190), (238, 190, 152), (206, 148, 106), (150, 98, 66), (104, 66, 46))

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from autoencoders.video import CHANNELS
+from diffusion.stock import Clips, Pair
 from magihuman.runtime.config import VARIANTS
 from magihuman.runtime.pipeline import schedulers
-from stock import Clips, Pair
 from training import autocast
-from video import CHANNELS
 
 STEPS = VARIANTS["distill"].steps
 HOLD_IMAGE = 0.3  # of the clips have a clean first frame

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captions import caption, draw
 from magihuman.runtime.model.text_encoder import uncapped
 from magihuman.runtime.weights.locate import TEXT_FOLDER
 from magihuman.runtime.weights.quiet import quiet_transformers
 from magihuman.runtime.weights.t5gemma import load_text_encoder
+from world.captions import caption, draw
 
 VOCABULARY = 768
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # in the order of T5Gemma

@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import world
-from captions import MAX_SYLLABLES, SYLLABLES, attributes, draw
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
 from magihuman.runtime.evaluate.model_score import spectral_snr_db
 from magihuman.runtime.files import write_json
@@ -32,7 +30,9 @@ from training import (
     step,
     uncompiled,
 )
-from voice import FRAME
+from world import scene
+from world.captions import MAX_SYLLABLES, SYLLABLES, attributes, draw
+from world.voice import FRAME
 
 CONFIG = OobleckConfig(channels=8, multiples=(1, 2, 4, 8, 8))
 FRAMES = 32  # of a training clip
@@ -153,8 +153,8 @@ def voices(batch: int, rng: random.Random, generator: torch.Generator) -> Tensor
         said = tuple(rng.randrange(len(SYLLABLES)) for _ in range(MAX_SYLLABLES))
         clips[i] = dataclasses.replace(clips[i], syllables=said)
     rng.shuffle(clips)
-    wave = world.voices(attributes(clips, generator.device), world.CUT_AUDIO, generator, 0.4).wave
-    first = [rng.randrange(world.CUT_AUDIO - FRAMES) * FRAME for _ in clips]
+    wave = scene.voices(attributes(clips, generator.device), scene.CUT_AUDIO, generator, 0.4).wave
+    first = [rng.randrange(scene.CUT_AUDIO - FRAMES) * FRAME for _ in clips]
     parts = [row[start : start + FRAMES * FRAME] for row, start in zip(wave, first, strict=True)]
     return torch.stack(parts)[:, None].expand(-1, 2, -1)
 

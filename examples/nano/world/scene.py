@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captions import Clip, attributes, draw
-from faces import IRISES, SKINS, render, sway
 from magihuman.runtime.config import FPS, latent_frames, video_frames
 from magihuman.runtime.evaluate.model_score import SECONDS, SIZE_PX
-from voice import LEAD_FRAMES, SYLLABLE_FRAMES, Sound, freely, speak
+from world.captions import Clip, attributes, draw
+from world.faces import IRISES, SKINS, render, sway
+from world.voice import LEAD_FRAMES, SYLLABLE_FRAMES, Sound, freely, speak
 
 AUDIO = round(SECONDS * FPS) + 1  # latents of a clip's sound, one a video frame
 LONGEST = (AUDIO - LEAD_FRAMES) // SYLLABLE_FRAMES  # syllables that fit

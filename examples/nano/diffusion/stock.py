@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import prompts
-import world
-from captions import Clip, caption
+from autoencoders.sound import SoundAutoencoder
+from autoencoders.video import VideoAutoencoder
+from diffusion import prompts
 from magihuman.runtime.config import AUDIO_CHANNELS, LATENT_CHANNELS, VIDEO_STRIDE, latent_frames
-from sound import SoundAutoencoder
 from training import autocast, trained
-from video import VideoAutoencoder
-from world import AUDIO
+from world import scene
+from world.captions import Clip, caption
+from world.scene import AUDIO
 
 DRAWN = 16  # clips at a time
 FREE = 0.25  # of the clips say what their captions do not
@@ -85,12 +85,12 @@ class Stock:
     @torch.no_grad()
     def refresh(self) -> None:
         """Draw `DRAWN` clips into the place of the oldest."""
-        data = world.make(
+        data = scene.make(
             DRAWN, AUDIO, self.rng, self.generator, free_voice=FREE, size_px=self.size_px
         )
         with autocast(self.device):
             video = self.pictures.encode(data.frames * 2 - 1)
-        sound = self.sounds.encode(world.as_stereo(data.sound)).transpose(1, 2)
+        sound = self.sounds.encode(scene.as_stereo(data.sound)).transpose(1, 2)
         place = slice(self.next, self.next + DRAWN)
         self.video[place], self.sound[place] = video.half(), sound.half()
         self.clips[place] = data.clips

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit import Model, Trainer, compile_layers, draw_sigma, losses, optimizer_of
+from diffusion.dit import Model, Trainer, compile_layers, draw_sigma, losses, optimizer_of
+from diffusion.sampler import STEPS, Task, cleaned, noise_like, noised, sample
+from diffusion.stock import Clips, Pair
 from magihuman.runtime.pipeline import schedulers
-from sampler import STEPS, Task, cleaned, noise_like, noised, sample
-from stock import Clips, Pair
 from training import Run, step, trained
 
 LEARNING_RATE = 3e-4

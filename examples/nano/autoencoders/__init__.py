@@ -1,0 +1,1 @@
+"""The two autoencoders: frames, stage `vae`, and sound, stage `sound`."""

@@ -1,0 +1,1 @@
+"""The transformer over both latents and the text: stages `dit` and `distill`."""

@@ -1,0 +1,1 @@
+"""The nano world: captions, pictures and voices by formulas."""
