@@ -272,15 +272,18 @@ def measure_size(
         peak = (peak_allocated_bytes() - resident) / GIB
         found["plain"] = {"ms": milliseconds, "peak_gib": peak}
         show(f"{size} plain", found["plain"])
-    for name, options in variants.items():
+    # The default comes last, since its decoder stays for what follows.
+    decoder: CompiledDecoder | None = None
+    for name, options in sorted(variants.items(), key=lambda item: item[0] == DEFAULT):
         with guarded(found, name):
-            found[name] = measure_variant(vae, z, options)
+            found[name], made = measure_variant(vae, z, options)
+            decoder = made if name == DEFAULT else None
+            del made
         show(f"{size} {name}", found[name])
     if size == "1080p":  # whose convolutions are cut in time
         with guarded(found, "grey levels from the plain decoder's"):
-            decoder = compiled_decoder(vae)
-            ours = decode_frames(vae, z, decoder=decoder)
-            del decoder
+            ours = decode_frames(vae, z, decoder=decoder or compiled_decoder(vae))
+            decoder = None
             torch.cuda.empty_cache()
             away = abs(decode_frames(vae, z).astype("int16") - ours)
             found["grey levels from the plain decoder's"] = {
@@ -289,13 +292,14 @@ def measure_size(
             }
             show(f"{size} difference", found["grey levels from the plain decoder's"])
     if size == "256p":
-        with guarded(found, "profile"):
-            found["profile"] = profile(vae, z, variants)
+        if DEFAULT in variants:
+            with guarded(found, "profile"):
+                found["profile"] = profile(vae, z, decoder or compiled_decoder(vae))
         with guarded(found, "mp4"):
-            options = variants.get(DEFAULT, {})
-            decoder = compiled_decoder(vae, **options)
+            decoder = decoder or compiled_decoder(vae)
             found["mp4"] = mp4_after_last_frame(measured, vae, z, decoder)
             show(f"{size} mp4", found["mp4"])
+    decoder = None
     if baseline:
         with guarded(found, "torch.compile"):
             found["torch.compile"] = torch_compile_ms(vae, z)
@@ -303,8 +307,10 @@ def measure_size(
     return found
 
 
-def measure_variant(vae: TurboVAE, z: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    """Seconds to compile and capture, device time, frames on the host, and memory."""
+def measure_variant(
+    vae: TurboVAE, z: Tensor, options: dict[str, Any]
+) -> tuple[dict[str, Any], CompiledDecoder]:
+    """Seconds to compile and capture, device time, frames on the host, and memory; the decoder."""
     torch.cuda.empty_cache()
     reset_peaks()
     before = used_bytes()
@@ -316,28 +322,21 @@ def measure_variant(vae: TurboVAE, z: Tensor, options: dict[str, Any]) -> dict[s
     found["device_ms"] = device_ms(vae, z, decoder)
     synchronize()
     found["device_gib"] = (used_bytes() - before) / GIB
-    return found
+    return found, decoder
 
 
-def profile(vae: TurboVAE, z: Tensor, variants: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def profile(vae: TurboVAE, z: Tensor, decoder: CompiledDecoder) -> dict[str, Any]:
     """Device milliseconds of each kernel of one clip, compactly."""
-    found = {}
-    for name, options in variants.items():
-        if name != DEFAULT:
-            continue
-        decoder = compiled_decoder(vae, **options)
-        decode_frames(vae, z, decoder=decoder)
-        kernels = kernels_ms(lambda d=decoder: decode_frames(vae, z, decoder=d))  # type: ignore[misc]
-        found[name] = by_kernel(kernels)
-        print(f"-- kernels of {name}: {sum(ms for _, ms in kernels):.1f} ms")
-        for kernel, (calls, milliseconds) in found[name].items():
-            print(f"{calls:5d} {milliseconds:8.3f} ms  {kernel}")
-        middle = vae.denormalize(z)[:, :, 6:15], False, 4, 28
-        decoder(*middle)
-        one = kernels_ms(lambda d=decoder, m=middle: d(*m))  # type: ignore[misc]
-        found[f"{name}, middle window in order"] = [(k[:60], round(ms, 4)) for k, ms in one]
-        del decoder
-        torch.cuda.empty_cache()
+    decode_frames(vae, z, decoder=decoder)
+    kernels = kernels_ms(lambda: decode_frames(vae, z, decoder=decoder))
+    found: dict[str, Any] = {DEFAULT: by_kernel(kernels)}
+    print(f"-- kernels of {DEFAULT}: {sum(ms for _, ms in kernels):.1f} ms")
+    for kernel, (calls, milliseconds) in found[DEFAULT].items():
+        print(f"{calls:5d} {milliseconds:8.3f} ms  {kernel}")
+    middle = vae.denormalize(z)[:, :, 6:15], False, 4, 28
+    decoder(*middle)
+    one = kernels_ms(lambda: decoder(*middle))
+    found[f"{DEFAULT}, middle window in order"] = [(k[:60], round(ms, 4)) for k, ms in one]
     return found
 
 

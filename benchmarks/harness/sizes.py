@@ -72,10 +72,11 @@ TINY = Size(
     0.5,
     {"seconds": 0.5, "width": 128, "height": 128},
 )
-# The scripts with --tiny: a layer of each kind.
+# The scripts with --tiny: a layer of each kind, and a block of each resolution.
 LEAST = replace(
     TINY,
     arch=replace(tiny.DIT, num_layers=3, modality_layers=(0, 2)),
+    turbo_vae=replace(tiny.TURBO_VAE, decoder_layers_per_block=(1,) * 5),
     layout=replace(TINY.layout, rows=4, columns=4),
     pixels={"256p": (64, 64), "540p": (96, 64), "1080p": (128, 64)},
     steps=2,
