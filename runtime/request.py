@@ -60,7 +60,8 @@ class Request:
     Attributes:
         prompt: what is seen and said; not empty. Beyond 640 tokens it is cut, with a warning.
         image: reference face (path or PIL image); becomes the first frame.
-        audio: driving voice (path); becomes the sound, and the clip is no longer than it.
+        audio: driving voice (path); becomes the sound, and the clip ends with it, or up to 0.16 s
+            later, in silence.
         seconds: length asked for, 0.2 to 60; what is made is a whole number of latent frames (4 n
             + 1 frames at 25/s).
         width, height: size asked for in pixels; made in steps of 32, rounded down.

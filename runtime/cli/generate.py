@@ -152,7 +152,7 @@ def _check_before_loading(request: runtime.Request, options: GenerateOptions) ->
 
         open_image(request.image)
     if request.audio is not None:
-        from magihuman.runtime.pipeline import open_driving_audio
+        from magihuman.runtime.media import open_driving_audio
 
         open_driving_audio(request.audio, request.seconds)
     check_output(options.output, config.video_frames(plan.frames), *plan.size_px)

@@ -16,8 +16,8 @@ from magihuman.runtime import config
 from magihuman.runtime.engine import Engine
 from magihuman.runtime.errors import CheckpointError, InvalidRequestError
 from magihuman.runtime.evaluate.clip_score import ClipScore, Synchrony, score
-from magihuman.runtime.media import fit, open_image, psnr_db
-from magihuman.runtime.pipeline import open_driving_audio, resample
+from magihuman.runtime.media import fit, open_driving_audio, open_image, psnr_db
+from magihuman.runtime.pipeline import resample
 from magihuman.runtime.request import Request
 
 # In the model's folder. prompts.txt: a held-out prompt on each line. 0.png and 0.flac, and so on:

@@ -1,7 +1,8 @@
 """Files of pictures and sound, in and out.
 
-`image` and `sound` read what a request names, `mp4` writes clips and reads them back.
-`quality` says how far two clips are apart.
+`image` and `sound` read what a request names, `voice` a sound as a driving voice; `downmix`, `ogg`
+and `guard` are parts of that. `mp4` writes clips and reads them back. `quality` says how far two
+clips are apart.
 """
 
 from magihuman.runtime.media import quality
@@ -9,12 +10,14 @@ from magihuman.runtime.media.image import fit, open_image
 from magihuman.runtime.media.mp4 import Mp4Writer, check_output, read_frames, write_mp4
 from magihuman.runtime.media.quality import Frames, psnr_db
 from magihuman.runtime.media.sound import read_audio
+from magihuman.runtime.media.voice import open_driving_audio
 
 __all__ = [
     "Frames",
     "Mp4Writer",
     "check_output",
     "fit",
+    "open_driving_audio",
     "open_image",
     "psnr_db",
     "quality",

@@ -33,6 +33,7 @@ AUDIO_BIT_RATE = 192_000
 AUDIO_BLOCK = 1024
 BT709 = 1  # code point of ITU-T H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
+LOCAL = {"protocol_whitelist": "file"}
 BITS_PER_PIXEL = 2  # far above what H.264 needs at this quality, for the check of free space
 
 
@@ -127,7 +128,9 @@ class Mp4Writer:
 
         try:
             with atomic_path(self.path) as temporary:
-                with av.open(str(temporary), "w", format="mp4", options=CONTAINER) as container:
+                with av.open(
+                    f"file:{temporary}", "w", format="mp4", options=CONTAINER
+                ) as container:
                     self._write(container)
                 sync(temporary)
         except _GivenUpError:
@@ -247,7 +250,8 @@ def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
     if not path.is_file():
         raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
     try:
-        with av.open(str(path)) as container:
+        # By its protocol: a name like 12:30.mp4 would be an address.
+        with av.open(f"file:{path.absolute()}", container_options=LOCAL) as container:
             if not container.streams.video:
                 raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
             rate = float(container.streams.video[0].average_rate)  # no Fraction since PyAV 19

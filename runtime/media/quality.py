@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Frames = npt.NDArray[np.uint8]  # [T, H, W, 3]
 
@@ -49,12 +50,16 @@ def _ssim(frame: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]) -> floa
 
 
 def _luma(frame: npt.NDArray[np.uint8]) -> Tensor:
+    import torch  # here: whoever only reads files does without
+
     # fp64: variances are differences of squares.
     return torch.from_numpy(frame.astype(np.float64) @ np.array(LUMA))[None, None]
 
 
 def _mean(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, WINDOW_PX, stride=1)
+    from torch.nn.functional import avg_pool2d
+
+    return avg_pool2d(x, WINDOW_PX, stride=1)
 
 
 def snr_db(wave: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

@@ -4,7 +4,7 @@
 loops over `schedulers`, `decode` makes frames, `audio` sound, `limits` ends a request early.
 """
 
-from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, open_driving_audio, resample
+from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, resample
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
 from magihuman.runtime.pipeline.decode import (
     Decoder,
@@ -35,6 +35,5 @@ __all__ = [
     "decode_frames",
     "decode_group",
     "frames_shape",
-    "open_driving_audio",
     "resample",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,48 +12,25 @@ import torch
 from torch import Tensor
 
 from magihuman.runtime import config
-from magihuman.runtime.errors import InvalidRequestError
-from magihuman.runtime.media import read_audio
 from magihuman.runtime.model import Oobleck
 
 Waveform = npt.NDArray[np.float32]
 
 WINDOW_S = 29  # longest stretch encoded at once
 OVERLAP = 0.5
-MIN_DRIVING_S = 0.2
-MAX_DRIVING_S = 3600.0
+LATENT_SAMPLES = config.LATENT_AUDIO_RATE_HZ // config.FPS  # a latent for each video frame
 
 
-def open_driving_audio(
-    path: str | os.PathLike[str],
-    seconds: float,
-    *,
-    limit_s: float = MAX_DRIVING_S,
-    formats: Sequence[str] | None = None,
-) -> tuple[Waveform, str | None]:
-    """Mono samples at 51.2 kHz, cut to `seconds`, and a note where lengths differ.
+def whole_frames(samples: Waveform) -> Waveform:
+    """A driving voice with silence at its end, so that none of it is lost between latents.
 
-    Any sample rate, mono or stereo. limit_s, formats: see `read_audio`. Raises
-    `InvalidRequestError` for what cannot be decoded or is shorter than 0.2 s.
+    samples: mono at 51.2 kHz. A clip has 4 n + 1 frames, each as long as a latent of sound, and
+    what is left over would be cut. At most 0.16 s are added.
     """
-    rate = config.LATENT_AUDIO_RATE_HZ
-    samples = read_audio(path, rate, limit_s, formats)
-    duration_s = len(samples) / rate
-    if duration_s < MIN_DRIVING_S:
-        raise InvalidRequestError(
-            f"audio must be at least {MIN_DRIVING_S:g} s long, got {duration_s:.3f} s in"
-            f" {os.fspath(path)}"
-        )
-    wanted = int(round(seconds * rate, 6))
-    if len(samples) > wanted:
-        note = f"the audio is {duration_s:.2f} s long and is cut to the {seconds:g} s asked for"
-    elif wanted - len(samples) >= rate // config.FPS:
-        note = (
-            f"the clip is as long as its audio: {duration_s:.2f} s, not the {seconds:g} s asked for"
-        )
-    else:
-        note = None
-    return samples[:wanted], note
+    latents = math.ceil(len(samples) / LATENT_SAMPLES)
+    stride = config.VIDEO_STRIDE[0]
+    latents = math.ceil((latents - 1) / stride) * stride + 1
+    return np.pad(samples, (0, latents * LATENT_SAMPLES - len(samples)))
 
 
 class AudioVAE:
@@ -67,11 +43,14 @@ class AudioVAE:
     def encode(self, samples: Waveform, noise: Callable[[Tensor], Tensor]) -> Tensor:
         """Mono samples at 51.2 kHz to latents [1, A, 64], sampled: mean + std * noise(mean).
 
-        Above 29 s, in windows of 29 s with 50 % overlap, cross-faded.
+        Above 29 s, in windows of 29 s, 725 latents, cross-faded over 362 of them. Each is 363 whole
+        latents after the one before, so that it is placed where its sound is. The published code
+        steps by half a window of sound, 362.5 latents, and lags half a latent more with each.
         """
         device = next(self.model.parameters()).device
         window = WINDOW_S * config.LATENT_AUDIO_RATE_HZ
-        step = int(window * (1 - OVERLAP))
+        length = window // LATENT_SAMPLES
+        step = (length - int(length * OVERLAP)) * LATENT_SAMPLES
         wave = torch.from_numpy(np.array(samples, dtype=np.float32)).to(device)
 
         def encode(part: Tensor) -> Tensor:
@@ -86,7 +65,7 @@ class AudioVAE:
             parts.append(encode(torch.nn.functional.pad(part, (0, window - len(part)))))
             if start + window >= len(wave):
                 break
-        latents = math.ceil(len(wave) * parts[0].shape[1] / window)
+        latents = math.ceil(len(wave) / LATENT_SAMPLES)
         return merge_overlapping(parts)[:, :latents]
 
     @torch.inference_mode()

@@ -21,11 +21,11 @@ from magihuman.runtime import config
 from magihuman.runtime.device import is_out_of_memory
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.exported import TensorRTVAE
-from magihuman.runtime.media import Mp4Writer, open_image
+from magihuman.runtime.media import Mp4Writer, open_driving_audio, open_image
 from magihuman.runtime.memory import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO, estimate
 from magihuman.runtime.model import DiT, Layout, TextEncoder
 from magihuman.runtime.pipeline import denoise
-from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, open_driving_audio
+from magihuman.runtime.pipeline.audio import LATENT_SAMPLES, AudioVAE, Waveform, whole_frames
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
 from magihuman.runtime.pipeline.decode import Frames, decode_frames, frames_shape
 from magihuman.runtime.pipeline.limits import Limits
@@ -109,7 +109,8 @@ class Pipeline:
             image = open_image(request.image)
         if request.audio is not None:
             samples, note = open_driving_audio(request.audio, request.seconds)
-            plan = plan.with_note(note)
+            samples = whole_frames(samples)
+            plan = plan.with_audio(len(samples) // LATENT_SAMPLES).with_note(note)
         ids, note = self.text_encoder.tokenize(request.prompt)
         plan = plan.with_note(note)
         for warning in plan.warnings:

@@ -184,10 +184,10 @@ def _open_image(path: Path, limits: Limits) -> None:
 
 
 def _open_audio(path: Path, limits: Limits) -> None:
-    from magihuman.runtime.pipeline import open_driving_audio
+    from magihuman.runtime.media import open_driving_audio
 
     end_s = limits.audio_s + 1  # decoded no further, and enough to see that it is too long
-    samples, _ = open_driving_audio(path, end_s, limit_s=end_s, formats=AUDIO_FORMATS)
+    samples, _ = open_driving_audio(path, end_s, formats=AUDIO_FORMATS)
     if len(samples) > limits.audio_s * config.LATENT_AUDIO_RATE_HZ:
         raise InvalidRequestError(
             f"audio must be no longer than {limits.audio_s:g} s, got more; cut it"

@@ -376,14 +376,30 @@ def test_image_and_audio_paths_are_opened(engine, face, voice, tmp_path):
 
 def test_short_audio_sets_the_length(engine, voice):
     video = engine.generate("hi", audio=voice, **{**SMALL, "seconds": 5.0})
-    assert len(video.frames) == 9  # 0.4 s are 10 latents: frames 0 to 8
+    assert len(video.frames) == 13  # 0.4 s are 10 latents, and clips have 4 n + 1 frames
     assert video.warnings == ("the clip is as long as its audio: 0.40 s, not the 5 s asked for",)
+
+
+def test_a_voice_is_heard_to_its_end(engine, tmp_path, monkeypatch):
+    """100 latents of sound would have 97 frames, 0.12 s less than it is long."""
+    encode = Spy(engine._parts.audio_vae.encode)
+    monkeypatch.setattr(engine._parts.audio_vae, "encode", encode)
+    path = write_sine(tmp_path / "voice.wav", seconds=4.0)
+    video = engine.generate("hi", audio=path, width=32, height=32, steps=1, seconds=4.0)
+    ((samples, _),) = encode.calls
+    assert np.abs(samples[-2048 - 500 : -2048]).max() > 0.4  # as loud as ever at 4 s
+    assert len(video.frames) == 101 and len(video.audio) / 44100 == pytest.approx(4.04, abs=1e-3)
+    assert video.warnings == ()
 
 
 def test_all_warnings_are_kept_in_order(engine, voice, caplog):
     with caplog.at_level(logging.WARNING, logger="magihuman"):
         video = engine.generate("a" * 641, audio=voice, seconds=0.2, width=70, height=64, steps=1)
-    starts = ["sizes are made in steps of 32", "the audio is 0.40 s long", "prompts are read up"]
+    starts = [
+        "sizes are made in steps of 32",
+        "the audio is longer than the 0.2 s",
+        "prompts are read up",
+    ]
     assert [w[: len(s)] for w, s in zip(video.warnings, starts, strict=True)] == starts
     assert caplog.messages == list(video.warnings)
 

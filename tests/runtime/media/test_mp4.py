@@ -18,7 +18,7 @@ from sounds import loudest_hz, sine
 from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime import OutputError, Video
 from magihuman.runtime.media import mp4
-from magihuman.runtime.media.mp4 import Mp4Writer, _Frames, _pictures
+from magihuman.runtime.media.mp4 import Mp4Writer, _Frames, _pictures, read_frames, write_mp4
 
 FPS, RATE = 25, 44100
 
@@ -179,6 +179,16 @@ def test_save_returns_the_path_and_leaves_only_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert clip().save("clip.mp4") == tmp_path / "clip.mp4"
     assert os.listdir(tmp_path) == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "concat:ok.mp4", "a%03d.mp4"])
+def test_a_name_is_no_address(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    frames = np.full((5, 32, 32, 3), 128, np.uint8)
+    write_mp4(Path(name), frames, np.zeros((8820, 2), np.float32), 25, 44100)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    again, fps = read_frames(Path(name))
+    assert fps == 25 and np.abs(again.astype(int) - frames).max() <= 2  # of 8 bits, as YUV
 
 
 def test_an_existing_file_is_replaced(tmp_path):

@@ -1,0 +1,50 @@
+"""What a decoder meets in a file is the file's fault: one error for all that can go wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from magihuman.runtime.errors import InvalidRequestError
+
+
+@contextmanager
+def readable(what: str, name: str) -> Iterator[None]:
+    """Turn every exception of a decoder inside into an `InvalidRequestError` that names the file.
+
+    what: the request's field, "image" or "audio". name: of the file, for the message. Pillow,
+    PyAV, struct and zlib raise what they like over damaged or hostile files, `MemoryError` and
+    `RecursionError` among it. Raises `InvalidRequestError`; what is no `Exception`, such as
+    `KeyboardInterrupt`, passes.
+    """
+    try:
+        yield
+    except InvalidRequestError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InvalidRequestError(
+            f"{what} must be whole, but {name} cannot be decoded ({reason}); save it again"
+        ) from error
+
+
+def checked_file(what: str, source: object) -> Path:
+    """The path of a file that is there and is not empty.
+
+    what: the request's field, for the message. Raises `InvalidRequestError`.
+    """
+    if not isinstance(source, (str, os.PathLike)) or not isinstance(os.fspath(source), str):
+        raise InvalidRequestError(f"{what} must be a path, got a {type(source).__name__}")
+    path = Path(source)
+    if not os.path.isfile(path):
+        state = "is not a file" if os.path.exists(path) else "does not exist"
+        raise InvalidRequestError(f"{what} must be a readable file, got {path}, which {state}")
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # it has gone meanwhile
+        raise InvalidRequestError(f"{what} {path} cannot be read: {error.strerror}") from error
+    if size == 0:
+        raise InvalidRequestError(f"{what} must not be empty, got {path} of 0 bytes")
+    return path
