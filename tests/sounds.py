@@ -9,7 +9,6 @@ from pathlib import Path
 import av
 import numpy as np
 import numpy.typing as npt
-from av.stream import Disposition
 
 CODECS = {".wav": "pcm_s16le", ".mp3": "libmp3lame", ".flac": "flac"}
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
@@ -96,6 +95,8 @@ def write_track(
         for index, stream in enumerate(streams):
             stream.codec_context.format = "s16"
             if default is not None:
+                from av.stream import Disposition  # not in PyAV 14.0
+
                 stream.disposition = Disposition.default if index == default else Disposition(0)
         container.start_encoding()
         for index in range(50):

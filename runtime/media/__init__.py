@@ -1,8 +1,8 @@
 """Files of pictures and sound, in and out.
 
-`image` and `sound` read what a request names, `voice` a sound as a driving voice; `downmix`, `ogg`
-and `guard` are parts of that. `mp4` writes clips and reads them back. `quality` says how far two
-clips are apart.
+`image` and `sound` read what a request names, `voice` a sound as a driving voice. `colour`,
+`orientation`, `png` and `jpeg` are parts of the one, `downmix` and `ogg` of the other,
+`guard` of both. `mp4` writes clips and reads them back. `quality` says how far two clips are apart.
 """
 
 from magihuman.runtime.media import quality

@@ -1,15 +1,26 @@
-"""A reference image from a file or from Pillow: upright, RGB, of the size that is wanted."""
+"""A reference image from a file or from Pillow: upright, sRGB, of the size that is wanted."""
 
 from __future__ import annotations
 
+import io
 import os
-from pathlib import Path
+import threading
+from contextlib import ExitStack
+from typing import BinaryIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.media import jpeg, png
+from magihuman.runtime.media.colour import Mask, is_other, opaque_rgb
+from magihuman.runtime.media.guard import checked_file, readable
+from magihuman.runtime.media.orientation import orientation, orientation_of, upright
 
 MAX_PIXELS = 100_000_000
+# A Pillow image that was opened and not read yet must not be read by two threads at once. An image
+# always gets the same of these locks, and rarely another one's.
+LOCKS = tuple(threading.Lock() for _ in range(64))
 
 
 def open_image(
@@ -18,37 +29,64 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
-    """An RGB image, turned upright by its EXIF tag, transparency laid over white. Decodes it whole.
+    """An RGB image in sRGB, upright, transparency laid over white. Decodes it whole.
+
+    Colours are converted by an ICC profile, if there is one that fits; orientation comes from EXIF
+    or XMP. Of several frames it is the first one. All else beside the pixels is ignored, however
+    damaged. An image of Pillow's may be given to several threads at once, and is left as it is, but
+    for being loaded.
 
     max_pixels: refused above, before it is decoded. formats: Pillow's names of those to read, by
     default all, some of which are left to other programs. Raises `InvalidRequestError` for what is
     missing, empty, damaged, too large or no image.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, "the one given", max_pixels)
+        name = "the one given"
+        with readable("image", name), LOCKS[id(source) // 64 % len(LOCKS)]:
+            _check(source, name, max_pixels)
+            image = source.copy()
+        with readable("image", name):
+            return _finished(image, is_tiff=source.format == "TIFF")
     if not isinstance(source, (str, os.PathLike)):
         raise InvalidRequestError(
             f"image must be a path or a PIL image, got a {type(source).__name__}"
         )
-    path = Path(source)
-    if not os.path.isfile(path):
-        state = "is not a file" if os.path.exists(path) else "does not exist"
-        raise InvalidRequestError(f"image must be a readable file, got {path}, which {state}")
-    try:
-        if path.stat().st_size == 0:
-            raise InvalidRequestError(f"image must not be empty, got {path} of 0 bytes")
-        with open(path, "rb") as file, Image.open(file, formats=formats) as image:
-            return _upright_rgb(image, str(path), max_pixels)
-    except UnidentifiedImageError:
-        kinds = "a format Pillow reads (PNG, JPEG, WebP, ...)"
-        if formats is not None:
-            kinds = f"one of the formats {', '.join(formats)}"
-        raise InvalidRequestError(f"image must be in {kinds}, got {path}") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InvalidRequestError(f"image {path} cannot be read: {error}") from error
+    path = checked_file("image", source)
+    with readable("image", str(path)), ExitStack() as stack:
+        try:
+            file, notes = _plain(stack.enter_context(path.open("rb")))
+            image = stack.enter_context(Image.open(file, formats=formats))
+        except UnidentifiedImageError:
+            kinds = "a format Pillow reads (PNG, JPEG, WebP, ...)"
+            if formats is not None:
+                kinds = f"one of the formats {', '.join(formats)}"
+            raise InvalidRequestError(f"image must be in {kinds}, got {path}") from None
+        except (OSError, Image.DecompressionBombError) as error:
+            raise InvalidRequestError(f"image {path} cannot be read: {error}") from error
+        _check(image, str(path), max_pixels)
+        image.load()
+        if notes is None:
+            return _finished(image, is_tiff=image.format == "TIFF")
+        profile = image.info.get("icc_profile") if notes.profile is None else notes.profile
+        rgb = opaque_rgb(image, profile, _mask(image, notes, file))
+        return upright(rgb, orientation(notes.exif, notes.xmp))
 
 
-def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _plain(file: BinaryIO) -> tuple[BinaryIO, png.Notes | None]:
+    """A file of the pixels alone, and what else it says, where that is read here."""
+    head = file.read(len(png.SIGNATURE))
+    file.seek(0)
+    if head == png.SIGNATURE:
+        content, notes = png.split(file.read())
+        return io.BytesIO(content), notes
+    if head.startswith(jpeg.SIGNATURE):
+        content, exif, xmp = jpeg.split(file.read())
+        return io.BytesIO(content), png.Notes(exif=exif, xmp=xmp)
+    return file, None
+
+
+def _check(image: Image.Image, name: str, max_pixels: int) -> None:
+    """Raise `InvalidRequestError` for what should not be decoded."""
     if not 0 < image.width * image.height <= max_pixels:
         raise InvalidRequestError(
             f"image must have 1 to {max_pixels} pixels, got {image.width}x{image.height}; scale it"
@@ -58,19 +96,33 @@ def _upright_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
             f"image must have whole numbers as samples, but {name} has floats of no known"
             " range; save it as PNG"
         )
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
-            image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InvalidRequestError(
-            f"image must be whole, but {name} cannot be decoded ({error}); save it again"
-        ) from error
+
+
+def _finished(image: Image.Image, is_tiff: bool) -> Image.Image:
+    """A loaded image by what Pillow has read of it. Pillow turns TIFF upright by itself."""
+    profile = image.info.get("icc_profile")
+    rgb = opaque_rgb(image, profile if isinstance(profile, bytes) else None)
+    return rgb if is_tiff else upright(rgb, orientation_of(image.info))
+
+
+def _mask(image: Image.Image, notes: png.Notes, file: BinaryIO) -> Mask | None:
+    """What is not of a PNG file's transparent colour, compared before samples become 8 bits."""
+    if notes.transparent is None:
+        return None
+    if notes.colour_type == png.GREY:
+        values = np.asarray(image.convert("L") if image.mode == "1" else image)
+        scale = 1 if notes.depth > 8 else 255 // (2**notes.depth - 1)
+        return is_other(values, (notes.transparent[0] * scale,))
+    upper = np.asarray(image)
+    if notes.depth == 8:
+        return is_other(upper, notes.transparent)
+    # Pillow keeps the upper half of 16 bits. Read as if their bytes were in the other order, it is
+    # the lower half.
+    file.seek(0)
+    with Image.open(file, formats=("PNG",)) as again:
+        again.tile = [(*tile[:3], "RGB;16L") for tile in again.tile]  # type: ignore[misc]
+        lower = np.asarray(again)
+    return is_other(upper.astype(np.uint16) << 8 | lower, notes.transparent)
 
 
 def fit(image: Image.Image, width_px: int, height_px: int) -> Image.Image:

@@ -1,10 +1,28 @@
 from __future__ import annotations
 
+import io
+import struct
+import threading
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from PIL import Image
+from images import (
+    DISPLAY_P3,
+    chunk,
+    cmyk_profile,
+    exif,
+    grey_profile,
+    iccp,
+    matrix_profile,
+    png,
+)
+from PIL import Image, ImageCms, PngImagePlugin
 
 from magihuman.runtime import CheckpointError, InvalidRequestError, config
 from magihuman.runtime.media.image import fit, open_image
@@ -14,6 +32,7 @@ from magihuman.runtime.weights.tiny import WAN_BASE_DIM, published_wan_key
 from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME, diffusers_key, load_image_vae
 
 CPU = torch.device("cpu")
+CASES = Path(__file__).parents[2] / "data" / "cases"
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -184,6 +203,441 @@ def test_exif_orientation_is_applied(tmp_path):
     upright = open_image(tmp_path / "face.png")
     assert upright.size == (1, 2)
     assert [upright.getpixel((0, y)) for y in (0, 1)] == [RED, BLUE]
+
+
+# -- colours ----------------------------------------------------------------------------------
+
+ALL_COLOURS = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3, indexing="ij"), axis=-1).reshape(
+    64, 64, 3
+)
+
+
+def apart(one: Image.Image, other: object) -> int:
+    """The largest difference of any sample, in levels."""
+    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
+
+
+def encoded(linear: np.ndarray) -> np.ndarray:
+    """sRGB's own curve (IEC 61966-2-1), to levels."""
+    linear = linear.clip(0, 1)
+    curved = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return 255 * curved
+
+
+def as_pillow_gives(tmp_path, content: bytes) -> tuple[Image.Image, Image.Image]:
+    """The same file read by its path and through Pillow."""
+    path = tmp_path / "face.png"
+    path.write_bytes(content)
+    with Image.open(path) as image:
+        return open_image(path), open_image(image)
+
+
+def test_a_profile_is_followed():
+    plain = open_image(CASES / "colours-srgb.png")
+    assert apart(open_image(CASES / "colours-swapped-primaries.png"), plain) <= 1
+    with Image.open(CASES / "colours-swapped-primaries.png") as image:
+        assert apart(open_image(image), plain) <= 1
+        assert apart(image, plain) > 100
+
+
+def test_display_p3_becomes_srgb(tmp_path):
+    content = png(ALL_COLOURS, 8, 2, iccp(matrix_profile(DISPLAY_P3, 2.2)))
+    linear = (ALL_COLOURS / 255) ** (563 / 256)  # 2.2, as a profile holds it
+    to_srgb = np.array(  # from XYZ under D50, by Lindbloom
+        [
+            [3.1338561, -1.6168667, -0.4906146],
+            [-0.9787684, 1.9161415, 0.0334540],
+            [0.0719453, -0.2289914, 1.4052427],
+        ]
+    )
+    expected = encoded(linear @ np.array(DISPLAY_P3) @ to_srgb.T)
+    for image in as_pillow_gives(tmp_path, content):
+        # Where sRGB has such a colour: the tables of a profile are of 16 bits, steep near black.
+        inside = ((expected > 8) & (expected < 247)).all(axis=-1)
+        assert inside.sum() > 1000
+        assert np.abs(np.asarray(image)[inside] - expected[inside]).max() <= 2
+    assert np.abs(ALL_COLOURS[inside] - expected[inside]).max() > 20
+
+
+def test_srgb_stays_as_it_is(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for image in as_pillow_gives(tmp_path, png(ALL_COLOURS, 8, 2, iccp(profile))):
+        assert apart(image, ALL_COLOURS) <= 1
+
+
+def test_grey_has_profiles_too(tmp_path):
+    grey = np.arange(256).reshape(16, 16, 1)
+    content = png(grey, 8, 0, iccp(grey_profile(1.0)))  # linear light
+    expected = encoded(grey / 255)
+    for image in as_pillow_gives(tmp_path, content):
+        bright = expected[..., 0] > 60  # steep near black
+        assert np.abs(np.asarray(image)[bright] - expected[bright]).max() <= 2
+
+
+def test_inks_have_profiles_too(tmp_path):
+    image = Image.new("CMYK", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 0))
+    image.save(tmp_path / "face.tif", icc_profile=cmyk_profile(50.0))
+    pixels = np.asarray(open_image(tmp_path / "face.tif"))[0].astype(int)
+    # L* of 50 is a luminance of 18.4 %, 119 of 255 in sRGB.
+    assert np.abs(pixels - [[255] * 3, [119] * 3]).max() <= 2
+    image.save(tmp_path / "plain.tif")
+    assert open_image(tmp_path / "plain.tif").getpixel((1, 0)) == (0, 255, 255)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_every_format_has_profiles(tmp_path, suffix):
+    image = Image.new("RGB", (32, 32), (200, 90, 30))
+    image.save(tmp_path / f"face.{suffix}", icc_profile=matrix_profile(DISPLAY_P3, 2.2))
+    red, green, blue = open_image(tmp_path / f"face.{suffix}").getpixel((16, 16))
+    # More saturated by about ten levels in sRGB's terms; JPEG and WebP are within a few.
+    assert red > 208 and green < 88 and blue < 16
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        b"",
+        b"no profile",
+        matrix_profile(DISPLAY_P3, 2.2)[:200],
+        matrix_profile(DISPLAY_P3, 2.2)[:300] + b"\xff" * 200,
+        grey_profile(1.0),
+        cmyk_profile(50.0),
+    ],
+    ids=["empty", "text", "cut", "damaged", "grey", "inks"],
+)
+def test_a_profile_that_is_broken_or_of_another_kind_is_ignored(tmp_path, profile):
+    (tmp_path / "face.png").write_bytes(png(ALL_COLOURS, 8, 2, iccp(profile)))
+    assert apart(open_image(tmp_path / "face.png"), ALL_COLOURS) == 0
+
+
+def test_a_large_profile_is_followed(tmp_path):
+    """Above Pillow's limit of 1 MiB."""
+    profile = matrix_profile(DISPLAY_P3, 2.2)
+    (tmp_path / "small.png").write_bytes(png(ALL_COLOURS, 8, 2, iccp(profile)))
+    large = iccp(profile + b"\0" * 2**21)
+    (tmp_path / "large.png").write_bytes(png(ALL_COLOURS, 8, 2, large))
+    small = open_image(tmp_path / "small.png")
+    assert apart(open_image(tmp_path / "large.png"), small) == 0 and apart(small, ALL_COLOURS) > 9
+    bomb = iccp(b"\0" * 2**26)
+    (tmp_path / "bomb.png").write_bytes(png(ALL_COLOURS, 8, 2, bomb))
+    assert apart(open_image(tmp_path / "bomb.png"), ALL_COLOURS) == 0
+
+
+def test_transparent_pixels_lie_over_white_after_conversion(tmp_path):
+    samples = np.dstack([ALL_COLOURS, np.full((64, 64), 255)])
+    samples[:, :32, 3] = 0
+    content = png(samples, 8, 6, iccp(matrix_profile(DISPLAY_P3, 2.2)))
+    opaque = png(ALL_COLOURS, 8, 2, iccp(matrix_profile(DISPLAY_P3, 2.2)))
+    (expected, _) = as_pillow_gives(tmp_path, opaque)
+    for image in as_pillow_gives(tmp_path, content):
+        assert (np.asarray(image)[:, :32] == 255).all()
+        assert apart(image.crop((32, 0, 64, 64)), expected.crop((32, 0, 64, 64))) == 0
+
+
+# -- transparency at every depth --------------------------------------------------------------
+
+
+def test_sixteen_bits_are_compared_before_they_are_scaled():
+    pixels = np.asarray(open_image(CASES / "grey16-transparent-300.png"))
+    with Image.open(CASES / "grey16-transparent-300.png") as image:
+        values = np.asarray(image)
+        again = open_image(image)
+    assert 0 < (values == 300).sum() < values.size
+    assert (pixels[values == 300] == 255).all()
+    assert (pixels[values != 300] == (values[values != 300] // 257)[:, None]).all()
+    assert np.array_equal(pixels, again)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("transparent", [0, 1])
+def test_grey_of_any_depth(tmp_path, depth, transparent):
+    values = np.arange(min(16, 2**depth)).reshape(1, -1, 1)
+    top = 2**depth - 1
+    if depth == 16:
+        values = values + 300  # of one level in 8 bits
+        transparent += 300
+    content = png(values, depth, 0, chunk(b"tRNS", struct.pack(">H", transparent)))
+    (tmp_path / "face.png").write_bytes(content)
+    expected = np.where(values == transparent, 255, values * 255 // top)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "face.png"))[..., :1], expected)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_colours_of_sixteen_bits(tmp_path, interlaced):
+    """Only one of these colours, which are the same in 8 bits, is the transparent one."""
+    values = np.array([[[300, 301, 302], [300, 301, 303], [301, 301, 302], [9000, 301, 302]]])
+    content = png(values, 16, 2, chunk(b"tRNS", struct.pack(">3H", 300, 301, 302)))
+    if interlaced:  # of one row and four pixels, Adam7 has these three passes
+        head = bytearray(content[16:29])
+        head[12] = 1
+        rows = [b"\0" + values[0, part].astype(">u2").tobytes() for part in ([0], [2], [1, 3])]
+        content = content[:8] + chunk(b"IHDR", bytes(head)) + content[33:]
+        start, end = content.index(b"IDAT") - 4, content.index(b"IEND") - 4
+        content = content[:start] + chunk(b"IDAT", zlib.compress(b"".join(rows))) + content[end:]
+    (tmp_path / "face.png").write_bytes(content)
+    pixels = np.asarray(open_image(tmp_path / "face.png"))[0]
+    assert pixels.tolist() == [[*WHITE], [1, 1, 1], [1, 1, 1], [35, 1, 1]]
+
+
+def test_eight_bit_colours_with_a_transparent_one(tmp_path):
+    values = np.array([[[10, 20, 30], [10, 20, 31]]])
+    content = png(values, 8, 2, chunk(b"tRNS", struct.pack(">3H", 10, 20, 30)))
+    for image in as_pillow_gives(tmp_path, content):
+        assert np.asarray(image)[0].tolist() == [[*WHITE], [10, 20, 31]]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_a_palette_with_transparency_of_any_depth(tmp_path, depth):
+    values = np.array([[[0], [1]]])
+    before = chunk(b"PLTE", bytes([*RED, *BLUE])) + chunk(b"tRNS", bytes([128, 255]))
+    for image in as_pillow_gives(tmp_path, png(values, depth, 3, before)):
+        assert np.asarray(image)[0].tolist() == [[255, 127, 127], [*BLUE]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "rgb"),
+    [
+        ("1", 0, (0, 0, 0)),
+        ("L", 77, (77, 77, 77)),
+        ("LA", (77, 0), WHITE),
+        ("La", (0, 0), WHITE),
+        ("PA", (0, 0), WHITE),
+        ("I;16", 257 * 9, (9, 9, 9)),
+        ("I;16B", 257 * 9, (9, 9, 9)),
+        ("I", 257 * 9, (9, 9, 9)),
+        ("I", -5, (0, 0, 0)),
+        ("I", 2**30, WHITE),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBX", (1, 2, 3, 0), (1, 2, 3)),
+        ("RGBA", (1, 2, 3, 0), WHITE),
+        ("RGBa", (0, 0, 0, 0), WHITE),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+        ("YCbCr", (255, 128, 128), WHITE),
+        ("HSV", (0, 255, 255), RED),
+        ("LAB", (255, 128, 128), WHITE),
+        ("LAB", (0, 128, 128), (0, 0, 0)),
+    ],
+)
+def test_every_mode(mode, colour, rgb):
+    image = open_image(Image.new(mode, (3, 2), colour))
+    assert image.mode == "RGB" and image.size == (3, 2)
+    assert apart(image, np.full((2, 3, 3), rgb)) <= 1
+
+
+# -- orientation ------------------------------------------------------------------------------
+
+TURNED = np.arange(6).reshape(2, 3) * 40  # 3 wide, 2 high
+UPRIGHT = {
+    1: TURNED,
+    2: TURNED[:, ::-1],
+    3: TURNED[::-1, ::-1],
+    4: TURNED[::-1],
+    5: TURNED.T,
+    6: np.rot90(TURNED, -1),
+    7: np.rot90(TURNED, 2).T,
+    8: np.rot90(TURNED),
+}
+# Tags beside the orientation that make no sense: pointers to nowhere, types nobody knows.
+MALFORMED = [
+    (0x011A, 5, 1, 2**31),
+    (0x010F, 2, 2**31, 9),
+    (0x8769, 4, 1, 2**30),
+    (0x8825, 5, 7, 1),
+    (0x9C9B, 77, 1, 1),
+    (0x0132, 0, 0, 0),
+]
+
+
+def test_a_malformed_tag_beside_the_orientation(tmp_path):
+    upright = open_image(CASES / "orientation6-bad-rational.jpg")
+    with Image.open(CASES / "orientation6-bad-rational.jpg") as image:
+        assert np.array_equal(upright, image.convert("RGB").transpose(Image.Transpose.ROTATE_270))
+        assert np.array_equal(open_image(image), upright)
+
+
+@pytest.mark.parametrize("end", "<>")
+@pytest.mark.parametrize("value", range(1, 9))
+def test_every_orientation(tmp_path, value, end):
+    tags = exif(*MALFORMED[:3], (0x0112, 3, 1, value), *MALFORMED[3:], end=end)
+    content = png(TURNED[..., None], 8, 0, chunk(b"eXIf", tags))
+    (tmp_path / "face.png").write_bytes(content)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "face.png"))[..., 0], UPRIGHT[value])
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+@pytest.mark.parametrize("tag", range(len(MALFORMED)))
+def test_every_format_with_every_malformed_tag(tmp_path, suffix, tag):
+    image = Image.new("RGB", (64, 32), "red")
+    tags = b"Exif\0\0" + exif((0x0112, 3, 1, 6), MALFORMED[tag])
+    image.save(tmp_path / f"face.{suffix}", exif=tags)
+    assert open_image(tmp_path / f"face.{suffix}").size == (32, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own, when it opens it
+        given = Image.open(tmp_path / f"face.{suffix}")
+    with given:
+        assert open_image(given).size == (32, 64)
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        b"",
+        b"II*\0",
+        b"MM\0*" + b"\xff" * 8,
+        exif((0x0112, 3, 1, 6))[:15],
+        exif((0x0112, 3, 1, 9)),
+        exif((0x0112, 3, 1, 0)),
+        exif((0x0112, 4, 1, 6)),
+        exif((0x0112, 3, 2, 6)),
+    ],
+)
+def test_an_orientation_that_makes_no_sense_is_none(tmp_path, tags):
+    (tmp_path / "face.png").write_bytes(png(TURNED[..., None], 8, 0, chunk(b"eXIf", tags)))
+    assert open_image(tmp_path / "face.png").size == (3, 2)
+
+
+def test_an_orientation_in_xml_or_in_a_text_counts(tmp_path):
+    xmp = b'<rdf:Description xmlns:tiff="x" tiff:Orientation="6"/>'
+    tags = exif((0x0112, 3, 1, 8))
+    raw = b"\nexif\n      %d\n%s\n" % (len(tags), tags.hex().encode())
+    plain = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
+    packed = b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)
+    texts = {
+        chunk(b"iTXt", plain): 6,
+        chunk(b"iTXt", packed): 6,
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(raw)): 8,
+        chunk(b"tEXt", b"Raw profile type exif\0" + raw): 8,
+        chunk(b"tEXt", b"Raw profile type exif\0" + b"no digits at all"): 1,
+    }
+    for text, value in texts.items():
+        content = png(TURNED[..., None], 8, 0, text)
+        (tmp_path / "face.png").write_bytes(content)
+        read = np.asarray(open_image(tmp_path / "face.png"))[..., 0]
+        assert np.array_equal(read, UPRIGHT[value])
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_tiff_is_turned_once(tmp_path, value):
+    tags = Image.Exif()
+    tags[0x0112] = value
+    image = Image.fromarray(TURNED.astype(np.uint8))
+    image.save(tmp_path / "face.tif", exif=tags)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "face.tif"))[..., 0], UPRIGHT[value])
+    # As a file: by its name, Pillow maps one that is not compressed in the wrong shape.
+    with (tmp_path / "face.tif").open("rb") as file, Image.open(file) as given:
+        assert np.array_equal(np.asarray(open_image(given))[..., 0], UPRIGHT[value])
+
+
+# -- what lies beside the pixels --------------------------------------------------------------
+
+
+def test_a_text_that_inflates_is_ignored():
+    assert open_image(CASES / "text-chunk-inflates.png").size == (8, 8)
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        (b"zTXt", b"Comment\0\0"),
+        (b"iTXt", b"Comment\0\1\0\0\0"),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0"),
+        (b"zTXt", b"Raw profile type exif\0\0"),
+    ],
+)
+def test_seventy_megabytes_of_text(tmp_path, kind, head, is_behind):
+    text = chunk(kind, head + zlib.compress(b"x" * 70_000_000, 9))
+    content = png(TURNED[..., None], 8, 0, b"" if is_behind else text)
+    if is_behind:
+        content = content[:-12] + text + content[-12:]
+    (tmp_path / "face.png").write_bytes(content)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "face.png"))[..., 0], TURNED)
+
+
+def test_much_plain_text_is_ignored(tmp_path):
+    text = chunk(b"tEXt", b"Comment\0" + b"x" * 2**20) * 70
+    (tmp_path / "face.png").write_bytes(png(TURNED[..., None], 8, 0, text))
+    assert open_image(tmp_path / "face.png").size == (3, 2)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
+def test_the_first_of_several_frames(tmp_path, suffix):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "white")]
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = tmp_path / f"face.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    assert open_image(path).getpixel((16, 16)) == RED
+
+
+# -- shared and failing -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_image_given_to_six_threads_at_once(tmp_path, suffix):
+    """Pillow opens a file lazily, and two threads that load one object spoil it for both."""
+    path = tmp_path / f"face.{suffix}"
+    noise_image(300, 200).save(path)
+    expected = np.asarray(open_image(path))
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(40):
+            at_once = threading.Barrier(6, timeout=60)
+            with Image.open(path) as image:
+
+                def read(image=image, at_once=at_once) -> bool:
+                    at_once.wait()
+                    return np.array_equal(open_image(image), expected)
+
+                results = [pool.submit(read) for _ in range(6)]
+                assert all(result.result() for result in results)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("x"),
+        struct.error("x"),
+        zlib.error("x"),
+        MemoryError(),
+        OverflowError("x"),
+        RecursionError(),
+        KeyError("x"),
+        AttributeError("x"),
+    ],
+)
+def test_no_error_of_pillow_leaves_as_itself(tmp_path, monkeypatch, error):
+    (tmp_path / "face.png").write_bytes(png(TURNED[..., None], 8, 0))
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
+    with pytest.raises(InvalidRequestError, match=r"image must be whole, but .*face.png cannot"):
+        open_image(tmp_path / "face.png")
+    with (
+        Image.open(tmp_path / "face.png") as image,
+        pytest.raises(InvalidRequestError, match="the one given cannot be decoded"),
+    ):
+        open_image(image)
+
+
+def test_whoever_interrupts_reading_is_heard(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_image(noise_image())
+
+
+def test_an_image_whose_file_has_gone_is_refused():
+    buffer = io.BytesIO()
+    noise_image().save(buffer, "PNG")
+    with Image.open(buffer) as image:
+        pass
+    image.close()
+    with pytest.raises(InvalidRequestError, match="the one given cannot be decoded"):
+        open_image(image)
 
 
 # -- geometry ---------------------------------------------------------------------------------
