@@ -2,7 +2,8 @@
 
 `image` and `sound` read what a request names, `voice` a sound as a driving voice. `colour`,
 `orientation`, `png` and `jpeg` are parts of the one, `downmix` and `ogg` of the other,
-`guard` of both. `mp4` writes clips and reads them back. `quality` says how far two clips are apart.
+`guard` of both; `apart` does it in processes of their own. `mp4` writes clips and reads them back.
+`quality` says how far two clips are apart.
 """
 
 from magihuman.runtime.media import quality

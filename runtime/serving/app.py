@@ -30,6 +30,7 @@ from magihuman.runtime.serving.metrics import FOLDER_VARIABLE, Metrics, of_proce
 from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import locked
+from magihuman.runtime.serving.uploads import DECODERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,6 +96,7 @@ class Api:
         self.metrics = Metrics(self.jobs, lambda: of_processes(folder))
         self._asked_s, self._is_ready = -STATUS_AGE_S, False
         self.jobs.start()
+        DECODERS.warm()
 
     async def drain(self, bound_s: float) -> None:
         """Take no more jobs and let those end that are being made, as `Jobs.drain` does."""

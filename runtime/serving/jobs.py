@@ -17,7 +17,7 @@ log = logging.getLogger("magihuman")
 
 SWEEP_S = 5.0
 PAUSE_S = 1.0  # before another engine is asked
-WRITERS = 4  # uploads decoded at once, each of which can take 0.6 GB
+WRITERS = 4  # uploads decoded at once, each of which can take 1 GB
 FIRST_GUESS_S = 10.0  # how long a video takes, before one has been made
 # Percent at which a stage begins and ends; with super-resolution that takes most of the time.
 SHARES = {

@@ -8,7 +8,7 @@ import binascii
 import io
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +20,10 @@ from starlette.requests import Request
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
 from magihuman.runtime.serving.errors import ApiError, invalid
 from magihuman.runtime.serving.schema import AUDIO_FIELD, FILES, IMAGE_FIELD, VideoOptions
-from magihuman.runtime.serving.settings import Limits, Settings
+from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import AUDIO, IMAGE, Job, request_of
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
@@ -31,6 +32,7 @@ AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg", "aac", "mov", "matroska")
 NAMES = {IMAGE_FIELD: IMAGE, AUDIO_FIELD: AUDIO}
 FORM, JSON = "multipart/form-data", "application/json"
 MAX_FIELDS = 32
+DECODERS = Decoders()  # of this process; it starts none before the first upload or `warm`
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,24 @@ class NewVideo:
     def fill(self, folder: Path) -> None:
         """Put the uploads into the folder, once, and refuse what cannot be used. Takes seconds."""
         for name, upload in self.uploads.items():
-            with upload, (folder / NAMES[name]).open("wb") as file:
+            source, target = folder / f"{NAMES[name]}.upload", folder / NAMES[name]
+            with upload, source.open("wb") as file:
                 shutil.copyfileobj(upload, file)
-        limits = self.settings.limits
-        if IMAGE_FIELD in self.uploads:
-            _check(folder / IMAGE, IMAGE_FIELD, lambda path: _open_image(path, limits))
-        if AUDIO_FIELD in self.uploads:
-            _check(folder / AUDIO, AUDIO_FIELD, lambda path: _open_audio(path, limits))
+            self._decode(name, source, target)
+            source.unlink()
+
+    def _decode(self, name: str, source: Path, target: Path) -> None:
+        """Have a file made of an upload that this package has written; engines read no other."""
+        limits, files = self.settings.limits, (str(source), str(target))
+        try:
+            if name == IMAGE_FIELD:
+                DECODERS.run("image", ImageTask(*files, limits.image_pixels, IMAGE_FORMATS))
+            else:
+                seconds = self.job.options["seconds"]
+                task = SoundTask(*files, limits.audio_s, seconds, AUDIO_FORMATS)
+                DECODERS.run("sound", task)
+        except InvalidRequestError as error:
+            raise invalid(str(error).replace(str(source), "the upload"), name) from None
 
 
 async def read(request: Request, settings: Settings) -> NewVideo:
@@ -166,29 +179,3 @@ def _checked(
     except InvalidRequestError as error:
         raise invalid(str(error)) from None
     return NewVideo(job, uploads, settings)
-
-
-def _check(path: Path, name: str, open_it: Callable[[Path], object]) -> None:
-    try:
-        open_it(path)
-    except InvalidRequestError as error:
-        raise invalid(str(error).replace(str(path), "the upload"), name) from None
-    except Exception as error:  # decoders meet damaged files with all kinds
-        raise invalid(f"{name} cannot be decoded: {error}", name) from None
-
-
-def _open_image(path: Path, limits: Limits) -> None:
-    from magihuman.runtime.media import open_image
-
-    open_image(path, max_pixels=limits.image_pixels, formats=IMAGE_FORMATS)
-
-
-def _open_audio(path: Path, limits: Limits) -> None:
-    from magihuman.runtime.media import open_driving_audio
-
-    end_s = limits.audio_s + 1  # decoded no further, and enough to see that it is too long
-    samples, _ = open_driving_audio(path, end_s, formats=AUDIO_FORMATS)
-    if len(samples) > limits.audio_s * config.LATENT_AUDIO_RATE_HZ:
-        raise InvalidRequestError(
-            f"audio must be no longer than {limits.audio_s:g} s, got more; cut it"
-        )

@@ -28,6 +28,7 @@ from magihuman.runtime.serving.messages import Make
 from magihuman.runtime.serving.metrics import Metrics
 from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.uploads import DECODERS
 
 
 @dataclass
@@ -75,6 +76,7 @@ def served(settings: Settings, replica: EngineReplica, make: Make | None = None)
     finally:
         server.should_exit = True
         thread.join(60)
+        DECODERS.close()
 
 
 @pytest.fixture(scope="session")

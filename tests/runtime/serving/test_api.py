@@ -8,18 +8,23 @@ import dataclasses
 import errno
 import io
 import json
+import os
 import re
+import signal
 import socket
 import struct
 import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, contextmanager
 
 import av
 import httpx
+import numpy as np
 import pytest
+from mutants import mutated
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from sounds import write_sine
@@ -28,7 +33,8 @@ from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
 from magihuman.runtime.serving.jobs import WRITERS
 from magihuman.runtime.serving.messages import EngineLost, Made, Report
 from magihuman.runtime.serving.settings import Limits, Settings
-from magihuman.runtime.serving.store import Job, Store
+from magihuman.runtime.serving.store import AUDIO, IMAGE, STATE, Job, Store
+from magihuman.runtime.serving.uploads import DECODERS
 
 LIMITS = Limits(
     body_bytes=200_000,
@@ -542,6 +548,54 @@ def test_sounds_that_are_none(local, settings, tmp_path):
 def test_sounds_that_are_some(local, kind, tmp_path):
     content = write_sine(tmp_path / f"voice.{kind}", seconds=0.5).read_bytes()
     local.when(local.create(SMALL, audio=content), "completed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_a_decoder_that_crashes_costs_one_answer(local, settings, voice, number):
+    kept = local.create(SMALL, audio=voice.read_bytes())
+    (process,) = DECODERS.processes()
+    os.kill(process, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(local.post, SMALL, audio=voice.read_bytes())
+        until(lambda: not DECODERS.processes())
+        time.sleep(0.1)  # it has the task, and does not go on with it
+        os.kill(process, number)
+        os.kill(process, signal.SIGCONT)
+        error = error_of(asked.result(60), 422)
+    assert error["param"] == "audio" and number.name in error["message"]
+    local.when(kept, "completed")
+    local.when(local.create(SMALL, audio=voice.read_bytes()), "completed")
+    assert len(list(settings.folder.iterdir())) == 2  # and nothing of the other
+
+
+def test_engines_are_given_no_file_of_a_stranger(local, settings, face, voice, monkeypatch):
+    monkeypatch.setattr(local.jobs[0], "_launch", lambda job: None)  # it waits
+    name = local.create(SMALL, input_reference=face.read_bytes(), audio=voice.read_bytes())
+    folder = settings.folder / name
+    assert sorted(path.name for path in folder.iterdir()) == [AUDIO, IMAGE, STATE]
+    with Image.open(folder / IMAGE) as image:
+        assert (image.format, image.mode) == ("BMP", "RGB")
+    with av.open(str(folder / AUDIO)) as sound:
+        stream = sound.streams.audio[0]
+        assert (stream.codec_context.name, stream.rate, stream.channels) == ("pcm_f32le", 51200, 1)
+
+
+def test_hostile_uploads_change_nothing(local, settings, voice):
+    """More of them by `--fuzz-count`, which is of all files in each of the tests that fuzz."""
+    seeds = {"input_reference": [saved("PNG"), saved("JPEG"), saved("WEBP")]}
+    seeds["audio"] = [voice.read_bytes()]
+    random = np.random.default_rng(0)
+    for index in range(40):
+        field = ("input_reference", "audio")[index % 2]
+        seed = seeds[field][index % len(seeds[field])]
+        answer = local.post(SMALL, **{field: mutated(seed, random)})
+        assert answer.status_code in (200, 422), answer.text
+        if answer.status_code == 200:
+            local.http.delete(f"/v1/videos/{answer.json()['id']}")
+        else:
+            error = error_of(answer, 422)
+            assert error["param"] == field and str(settings.folder) not in error["message"]
+    local.when(local.create(SMALL, audio=voice.read_bytes()), "completed")
 
 
 @contextmanager
