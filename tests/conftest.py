@@ -52,6 +52,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=200,
         help="requests of tests/runtime/engine/test_soak.py",
     )
+    parser.addoption(
+        "--fuzz-count",
+        type=int,
+        default=2000,
+        help="damaged images, and as many sounds, of tests/runtime/media/test_fuzz.py",
+    )
 
 
 @dataclass

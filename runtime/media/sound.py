@@ -85,9 +85,8 @@ def _read_part(
             container = stack.enter_context(av.open(file, **opened))
             track = _track(container)
             if track is None and is_first:
-                raise InvalidRequestError(
-                    f"audio must have a sound track, got {source} without one"
-                )
+                what = "a codec that FFmpeg decodes" if container.streams.audio else "a sound track"
+                raise InvalidRequestError(f"audio must have {what}, got {source} without one")
             if track is None:
                 return True
             clock = _Clock(container, wave) if part is None else None
@@ -112,12 +111,16 @@ def _read_part(
 
 
 def _track(container: Any) -> Any:
-    """The sound track that is marked as default, else the first; None where there is none."""
-    tracks = container.streams.audio
+    """The sound track that is marked as default, else the first; None where there is none.
+
+    Those that no decoder is known for, which PyAV 14.0 crashes over, are none.
+    """
+    tracks = [track for track in container.streams.audio if track.codec_context is not None]
     if not tracks:
         return None
     if not hasattr(tracks[0], "disposition"):  # PyAV 14.0
-        return container.streams.best("audio") or tracks[0]
+        best = container.streams.best("audio")
+        return best if best in tracks else tracks[0]
     return next((track for track in tracks if int(track.disposition) & DEFAULT), tracks[0])
 
 

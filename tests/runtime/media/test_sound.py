@@ -518,6 +518,14 @@ def test_a_playlist_opens_nothing_from_elsewhere(tmp_path):
         read_audio(path, RATE, 10)
 
 
+def test_a_codec_that_nobody_knows_is_refused(tmp_path):
+    content = bytearray(wav(sine(48000, 0.5)[None], 48000))
+    content[20:22] = b"\xee\xee"
+    path = _written(tmp_path / "voice.wav", bytes(content))
+    with pytest.raises(InvalidRequestError, match=r"a codec that FFmpeg decodes, got .*voice\.wav"):
+        read_audio(path, RATE, 10)
+
+
 @pytest.mark.parametrize(
     "error",
     [ValueError("x"), struct.error("x"), MemoryError(), OverflowError("x"), RecursionError()],
