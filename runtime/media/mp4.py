@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from magihuman.runtime.errors import InvalidRequestError, OutputError
 from magihuman.runtime.files import atomic_path, sync
+from magihuman.runtime.media.guard import readable
 
 ENCODER = {
     "preset": "veryfast",
@@ -244,14 +245,28 @@ def _pictures(part: _Frames) -> Iterator[Any]:
 
 
 def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
-    """All frames of a file that `write_mp4` wrote, [T, H, W, 3] RGB, and how many are a second."""
-    import av
+    """All frames of a file that `write_mp4` wrote, [T, H, W, 3] RGB, and how many are a second.
 
+    Raises `InvalidRequestError` for what is missing, damaged or no video.
+    """
     if not path.is_file():
         raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
+    with readable("the clip", str(path)):
+        rate, frames = _read_frames(path)
+    if not frames:
+        raise InvalidRequestError(f"the clip must have frames, got {path} without one")
+    return np.stack(frames), round(rate)
+
+
+def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
+    """Frames a second, and frames, each [H, W, 3] RGB."""
+    import av
+
     try:
         # By its protocol: a name like 12:30.mp4 would be an address.
-        with av.open(f"file:{path.absolute()}", container_options=LOCAL) as container:
+        with av.open(
+            f"file:{path.absolute()}", container_options=LOCAL, metadata_errors="replace"
+        ) as container:
             if not container.streams.video:
                 raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
             rate = float(container.streams.video[0].average_rate)  # no Fraction since PyAV 19
@@ -268,9 +283,7 @@ def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
         raise InvalidRequestError(
             f"the clip must be in a format FFmpeg reads, got {path}: {error.strerror}"
         ) from error
-    if not frames:
-        raise InvalidRequestError(f"the clip must have frames, got {path} without one")
-    return np.stack(frames), round(rate)
+    return rate, frames
 
 
 def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:

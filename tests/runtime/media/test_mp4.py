@@ -191,6 +191,19 @@ def test_a_name_is_no_address(tmp_path, monkeypatch, name):
     assert fps == 25 and np.abs(again.astype(int) - frames).max() <= 2  # of 8 bits, as YUV
 
 
+def test_a_clip_with_tags_of_any_encoding_is_read(tmp_path):
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "Mxller"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"Mxller", b"M\xfcller"))
+    assert read_frames(path)[0].shape == (1, 48, 64, 3)
+
+
 def test_an_existing_file_is_replaced(tmp_path):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"old")
