@@ -47,7 +47,7 @@ KINDS = ("normal", "outliers", "broken")
 ROUTE = "128x192"  # all tiles of the own product sum in the same order
 # What `verify` makes; its frames are compared on the CPU.
 CLIPS = {
-    "full": {"seconds": 1.0, "width": 480, "height": 272},
+    "full": {"seconds": 1.0, "width": 480, "height": 256},
     "tiny": {"seconds": 0.2, "width": 32, "height": 32, "steps": 2},
 }
 NAMED = 5  # worst linears that are listed

@@ -53,9 +53,24 @@ DEFAULT_NEGATIVE_PROMPT = " ".join(
 )
 
 
+class ClipSize(TypedDict):
+    """Length and size of a clip, by the names of `Request`."""
+
+    seconds: float
+    width: int
+    height: int
+
+
+# Of the published model: sizes that are made as they are asked for.
+STANDARD_SIZE = ClipSize(seconds=5.0, width=480, height=256)
+
+
 @dataclass(frozen=True)
 class Request:
     """One clip to make. Checked on construction: a bad value raises `InvalidRequestError`.
+
+    A `Request` has the standard length and size where they are left out, whatever the model. Given
+    to an engine as keywords, what is left out is the model's, see `Engine.defaults`.
 
     Attributes:
         prompt: what is seen and said; not empty. Beyond 640 tokens it is cut, with a warning.
@@ -78,9 +93,9 @@ class Request:
     prompt: str
     image: str | os.PathLike[str] | Image | None = None
     audio: str | os.PathLike[str] | None = None
-    seconds: float = 5.0
-    width: int = 480
-    height: int = 272
+    seconds: float = STANDARD_SIZE["seconds"]
+    width: int = STANDARD_SIZE["width"]
+    height: int = STANDARD_SIZE["height"]
     sr_width: int | None = None
     sr_height: int | None = None
     seed: int = 42
@@ -192,13 +207,18 @@ class RequestOptions(TypedDict, total=False):
     sr_guidance: float | None
 
 
-def request_of(prompt: str | Request, options: RequestOptions) -> Request:
+def request_of(
+    prompt: str | Request, options: RequestOptions, suited: ClipSize | None = None
+) -> Request:
     """The request that a prompt and keywords make; a `Request` stands for all.
+
+    suited: of a model, for keywords that are left out; by default what `Request` has.
 
     Raises `InvalidRequestError` for keywords beside a `Request`, or values that are none.
     """
     if not isinstance(prompt, Request):
-        return Request(prompt=prompt, **options)
+        filled: RequestOptions = options if suited is None else {**suited, **options}
+        return Request(prompt=prompt, **filled)
     if options:
         raise InvalidRequestError(
             f"a Request must stand alone, got {', '.join(options)} beside it; set it in the Request"
@@ -245,6 +265,34 @@ class Plan:
     def duration_s(self) -> float:
         """Seconds that the finished clip lasts."""
         return config.video_frames(self.frames) / config.FPS
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of the picture in the transformer that has most of them."""
+        sides = self.rows * self.columns, (self.sr_rows or 0) * (self.sr_columns or 0)
+        return self.frames * max(sides)
+
+    def beyond(self, learnt: ClipSize | None, seconds: float) -> str | None:
+        """What to say of a clip longer or larger than a model has learnt, None of any other.
+
+        learnt: None where the model does not tell. seconds: of the clip, before super-resolution.
+        """
+        if learnt is None:
+            return None
+        asked: list[str] = []
+        if config.audio_latents(seconds) > config.audio_latents(learnt["seconds"]):
+            asked.append(f"{seconds:g} s")
+        rows, columns = (config.latent_side(learnt[side]) for side in ("height", "width"))
+        if self.rows * self.columns > rows * columns:
+            stride = config.VIDEO_STRIDE[1]
+            asked.append(f"{self.columns * stride}x{self.rows * stride} pixels")
+        if not asked:
+            return None
+        return (
+            f"the model has learnt clips of up to {learnt['seconds']:g} s and"
+            f" {learnt['width']}x{learnt['height']} pixels, and {' and '.join(asked)} are beyond"
+            " that; picture and sound may fall apart"
+        )
 
     def with_audio(self, latents: int) -> Plan:
         """The plan for driving audio of so many latents."""

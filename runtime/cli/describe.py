@@ -144,7 +144,7 @@ class ExplainOptions(JsonOptions):
     variant: Annotated[str, typer.Option(help="distill, base or 540p_sr.")] = "distill"
     seconds: Annotated[float, typer.Option(help="Length of the clip.")] = 5.0
     width: Annotated[int, typer.Option(help="Pixels.")] = 480
-    height: Annotated[int, typer.Option(help="Pixels.")] = 272
+    height: Annotated[int, typer.Option(help="Pixels.")] = 256
     text_tokens: Annotated[int, typer.Option(min=1, max=640, help="Of the prompt.")] = 300
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None
     recorded: Annotated[

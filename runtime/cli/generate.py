@@ -60,7 +60,7 @@ class GenerateOptions(EngineOptions, ComponentOptions, LimitOptions, JsonOptions
         int | None, typer.Option(help="Pixels, made in steps of 32; by default 480, or as suits.")
     ] = None
     height: Annotated[
-        int | None, typer.Option(help="Pixels, made in steps of 32; by default 272, or as suits.")
+        int | None, typer.Option(help="Pixels, made in steps of 32; by default 256, or as suits.")
     ] = None
     sr_width: Annotated[int | None, typer.Option(help="Pixels after super-resolution.")] = None
     sr_height: Annotated[int | None, typer.Option(help="Pixels after super-resolution.")] = None

@@ -65,7 +65,7 @@ class ServeOptions(EngineOptions):
     ] = 60.0
     warmup: Annotated[
         list[str] | None,
-        typer.Option(metavar="WxHxS", help="Compile for clips like 480x272x5; may be repeated."),
+        typer.Option(metavar="WxHxS", help="Compile for clips like 480x256x5; may be repeated."),
     ] = None
     device: Annotated[str | None, typer.Option(help="cpu, or cuda, one GPU an engine.")] = None
 
@@ -203,7 +203,7 @@ def _size(text: str) -> tuple[int, int, float]:
         return int(width), int(height), float(seconds)
     except ValueError:
         raise runtime.InvalidRequestError(
-            f"--warmup must be WIDTHxHEIGHTxSECONDS, as in 480x272x5, got {text!r}"
+            f"--warmup must be WIDTHxHEIGHTxSECONDS, as in 480x256x5, got {text!r}"
         ) from None
 
 

@@ -43,7 +43,7 @@ class VerifyOptions(PrecisionOptions, DeviceOptions, JsonOptions):
     ] = None
     seconds: Annotated[float | None, typer.Option(help="By default 5, or as suits.")] = None
     width: Annotated[int | None, typer.Option(help="Pixels; by default 480, or as suits.")] = None
-    height: Annotated[int | None, typer.Option(help="Pixels; by default 272, or as suits.")] = None
+    height: Annotated[int | None, typer.Option(help="Pixels; by default 256, or as suits.")] = None
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
     seed: Annotated[int, typer.Option(help="Of both clips of a prompt.")] = 42
     max_linear_error: Annotated[float, typer.Option(help="Of any linear's product.")] = 0.08

@@ -34,6 +34,7 @@ def assemble(components: Components, blueprint: Blueprint, team: Team | None = N
     """
     options, device = blueprint.options, blueprint.device
     check_widths(components)
+    components = dataclasses.replace(components, learnt=blueprint.learnt)
     if options.compile:
         components = with_compiled_transformers(components, blueprint, team)
     if options.vae != "plain":

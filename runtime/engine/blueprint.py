@@ -19,12 +19,14 @@ from magihuman.runtime.memory import (
     plan_placement,
     synthetic_parts,
 )
+from magihuman.runtime.request import ClipSize
 from magihuman.runtime.weights import (
     TURBO_FOLDER,
     Paths,
     Synthetic,
     TransformerSpec,
     find,
+    learnt,
     model_folder,
     plan,
 )
@@ -41,6 +43,7 @@ class Blueprint:
         sr: the super-resolution transformer, if there is to be one.
         placer: brings each component to where the memory plan has it.
         vae_dtype: dtype of the autoencoders for images.
+        learnt: longest and largest clip that the model was trained on, where its folder tells.
         follows: whether another process leads this one; then only the transformers and the video
             decoder are loaded, which both run.
     """
@@ -51,6 +54,7 @@ class Blueprint:
     sr: TransformerSpec | None
     placer: Placer
     vae_dtype: torch.dtype
+    learnt: ClipSize | None
     follows: bool
 
     @property
@@ -101,7 +105,8 @@ def draw(
     memory = plan_placement(others, base, sr, limit_bytes, limit_gb is not None, transformers)
     cap = None if limit_gb is None else Cap(device, int(limit_gb * GIB))
     placer = Placer(memory, device, Residency(cap))
-    return Blueprint(options, paths, base, sr, placer, vae_dtype, follows)
+    trained = None if isinstance(options.model, Synthetic) else learnt(options.model)
+    return Blueprint(options, paths, base, sr, placer, vae_dtype, trained, follows)
 
 
 def find_paths(options: LoadOptions) -> Paths | None:

@@ -30,6 +30,8 @@ from magihuman.runtime.memory import MemoryPlan
 from magihuman.runtime.parallel import ContextParallel
 from magihuman.runtime.pipeline import Components, Limits, Pipeline
 from magihuman.runtime.request import (
+    STANDARD_SIZE,
+    ClipSize,
     ProgressCallback,
     Request,
     RequestOptions,
@@ -105,6 +107,7 @@ class Engine:
         is_engine = isinstance(components.turbo_vae, TensorRTVAE)
         self.vae = "tensorrt" if is_engine else "plain" if components.decoder is None else "fast"
         self.hooks = tuple(hooks)
+        self._suited = components.learnt
         self._parts: Components | None = components
         self._variant = info.variant
         self._queue = RequestQueue(queue_limit)
@@ -127,6 +130,13 @@ class Engine:
     def is_usable(self) -> bool:
         """Whether it takes requests: not closed, and its GPU has not failed for good."""
         return self._parts is not None and self._failures.first is None
+
+    @property
+    def defaults(self) -> ClipSize:
+        """Seconds, width and height of a clip that is asked for without: those of the model's
+        request.json, else the standard ones.
+        """
+        return ClipSize(**(self._suited or STANDARD_SIZE))
 
     @property
     def queue_length(self) -> int:
@@ -179,7 +189,8 @@ class Engine:
                 raised.
             deadline_s: seconds from now, waiting included, after which `DeadlineExceeded` is
                 raised, checked as `cancel` is.
-            options: the other fields of `Request`.
+            options: the other fields of `Request`; length and size by default as `defaults` has
+                them.
 
         Raises:
             InvalidRequestError: the request cannot be served; nothing has run.
@@ -314,7 +325,7 @@ class Engine:
         path = None if save is None else Path(save)  # what can raise, before there is a place
         try:
             limits = Limits(cancel, deadline_s)
-            request = request_of(prompt, options)
+            request = request_of(prompt, options, self._suited)
             request.plan(self._variant, self.sr)
         except InvalidRequestError as error:
             with self._span(REQUEST, self._queue.join(Limits(), error).number):

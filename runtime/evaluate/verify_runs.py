@@ -86,7 +86,7 @@ class _Settings:
     keep_bf16: KeepBf16 = KEEP_NONE
     seconds: float = 5.0
     width: int = 480
-    height: int = 272
+    height: int = 256
     steps: int | None = None
     seed: int = 42
     thresholds: Thresholds | None = None

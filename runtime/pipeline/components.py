@@ -15,7 +15,7 @@ from magihuman.runtime.model import DiT, ImageVAE, TextEncoder
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.audio import AudioVAE, Waveform
 from magihuman.runtime.pipeline.decode import Decoder, DistributedDecoder, VideoDecoder
-from magihuman.runtime.request import Plan
+from magihuman.runtime.request import ClipSize, Plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,6 +45,7 @@ class Components:
         residency: says which of the models are on the device, and brings them for a stage.
         encoding: held while anything is encoded, and while a graph is captured: kernels are timed
             then, and the encoders keep state.
+        learnt: longest and largest clip that the model was trained on, where it tells.
         encode_stream, sound_stream: on a GPU, where encoders and the audio decoder are launched.
     """
 
@@ -61,6 +62,7 @@ class Components:
     captured: tuple[Captured, ...] = ()
     residency: Residency = field(default_factory=Residency)
     encoding: threading.Lock = field(default_factory=threading.Lock)
+    learnt: ClipSize | None = None
     encode_stream: torch.cuda.Stream | None = None
     sound_stream: torch.cuda.Stream | None = None
 

@@ -111,6 +111,10 @@ class Pipeline:
             samples, note = open_driving_audio(request.audio, request.seconds)
             samples = whole_frames(samples)
             plan = plan.with_audio(len(samples) // LATENT_SAMPLES).with_note(note)
+        seconds = request.seconds
+        if samples is not None:
+            seconds = min(seconds, len(samples) / config.LATENT_AUDIO_RATE_HZ)
+        plan = plan.with_note(plan.beyond(self.components.learnt, seconds))
         ids, note = self.text_encoder.tokenize(request.prompt)
         plan = plan.with_note(note)
         for warning in plan.warnings:

@@ -20,7 +20,7 @@ from magihuman.runtime.weights.locate import (
 )
 from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.random_weights import Synthetic
-from magihuman.runtime.weights.shipped import model_folder, sized
+from magihuman.runtime.weights.shipped import learnt, model_folder, sized, suited
 from magihuman.runtime.weights.t5gemma import load_text_encoder
 from magihuman.runtime.weights.tiny import write_tiny
 from magihuman.runtime.weights.transformer import (
@@ -49,6 +49,7 @@ __all__ = [
     "diffusers_key",
     "find",
     "layered_bytes",
+    "learnt",
     "linears_in_fp8",
     "load_image_vae",
     "load_text_encoder",
@@ -57,6 +58,7 @@ __all__ = [
     "plan",
     "random_weights",
     "sized",
+    "suited",
     "turbo_vae_files",
     "write_tiny",
 ]

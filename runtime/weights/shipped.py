@@ -9,12 +9,13 @@ from typing import Any
 
 from magihuman.runtime.config import NANO
 from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.request import STANDARD_SIZE, ClipSize
 
 NANO_FOLDER = Path(__file__).parent / NANO
 # In a model's folder, where that is not made for requests as they are by default: {"seconds": 3.2,
 # "width": 160, "height": 160}.
 SUITED = "request.json"
-STANDARD: dict[str, float] = {"seconds": 5.0, "width": 480, "height": 272}  # the published model's
+STANDARD = STANDARD_SIZE
 
 
 def model_folder(model: str | os.PathLike[str]) -> Path:
@@ -30,11 +31,22 @@ def model_folder(model: str | os.PathLike[str]) -> Path:
     return NANO_FOLDER
 
 
-def suited(model: str | os.PathLike[str]) -> dict[str, float]:
-    """Length and size of a clip that a model makes best: those in its folder, else the standard."""
+def suited(model: str | os.PathLike[str]) -> ClipSize:
+    """Length and size of a clip that a model makes best: those in its folder, else the standard.
+
+    Raises `CheckpointError` where the folder's cannot be used.
+    """
+    return learnt(model) or ClipSize(**STANDARD)
+
+
+def learnt(model: str | os.PathLike[str]) -> ClipSize | None:
+    """Longest and largest clip that a model was trained on, or None where its folder does not tell.
+
+    Raises `CheckpointError` where what the folder has cannot be used.
+    """
     path = model_folder(model) / SUITED
     if not path.is_file():
-        return dict(STANDARD)
+        return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -47,7 +59,7 @@ def suited(model: str | os.PathLike[str]) -> dict[str, float]:
         raise CheckpointError(
             f"{path} must hold a number for each of {', '.join(STANDARD)}, got {values!r}"
         )
-    return values
+    return ClipSize(**values)  # type: ignore[typeddict-item]  # its keys were looked at
 
 
 def sized(model: str | os.PathLike[str], **given: float | None) -> dict[str, Any]:

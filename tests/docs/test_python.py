@@ -21,7 +21,7 @@ from magihuman.runtime.request import Request, RequestOptions
 SMALL = {"seconds": 0.2, "width": 64, "height": 64}
 SMALLER = (  # than the text asks for; nano's size is left
     (re.compile(r"\bseconds=[\d.]+"), "seconds=0.2"),
-    (re.compile(r"\(480, 272, 5\.0\)"), "(64, 64, 0.2)"),
+    (re.compile(r"\(480, 256, 5\.0\)"), "(64, 64, 0.2)"),
 )
 OPTIONS = {runtime.verify: VerifyOptions}  # of the others, those of a request
 WITH_PYTHON = [page for page in pages.DOCUMENTED if pages.blocks(page, "python")]

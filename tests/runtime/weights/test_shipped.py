@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sounds import write_sine
 from typer.testing import CliRunner
 
 from magihuman import runtime
 from magihuman.runtime.cli.main import app
+from magihuman.runtime.config import VARIANTS
 from magihuman.runtime.evaluate.model_score import score_model
 from magihuman.runtime.weights import shipped
 
@@ -53,6 +55,48 @@ def test_it_loads_by_name(named):
         assert engine.generate("hi", seconds=0.2, width=32, height=32, steps=1).duration_s == 0.2
 
 
+def test_the_engine_makes_what_suits_the_model(named):
+    """Keywords that are left out are the model's, one by one; a `Request` says all of it."""
+    with runtime.load("nano", device="cpu") as engine:
+        assert engine.defaults == SMALL
+        video = engine.generate("hi", steps=1)
+        assert (video.frames.shape, video.warnings) == ((5, 64, 96, 3), ())
+        (*_, last) = engine.generate_stream("hi", steps=1, width=32)
+        assert (last.frames.shape[1:], last.warnings) == ((64, 32, 3), ())
+        whole = runtime.Request("hi", seconds=0.36, width=64, height=64, steps=1)
+        assert engine.generate(whole).frames.shape == (9, 64, 64, 3)
+
+
+def test_a_model_that_tells_nothing_has_the_standard_size(tiny_dir):
+    with runtime.load(tiny_dir, device="cpu") as engine:
+        assert engine.defaults == {"seconds": 5.0, "width": 480, "height": 256}
+
+
+@pytest.mark.parametrize(
+    ("asked", "beyond"),
+    [
+        ({"seconds": 0.2, "width": 96, "height": 64}, None),
+        ({"width": 64, "height": 96}, None),  # as many pixels
+        ({"seconds": 0.4}, "0.4 s are beyond"),
+        ({"height": 96}, "96x96 pixels are beyond"),
+        ({"seconds": 0.4, "width": 128}, "0.4 s and 128x64 pixels are beyond"),
+    ],
+)
+def test_a_clip_beyond_what_the_model_has_learnt_comes_with_a_warning(named, asked, beyond):
+    with runtime.load("nano", device="cpu") as engine:
+        said = engine.generate("hi", steps=1, **asked).warnings
+    assert len(said) == (beyond is not None)
+    assert beyond is None or ("up to 0.2 s and 96x64 pixels" in said[0] and beyond in said[0])
+
+
+def test_a_short_voice_is_not_beyond_it(named, tmp_path):
+    """However many seconds are asked for, the clip is no longer than the voice."""
+    voice = write_sine(tmp_path / "voice.wav", seconds=0.2)
+    with runtime.load("nano", device="cpu") as engine:
+        said = engine.generate("hi", steps=1, audio=voice, seconds=1).warnings
+    assert not any("has learnt" in warning for warning in said)
+
+
 def test_it_converts_by_name(named, tmp_path):
     made = runtime.convert("nano", tmp_path / "fp8")
     assert any(made.iterdir())
@@ -91,6 +135,7 @@ def test_damaged_defaults_are_named(named, content):
 
 def test_standard_requests_are_those_of_the_library(tmp_path):
     request = runtime.Request("hi")
+    assert request.plan(VARIANTS["distill"], None).warnings == ()
     assert shipped.suited(tmp_path) == {name: getattr(request, name) for name in shipped.STANDARD}
     assert shipped.suited("owner/name") == shipped.STANDARD
 
