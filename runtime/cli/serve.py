@@ -6,12 +6,14 @@ import errno
 import hashlib
 import importlib
 import math
+import multiprocessing
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,11 +90,11 @@ def serve(options: ServeOptions) -> None:
         max_replicas = _max_replicas(options, gpus)
         # Of the GPUs, an engine's process sees its own alone.
         arguments = {**options.load_arguments(), "device": "cuda:0" if gpus else "cpu"}
-        _check_model(arguments, sizes)
+        rows = _check_model(arguments, sizes)
         from magihuman.runtime.serving import app
         from magihuman.runtime.serving.store import locked
 
-        settings = _settings(options, token)
+        settings = _settings(options, token, _memory_bytes(gpus), rows)
         engines = app.Engines(arguments, sizes, gpus > 0, options.min_replicas, max_replicas)
         with locked(settings.folder, WAIT_S):
             pass  # the process that keeps the jobs takes it
@@ -141,9 +143,17 @@ def _max_replicas(options: ServeOptions, gpus: int) -> int:
     return most
 
 
-def _settings(options: ServeOptions, token: bytes | None) -> Settings:
-    """Return what the part that speaks HTTP is told. token: SHA-256 of the bearer token."""
-    from magihuman.runtime.serving.settings import Limits, Settings
+def _settings(options: ServeOptions, token: bytes | None, memory_bytes: int, rows: int) -> Settings:
+    """Return what the part that speaks HTTP is told.
+
+    Args:
+        token: SHA-256 of the bearer token.
+        memory_bytes: of the device of an engine.
+        rows: output rows of the transformer's widest linear.
+    """
+    from magihuman.runtime.memory import estimate
+    from magihuman.runtime.serving.settings import Capacity, Limits, Settings
+    from magihuman.runtime.weights import suited
 
     model = options.model
     return Settings(
@@ -161,6 +171,13 @@ def _settings(options: ServeOptions, token: bytes | None) -> Settings:
             queued=options.queue_limit,
             seconds=options.max_seconds,
             pixels=options.max_pixels,
+        ),
+        suited=suited(model),
+        # The least that is taken, by fused kernels: what is refused would fit in no way.
+        capacity=Capacity(
+            memory_bytes,
+            token_bytes=estimate.denoising_bytes(1, rows, is_compiled=True),
+            pixel_bytes=estimate.decoding_bytes(1, 1, is_compiled=True),
         ),
     )
 
@@ -230,8 +247,27 @@ def _gpus(device: str | None) -> int:
     return gpus
 
 
-def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]]) -> None:
-    """Refuse before processes are started what can be: sizes, files that are missing or damaged."""
+def _memory_bytes(gpus: int) -> int:
+    """Return the bytes of the smallest of so many GPUs, or of this machine where there is none."""
+    if not gpus:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # A process of its own, since whoever asks holds some of their memory until it ends.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return min(pool.map(_gpu_bytes, range(gpus)))
+
+
+def _gpu_bytes(index: int) -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]]) -> int:
+    """Refuse before processes are started what can be: sizes, files that are missing or damaged.
+
+    Returns:
+        Output rows of the widest linear of the transformers.
+    """
     import torch
 
     from magihuman.runtime import config
@@ -253,9 +289,14 @@ def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]
     paths = find(options["model"], chosen, upscaler, overrides, options["revision"])
     # Headers alone are read, and no GPU is touched: its memory belongs to the engines.
     headers = TransformerOptions(torch.device("cpu"), None, None, False)
-    plan(chosen, paths.dit, headers).scan()
+    specs = [plan(chosen, paths.dit, headers)]
     if upscaler is not None:
-        plan(upscaler, paths.sr, headers).scan()
+        specs.append(plan(upscaler, paths.sr, headers))
+    for spec in specs:
+        spec.scan()
+    return max(
+        spec.config.mlp_widths(i)[0] for spec in specs for i in range(spec.config.num_layers)
+    )
 
 
 def _check_port(host: str, port: int) -> None:

@@ -46,7 +46,7 @@ def create_app(
     app.add_middleware(LimitsMiddleware, settings=settings, metrics=metrics)
     _handle_errors(app)
     check = _token_check(settings.token_sha256)
-    ServerRoutes(jobs, is_ready, metrics).add_to(app, check)
+    ServerRoutes(settings, jobs, is_ready, metrics).add_to(app, check)
     VideoRoutes(settings, jobs).add_to(app, check)
     return app
 

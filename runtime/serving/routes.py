@@ -40,12 +40,6 @@ BODY_S = 300.0  # for a body, which has a place in line meanwhile; 32 MiB at 0.9
 Check = Callable[..., Awaitable[None]]  # a dependency of FastAPI's, which raises `ApiError`
 
 
-def page() -> HTMLResponse:
-    """Answer with the page, which may ask this server alone."""
-    text = resources.files(__package__).joinpath("static", "page.html").read_text(encoding="utf-8")
-    return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
-
-
 async def health() -> Health:
     """Whether the server answers."""
     return Health(status="ok")
@@ -58,17 +52,19 @@ class ServerRoutes:
     The docstrings of routes are what clients read in the OpenAPI description.
 
     Attributes:
+        settings: have what the page's form begins with.
         jobs, metrics: asked at each request, since the application can be made before them.
         is_ready: whether an engine runs.
     """
 
+    settings: Settings
     jobs: Callable[[], Jobs]
     is_ready: Callable[[], Awaitable[bool]]
     metrics: Callable[[], Metrics]
 
     def add_to(self, app: FastAPI, check: Check) -> None:
         """Bind the routes. check: the token's, of those that are not for everybody."""
-        app.get("/", response_class=HTMLResponse, include_in_schema=False)(page)
+        app.get("/", response_class=HTMLResponse, include_in_schema=False)(self.page)
         app.get("/health", response_model=Health, tags=["server"])(health)
         app.get(
             "/ready", response_model=Health, responses={503: {"model": Health}}, tags=["server"]
@@ -80,6 +76,23 @@ class ServerRoutes:
             tags=["server"],
             dependencies=[Depends(check)],
         )(self.prometheus)
+
+    async def page(self) -> HTMLResponse:
+        """Answer with the page, filled in for the model. It may ask this server alone."""
+        text = (
+            resources.files(__package__).joinpath("static", "page.html").read_text(encoding="utf-8")
+        )
+        suited = self.settings.suited
+        width, height = suited["width"], suited["height"]
+        values = {
+            "seconds": f"{suited['seconds']:g}",
+            "max-seconds": f"{self.settings.limits.seconds:g}",
+            "size": f"{width}x{height}",
+            "turned-size": f"{height}x{width}",
+        }
+        for name, value in values.items():
+            text = text.replace(f"{{{{{name}}}}}", value)
+        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     async def ready(self, response: Response) -> Health:
         """Whether an engine is loaded and new videos are taken."""
@@ -116,7 +129,7 @@ class VideoRoutes:
             "/v1/videos",
             response_model=VideoObject,
             responses=_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
-            openapi_extra={"requestBody": body_schema(self.settings.limits)},
+            openapi_extra={"requestBody": body_schema(self.settings)},
             **closed,
         )(self.create)
         app.get(

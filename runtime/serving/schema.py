@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from magihuman.runtime.request import MAX_SECONDS, MAX_SEED, MAX_STEPS, MIN_SECONDS
-from magihuman.runtime.serving.settings import Limits
+from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import Job, Status
 
 SIDE = "(?:3[2-9]|[4-9][0-9]|[1-9][0-9]{2}|[1-3][0-9]{3}|40[0-8][0-9]|409[0-6])"  # 32 to 4096
@@ -48,9 +48,8 @@ class VideoOptions(BaseModel):
 
     prompt: str = Field(pattern=r"\S", description="What is seen and said.")
     model: str | None = Field(None, description="The served model's name, or nothing.")
-    seconds: Seconds = 5.0
+    seconds: Seconds  # this and `size` are the server's where they are left out
     size: str = Field(
-        "480x272",
         pattern=f"^{SIDE}x{SIDE}$",
         description="Width and height in pixels, before super-resolution.",
     )
@@ -157,11 +156,15 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def body_schema(limits: Limits) -> dict[str, Any]:
+def body_schema(settings: Settings) -> dict[str, Any]:
     """Describe the body of a new video for OpenAPI: a form with files, or JSON with data URLs."""
+    limits = settings.limits
 
     def with_files(files: dict[str, Any]) -> dict[str, Any]:
         schema = VideoOptions.model_json_schema()
+        for name, default in settings.defaults.items():
+            schema["properties"][name]["default"] = default
+            schema["required"].remove(name)
         for name in ("prompt", "negative_prompt"):
             _text(schema["properties"][name])["maxLength"] = limits.prompt_chars
         schema["properties"]["seconds"]["anyOf"][0]["maximum"] = limits.seconds

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX
+from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, STANDARD_SIZE, ClipSize, Plan
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,31 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Capacity:
+    """What an engine has room for, as an estimate that leaves its weights out.
+
+    Attributes:
+        memory_bytes: of the device.
+        token_bytes: that denoising takes for each token of the picture.
+        pixel_bytes: that decoding takes for each pixel of a finished frame.
+    """
+
+    memory_bytes: int
+    token_bytes: float
+    pixel_bytes: float
+
+    def missing_bytes(self, plan: Plan) -> int | None:
+        """Bytes that a clip takes, where they are more than there are, else None."""
+        width, height = plan.size_px
+        denoising, decoding = (
+            plan.video_tokens * self.token_bytes,
+            width * height * self.pixel_bytes,
+        )
+        needed = int(max(denoising, decoding))
+        return needed if needed > self.memory_bytes else None
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the part that speaks HTTP and keeps the videos is told.
 
@@ -43,6 +69,9 @@ class Settings:
         token_sha256: of the bearer token; None lets everybody in.
         is_local: whether it is for this machine alone, and must be called localhost or by an
             address: a page whose own name is made to lead here calls it by that name.
+        limits: what clients may send.
+        suited: length and size of a video that is asked for without.
+        capacity: of each engine, where it is known; what has no room is refused.
     """
 
     folder: Path
@@ -54,3 +83,11 @@ class Settings:
     token_sha256: bytes | None = None
     is_local: bool = False
     limits: Limits = field(default_factory=Limits)
+    suited: ClipSize = field(default_factory=lambda: ClipSize(**STANDARD_SIZE))
+    capacity: Capacity | None = None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Length and size of a video that is asked for without, as clients write them."""
+        size = f"{self.suited['width']}x{self.suited['height']}"
+        return {"seconds": self.suited["seconds"], "size": size}

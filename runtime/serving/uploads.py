@@ -21,6 +21,7 @@ from starlette.requests import Request
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
+from magihuman.runtime.request import Plan
 from magihuman.runtime.serving.errors import ApiError, invalid
 from magihuman.runtime.serving.schema import AUDIO_FIELD, FILES, IMAGE_FIELD, VideoOptions
 from magihuman.runtime.serving.settings import Settings
@@ -145,7 +146,7 @@ def _checked(
     """Check values. is_strict: whether numbers must be numbers; in a form they are text."""
     limits = settings.limits
     try:
-        options = VideoOptions.model_validate(values, strict=is_strict)
+        options = VideoOptions.model_validate({**settings.defaults, **values}, strict=is_strict)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         name = ".".join(map(str, first["loc"])) or None
@@ -175,7 +176,22 @@ def _checked(
         )
     job = Job(options.prompt, fields)
     try:
-        request_of(job, Path()).plan(config.VARIANTS[settings.variant], settings.sr)
+        plan = request_of(job, Path()).plan(config.VARIANTS[settings.variant], settings.sr)
     except InvalidRequestError as error:
         raise invalid(str(error)) from None
+    _check_room(plan, options, settings)
     return NewVideo(job, uploads, settings)
+
+
+def _check_room(plan: Plan, options: VideoOptions, settings: Settings) -> None:
+    """Refuse what no engine of this server has the memory for."""
+    capacity = settings.capacity
+    needed = None if capacity is None else capacity.missing_bytes(plan)
+    if capacity is not None and needed is not None:
+        raise invalid(
+            f"a video must fit the memory of this server's engines,"
+            f" {capacity.memory_bytes / 2**30:.1f} GiB each, and {options.seconds:g} s of"
+            f" {options.size} take about {needed / 2**30:.0f} GiB; ask for a smaller size or fewer"
+            " seconds",
+            "size",
+        )

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -19,6 +20,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, contextmanager
+from pathlib import Path
 
 import av
 import httpx
@@ -30,8 +32,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from sounds import write_sine
 from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
 
+from magihuman.runtime.cli.serve import ServeOptions, _settings
 from magihuman.runtime.serving.jobs import WRITERS
 from magihuman.runtime.serving.messages import EngineLost, Made, Report
+from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Limits, Settings
 from magihuman.runtime.serving.store import AUDIO, IMAGE, STATE, Job, Store
 from magihuman.runtime.serving.uploads import DECODERS
@@ -147,6 +151,78 @@ def test_progress_goes_up(settings, replica, serve_here):
     progress = [percent for percent, _ in seen]
     assert progress == sorted(progress) and progress[-1] == 100
     assert {p for p, stage in seen if stage == "denoise"} == {8 * step for step in range(11)}
+
+
+# -- what suits the model and fits the memory ---------------------------------------------------
+
+
+@pytest.fixture
+def small_model(tiny_dir, tmp_path) -> Path:
+    """The tiny model, which says that it has learnt small clips."""
+    folder = shutil.copytree(tiny_dir, tmp_path / "small")
+    (folder / "request.json").write_text('{"seconds": 0.2, "width": 96, "height": 64}')
+    return folder
+
+
+def test_length_and_size_are_the_models_where_they_are_left_out(small_model, tmp_path, serve_here):
+    """In a form, in JSON, in what is made, in the description and in the page's form."""
+    options = ServeOptions(model=str(small_model), folder=tmp_path / "videos")
+    replica = EngineReplica({"model": small_model, "device": "cpu"}, [])
+    with serve_here(_settings(options, TOKEN_SHA256, 2**33, rows=512), replica) as local:
+        asked = {"prompt": "hi", "num_inference_steps": "1"}
+        answers = [local.post(asked).json(), as_json(local, num_inference_steps=1).json()]
+        assert [(a["seconds"], a["size"]) for a in answers] == [("0.2", "96x64")] * 2
+        done = local.when(answers[0]["id"], "completed")
+        with av.open(io.BytesIO(local.content(done["id"]).content)) as file:
+            picture = file.streams.video[0]
+            assert (picture.width, picture.height, picture.frames) == (96, 64, 5)
+        assert done["warnings"] == []
+        beyond = local.when(local.create({**SMALL, "size": "128x64"}), "completed")["warnings"]
+        assert len(beyond) == 1 and "128x64 pixels are beyond" in beyond[0]
+        operation = local.http.get("/openapi.json").json()["paths"]["/v1/videos"]["post"]
+        for body in operation["requestBody"]["content"].values():
+            fields = body["schema"]["properties"]
+            assert (fields["seconds"]["default"], fields["size"]["default"]) == (0.2, "96x64")
+            assert body["schema"]["required"] == ["prompt"]
+        page = local.http.get("/").text
+        assert 'value="0.2"' in page and 'value="96x64"' in page and "{{" not in page
+    replica.close()
+
+
+def test_a_server_of_another_model_has_the_standard_size(local):
+    """480x256 and 5 s, of which no warning says that they were made otherwise."""
+    page = local.http.get("/").text
+    assert 'type="number" value="5"' in page and 'value="480x256"' in page
+    video = local.http.get(f"/v1/videos/{local.create({'prompt': 'hi'})}").json()
+    assert (video["seconds"], video["size"]) == ("5", "480x256")
+    local.delete(video["id"])
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "is_taken"),
+    [
+        ("4096x4096", "60", False),
+        ("4096x4096", "0.2", False),  # one frame is too large to decode
+        ("1024x1024", "60", False),  # frames are not, and the clip is too long
+        ("64x64", "0.2", True),
+    ],
+)
+def test_what_no_engine_has_memory_for_is_refused(
+    tiny_dir, tmp_path, replica, serve_here, size, seconds, is_taken
+):
+    """With the limits that a server has when it is told none."""
+    options = ServeOptions(model=str(tiny_dir), folder=tmp_path / "videos")
+    settings = _settings(options, TOKEN_SHA256, memory_bytes=24 * 2**30, rows=27648)
+    with serve_here(settings, replica) as local:
+        asked = {"prompt": "hi", "size": size, "seconds": seconds, "num_inference_steps": "1"}
+        answer = local.post(asked)
+        if is_taken:
+            assert answer.status_code == 200
+            return
+        error = error_of(answer, 422)
+        assert error["param"] == "size"
+        assert "24.0 GiB each" in error["message"] and f"{size} take about" in error["message"]
+        assert list((tmp_path / "videos").glob("video_*")) == []
 
 
 def test_warnings_reach_the_client(local):
