@@ -465,7 +465,7 @@ def linear_add_fp8_(
         routes.linear_add_fp8(stream, rows, scaled_weight, _runs(modality_rows), route)
         return stream
     if x_scale is None:
-        x_scale = torch.full((x.shape[0],), scale_of_all)
+        x_scale = torch.full((x.shape[0],), scale_of_all, dtype=torch.float32, device=x.device)
     values = x[:, : weight.shape[1]]
     return stream.add_(
         ref.scaled_linear(values, x_scale, weight, weight_scale, _runs(modality_rows))

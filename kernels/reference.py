@@ -178,7 +178,8 @@ def rope_table(coords: Tensor, bands: Tensor) -> Tensor:
     position, size, reference = coords.split(3, dim=-1)
     both_one = (size == 1) & (reference == 1)
     scale = torch.where(both_one, 1.0, (reference - 1) / (size - 1))
-    centre = (size - 1) / 2 * torch.tensor([0.0, 1.0, 1.0], device=coords.device)
+    is_centred = torch.tensor([0.0, 1.0, 1.0], dtype=coords.dtype, device=coords.device)
+    centre = (size - 1) / 2 * is_centred
     angle = ((position - centre) * scale)[..., None] * bands  # [N, 3, B]
     return torch.cat((angle.sin(), angle.cos()), dim=1).flatten(1)
 

@@ -1,10 +1,13 @@
-"""A torch device: which one is meant, and what an error says of it."""
+"""A torch device: which one is meant, what an error says of it, and what a host may have set."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import threading
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -101,3 +104,120 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if target.type != "cpu":
         raise InvalidRequestError(f"device must be cpu, cuda or cuda:N, got {device!r}")
     return target
+
+
+@contextlib.contextmanager
+def neutral() -> Iterator[None]:
+    """Run as in a process where nobody has set anything of torch, and leave all as it was.
+
+    What a thread has of its own is set aside: autocast, a default device, inference mode and
+    gradients. So is, for all threads, how matrix products and convolutions in fp32 are rounded and
+    chosen (`_Rounding`). The default dtype is not: it belongs to all threads of the host, whose own
+    tensors would get another meanwhile. So whoever makes a tensor here says its dtype.
+    """
+    with contextlib.ExitStack() as scopes:
+        scopes.enter_context(_rounding.published())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                scopes.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            scopes.enter_context(torch.device("cpu"))
+        if torch.is_inference_mode_enabled():  # what is made in it cannot be changed outside it
+            scopes.enter_context(torch.inference_mode(False))
+        scopes.enter_context(torch.no_grad())
+        yield
+
+
+class _Rounding:
+    """The settings of the process that decide the bits of products in fp32.
+
+    Matrix products are in full fp32, convolutions of cuDNN in TF32, and cuDNN chooses without
+    timing: PyTorch's defaults. The first who needs them sets them where they differ, and the last
+    puts back what it found, unless somebody else has set something since.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: dict[str, Any] | None = None
+        self._during: dict[str, Any] | None = None
+
+    @contextlib.contextmanager
+    def published(self) -> Iterator[None]:
+        """Have the settings with which the models were published, from any thread."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._set()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._put_back()
+
+    def _set(self) -> None:
+        found = self._read()
+        is_default = (
+            {found["cuda.matmul"], found["mkldnn.matmul"], found["mkldnn.conv"]} <= {"none", "ieee"}
+            and found["cudnn.conv"] == "tf32"
+            and not found["benchmark"]
+        )
+        if is_default:
+            return
+        self._before = found
+        for name in ("", "mkldnn", "cudnn"):
+            self._write(name, "none")
+        torch.set_float32_matmul_precision("highest")
+        self._write("mkldnn.conv", "none")
+        self._write("cudnn.conv", "tf32")
+        torch.backends.cudnn.benchmark = False
+        self._during = self._read()
+
+    def _put_back(self) -> None:
+        before, during = self._before, self._during
+        self._before = self._during = None
+        if before is None or self._read() != during:
+            return
+        if before["older"] is not None:
+            torch.set_float32_matmul_precision(before["older"])
+        else:
+            self._write("cuda.matmul", "none")
+            self._write("mkldnn.matmul", "none")
+        for name in ("", "mkldnn", "cudnn", "cuda.matmul", "mkldnn.matmul", "mkldnn.conv"):
+            self._write(name, before[name])
+        self._write("cudnn.conv", before["cudnn.conv"])
+        torch.backends.cudnn.benchmark = before["benchmark"]
+
+    def _read(self) -> dict[str, Any]:
+        """All of the settings by name; "older" is None where the newer ones were set by hand."""
+        found = {name: place.fp32_precision for name, place in self._places().items()}
+        found["benchmark"] = torch.backends.cudnn.benchmark
+        try:
+            found["older"] = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            found["older"] = None
+        return found
+
+    def _write(self, name: str, value: str) -> None:
+        """Set one where it is not so already: what is set no longer follows those above it."""
+        place = self._places()[name]
+        if place.fp32_precision != value:
+            place.fp32_precision = value
+
+    def _places(self) -> dict[str, Any]:
+        """What holds each precision; those named later follow those named before, unless set."""
+        backends: Any = torch.backends
+        return {
+            "": backends,
+            "mkldnn": backends.mkldnn,
+            "cudnn": backends.cudnn,
+            "cuda.matmul": backends.cuda.matmul,
+            "mkldnn.matmul": backends.mkldnn.matmul,
+            "mkldnn.conv": backends.mkldnn.conv,
+            "cudnn.conv": backends.cudnn.conv,
+        }
+
+
+_rounding = _Rounding()

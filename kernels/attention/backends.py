@@ -167,9 +167,13 @@ def _milliseconds(
 
     The host's time does not count. Arguments as those of `fastest`.
     """
-    q = torch.randn(rows, heads, dim, device=device, dtype=torch.bfloat16)
-    k, v = (torch.randn(rows, kv_heads, dim, device=device, dtype=torch.bfloat16) for _ in "kv")
-    gate = torch.randn(rows, heads, device=device, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)  # that of the process stays as it is
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    q, gate = normal(rows, heads, dim), normal(rows, heads)
+    k, v = (normal(rows, kv_heads, dim) for _ in "kv")
     length = torch.tensor(rows, device=device, dtype=torch.int32)
     repeats, calls = (REPEATS, CALLS) if rows < LONG_ROWS else (3, 1)
     stream = torch.cuda.Stream(device)

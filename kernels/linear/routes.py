@@ -218,7 +218,11 @@ def fastest(
     names = list(TILES) if scale is not None else [LIBRARY, *TILES]
     if not weight.is_cuda or 2 * rows * weight.numel() < SMALL_FLOPS:
         return names[0]
-    x = torch.randn(rows, weight.stride(0), device=device, dtype=torch.bfloat16)
+    # Not by the process's generator, which stays as it is.
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(
+        rows, weight.stride(0), generator=generator, device=device, dtype=torch.bfloat16
+    )
     x[:, weight.shape[1] :] = 0
     if scale is None and why_not(x, weight, epilogue, counts) is not None:
         return LIBRARY
@@ -250,7 +254,7 @@ def _runner(
     # Only an addition has a stream: where memory is limited there is no room for one as wide as
     # what goes into an activation.
     columns = columns_of(weight, counts) if epilogue == "add" else 0
-    stream = torch.zeros(x.shape[0], columns, device=x.device)
+    stream = torch.zeros(x.shape[0], columns, dtype=torch.float32, device=x.device)
     if scale is None:
         if epilogue == "add":
             return lambda route: linear_add(stream, x, weight, counts, route)

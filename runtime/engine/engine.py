@@ -17,7 +17,7 @@ from typing import Self, Unpack
 import torch
 
 from magihuman.runtime import config
-from magihuman.runtime.device import forget
+from magihuman.runtime.device import forget, neutral
 from magihuman.runtime.engine.failures import Failures, advice
 from magihuman.runtime.engine.queue import QueueStage, RequestQueue, Ticket
 from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, awaited
@@ -165,7 +165,7 @@ class Engine:
             EngineUnusable: another process has ended.
         """
         if self._context_parallel is not None and self.rank:
-            with self._failures.on_device(), self._failures.guard(None):
+            with neutral(), self._failures.on_device(), self._failures.guard(None):
                 self._context_parallel.follow()
 
     def generate(
@@ -304,7 +304,7 @@ class Engine:
         """
         self._check_rank()
         ticket = self._queue.join(Limits())
-        with ticket, self._failures.on_device():
+        with ticket, neutral(), self._failures.on_device():
             ticket.check()
             pipeline = self._pipeline(Call(request, ticket, None, on_step))
             ticket.wait(QueueStage.DEVICE)
@@ -353,7 +353,13 @@ class Engine:
     def _make(self, call: Call, emit: Emit | None) -> Video:
         """All stages of a request, one after another, each where the queue has it."""
         ticket, on_device = call.ticket, self._failures.on_device
-        with ticket, self._span(REQUEST, ticket.number), on_device(), ExitStack() as files:
+        with (
+            ticket,
+            self._span(REQUEST, ticket.number),
+            neutral(),
+            on_device(),
+            ExitStack() as files,
+        ):
             ticket.check()
             pipeline = self._pipeline(call)
             with pipeline.stage("prepare", on_device=False):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from magihuman.graphs.quantization import KeepBf16
 from magihuman.graphs.support import why_not_decode
 from magihuman.runtime import config
-from magihuman.runtime.device import pick_device
+from magihuman.runtime.device import neutral, pick_device
 from magihuman.runtime.engine import blueprint
 from magihuman.runtime.engine.assemble import assemble
 from magihuman.runtime.engine.build import build
@@ -125,12 +125,13 @@ def load(
 def load_with(options: LoadOptions) -> Engine:
     """`load`, in this process or in every one of a team."""
     options.check()
-    device = pick_device(options.device)
-    if options.context_parallel == 1:
-        return load_here(options, device)
-    check_on(options, device)
-    options.check_together()
-    return load_together(options, device)
+    with neutral():
+        device = pick_device(options.device)
+        if options.context_parallel == 1:
+            return load_here(options, device)
+        check_on(options, device)
+        options.check_together()
+        return load_together(options, device)
 
 
 def check_on(options: LoadOptions, device: torch.device) -> int | None:

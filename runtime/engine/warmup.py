@@ -49,8 +49,9 @@ def warm(pipeline: Pipeline, text_tokens: Sequence[int]) -> None:
     )
     device, residency = pipeline.device, pipeline.components.residency
     shape = (1, config.LATENT_CHANNELS, plan.frames)
-    video = torch.zeros(*shape, plan.rows, plan.columns, device=device)
-    audio = torch.zeros(1, plan.audio, config.AUDIO_CHANNELS, device=device)
+    f32 = torch.float32
+    video = torch.zeros(*shape, plan.rows, plan.columns, dtype=f32, device=device)
+    audio = torch.zeros(1, plan.audio, config.AUDIO_CHANNELS, dtype=f32, device=device)
     for length in text_tokens:
         with pipeline.encoders(), residency.present(TEXT):
             text = pipeline.text_encoder.encode(torch.zeros(1, length, dtype=torch.long))
@@ -61,4 +62,4 @@ def warm(pipeline: Pipeline, text_tokens: Sequence[int]) -> None:
             with residency.present(SR):
                 pipeline.run_sr(encoded, video, audio)
     rows, columns = plan.sr_rows or plan.rows, plan.sr_columns or plan.columns
-    pipeline.decode(torch.zeros(*shape, rows, columns, device=device), audio)
+    pipeline.decode(torch.zeros(*shape, rows, columns, dtype=f32, device=device), audio)

@@ -147,7 +147,7 @@ def spectral_snr_db(wave: Wave, expected: Wave) -> float:
     Phases do not count: nobody hears them.
     """
     length = min(len(wave), len(expected))
-    window = torch.hann_window(1024)
+    window = torch.hann_window(1024, dtype=torch.float32)
     a, b = (
         torch.stft(torch.from_numpy(x[:length]), 1024, 256, window=window, return_complex=True)
         .abs()

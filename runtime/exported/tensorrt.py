@@ -162,8 +162,10 @@ class TensorRTVAE:
         needed = max(engine.device_memory_size_v2 for engine in self._engines.values())
         self._scratch = torch.empty(max(needed, 1), dtype=torch.uint8, device=device)
         shape = (1, -1, 1, 1, 1)
-        self._mean = torch.tensor(LATENT_MEAN, device=device).to(exported.dtype).view(shape)
-        self._std = torch.tensor(LATENT_STD, device=device).to(exported.dtype).view(shape)
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=device).to(exported.dtype).view(shape)
+            for values in (LATENT_MEAN, LATENT_STD)
+        )
         self._firsts = {k: w.is_first for k, w in window_kinds(exported.config).items()}
         self._bound: dict[tuple[bool, tuple[int, ...]], WindowEngine] = {}
 

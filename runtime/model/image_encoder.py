@@ -41,7 +41,7 @@ class ImageVAE:
         pixels = pixels.expand(-1, -1, frames, -1, -1)
         latent: Tensor = self._vae.encode(pixels).latent_dist.mode().float()
         mean, std = (
-            torch.tensor(v, device=latent.device).view(1, -1, 1, 1, 1)
+            torch.tensor(v, dtype=latent.dtype, device=latent.device).view(1, -1, 1, 1, 1)
             for v in (LATENT_MEAN, LATENT_STD)
         )
         return (latent - mean) / std

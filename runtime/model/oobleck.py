@@ -6,6 +6,7 @@ are plain.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DILATIONS = (1, 3, 9)
+F32 = torch.float32
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class OobleckConfig:
     @property
     def samples_per_latent(self) -> int:
         """Product of the strides."""
-        return int(torch.tensor(self.strides).prod())
+        return math.prod(self.strides)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -41,8 +43,8 @@ class Snake(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
+        self.alpha = nn.Parameter(torch.zeros(channels, dtype=F32))
+        self.beta = nn.Parameter(torch.zeros(channels, dtype=F32))
 
     def forward(self, x: Tensor) -> Tensor:
         alpha, beta = self.alpha.exp()[:, None], self.beta.exp()[:, None]
@@ -56,9 +58,9 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             Snake(channels),
-            nn.Conv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation),
+            nn.Conv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation, dtype=F32),
             Snake(channels),
-            nn.Conv1d(channels, channels, 1),
+            nn.Conv1d(channels, channels, 1, dtype=F32),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,28 +82,30 @@ class Stage(nn.Module):
 
 def _encoder(config: OobleckConfig) -> Stage:
     widths = config.widths
-    layers: list[nn.Module] = [nn.Conv1d(config.audio_channels, widths[0], 7, padding=3)]
+    layers: list[nn.Module] = [nn.Conv1d(config.audio_channels, widths[0], 7, padding=3, dtype=F32)]
     for width, out, stride in zip(widths, widths[1:], config.strides, strict=False):
-        down = nn.Conv1d(width, out, 2 * stride, stride=stride, padding=(stride + 1) // 2)
+        down = nn.Conv1d(width, out, 2 * stride, stride, (stride + 1) // 2, dtype=F32)
         units = [ResidualUnit(width, dilation) for dilation in DILATIONS]
         layers.append(Stage(*units, Snake(width), down))
     layers += [
         Snake(widths[-1]),
-        nn.Conv1d(widths[-1], 2 * config.latent_channels, 3, padding=1),
+        nn.Conv1d(widths[-1], 2 * config.latent_channels, 3, padding=1, dtype=F32),
     ]
     return Stage(*layers)
 
 
 def _decoder(config: OobleckConfig) -> Stage:
     widths = config.widths[::-1]
-    layers: list[nn.Module] = [nn.Conv1d(config.latent_channels, widths[0], 7, padding=3)]
+    layers: list[nn.Module] = [
+        nn.Conv1d(config.latent_channels, widths[0], 7, padding=3, dtype=F32)
+    ]
     for width, out, stride in zip(widths, widths[1:], config.strides[::-1], strict=False):
-        up = nn.ConvTranspose1d(width, out, 2 * stride, stride=stride, padding=(stride + 1) // 2)
+        up = nn.ConvTranspose1d(width, out, 2 * stride, stride, (stride + 1) // 2, dtype=F32)
         units = [ResidualUnit(out, dilation) for dilation in DILATIONS]
         layers.append(Stage(Snake(width), up, *units))
     layers += [
         Snake(widths[-1]),
-        nn.Conv1d(widths[-1], config.audio_channels, 7, padding=3, bias=False),
+        nn.Conv1d(widths[-1], config.audio_channels, 7, padding=3, bias=False, dtype=F32),
     ]
     return Stage(*layers)
 

@@ -27,7 +27,8 @@ class Conv3d(nn.Module):
     def __init__(self, channels: int, out: int, kernel: tuple[int, int, int]) -> None:
         super().__init__()
         self.time_pad = kernel[0] // 2
-        self.conv = nn.Conv3d(channels, out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        self.conv = nn.Conv3d(channels, out, kernel, padding=padding, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.time_pad:
@@ -60,7 +61,8 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
         self.time_conv = Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
-        self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, padding=1))
+        conv = nn.Conv2d(channels, channels, 3, padding=1, dtype=torch.float32)
+        self.resample = nn.Sequential(nn.Identity(), conv)
 
     def forward(self, x: Tensor, first_window: bool) -> Tensor:
         if self.time_conv is not None:
@@ -202,7 +204,8 @@ class TurboVAE(nn.Module):
         self.decoder = Decoder(config)
         shape = (1, -1, 1, 1, 1)
         for name, values in (("mean", LATENT_MEAN), ("std", LATENT_STD)):
-            self.register_buffer(name, torch.tensor(values).view(shape), persistent=False)
+            statistic = torch.tensor(values, dtype=torch.float32, device="cpu")  # never on meta
+            self.register_buffer(name, statistic.view(shape), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 

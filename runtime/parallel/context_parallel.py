@@ -167,7 +167,7 @@ class ContextParallel:
             if compiled is not None:
                 compiled.prepare(*counts, local)
             if inputs is None:
-                return torch.empty(sum(sizes), device=team.device)
+                return torch.empty(sum(sizes), dtype=torch.float32, device=team.device)
             return torch.cat([tensor.flatten() for tensor in inputs])
 
         flat = team.agree(prepare)

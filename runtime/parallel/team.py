@@ -98,7 +98,8 @@ class Team:
         if is_gpu:
             with torch.cuda.device(device):
                 # Connects every pair of GPUs, which a capture could not wait for.
-                exchange.heads_to_rows(torch.zeros(self.ranks, 8, device=device), self.ranks)
+                rows = torch.zeros(self.ranks, 8, dtype=torch.float32, device=device)
+                exchange.heads_to_rows(rows, self.ranks)
                 torch.cuda.synchronize()
         for number, worker in enumerate(self._workers, 1):
             threading.Thread(target=self._watch, args=(number, worker), daemon=True).start()
@@ -187,7 +188,7 @@ class Team:
         except BaseException as raised:
             self.lose(f"rank {self.rank} was stopped: {raised!r}")
             raise
-        failed = torch.tensor(int(error is not None))
+        failed = torch.tensor(int(error is not None), device="cpu")
         told: list[Any] = [None] * self.ranks
         with self.together():
             vote = dist.all_reduce(failed, dist.ReduceOp.MAX, self._calls, async_op=True)

@@ -162,7 +162,7 @@ def super_resolve(
         on_step: called before every step and after the last.
     """
     solver = schedulers.UniPC(schedulers.sigmas(steps))
-    scale = torch.full((1, 1, video.shape[2], 1, 1), guidance, device=video.device)
+    scale = video.new_full((1, 1, video.shape[2], 1, 1), guidance)
     scale[:, :, : config.SR_EARLY_FRAMES] = min(guidance, config.SR_EARLY_GUIDANCE)
     for step in range(steps):
         on_step(step, steps)

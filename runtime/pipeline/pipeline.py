@@ -347,7 +347,7 @@ class Pipeline:
 
     def draw(self, *shape: int) -> Tensor:
         """Fresh fp32 noise from the request's generator, on the device."""
-        return torch.randn(shape, generator=self.generator, device=self.device)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float32, device=self.device)
 
     def noise(self, like: Tensor) -> Tensor:
         """Fresh fp32 noise of this tensor's shape, as `draw` makes it."""

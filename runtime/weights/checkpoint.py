@@ -27,6 +27,7 @@ TURBO_VAE_CONFIG = "TurboV3-Wan22-TinyShallow_7_7.json"
 TURBO_VAE_WEIGHTS = "checkpoint-340000.ckpt"
 AUDIO_VAE_PREFIX = "pretransform.model."
 NAMED_IN_ERRORS = 8
+CPU = torch.device("cpu")
 
 OnRead = Callable[[int, int], None]  # (bytes read, of how many)
 Module = TypeVar("Module", bound=nn.Module)
@@ -227,7 +228,7 @@ def load_turbo_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Tu
         raise CheckpointError(f"{weights_path} must hold an ema_state_dict")
     named = {str(key).removeprefix("module."): value for key, value in state.items()}
     kept = {key: value for key, value in named.items() if key.startswith("decoder.")}
-    model = TurboVAE(config)
+    model = undrawn(lambda: TurboVAE(config), CPU)
     load_strictly(model, kept, str(weights_path))
     return frozen(model.to(device=device, dtype=dtype))
 
@@ -274,7 +275,7 @@ def load_audio_vae(folder: Path, device: torch.device) -> Oobleck:
             for key in shard.keys()  # noqa: SIM118
             if key.startswith(AUDIO_VAE_PREFIX)
         }
-        model = Oobleck(config)
+        model = undrawn(lambda: Oobleck(config), CPU)
         load_strictly(model, fold_weight_norm(state), str(weights_path))
     return frozen(model.to(device=device, dtype=torch.float32))
 
@@ -309,6 +310,25 @@ def shapes(state: Mapping[str, object], source: str) -> dict[str, tuple[int, ...
             raise CheckpointError(f"{source}: {key} must be a tensor, got {type(value).__name__}")
         sizes[key] = tuple(value.shape)
     return sizes
+
+
+def undrawn(
+    build: Callable[[], Module], device: torch.device, dtype: torch.dtype | None = None
+) -> Module:
+    """The module that `build` makes, on the device, with room for its weights and nothing in it.
+
+    A constructor that fills weights draws from the process's random numbers, which are the host's.
+    Buffers that are to hold something are made on a device that `build` names. dtype: of the
+    weights, by default that in which they are made.
+    """
+    with torch.device("meta"):
+        module = build()
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                room = torch.empty_like(parameter, dtype=dtype, device=device)
+                setattr(owner, name, nn.Parameter(room, requires_grad=False))
+    return module.to(device)
 
 
 def frozen(model: Module) -> Module:

@@ -31,7 +31,7 @@ from magihuman.runtime.model import (
     uncapped,
     wan_vae,
 )
-from magihuman.runtime.weights.checkpoint import frozen
+from magihuman.runtime.weights.checkpoint import frozen, undrawn
 from magihuman.runtime.weights.quiet import quiet_diffusers
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -97,8 +97,14 @@ def dit(
     config: DiTConfig, seed: int, device: torch.device, linear_dtype: torch.dtype, name: str
 ) -> DiT:
     """A DiT of any size."""
-    with torch.device(device):
-        return randomize(DiT(config, linear_dtype), seed, name)
+
+    def build() -> DiT:
+        model = DiT(config, linear_dtype)
+        with torch.device(device):
+            model.adapter.rope = Rope(config.rope_bands)
+        return model
+
+    return randomize(undrawn(build, device), seed, name)
 
 
 def dit_by_layer(
@@ -149,18 +155,18 @@ def turbo_vae(
     config: TurboVAEConfig, seed: int, device: torch.device, dtype: torch.dtype
 ) -> TurboVAE:
     """A Turbo VAE decoder."""
-    with torch.device(device):
-        return randomize(TurboVAE(config), seed, "turbo_vae").to(dtype)
+    return randomize(undrawn(lambda: TurboVAE(config), device), seed, "turbo_vae").to(dtype)
 
 
 def audio_vae(config: OobleckConfig, seed: int, device: torch.device) -> Oobleck:
     """An Oobleck autoencoder."""
-    with torch.device(device):
-        return randomize(Oobleck(config), seed, "audio_vae")
+    return randomize(undrawn(lambda: Oobleck(config), device), seed, "audio_vae")
 
 
 def image_model() -> Any:
-    """A Wan VAE encoder of the published size, its weights as its constructor leaves them."""
+    """A Wan VAE encoder of the published size; its constructor draws its weights, if they are not
+    on the device meta.
+    """
     vae = wan_vae(WAN_BASE_DIM)
     del vae.decoder, vae.post_quant_conv
     return vae
@@ -168,28 +174,29 @@ def image_model() -> Any:
 
 def image_vae(seed: int, device: torch.device, dtype: torch.dtype) -> ImageVAE:
     """A Wan VAE encoder of the published size."""
-    vae = image_model()
+    vae = undrawn(image_model, device, torch.float32)
     with quiet_diffusers():
-        return ImageVAE(randomize(vae.to(device), seed, "image_vae").to(dtype))
+        return ImageVAE(randomize(vae, seed, "image_vae").to(dtype))
 
 
 def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte."""
-    before = torch.get_default_dtype()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        try:
-            torch.set_default_dtype(dtype)
-            with torch.device(device):
-                model = text_model()
-        finally:
-            torch.set_default_dtype(before)
-    return TextEncoder(byte_tokenizer(), frozen(model.to(dtype)))
+
+    def build() -> Any:
+        model = text_model()
+        with torch.device(device):  # tables of rotations, which are no weights
+            for owner in model.modules():
+                for name, child in owner.named_children():
+                    if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
+                        setattr(owner, name, type(child)(child.config))
+        return model
+
+    model = randomize(undrawn(build, device, dtype), seed, "text_encoder")
+    return TextEncoder(byte_tokenizer(), model.to(dtype))
 
 
 def text_model() -> Any:
-    """The encoder alone, on the default device and in the default dtype."""
+    """The encoder alone; its constructor draws its weights, if they are not on the device meta."""
     from transformers import T5GemmaEncoderModel
 
     return uncapped(T5GemmaEncoderModel(text_config()))

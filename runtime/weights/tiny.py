@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ from magihuman.runtime.weights.checkpoint import (
     SINGLE_NAME,
     TURBO_VAE_CONFIG,
     TURBO_VAE_WEIGHTS,
+    undrawn,
 )
 from magihuman.runtime.weights.locate import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.weights.quiet import quiet_transformers
@@ -95,7 +97,9 @@ def _write_turbo_vae(folder: Path, seed: int) -> Path:
     model = random_weights.turbo_vae(TURBO_VAE, seed, CPU, torch.float32)
     write_json(folder / TURBO_VAE_CONFIG, dataclasses.asdict(TURBO_VAE))
     state = {f"module.{key}": value for key, value in model.state_dict().items()}
-    state["module.aligned_feature_projection_heads.0.weight"] = torch.zeros(4, 4)
+    state["module.aligned_feature_projection_heads.0.weight"] = torch.zeros(
+        4, 4, dtype=torch.float32
+    )
     torch.save({"ema_state_dict": state}, folder / TURBO_VAE_WEIGHTS)
     return folder
 
@@ -151,9 +155,13 @@ def unfold_weight_norm(model: nn.Module) -> dict[str, Tensor]:
 
 def _write_image_vae(folder: Path, seed: int) -> Path:
     folder.mkdir(exist_ok=True)
-    vae = wan_vae(WAN_BASE_DIM)
-    del vae.decoder, vae.post_quant_conv
-    random_weights.randomize(vae, seed, "image_vae")
+
+    def build() -> Any:
+        vae = wan_vae(WAN_BASE_DIM)
+        del vae.decoder, vae.post_quant_conv
+        return vae
+
+    vae = random_weights.randomize(undrawn(build, CPU, torch.float32), seed, "image_vae")
     state = {published_wan_key(key): value for key, value in vae.state_dict().items()}
     torch.save(state, folder / WEIGHTS_NAME)
     return folder
