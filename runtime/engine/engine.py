@@ -18,6 +18,7 @@ import torch
 
 from magihuman.runtime import config
 from magihuman.runtime.device import forget, neutral
+from magihuman.runtime.engine.callers import Callers
 from magihuman.runtime.engine.failures import Failures, advice
 from magihuman.runtime.engine.queue import QueueStage, RequestQueue, Ticket
 from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, awaited
@@ -110,6 +111,7 @@ class Engine:
         self._suited = components.learnt
         self._parts: Components | None = components
         self._variant = info.variant
+        self._callers = Callers()
         self._queue = RequestQueue(queue_limit)
         self._failures = Failures(info.device, self._queue)
         self._context_parallel = shared
@@ -147,7 +149,12 @@ class Engine:
         """Free the memory, once the running request is done.
 
         Requests that wait, and later ones, raise `MagiHumanError`. Closing again does nothing.
+
+        Raises:
+            MagiHumanError: a callback of a request calls it, which would wait for itself, or a
+                forked process, which has nothing of it to free.
         """
+        self._callers.check("close()")
         self._queue.refuse(lambda: MagiHumanError("the engine is closed; load another"))
         self._queue.wait_until_empty()
         if self._context_parallel is not None:
@@ -164,6 +171,7 @@ class Engine:
         Raises:
             EngineUnusable: another process has ended.
         """
+        self._callers.check("follow()")
         if self._context_parallel is not None and self.rank:
             with neutral(), self._failures.on_device(), self._failures.guard(None):
                 self._context_parallel.follow()
@@ -199,6 +207,8 @@ class Engine:
             Cancelled, DeadlineExceeded: see above. The engine stays usable.
             DeviceError: the device ran out of memory. The engine stays usable.
             EngineUnusable: the GPU has failed for good, now or before.
+            MagiHumanError: the engine is closed; a callback or hook of a request calls this, which
+                would wait for itself; or a process that was forked from the one that loaded.
         """
         return self._serve(self._arrive(prompt, options, save, on_progress, cancel, deadline_s))
 
@@ -220,7 +230,9 @@ class Engine:
         """
         call = self._arrive(prompt, options, save, on_progress, cancel, deadline_s)
         limits = call.ticket.limits
-        return call.ticket.start(lambda: Stream(limits, lambda emit: self._serve(call, emit)))
+        return call.ticket.start(
+            lambda: Stream(limits, lambda emit: self._serve(call, emit), self._callers)
+        )
 
     async def agenerate(
         self,
@@ -283,6 +295,7 @@ class Engine:
             InvalidRequestError: before anything has run.
             DeviceError, EngineUnusable: as `generate`.
         """
+        self._callers.check("warmup()")
         requests = requests_of(sizes, text_tokens)
         for request in requests.values():
             request.plan(self._variant, self.sr)
@@ -302,9 +315,10 @@ class Engine:
 
         on_step: as `generate` says of `on_progress`.
         """
+        self._callers.check("hold()")
         self._check_rank()
         ticket = self._queue.join(Limits())
-        with ticket, neutral(), self._failures.on_device():
+        with ticket, self._callers.serving(), neutral(), self._failures.on_device():
             ticket.check()
             pipeline = self._pipeline(Call(request, ticket, None, on_step))
             ticket.wait(QueueStage.DEVICE)
@@ -321,6 +335,7 @@ class Engine:
         deadline_s: float | None,
     ) -> Call:
         """Check what costs nothing to check, and take a place in the queue."""
+        self._callers.check("a request")
         self._check_rank()
         path = None if save is None else Path(save)  # what can raise, before there is a place
         try:
@@ -345,7 +360,8 @@ class Engine:
     def _serve(self, call: Call, emit: Emit | None = None) -> Video:
         """From its place in the queue to the finished clip, in the thread of the caller."""
         try:
-            return self._make(call, emit)
+            with self._callers.serving():
+                return self._make(call, emit)
         except BaseException as error:
             forget(error)  # futures and services keep errors for longer than tensors may stay
             raise

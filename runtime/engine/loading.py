@@ -15,6 +15,7 @@ from magihuman.runtime.device import neutral, pick_device
 from magihuman.runtime.engine import blueprint
 from magihuman.runtime.engine.assemble import assemble
 from magihuman.runtime.engine.build import build
+from magihuman.runtime.engine.callers import check_can_load
 from magihuman.runtime.engine.engine import Engine
 from magihuman.runtime.engine.options import LoadOptions, OnLoad
 from magihuman.runtime.errors import DeviceError, InvalidRequestError, MagiHumanError
@@ -94,6 +95,7 @@ def load(
         CheckpointError: a file is missing, damaged, or does not fit.
         DeviceError: the device is not there, or there is no way to run in its memory, or in the
             limit; nothing large has been read then.
+        MagiHumanError: this process was forked from one that had loaded an engine.
     """
     return load_with(
         LoadOptions(
@@ -125,6 +127,7 @@ def load(
 def load_with(options: LoadOptions) -> Engine:
     """`load`, in this process or in every one of a team."""
     options.check()
+    check_can_load()
     with neutral():
         device = pick_device(options.device)
         if options.context_parallel == 1:

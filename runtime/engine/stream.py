@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from magihuman.runtime.config import FPS, SAMPLE_RATE_HZ
+from magihuman.runtime.engine.callers import Callers
 from magihuman.runtime.pipeline import Frames, Limits, Waveform
 from magihuman.runtime.request import Chunk, Video
 
@@ -109,6 +110,11 @@ class _Pipe:
         self._ready: deque[Part] = deque()
         self._waiting: Future[Part] | None = None
 
+    @property
+    def has_next(self) -> bool:
+        """Whether what comes next is there."""
+        return bool(self._ready)
+
     def next(self) -> Future[Part]:
         """A future of what comes next, for one consumer."""
         with self._changed:
@@ -136,8 +142,9 @@ class Stream:
     does not hold the device. A stream that nobody holds any more is cancelled.
     """
 
-    def __init__(self, limits: Limits, work: Callable[[Emit], object]) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, work: Callable[[Emit], object], callers: Callers) -> None:
+        """Begin. callers: of the engine that makes the clip."""
+        self._limits, self._callers = limits, callers
         self._is_over = False
         self._pipe = pipe = _Pipe()
 
@@ -155,6 +162,8 @@ class Stream:
         return self
 
     def __next__(self) -> Chunk:
+        if not self._is_over:
+            self._check()
         chunk = None if self._is_over else self._taken(self._pipe.next().result())
         if chunk is None:
             raise StopIteration
@@ -172,10 +181,12 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        self._limits.stop.set()
+        if not self._callers.are_forked:  # where a lock may be held for good
+            self._limits.stop.set()
 
     def close(self) -> None:
         """Cancel what is not yet made, and return once the device is free."""
+        self._callers.check_process()
         self._is_over = True
         self._limits.stop.set()
         if self._thread is not threading.current_thread():
@@ -185,12 +196,19 @@ class Stream:
         """The next chunk, None after the last; cancelling this cancels the clip."""
         if self._is_over:
             return None
+        self._check()
         try:
             return self._taken(await asyncio.wrap_future(self._pipe.next()))
         except asyncio.CancelledError:
             self._is_over = True
             self._limits.stop.set()
             raise
+
+    def _check(self) -> None:
+        """Raise `MagiHumanError` where waiting for the next chunk would have no end."""
+        self._callers.check_process()
+        if not self._pipe.has_next:
+            self._callers.check("a stream that has nothing ready")
 
     def _taken(self, part: Part) -> Chunk | None:
         self._is_over = not isinstance(part, Chunk)
