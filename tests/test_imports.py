@@ -109,3 +109,27 @@ def test_operators_are_registered_where_triton_is_not_installed():
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON, *registering]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Folders that hand out what neighbours may use. Those of kernels, of the command line and of the
+# server do not: their files are imported where they are needed, for what they bring along.
+ROOMS = {
+    "runtime": (
+        "engine", "evaluate", "exported", "media", "memory", "model", "parallel", "pipeline",
+        "weights",
+    ),
+    "graphs": ("cuda_graphs", "decoder", "rewrite", "text", "transformer"),
+}  # fmt: skip
+
+
+def test_neighbours_import_the_folder_and_not_its_files():
+    rooms = {f"magihuman.{top}.{room}" for top, names in ROOMS.items() for room in names}
+    assert rooms <= {name for name, _ in modules()}
+    wrong = []
+    for name, text in modules():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                room = ".".join(node.module.split(".")[:3])
+                if room in rooms and node.module != room and not f"{name}.".startswith(f"{room}."):
+                    wrong.append(f"{name} imports {node.module}")
+    assert wrong == []

@@ -7,6 +7,7 @@
 """
 
 from magihuman.runtime.media import quality
+from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
 from magihuman.runtime.media.image import fit, open_image
 from magihuman.runtime.media.mp4 import Mp4Writer, check_output, read_frames, write_mp4
 from magihuman.runtime.media.quality import Frames, psnr_db
@@ -14,8 +15,11 @@ from magihuman.runtime.media.sound import read_audio
 from magihuman.runtime.media.voice import open_driving_audio
 
 __all__ = [
+    "Decoders",
     "Frames",
+    "ImageTask",
     "Mp4Writer",
+    "SoundTask",
     "check_output",
     "fit",
     "open_driving_audio",

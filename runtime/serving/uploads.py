@@ -20,7 +20,7 @@ from starlette.requests import Request
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError
-from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
+from magihuman.runtime.media import Decoders, ImageTask, SoundTask
 from magihuman.runtime.request import Plan
 from magihuman.runtime.serving.errors import ApiError, invalid
 from magihuman.runtime.serving.schema import AUDIO_FIELD, FILES, IMAGE_FIELD, VideoOptions
