@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from magihuman import runtime
 from magihuman.runtime.cli.main import app
 from magihuman.runtime.evaluate import clip_score, model_score
+from world import scene
 from world.captions import Clip, caption
-from world.scene import scene
 
 RATE_HZ, FPS, FRAMES = 51200, 25, 81
 
