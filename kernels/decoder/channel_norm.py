@@ -101,7 +101,7 @@ def _channel_norm(
     if ACTIVATION == "silu":
         result = result * tl.sigmoid(result)
     elif ACTIVATION == "relu":
-        result = tl.maximum(result, 0.0)
+        result = tl.maximum(result, 0.0, propagate_nan=tl.PropagateNan.ALL)
     result = result.to(out.dtype.element_ty)
     frame_elements = height * width * C
     first = out + clip * (frames + BEFORE + AFTER) * frame_elements + at * C + channel

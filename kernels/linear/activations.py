@@ -39,8 +39,8 @@ def _swiglu7(
     start = tl.program_id(1) * BLOCK
     value = _load(x + row * row_vectors * LANES, 2 * start, vectors, 2 * BLOCK, LANES)
     glu, lin = tl.split(tl.reshape(value, (BLOCK, 2)))
-    glu = tl.minimum(glu, limit)
-    lin = tl.minimum(tl.maximum(lin, -limit), limit)
+    glu = tl.minimum(glu, limit, propagate_nan=tl.PropagateNan.ALL)
+    lin = tl.clamp(lin, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     result = (glu * tl.sigmoid(alpha * glu) * (lin + 1.0)).to(out.dtype.element_ty)
     column = start + tl.arange(0, BLOCK)
     tl.store(out + row * out_stride + column, result, mask=column < out_stride)
@@ -54,7 +54,8 @@ def _gelu7(
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     value = _load(x + row * row_vectors * LANES, start, vectors, BLOCK, LANES)
-    value = tl.minimum(tl.reshape(value, (BLOCK,)), limit)
+    value = tl.reshape(value, (BLOCK,))
+    value = tl.minimum(value, limit, propagate_nan=tl.PropagateNan.ALL)
     result = (value * tl.sigmoid(alpha * value)).to(out.dtype.element_ty)
     column = start + tl.arange(0, BLOCK)
     tl.store(out + row * out_stride + column, result, mask=column < out_stride)

@@ -166,6 +166,19 @@ __device__ __forceinline__ u32 pack_e4m3(float low, float high) {
     return pair;
 }
 
+// At most `limit`, and at least; NaN stays NaN, which fminf and fmaxf would make a number.
+__device__ __forceinline__ float at_most(float x, float limit) {
+    float result;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(limit));
+    return result;
+}
+
+__device__ __forceinline__ float at_least(float x, float limit) {
+    float result;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(limit));
+    return result;
+}
+
 __device__ __forceinline__ float gated(float x) {  // x sigmoid(1.702 x)
     float power, inverse;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * (-1.702f * 1.4426950408889634f)));
@@ -242,8 +255,8 @@ __device__ __forceinline__ void finish(
                              ::"r"(buffer + at_byte), "f"(low), "f"(high) : "memory");
             } else if (EPILOGUE == SWIGLU7) {
                 rounded(low, high);
-                high = fminf(fmaxf(high, -7.0f), 7.0f) + 1.0f;
-                float result = gated(fminf(low, 7.0f)) * high;
+                high = at_most(at_least(high, -7.0f), 7.0f) + 1.0f;
+                float result = gated(at_most(low, 7.0f)) * high;
                 u32 at_byte = y * OUT_BYTES + (i / 2 * 4 + lane) * OUT_ELEMENT;
                 at_byte ^= at_byte >> 3 & SWIZZLE;
                 if (OUT_FP8) {
@@ -258,8 +271,8 @@ __device__ __forceinline__ void finish(
             } else {
                 if (EPILOGUE == GELU7) {
                     rounded(low, high);
-                    low = gated(fminf(low, 7.0f));
-                    high = gated(fminf(high, 7.0f));
+                    low = gated(at_most(low, 7.0f));
+                    high = gated(at_most(high, 7.0f));
                 }
                 u32 at_byte = y * OUT_BYTES + (i / 2 * 8 + lane * 2) * OUT_ELEMENT;
                 at_byte ^= at_byte >> 3 & SWIZZLE;

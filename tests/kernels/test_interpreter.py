@@ -87,6 +87,25 @@ def check_activations() -> None:
             assert (padded[:, columns:] == 0).all()
 
 
+def check_nan_stays() -> None:
+    """A clamp that drops NaN would make a finite clip of a damaged weight."""
+    from magihuman.kernels.decoder.channel_norm import Norm, channel_norm
+    from magihuman.kernels.linear.activations import gelu7, swiglu7
+
+    for ours, plain in ((swiglu7, ref.swiglu7), (gelu7, ref.gelu7)):
+        x = torch.randn(ROWS, 48)
+        x[1, 4] = x[2, 7] = float("nan")  # a gate and what is gated
+        assert plain(x).isnan().sum() == 2
+        assert torch.equal(ours(x).isnan(), plain(x).isnan())
+    for activation in ("silu", "relu", "none"):
+        x = video(1, 8, 2, 4, 6)
+        x[0, 3, 1, 2, 4] = float("nan")
+        norm = Norm(1e-8, activation, 0, 0)
+        expected = decoder.join_norm(x, None, None, *norm)[0]
+        assert expected.isnan().sum() == 8  # of the pixel
+        assert torch.equal(channel_norm(x, None, None, norm).isnan(), expected.isnan())
+
+
 def check_quantize() -> None:
     """Scales, and that values are in place: the interpreter's rounding to e4m3 loses carries."""
     from magihuman.kernels.linear.quantize import norm_rows, quantize_rows
@@ -204,6 +223,7 @@ if __name__ == "__main__":
         check_case(case)
     check_add_rms_norm()
     check_activations()
+    check_nan_stays()
     check_quantize()
     check_qkv_fp8()
     check_channel_norm()
