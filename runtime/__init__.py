@@ -21,6 +21,7 @@ from magihuman.runtime.errors import (
     EngineUnusable,
     InvalidRequestError,
     MagiHumanError,
+    NonFiniteError,
     OutputError,
     QueueFull,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Hooks",
     "InvalidRequestError",
     "MagiHumanError",
+    "NonFiniteError",
     "NvtxHooks",
     "OpenTelemetryHooks",
     "OutputError",

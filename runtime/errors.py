@@ -1,7 +1,7 @@
 """Errors of the runtime. Messages give the rule, the value and the remedy."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 Outcome = Literal["done", "cancelled", "rejected", "failed"]
 
@@ -20,6 +20,27 @@ class CheckpointError(MagiHumanError):
 
 class DeviceError(MagiHumanError):
     """The device cannot hold or run what was asked."""
+
+
+class NonFiniteError(MagiHumanError):
+    """A clip would have been wrong: NaN or infinity came out of a model. Nothing is written.
+
+    Attributes:
+        component: the model that made it, such as "transformer" or "video decoder".
+        stage: as in `Video.timings_s`.
+        step: of the stage, from 1: a step of denoising, a window of the decoder; None elsewhere.
+    """
+
+    def __init__(self, component: str, stage: str, step: int | None = None) -> None:
+        at = "" if step is None else f", step {step}"
+        super().__init__(
+            f"what each stage makes must be finite, got NaN or infinity from the {component} (stage"
+            f" {stage}{at}); look for damaged weights with `magihuman inspect FOLDER --check`"
+        )
+        self.component, self.stage, self.step = component, stage, step
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, int | None]]:
+        return type(self), (self.component, self.stage, self.step)
 
 
 class EngineUnusable(DeviceError):  # noqa: N818 - a state, not a fault of this request

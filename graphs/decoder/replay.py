@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from magihuman.graphs.cuda_graphs import Captures
 from magihuman.graphs.decoder.compile import compile_decoder
+from magihuman.graphs.decoder.passes.magnitude import with_magnitude
 from magihuman.graphs.decoder.passes.trim import trim
 from magihuman.graphs.decoder.peak import peak_bytes, reserve
 from magihuman.graphs.rewrite import CompileReport
@@ -59,11 +60,12 @@ class Size(NamedTuple):
 
 @dataclass
 class _Captured:
-    """A graph with its fixed input and output."""
+    """A graph with its fixed input and outputs."""
 
     graph: torch.cuda.CUDAGraph
     latents: Tensor
     pixels: Tensor
+    magnitude: Tensor
 
 
 class CompiledDecoder:
@@ -71,6 +73,10 @@ class CompiledDecoder:
     seen.
 
     Not safe to call from several threads at once.
+
+    Attributes:
+        magnitude: a scalar, fp32: of what the last call's pixels were made from, NaN or infinite
+            where one of the values was; the next call may overwrite it.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class CompiledDecoder:
         self._batch, self._replays = batch if replays else 1, replays
         self._device = next(decoder.parameters()).device
         self._dtype = dtype
+        self.magnitude = torch.zeros((), dtype=torch.float32, device=self._device)
         self._modules: dict[bool, fx.GraphModule] = {}
         self.reports: dict[bool, CompileReport] = {}
         for is_first in (True, False):
@@ -128,12 +135,13 @@ class CompiledDecoder:
         captured = self._prepare(size)
         captured.latents.copy_(latents)
         captured.graph.replay()
+        self.magnitude = captured.magnitude
         return captured.pixels
 
     def _launch(self, latents: Tensor, size: Size) -> Tensor:
         """Run the rewritten graph without capturing it."""
         if size not in self._uncaptured:
-            module = trim(self._modules[size.is_first], size.frames, size.skip, size.kept)
+            module = self._trimmed(size)
             while len(self._uncaptured) >= UNCAPTURED:
                 del self._uncaptured[next(iter(self._uncaptured))]
             self._uncaptured[size] = module, int(ROOM * peak_bytes(module, latents))
@@ -144,8 +152,11 @@ class CompiledDecoder:
             pixels = torch.empty(size.pixels, dtype=self._dtype, device=self._device)
             del block  # after the pixels, which live on, lie elsewhere
             x = latents.to(weight.dtype, memory_format=torch.channels_last_3d)
-            pixels.copy_(module(x)[0])
-            del x
+            made, magnitude = module(x)
+            pixels.copy_(made)
+            # In place: a new tensor would be cut from the block.
+            self.magnitude.copy_(magnitude)
+            del x, made, magnitude
         if self._device.type == "cuda":
             # Or the caller's next tensors would be cut from the block, and the next window's
             # find no room beside what is left of it.
@@ -177,8 +188,13 @@ class CompiledDecoder:
         """Give every graph up; sizes are captured again when they are asked for."""
         self._captures.release()
 
-    def _capture(self, size: Size) -> _Captured:
+    def _trimmed(self, size: Size) -> fx.GraphModule:
+        """The graph of this size's frames and their magnitude."""
         module = trim(self._modules[size.is_first], size.frames, size.skip, size.kept)
+        return with_magnitude(module)
+
+    def _capture(self, size: Size) -> _Captured:
+        module = self._trimmed(size)
         start = time.perf_counter()
         weight: Tensor = module.get_buffer("conv_in.conv.weight")
         latents = torch.zeros(
@@ -188,6 +204,7 @@ class CompiledDecoder:
         ).contiguous(memory_format=torch.channels_last_3d)
         # Outside the pool, which is whole again for the next size when this one's graph is done.
         pixels = torch.empty(size.pixels, dtype=self._dtype, device=self._device)
+        magnitude = torch.zeros((), dtype=torch.float32, device=self._device)
         room = int(ROOM * peak_bytes(module, latents))
 
         def warm_up() -> None:
@@ -198,11 +215,13 @@ class CompiledDecoder:
 
         def run() -> None:
             reserve(room, self._device)
-            pixels.copy_(module(latents)[0])
+            made, largest = module(latents)
+            pixels.copy_(made)
+            magnitude.copy_(largest)
 
         graph, _ = self._captures.record(warm_up, run)
         log.info("captured the decoder of %s in %.1f s", size, time.perf_counter() - start)
-        return _Captured(graph, latents, pixels)
+        return _Captured(graph, latents, pixels, magnitude)
 
 
 def _size(shape: Sequence[int], is_first: bool, skip: int, kept: int) -> Size:

@@ -39,6 +39,12 @@ class InspectOptions(PlanOptions):
     """A model directory, and the memory plan to make for it."""
 
     model: Annotated[str, typer.Argument(metavar="FOLDER", help="A model directory, or nano.")]
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Also read every weight, and name those with NaN or infinity."
+        ),
+    ] = False
 
 
 @takes_options
@@ -54,7 +60,7 @@ def inspect(options: InspectOptions) -> None:
 
         folder = model_folder(options.model)
         question = _plan_question(options)
-        components = inspect_model(folder)
+        components = inspect_model(folder, options.check)
         memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
         lineups = {} if memory is None else fits(components, memory)
         damaged = [c for c in components if c.state not in ("ok", "missing")]

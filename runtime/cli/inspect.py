@@ -6,7 +6,7 @@ import dataclasses
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
@@ -76,25 +76,27 @@ class Component:
         return self.state == "ok"
 
 
-def inspect_model(root: Path) -> list[Component]:
+def inspect_model(root: Path, check: bool = False) -> list[Component]:
     """Look at every component of a model directory: transformers and text encoder by file headers
     alone, the small ones by loading them.
+
+    check: also read every weight, in blocks, and name the tensors that hold NaN or infinity.
     """
     if not root.is_dir():
         raise CheckpointError(f"{root} must be a directory with the published folders")
-    components = [_inspect_dit(root / name, name) for name in VARIANTS]
+    components = [_inspect_dit(root / name, name, check) for name in VARIANTS]
     cpu = torch.device("cpu")
     components.append(
         _inspect(
             root / TURBO_FOLDER,
-            lambda f: _pickled(checkpoint.load_turbo_vae(f, cpu, torch.float32)),
+            lambda f: _held(checkpoint.load_turbo_vae(f, cpu, torch.float32).state_dict(), check),
         )
     )
     components.append(
-        _inspect(root / TEXT_FOLDER, lambda f: _scanned(f, "model.encoder.", "encoder."))
+        _inspect(root / TEXT_FOLDER, lambda f: _scanned(f, check, "model.encoder.", "encoder."))
     )
-    components.append(_inspect(root / AUDIO_FOLDER, _inspect_audio))
-    components.append(_inspect(root / IMAGE_FOLDER, _inspect_image))
+    components.append(_inspect(root / AUDIO_FOLDER, lambda f: _inspect_audio(f, check)))
+    components.append(_inspect(root / IMAGE_FOLDER, lambda f: _inspect_image(f, check)))
     return components
 
 
@@ -293,10 +295,9 @@ def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:
     return component
 
 
-def _inspect_dit(folder: Path, name: str) -> Component:
+def _inspect_dit(folder: Path, name: str, check: bool) -> Component:
     def read(place: Path) -> Tensors:
-        tensors = plan(VARIANTS[name], place, options).scan()
-        return [(info.dtype, info.size_bytes) for info in tensors.values()]
+        return _on_disk(plan(VARIANTS[name], place, options).scan(), place, check)
 
     options = TransformerOptions(pick_device(None))
     component = _inspect(folder, read)
@@ -305,30 +306,39 @@ def _inspect_dit(folder: Path, name: str) -> Component:
     return component
 
 
-def _inspect_image(folder: Path) -> Tensors:
+def _inspect_image(folder: Path, check: bool) -> Tensors:
     load_image_vae(folder, torch.device("cpu"), torch.float32)
     state = checkpoint.load_pickle(folder / WEIGHTS_NAME)
-    return _tensors({key: value for key, value in state.items() if diffusers_key(key)})
+    return _held({key: value for key, value in state.items() if diffusers_key(key)}, check)
 
 
-def _inspect_audio(folder: Path) -> Tensors:
+def _inspect_audio(folder: Path, check: bool) -> Tensors:
     checkpoint.load_audio_vae(folder, torch.device("cpu"))
-    return _scanned(folder, checkpoint.AUDIO_VAE_PREFIX)
+    return _scanned(folder, check, checkpoint.AUDIO_VAE_PREFIX)
 
 
-def _scanned(folder: Path, *prefixes: str) -> Tensors:
+def _scanned(folder: Path, check: bool, *prefixes: str) -> Tensors:
     tensors = checkpoint.scan(folder)
-    kept = [info for key, info in tensors.items() if key.startswith(prefixes)]
+    kept = {key: info for key, info in tensors.items() if key.startswith(prefixes)}
     if not kept:
         raise CheckpointError(f"{folder} has no tensors named {' or '.join(prefixes)}...")
-    return [(info.dtype, info.size_bytes) for info in kept]
+    return _on_disk(kept, folder, check)
 
 
-def _pickled(model: torch.nn.Module) -> Tensors:
-    return _tensors(model.state_dict())
+def _on_disk(infos: Mapping[str, checkpoint.TensorInfo], folder: Path, check: bool) -> Tensors:
+    """Return dtypes and sizes of tensors in safetensors files below a folder.
+
+    Raises `CheckpointError` where `check` finds NaN or infinity.
+    """
+    if check:
+        checkpoint.check_finite(checkpoint.read_all(infos), str(folder))
+    return [(info.dtype, info.size_bytes) for info in infos.values()]
 
 
-def _tensors(state: dict[str, torch.Tensor]) -> Tensors:
+def _held(state: dict[str, torch.Tensor], check: bool) -> Tensors:
+    """Return dtypes and sizes of tensors in memory; `check` as for `_on_disk`."""
+    if check:
+        checkpoint.check_finite(state.items(), "the file")
     return [
         (str(value.dtype).removeprefix("torch."), value.numel() * value.element_size())
         for value in state.values()

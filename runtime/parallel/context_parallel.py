@@ -78,9 +78,10 @@ class ContextParallel:
         return cast(Forward, partial(self._call_forward, name))
 
     @torch.inference_mode()
-    def frames(self, latent: Tensor) -> Iterator[Tensor]:
+    def frames(self, latent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """On rank 0: a clip's windows in order, uint8 [frames, 16 H, 16 W, 3] each, decoded by the
-        processes in turns. latent: [1, 48, T, H, W] normalised.
+        processes in turns, with the largest magnitude behind them. latent: [1, 48, T, H, W]
+        normalised.
         """
         assert self._vae is not None
         x, size = self._vae.denormalize(latent), frames_shape(latent)[1:]
@@ -90,8 +91,9 @@ class ContextParallel:
             self.team.call("decode", turn, size, tuple(x.shape), x.dtype)
             decoded = self._decode(turn, size, tuple(x.shape), x.dtype, x)
             assert decoded is not None
-            pairs = zip(decoded, turn, strict=False)  # the last turn may have fewer windows
-            yield from (frames[: window.frames] for frames, window in pairs)
+            # The last turn may have fewer windows.
+            for frames, magnitude, window in zip(*decoded, turn, strict=False):
+                yield frames[: window.frames], magnitude
 
     def release(self) -> None:
         """On rank 0: have every process give up its captured graphs."""
@@ -192,11 +194,12 @@ class ContextParallel:
         shape: tuple[int, ...],
         dtype: torch.dtype,
         x: Tensor | None = None,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Tensor] | None:
         """Decode a window on each process; rank 0 alone has the latents `x`, and gets the frames.
 
         size: (height, width, channels) of a frame. shape, dtype: of x, by which the others make
-        room for it. Returns uint8 [ranks, frames of the longest window, *size].
+        room for it. Returns uint8 [ranks, frames of the longest window, *size], and [ranks] fp32,
+        the magnitude behind each window.
         """
         team, decoder = self.team, self._decoder
         assert decoder is not None
@@ -208,15 +211,18 @@ class ContextParallel:
 
         def decode() -> None:
             if team.rank < len(turn):
-                window = decode_group(decoder, latents, turn[team.rank : team.rank + 1])
+                window, largest = decode_group(decoder, latents, turn[team.rank : team.rank + 1])
                 frames[: len(window)] = window
+                magnitude.copy_(largest)
 
+        magnitude = torch.zeros((), dtype=torch.float32, device=team.device)
         latents, frames = team.agree(prepare)
         with team.together():
             dist.broadcast(latents, 0)
         team.agree(decode)
         with team.together():
-            return self._gather(frames)
+            every, magnitudes = self._gather(frames), self._gather(magnitude)
+        return None if every is None or magnitudes is None else (every, magnitudes)
 
     def _gather(self, tensor: Tensor) -> Tensor | None:
         """On rank 0 this tensor of all processes, [ranks, *shape]; None on the others."""

@@ -1,7 +1,8 @@
 """One request, top to bottom, in the order in which it runs.
 
 `pipeline` has the stages, `components` the models they use and what they hand on. `denoise` has the
-loops over `schedulers`, `decode` makes frames, `audio` sound, `limits` ends a request early.
+loops over `schedulers`, `decode` makes frames, `audio` sound, `limits` ends a request early, and
+`finite` one that would make a wrong clip.
 """
 
 from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, resample
@@ -16,10 +17,12 @@ from magihuman.runtime.pipeline.decode import (
     frames_shape,
 )
 from magihuman.runtime.pipeline.denoise import Forward
+from magihuman.runtime.pipeline.finite import AUDIO_DECODER
 from magihuman.runtime.pipeline.limits import Limits
 from magihuman.runtime.pipeline.pipeline import Pipeline
 
 __all__ = [
+    "AUDIO_DECODER",
     "AudioVAE",
     "Components",
     "Decoder",

@@ -69,9 +69,15 @@ class AudioVAE:
         return merge_overlapping(parts)[:, :latents]
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor) -> Waveform:
-        """Latents [1, A, 64] to float32 [samples, 2] at 44.1 kHz."""
+    def decode(
+        self, latents: Tensor, watch: Callable[[Tensor], None] = lambda wave: None
+    ) -> Waveform:
+        """Latents [1, A, 64] to float32 [samples, 2] at 44.1 kHz.
+
+        watch: is given what the model makes, on its device, before anything waits for it.
+        """
         wave = self.model.decode(latents.transpose(1, 2))[0].T
+        watch(wave)
         return resample(wave.cpu().numpy())
 
 

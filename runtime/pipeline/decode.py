@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import numpy as np
@@ -14,9 +15,12 @@ from magihuman.kernels.decoder import ops as decoder_ops
 from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime.config import VIDEO_STRIDE, video_frames
 from magihuman.runtime.model import TurboVAE, Window
+from magihuman.runtime.pipeline.finite import VIDEO_DECODER, check, largest
 
 Frames = npt.NDArray[np.uint8]
+STAGE = "decode_video"  # as in `Video.timings_s`
 OnWindow = Callable[[Frames, Frames | None], None]
+Made = tuple[Tensor, Tensor]  # frames of a window, and the largest magnitude behind them
 
 
 class VideoDecoder(Protocol):
@@ -33,7 +37,13 @@ class Decoder(Protocol):
     """Windows of latents [B, 48, T, H, W] to uint8 [B, kept, 16 H, 16 W, 3], without waiting.
 
     A call decodes whole windows, skips the first `skip` frames of each and keeps the next `kept`.
+
+    Attributes:
+        magnitude: of what the last call's bytes were made from, a scalar that is NaN or infinite
+            where one of the values was; the next call may overwrite it.
     """
+
+    magnitude: Tensor
 
     def batch_of(self, rows: int, columns: int) -> int:
         """How many windows of so many latent rows and columns are decoded at once, at most."""
@@ -47,8 +57,8 @@ class Decoder(Protocol):
 class DistributedDecoder(Protocol):
     """Decodes the windows of a clip on several devices."""
 
-    def frames(self, latent: Tensor) -> Iterator[Tensor]:
-        """The frames of each window, in order: uint8 [frames, 16 H, 16 W, 3].
+    def frames(self, latent: Tensor) -> Iterator[Made]:
+        """The frames of each window, in order: uint8 [frames, 16 H, 16 W, 3], and their magnitude.
 
         latent: [1, 48, T, H, W], normalised.
         """
@@ -74,6 +84,10 @@ def decode_frames(
             also with what `reference.to_yuv420` makes of them, on the CPU with None. They stay as
             they are.
         distributed: decodes in place of both.
+
+    Raises:
+        NonFiniteError: the decoder made NaN or infinity, which bytes would not show; the windows
+            before that one have been handed over.
     """
     total = video_frames(latent.shape[2])
     done = 0
@@ -83,7 +97,7 @@ def decode_frames(
     elif decoder is not None:
         pixels = _grouped(cast(TurboVAE, vae), latent, decoder)
     else:
-        pixels = (ref.to_uint8(window)[0] for window in vae.windows(latent))
+        pixels = ((ref.to_uint8(window)[0], largest(window)) for window in vae.windows(latent))
     is_ahead = latent.is_cuda and (decoder is not None or distributed is not None)
     windows = (_overlapped if is_ahead else _waited)(pixels, latent, on_window is not None)
     for frames, planes, count in windows:
@@ -98,7 +112,7 @@ def decode_frames(
 Parts = Iterator[tuple[Frames, Frames | None, int]]
 
 
-def _waited(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
+def _waited(windows: Iterator[Made], latent: Tensor, with_planes: bool) -> Parts:
     """All frames, on a GPU their planes where asked for, and how many each window has filled in.
 
     A window is on the host before the next is decoded.
@@ -107,16 +121,17 @@ def _waited(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Par
     out = np.empty(shape, np.uint8)
     planes = np.empty(planes_shape(shape), np.uint8) if with_planes and latent.is_cuda else None
     done = 0
-    for pixels in windows:
+    for number, (pixels, magnitude) in enumerate(windows, 1):
         part = slice(done, done + len(pixels))
         out[part] = pixels.cpu().numpy()
+        check(float(magnitude), VIDEO_DECODER, STAGE, number)
         if planes is not None:
             planes[part] = ref.to_yuv420(pixels).cpu().numpy()
         done += len(pixels)
         yield out, planes, len(pixels)
 
 
-def _overlapped(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) -> Parts:
+def _overlapped(windows: Iterator[Made], latent: Tensor, with_planes: bool) -> Parts:
     """What `_waited` yields, where a window is copied to the host while the next is decoded, and
     handed over while that one still runs.
     """
@@ -125,8 +140,8 @@ def _overlapped(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) ->
     planes: Tensor | None = None
     compute, copies = torch.cuda.current_stream(latent.device), torch.cuda.Stream(latent.device)
     done = 0
-    running: tuple[torch.cuda.Event, int] | None = None
-    for kept in windows:
+    running: _Copied | None = None
+    for number, (kept, magnitude) in enumerate(windows, 1):
         yuv = decoder_ops.yuv420(kept) if with_planes else None
         if out is None:  # the device is busy meanwhile
             out = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
@@ -138,20 +153,39 @@ def _overlapped(windows: Iterator[Tensor], latent: Tensor, with_planes: bool) ->
                 if host is not None and window is not None:
                     host[done : done + len(window)].copy_(window, non_blocking=True)
                     window.record_stream(copies)
-        copied = torch.cuda.Event()
-        copied.record(copies)
+            on_host = magnitude.to("cpu", non_blocking=True)
+            magnitude.record_stream(copies)
+        event = torch.cuda.Event()
+        event.record(copies)
         done += len(kept)
         if running is not None:
-            running[0].synchronize()
-            yield out.numpy(), None if planes is None else planes.numpy(), running[1]
-        running = copied, len(kept)
+            running.wait()
+            yield out.numpy(), None if planes is None else planes.numpy(), running.frames
+        running = _Copied(event, on_host, number, len(kept))
     assert out is not None and running is not None
-    running[0].synchronize()
-    yield out.numpy(), None if planes is None else planes.numpy(), running[1]
+    running.wait()
+    yield out.numpy(), None if planes is None else planes.numpy(), running.frames
 
 
-def _grouped(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[Tensor]:
-    """The frames of each group of windows that are decoded at once, uint8 [n, 16 H, 16 W, 3]."""
+@dataclass(frozen=True)
+class _Copied:
+    """Frames of a window, the clip's `number`th from 1, on their way to the host."""
+
+    event: torch.cuda.Event
+    magnitude: Tensor
+    number: int
+    frames: int
+
+    def wait(self) -> None:
+        """Return once they are there. Raises `NonFiniteError`."""
+        self.event.synchronize()
+        check(float(self.magnitude), VIDEO_DECODER, STAGE, self.number)
+
+
+def _grouped(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[Made]:
+    """The frames of each group of windows that are decoded at once, uint8 [n, 16 H, 16 W, 3], and
+    their magnitude.
+    """
     x = vae.denormalize(latent)
     groups = list(_groups(vae.plan(latent.shape[2]), decoder.batch_of(*latent.shape[3:])))
     decoder.prepare(
@@ -162,14 +196,16 @@ def _grouped(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[Tensor
         yield decode_group(decoder, x, group)
 
 
-def decode_group(decoder: Decoder, x: Tensor, group: Sequence[Window]) -> Tensor:
-    """The frames kept of windows of one kind and size, uint8 [frames, 16 H, 16 W, 3].
+def decode_group(decoder: Decoder, x: Tensor, group: Sequence[Window]) -> Made:
+    """The frames kept of windows of one kind and size, uint8 [frames, 16 H, 16 W, 3], and their
+    magnitude.
 
     x: from `TurboVAE.denormalize`.
     """
     latents = torch.cat([x[:, :, window.begin : window.end] for window in group])
-    # A copy: the next window may overwrite the decoder's own.
-    return decoder(latents, *_kind(group[0])).flatten(0, 1).clone()
+    # Copies: the next window may overwrite the decoder's own.
+    pixels = decoder(latents, *_kind(group[0])).flatten(0, 1).clone()
+    return pixels, decoder.magnitude.clone()
 
 
 class PlainDecoder:
@@ -177,6 +213,7 @@ class PlainDecoder:
 
     def __init__(self, vae: TurboVAE) -> None:
         self._decoder = vae.decoder
+        self.magnitude = torch.zeros((), dtype=torch.float32, device=vae.mean.device)
 
     def batch_of(self, rows: int, columns: int) -> int:
         return 1
@@ -185,7 +222,9 @@ class PlainDecoder:
         pass
 
     def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor:
-        return ref.to_uint8(self._decoder(latents, is_first)[:, :, skip : skip + kept])
+        values = self._decoder(latents, is_first)[:, :, skip : skip + kept]
+        self.magnitude = largest(values)
+        return ref.to_uint8(values)
 
 
 def _groups(windows: list[Window], batch: int) -> Iterator[list[Window]]:

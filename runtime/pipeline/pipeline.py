@@ -6,6 +6,7 @@ the order.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,15 @@ from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.audio import LATENT_SAMPLES, AudioVAE, Waveform, whole_frames
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
 from magihuman.runtime.pipeline.decode import Frames, decode_frames, frames_shape
+from magihuman.runtime.pipeline.finite import (
+    AUDIO_DECODER,
+    AUDIO_ENCODER,
+    IMAGE_ENCODER,
+    SR_TRANSFORMER,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    Finite,
+)
 from magihuman.runtime.pipeline.limits import Limits
 from magihuman.runtime.request import Progress, ProgressCallback, Request
 
@@ -55,6 +65,7 @@ class Pipeline:
         timings_s: seconds of each finished stage by its name, in order.
         start_s: when the request began, by `time.perf_counter`.
         generator: the only source of random numbers, on `device`.
+        finite: what is checked at the end of the stage that runs.
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class Pipeline:
         self.request, self.limits, self.on_step, self.span = request, limits, on_step, span
         self.timings_s: dict[str, float] = {}
         self.start_s = time.perf_counter()
+        self.finite = Finite()
         self.generator = torch.Generator(device)
         self.generator.manual_seed(request.seed)
 
@@ -138,11 +150,14 @@ class Pipeline:
                 if plan.guidance is not None or plan.sr_guidance is not None:
                     null_ids, _ = self.text_encoder.tokenize(self.request.negative_prompt)
                     null_text = self.text_encoder.encode(null_ids)
+                self.finite.watch(text, TEXT_ENCODER)
+                self.finite.watch(null_text, TEXT_ENCODER)
             with self.stage("audio", *(() if prepared.samples is None else (AUDIO,))):
                 if prepared.samples is None:
                     audio = self.draw(1, plan.audio, config.AUDIO_CHANNELS)
                 else:
                     audio = self.audio_vae.encode(prepared.samples, self.noise)
+                    self.finite.watch(audio, AUDIO_ENCODER)
                     plan = plan.with_audio(audio.shape[1])
                 video = self.draw(1, config.LATENT_CHANNELS, plan.frames, plan.rows, plan.columns)
             pictured = () if prepared.image is None else (IMAGE,)
@@ -182,9 +197,12 @@ class Pipeline:
         """
         with self.stage("denoise", BASE):
             video, audio = self.run_base(encoded)
+            self.finite.watch(video, TRANSFORMER)
+            self.finite.watch(audio, TRANSFORMER)
         if self.sr is not None:
             with self.stage("super_resolve", SR):
                 video = self.run_sr(encoded, video, audio)
+                self.finite.watch(video, SR_TRANSFORMER)
         return video, audio
 
     @torch.inference_mode()
@@ -303,7 +321,10 @@ class Pipeline:
         @torch.inference_mode()
         def sound() -> Waveform:
             with self.on_stream(components.sound_stream):
-                wave = self.audio_vae.decode(audio)
+                finite = Finite()  # of this thread
+                wave = self.audio_vae.decode(audio, lambda made: finite.watch(made, AUDIO_DECODER))
+                magnitudes = finite.read()
+            magnitudes.check("decode_audio")
             if file is not None:
                 file.add_sound(wave)
             return wave
@@ -329,13 +350,27 @@ class Pipeline:
         text: Tensor,
         forward: denoise.Forward | None,
     ) -> denoise.Velocity:
-        """The velocity of a model for streams of these sizes and this text, its tables made once.
+        """The velocity of a model for streams of these sizes and this text, its tables made once,
+        watched as far as the loops use it.
 
         forward: stands in for the model's own.
         """
         frames, rows, columns = video.shape[2:]
         layout = Layout(frames, rows, columns, audio.shape[1], text.shape[0])
-        return denoise.velocity_of(model, layout, text, variant.coordinates, forward)
+        velocity = denoise.velocity_of(model, layout, text, variant.coordinates, forward)
+        is_sr = model is self.components.sr_dit
+        component = SR_TRANSFORMER if is_sr else TRANSFORMER
+        steps = itertools.count(1)
+
+        def watched(video: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+            v_video, v_audio = velocity(video, audio)
+            step = next(steps)
+            self.finite.watch(v_video, component, step)
+            if not is_sr and self.request.audio is None:
+                self.finite.watch(v_audio, component, step)
+            return v_video, v_audio
+
+        return watched
 
     def encode_image(self, image: Image | None, rows: int, columns: int) -> Tensor | None:
         """The reference image's latent [1, 48, 1, rows, columns], where there is an image."""
@@ -343,7 +378,9 @@ class Pipeline:
             return None
         assert self.components.image_vae is not None
         stride = config.VIDEO_STRIDE[1]
-        return self.components.image_vae.encode(image, columns * stride, rows * stride)
+        latent = self.components.image_vae.encode(image, columns * stride, rows * stride)
+        self.finite.watch(latent, IMAGE_ENCODER)
+        return latent
 
     def draw(self, *shape: int) -> Tensor:
         """Fresh fp32 noise from the request's generator, on the device."""
@@ -391,13 +428,19 @@ class Pipeline:
         """Time a stage, for the clip and for hooks, its work on the device included.
 
         parts: of the memory plan, that are on the device meanwhile.
+
+        Raises:
+            NonFiniteError: something that was watched meanwhile is not finite.
         """
         self.limits.check()
         start = time.perf_counter()
         present = self.components.residency.present(*parts) if on_device else nullcontext()
+        self.finite.start()
         with self.span(name), present:
             yield
+            magnitudes = self.finite.read()
             if on_device and self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
+            magnitudes.check(name)
         elapsed_s = time.perf_counter() - start
         self.timings_s[name] = self.timings_s.get(name, 0.0) + elapsed_s

@@ -99,4 +99,6 @@ def _code(error: runtime.MagiHumanError) -> str:
             return "device"
         case runtime.OutputError():
             return "disk"
+        case runtime.NonFiniteError():
+            return "model"
     return "engine"

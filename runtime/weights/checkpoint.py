@@ -27,6 +27,7 @@ TURBO_VAE_CONFIG = "TurboV3-Wan22-TinyShallow_7_7.json"
 TURBO_VAE_WEIGHTS = "checkpoint-340000.ckpt"
 AUDIO_VAE_PREFIX = "pretransform.model."
 NAMED_IN_ERRORS = 8
+CHECKED_AT_ONCE = 2**24  # values
 CPU = torch.device("cpu")
 
 OnRead = Callable[[int, int], None]  # (bytes read, of how many)
@@ -185,6 +186,35 @@ def load_dit(
                 done += tensors[key].size_bytes
                 on_read(done, total)
     return frozen(model)
+
+
+def read_all(infos: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor with its name, mapped, one file after another."""
+    for file in sorted({info.file for info in infos.values()}):
+        with open_shard(file) as shard:
+            for key, info in infos.items():
+                if info.file == file:
+                    yield key, shard.get_tensor(key)
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Raise `CheckpointError` that names the tensors with a value that is NaN or infinite.
+
+    tensors: of any float dtype, fp8 included; they are read in blocks. source: that they are from.
+    """
+    bad = [key for key, value in tensors if not _is_finite(value)]
+    if bad:
+        raise CheckpointError(
+            f"{source} holds NaN or infinity in {len(bad)} tensors: {_names(bad)}; download it"
+            " again, or convert it again"
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    blocks = value.reshape(-1).split(CHECKED_AT_ONCE)
+    return all(bool(block.float().isfinite().all()) for block in blocks)
 
 
 def load_pickle(path: Path) -> dict[str, Any]:

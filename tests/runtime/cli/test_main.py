@@ -472,3 +472,61 @@ def test_explain_refuses_bad_input(arguments):
     result = run("explain", *arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
+
+
+# -- weights that are not finite --------------------------------------------------------------
+
+
+def spoil(folder: Path, component: str, value: float) -> str:
+    """Put one value into a file of a component; the name of the tensor."""
+    place = folder / component
+    if component in (TURBO_FOLDER, IMAGE_FOLDER):
+        (file,) = (file for file in place.iterdir() if file.suffix in (".ckpt", ".pth"))
+        content = torch.load(file, weights_only=True)
+        state = content.get("ema_state_dict", content)
+        key = next(key for key in state if key.endswith("conv_in.conv.weight") or "conv1." in key)
+        state[key].view(-1)[0] = value
+        torch.save(content, file)
+        return key.removeprefix("module.")
+    file = sorted(place.glob("*.safetensors"))[-1]
+    state = load_file(file)
+    key = sorted(key for key in state if "encoder" in key or "layers" in key)[-1]
+    if component == TEXT_FOLDER:
+        key = sorted(key for key in state if key.startswith(("model.encoder.", "encoder.")))[-1]
+    state[key].view(-1)[0] = value
+    save_file(state, file, metadata={"format": "pt"})
+    return key
+
+
+COMPONENTS = ("base", "distill", "1080p_sr", TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_inspect_finds_what_is_not_finite(tiny_dir, tmp_path, component, value):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dir, folder)
+    name = spoil(folder, component, value)
+    assert run("inspect", folder).exit_code == 0
+    result = run("inspect", folder, "--check", "--json")
+    assert result.exit_code == 2
+    states = {each["name"]: each["state"] for each in json.loads(result.stdout)["components"]}
+    bad = states.pop(component)
+    assert "holds NaN or infinity in 1 tensors" in bad and name in bad
+    assert set(states.values()) == {"ok"}
+
+
+def test_inspect_finds_nothing_in_good_weights(tiny_dir):
+    assert run("inspect", tiny_dir, "--check").exit_code == 0
+    assert run("inspect", "nano", "--check").exit_code == 0
+
+
+def test_a_wrong_clip_is_one_line_and_no_file(tiny_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dir, folder)
+    spoil(folder, "distill", float("nan"))
+    path = tmp_path / "clip.mp4"
+    result = run("generate", "-m", folder, "-p", "hi", "-o", path, *SMALL)
+    assert result.exit_code == 1
+    assert "NaN or infinity from the transformer" in result.stderr.splitlines()[-1]
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
