@@ -32,8 +32,8 @@ from magihuman.kernels.reference import Counts
 
 META = torch.device("meta")
 VIEWS = {
-    "chunk", "expand", "flatten", "slice", "select", "split", "split_rows", "split_with_sizes",
-    "transpose", "unflatten", "unsqueeze", "view",
+    "chunk", "expand", "flatten", "slice", "select", "split", "split_with_sizes", "transpose",
+    "unflatten", "unsqueeze", "view",
 }  # fmt: skip
 OUTSIDE = "embedders and heads"
 OWN_ROUTE = "128x192"  # of linears: one launch each, whatever follows and however many experts

@@ -1,4 +1,6 @@
-"""Every fused kernel as a PyTorch operator, `torch.ops.magihuman.*`.
+"""Fused kernels as PyTorch operators, `torch.ops.magihuman.*`.
+
+A kernel that is added now declares its operator in its own file, as `head_norm.py` does.
 
 On a GPU an operator launches its kernel; on the CPU it computes the reference, so that a rewritten
 graph runs, and can be tested, anywhere.
@@ -253,18 +255,6 @@ def _(
     backend: str = UNSET,
 ) -> Tensor:
     return torch.empty_like(q)
-
-
-# Views, which no decorator allows. PyTorch sees through it to its own split.
-torch.library.define(
-    "magihuman::split_rows", "(Tensor(a -> *) x, int[] modality_rows) -> Tensor(a)[]"
-)
-
-
-@torch.library.impl("magihuman::split_rows", "CompositeImplicitAutograd")
-def split_rows(x: Tensor, modality_rows: list[int]) -> list[Tensor]:
-    """The rows of video, audio and text of x [N, C], as views."""
-    return list(x.split(modality_rows))
 
 
 @torch.library.custom_op("magihuman::activation", mutates_args=())

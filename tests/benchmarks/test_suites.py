@@ -16,6 +16,7 @@ from PIL import Image
 import history
 import render_latency
 import render_readme
+from harness import measure
 
 ROOT = Path(__file__).parents[2]
 GPU = "NVIDIA H100 80GB HBM3"
@@ -98,6 +99,14 @@ def test_the_model_is_measured_on_a_cpu(report):
     }  # fmt: skip
     for benchmark in found.values():
         assert benchmark["extra_info"]["device"] == "cpu" and benchmark["stats"]["median"] > 0
+
+
+def test_the_norms_before_the_heads_are_of_no_layer():
+    """In a profile by layers, whose norms open the halves of one; nor is what follows them."""
+    profile = [("gemm", 1.0), ("_add_rms_norm", 2.0), ("_swiglu7", 4.0), ("_norm_rows", 8.0)]
+    after = [("_head_norm", 16.0), ("sgemm", 32.0)]
+    expected = {"embedders and heads": 1.0 + 16.0 + 32.0, "shared": 2.0 + 4.0 + 8.0}
+    assert measure.by_layers(profile + after, ["shared"]) == expected
 
 
 def test_a_report_says_what_it_was_measured_on(report):

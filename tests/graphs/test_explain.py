@@ -27,12 +27,16 @@ def test_the_published_model() -> None:
     inside = [row for row in found.after if row.layers != OUTSIDE]
     fused = [row for row in inside if row.operation.startswith("magihuman.")]
     assert sum(row.launches for row in fused) == 8 * 40
+    # The rows of text, which the kernel passes over, count as read.
+    tokens, channels, normed = sum(COUNTS), DiTConfig().hidden_size, sum(COUNTS[:2])
+    (norm,) = (row for row in found.after if row.operation == "magihuman.head_norm")
+    assert (norm.layers, norm.calls, norm.launches) == (OUTSIDE, 1, 1)
+    assert abs(norm.gigabytes - 4 * channels * (tokens + 2 + normed) / 1e9) < 1e-6
     totals = found.totals()
     assert totals["after"]["launches"] < totals["before"]["launches"] / 5
     assert totals["after"]["gigabytes"] < totals["before"]["gigabytes"]
 
     # Bytes of one operation, by hand: the up projection of 32 shared layers with its swiglu7.
-    tokens = sum(COUNTS)
     rows = [row for row in found.after if row.operation == "magihuman.linear_activation"]
     expected = 32 * 2 * (tokens * 5120 + 27304 * 5120 + tokens * 13696)
     shared = next(row for row in rows if row.layers.startswith("32 x shared"))

@@ -14,8 +14,8 @@ from magihuman.kernels import reference as ref
 
 
 def run(module: fx.GraphModule, context: Context) -> int:
-    """Replace two norms a layer, of which the very first has no addition. The heads' norms stay
-    fp32 and plain.
+    """Replace two norms a layer, of which the very first has no addition. The heads' norms, in
+    fp32, are `head_norm`'s.
     """
     return sum(
         _with_addition(module, context, modality_rows) + _first(module, context, modality_rows)

@@ -127,7 +127,8 @@ def test_values_like_those_of_the_trace_stay() -> None:
     operands = {"qkv": x, "q_weight": weight, "k_weight": weight, "rope": x}
     heads = {"heads": 24, "kv_heads": 7}
     rotated = call(graph, OPS.qk_norm_rope.default, **operands, **heads, attended_rows=whole)
-    parts = call(graph, OPS.split_rows.default, x=x, modality_rows=own)
+    operands = {"x": x, "video_weight": weight, "audio_weight": weight}
+    parts = call(graph, OPS.head_norm.default, **operands, modality_rows=own)
     operands = {"q": x, "k": x, "v": x, "gate": x, "length": length}
     near = call(graph, OPS.gated_attention.default, **operands, local=shape)
     far = call(graph, OPS.gated_attention.default, **operands, local=[])
