@@ -161,7 +161,7 @@ class _Rounding:
         found = self._read()
         is_default = (
             {found["cuda.matmul"], found["mkldnn.matmul"], found["mkldnn.conv"]} <= {"none", "ieee"}
-            and found["cudnn.conv"] == "tf32"
+            and {found["cudnn.conv"], found["cudnn.rnn"]} == {"tf32"}
             and not found["benchmark"]
         )
         if is_default:
@@ -171,7 +171,8 @@ class _Rounding:
             self._write(name, "none")
         torch.set_float32_matmul_precision("highest")
         self._write("mkldnn.conv", "none")
-        self._write("cudnn.conv", "tf32")
+        for name in ("cudnn.conv", "cudnn.rnn"):  # together, or PyTorch refuses to read the flag
+            self._write(name, "tf32")
         torch.backends.cudnn.benchmark = False
         self._during = self._read()
 
@@ -187,7 +188,8 @@ class _Rounding:
             self._write("mkldnn.matmul", "none")
         for name in ("", "mkldnn", "cudnn", "cuda.matmul", "mkldnn.matmul", "mkldnn.conv"):
             self._write(name, before[name])
-        self._write("cudnn.conv", before["cudnn.conv"])
+        for name in ("cudnn.conv", "cudnn.rnn"):
+            self._write(name, before[name])
         torch.backends.cudnn.benchmark = before["benchmark"]
 
     def _read(self) -> dict[str, Any]:
@@ -217,6 +219,7 @@ class _Rounding:
             "mkldnn.matmul": backends.mkldnn.matmul,
             "mkldnn.conv": backends.mkldnn.conv,
             "cudnn.conv": backends.cudnn.conv,
+            "cudnn.rnn": backends.cudnn.rnn,
         }
 
 

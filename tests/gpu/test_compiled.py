@@ -238,7 +238,7 @@ def test_sizes_beyond_the_budget_are_captured_again() -> None:
         first = []
         for layout, size in zip(layouts, sizes, strict=True):
             first.append(velocity_of(model, forward, layout)(*streams_of(layout)))
-            assert [kept.counts for kept in forward.reports()] == [size]
+            assert [kept.modality_rows for kept in forward.reports()] == [size]
         reserved = None
         for _ in range(4):
             for layout, expected in zip(layouts, first, strict=True):

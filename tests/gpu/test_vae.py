@@ -67,11 +67,12 @@ def test_channel_norm(channels: int, size: tuple[int, int, int], activation: str
         plain = ref.pad_time(ref.ACTIVATIONS[activation](ref.channel_norm(total, 1e-8)), 1)
         other = total if other_eps is None else ref.channel_norm(total, other_eps)
         before = x.clone()
-        out = channel_norm.channel_norm(x, delta, bias, *settings)
+        norm = channel_norm.Norm(*settings)
+        out = channel_norm.channel_norm(x, delta, bias, norm)
         assert torch.equal(x, before)
         assert_close(out, plain, exact[0])
         again = channel_norm.channel_norm(
-            x, delta, bias, *settings, other_eps=other_eps, replace=True
+            x, delta, bias, norm._replace(other_eps=other_eps), replace=True
         )
         assert torch.equal(again, out)
         assert_close(x, other, exact[1])
@@ -82,7 +83,7 @@ def test_channel_norm_puts_phases_into_their_places(channels: int) -> None:
     by_phases, x = video(2, 4 * channels, 3, 6, 8), video(2, channels, 3, 10, 14)
     bias = torch.randn(channels, device=DEVICE)
     placed = ref.from_phases(by_phases).contiguous(memory_format=torch.channels_last_3d)
-    settings = bias, 1e-8, "relu", 1, 1
+    settings = bias, channel_norm.Norm(1e-8, "relu", 1, 1)
     expected = channel_norm.channel_norm(placed, x, *settings)
     assert torch.equal(channel_norm.channel_norm(by_phases, x, *settings, True), expected)
     delta = by_phases[:, :, 1:2], x[:, :, 1:2]  # and of parts
