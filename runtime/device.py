@@ -171,8 +171,8 @@ class _Rounding:
             self._write(name, "none")
         torch.set_float32_matmul_precision("highest")
         self._write("mkldnn.conv", "none")
-        for name in ("cudnn.conv", "cudnn.rnn"):  # together, or PyTorch refuses to read the flag
-            self._write(name, "tf32")
+        # Through the older flag, which PyTorch refuses to read where it differs from the newer.
+        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = False
         self._during = self._read()
 
@@ -188,18 +188,24 @@ class _Rounding:
             self._write("mkldnn.matmul", "none")
         for name in ("", "mkldnn", "cudnn", "cuda.matmul", "mkldnn.matmul", "mkldnn.conv"):
             self._write(name, before[name])
+        if before["older cudnn"] is not None:
+            torch.backends.cudnn.allow_tf32 = before["older cudnn"]
         for name in ("cudnn.conv", "cudnn.rnn"):
             self._write(name, before[name])
         torch.backends.cudnn.benchmark = before["benchmark"]
 
     def _read(self) -> dict[str, Any]:
-        """All of the settings by name; "older" is None where the newer ones were set by hand."""
+        """All of the settings by name; the older are None where the newer were set by hand."""
         found = {name: place.fp32_precision for name, place in self._places().items()}
         found["benchmark"] = torch.backends.cudnn.benchmark
         try:
             found["older"] = torch.get_float32_matmul_precision()
         except RuntimeError:
             found["older"] = None
+        try:
+            found["older cudnn"] = torch.backends.cudnn.allow_tf32
+        except RuntimeError:
+            found["older cudnn"] = None
         return found
 
     def _write(self, name: str, value: str) -> None:

@@ -81,8 +81,8 @@ def decode_frames(
         on_frames: called as (done, of) with the frames finished; may raise to stop.
         decoder: stands in for the decoder of `vae`, a `TurboVAE` on a GPU.
         on_window: called with the next frames as soon as they are on the host, in order; from a GPU
-            also with what `decoder_reference.to_yuv420` makes of them, on the CPU with None. They stay as
-            they are.
+            also with what `decoder_reference.to_yuv420` makes of them, on the CPU with None. They
+            stay as they are.
         distributed: decodes in place of both.
 
     Raises:
@@ -251,6 +251,6 @@ def frames_shape(latent: Tensor) -> tuple[int, int, int, int]:
 
 
 def planes_shape(frames: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    """The shape [T, 3 H / 2, W] of what `decoder_reference.to_yuv420` makes of frames [T, H, W, 3]."""
+    """The shape [T, 3 H / 2, W] of `decoder_reference.to_yuv420` of frames [T, H, W, 3]."""
     count, height, width, _ = frames
     return count, height // 2 * 3, width

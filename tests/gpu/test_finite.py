@@ -96,15 +96,9 @@ def test_the_decoder_is_named(tiny_dir: Path, tmp_path: Path, vae: str) -> None:
     except runtime.InvalidRequestError as error:  # "fast" needs Hopper
         pytest.skip(str(error))
     with engine:
-<<<<<<< ours
         chunks = engine.generate_stream("hi", save=tmp_path / "clip.mp4", **SMALL)
         with pytest.raises(NonFiniteError) as raised:
             next(chunks)  # no chunk comes before the error
-=======
-        stream = engine.generate_stream("hi", save=tmp_path / "clip.mp4", **SMALL)
-        with pytest.raises(NonFiniteError) as raised:
-            next(stream)
->>>>>>> theirs
     assert (raised.value.component, raised.value.step) == ("video decoder", 1)
     assert not (tmp_path / "clip.mp4").exists()
 
