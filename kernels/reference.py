@@ -172,12 +172,11 @@ def rope_table(coords: Tensor, bands: Tensor) -> Tensor:
     """Rotary angles as `[sin | cos]`.
 
     coords: [N, 9] fp32, (t, h, w), sizes (T, H, W), reference sizes (Tr, Hr, Wr); bands: [B] fp32.
-    Per axis the scale is (ref - 1) / (size - 1), or 1 where both are 1; h and w are centred, t is
-    not. Returns [N, 6 B] fp32: sines of all bands of t, then h, then w; then as many cosines.
+    Per axis the scale is (ref - 1) / (size - 1), or 1 where the size is 1, which leaves nothing to
+    scale; h and w are centred, t is not. Returns [N, 6 B] fp32: sines of all bands of t, then h, then w; then as many cosines.
     """
     position, size, reference = coords.split(3, dim=-1)
-    both_one = (size == 1) & (reference == 1)
-    scale = torch.where(both_one, 1.0, (reference - 1) / (size - 1))
+    scale = torch.where(size == 1, 1.0, (reference - 1) / (size - 1))
     is_centred = torch.tensor([0.0, 1.0, 1.0], dtype=coords.dtype, device=coords.device)
     centre = (size - 1) / 2 * is_centred
     angle = ((position - centre) * scale)[..., None] * bands  # [N, 3, B]

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from magihuman.kernels.reference import rope_table
 from magihuman.runtime.model import tokens
 
 LAYOUT = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=5)
@@ -60,3 +61,14 @@ def test_audio_reference_follows_the_audio_in_v2_and_the_video_in_v1() -> None:
     first_audio = layout.counts[0]
     assert tokens.coordinates(layout, "v2")[first_audio, 6] == 5
     assert tokens.coordinates(layout, "v1")[first_audio, 6] == 3
+
+
+@pytest.mark.parametrize("style", ["v1", "v2"])
+@pytest.mark.parametrize("sizes", [(3, 4, 6, 9, 1), (1, 2, 2, 1, 1), (3, 4, 6, 1, 5)])
+def test_one_token_alone_on_an_axis_has_a_place(style: str, sizes: tuple[int, ...]) -> None:
+    """With v1 the text's reference size is 2: of one token, (2 - 1) / (1 - 1) is no scale."""
+    layout = tokens.Layout(*sizes)
+    table = rope_table(tokens.coordinates(layout, style), torch.tensor([1.0, 0.5]))
+    assert table.isfinite().all()
+    if style == "v1" and layout.text == 1:
+        assert torch.equal(table[-1], torch.tensor([0.0] * 6 + [1.0] * 6))
