@@ -173,7 +173,8 @@ def rope_table(coords: Tensor, bands: Tensor) -> Tensor:
 
     coords: [N, 9] fp32, (t, h, w), sizes (T, H, W), reference sizes (Tr, Hr, Wr); bands: [B] fp32.
     Per axis the scale is (ref - 1) / (size - 1), or 1 where the size is 1, which leaves nothing to
-    scale; h and w are centred, t is not. Returns [N, 6 B] fp32: sines of all bands of t, then h, then w; then as many cosines.
+    scale; h and w are centred, t is not. Returns [N, 6 B] fp32: sines of all bands of t, then h,
+    then w; then as many cosines.
     """
     position, size, reference = coords.split(3, dim=-1)
     scale = torch.where(size == 1, 1.0, (reference - 1) / (size - 1))

@@ -48,3 +48,13 @@ def checked_file(what: str, source: object) -> Path:
     if size == 0:
         raise InvalidRequestError(f"{what} must not be empty, got {path} of 0 bytes")
     return path
+
+
+def tolerant() -> dict[str, str]:
+    """Keywords of `av.open` that have it read tags in another encoding than UTF-8.
+
+    PyAV 19 reads them so by itself, and has no such keyword.
+    """
+    import av
+
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}

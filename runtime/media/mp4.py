@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from magihuman.runtime.errors import InvalidRequestError, OutputError
 from magihuman.runtime.files import atomic_path, sync
-from magihuman.runtime.media.guard import readable
+from magihuman.runtime.media.guard import readable, tolerant
 
 ENCODER = {
     "preset": "veryfast",
@@ -264,9 +264,8 @@ def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
 
     try:
         # By its protocol: a name like 12:30.mp4 would be an address.
-        with av.open(
-            f"file:{path.absolute()}", container_options=LOCAL, metadata_errors="replace"
-        ) as container:
+        file = f"file:{path.absolute()}"
+        with av.open(file, container_options=LOCAL, **tolerant()) as container:
             if not container.streams.video:
                 raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
             rate = float(container.streams.video[0].average_rate)  # no Fraction since PyAV 19
