@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from magihuman.runtime.cli import main as cli
 from magihuman.runtime.cli.console import FAILED, Bar, err, out, size_text, user_errors
 from magihuman.runtime.cli.options import JsonOptions, takes_options
-from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
 
 if TYPE_CHECKING:
     from magihuman.export.exporting import OnGraph
@@ -90,7 +90,7 @@ def _check_libraries() -> None:
     try:
         from magihuman.export import exporting, verify  # noqa: F401 - all they need is there
     except ModuleNotFoundError as error:
-        raise InvalidRequestError(
+        raise MagiHumanError(
             f"export must have its libraries, and {error.name} is not installed; install them"
             " with pip install 'magihuman[onnx]'"
         ) from error
@@ -154,7 +154,7 @@ def _show(folder: Path, verdict: Verdict | None, seconds: float, as_json: bool) 
             )
     out.print(table)
     if skipped is not None:
-        err.print(f"engines not run: {skipped}", markup=False, highlight=False)
+        err.print(f"engines not run: {skipped}")
     out.print(f"{folder}: {len(files)} files in {seconds:.0f} s")
 
 

@@ -19,8 +19,9 @@ from magihuman import runtime
 if TYPE_CHECKING:
     from magihuman.runtime.memory import MemoryPlan
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+# Names of files are printed as they are, and may look like markup ([red]) or emoji (:sun:).
+out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 BAD_INPUT, FAILED = 2, 1
 BAD_INPUT_ERRORS = (runtime.InvalidRequestError, runtime.CheckpointError, runtime.OutputError)
@@ -32,10 +33,10 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except BAD_INPUT_ERRORS as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        err.print(f"error: {error}", style="red")
         raise typer.Exit(BAD_INPUT) from None
     except runtime.MagiHumanError as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        err.print(f"error: {error}", style="red")
         raise typer.Exit(FAILED) from None
     except KeyboardInterrupt:
         err.print("interrupted")
@@ -51,9 +52,9 @@ class Bar:
         self._tasks: dict[str, object] = {}
         if not silent and err.is_terminal:
             columns = (
-                TextColumn("{task.description:>16}"),
+                TextColumn("{task.description:>16}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             self._live = Progress(*columns, TimeElapsedColumn(), console=err, transient=True)
 
@@ -91,7 +92,7 @@ class Bar:
                 task = self._tasks[name] = self._live.add_task(name, total=None, note="")
             self._live.update(task, completed=done, total=of or None, note=note)  # type: ignore[arg-type]
         elif line and not self._silent:
-            err.print(f"{name} {note}".rstrip(), highlight=False)
+            err.print(f"{name} {note}".rstrip())
 
 
 def print_result(

@@ -80,7 +80,7 @@ def inspect(options: InspectOptions) -> None:
                 out.print("no GPU here: everything would run on the CPU")
             _print_plan(plan, reason)
             for c in damaged:
-                err.print(f"{c.name}: {c.state}", style="red", markup=False, highlight=False)
+                err.print(f"{c.name}: {c.state}", style="red")
         if damaged:
             raise typer.Exit(BAD_INPUT)
 
@@ -140,7 +140,7 @@ def _print_plan(plan: MemoryPlan | None, reason: str) -> None:
     if plan is not None:
         print_plan(plan)
     else:
-        out.print(f"no memory plan: {reason}", markup=False, highlight=False)
+        out.print(f"no memory plan: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True)

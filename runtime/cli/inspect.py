@@ -263,7 +263,7 @@ def recorded_forward(counts: Counts) -> Recorded:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     reason = why_not(config, torch.bfloat16, device)
     if reason is not None:
-        raise InvalidRequestError(
+        raise DeviceError(
             f"--recorded needs a GPU that runs the compiled forward, and here {reason}; leave it"
             " out to explain without one"
         )

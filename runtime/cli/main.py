@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 
@@ -19,12 +20,19 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # brackets are no markup: 'magihuman[serve]'
 )
 for command in (serve, verify, score, generate, convert, tiny, inspect, doctor, explain):
     app.command()(command)
 
 
 def main() -> None:
-    """Run the command of this process's arguments; warnings go to stderr, a line each."""
+    """Run the command of this process's arguments; warnings go to stderr, a line each.
+
+    What the terminal's encoding lacks, as in names of files, is written as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     app()

@@ -100,7 +100,7 @@ def _print_total(total: ModelScore) -> None:
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     out.print(table)
     for sentence in total.broken:
-        err.print(sentence, style="red", markup=False, highlight=False)
+        err.print(sentence, style="red")
 
 
 def _print_clip(figures: ClipScore) -> None:

@@ -240,10 +240,10 @@ def _gpus(device: str | None) -> int:
     import torch
 
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if device not in (None, "cpu", "cuda") or (device == "cuda" and not gpus):
-        raise runtime.InvalidRequestError(
-            f"--device must be cpu, or cuda where there is a GPU, got {device!r}"
-        )
+    if device not in (None, "cpu", "cuda"):
+        raise runtime.InvalidRequestError(f"--device must be cpu, or cuda, got {device!r}")
+    if device == "cuda" and not gpus:
+        raise runtime.DeviceError("--device cuda needs a GPU, and here is none; use --device cpu")
     return gpus
 
 
@@ -320,4 +320,4 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _say(text: str) -> None:
-    err.print(text, markup=False, highlight=False)
+    err.print(text)

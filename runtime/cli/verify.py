@@ -143,7 +143,7 @@ def _print(report: Report) -> None:
     out.print(table)
     if report.per_attention:
         worst = max(report.per_attention.items(), key=lambda item: item[1].worst)
-        out.print(f"attention: {worst[1].worst:.4f} at most, after {worst[0]}", markup=False)
+        out.print(f"attention: {worst[1].worst:.4f} at most, after {worst[0]}")
     table = Table("prompt", "video latents", "audio latents", "PSNR", "SSIM", "SNR")
     for clip in report.clips:
         errors = (f"{clip.video_error[-1]:.4f}", f"{clip.audio_error[-1]:.4f}")
@@ -157,9 +157,9 @@ def _print(report: Report) -> None:
                 f" {score.synchrony.correlation:.3f}"
                 for score in clip.scores
             )
-            out.print(f"{clip.prompt[:40]}: bf16 and fp8 have {figures}", markup=False)
+            out.print(f"{clip.prompt[:40]}: bf16 and fp8 have {figures}")
     for sentence in report.broken:
-        err.print(sentence, style="red", markup=False, highlight=False)
+        err.print(sentence, style="red")
     if report.suggested_keep_bf16:
-        out.print(f"try: --keep-bf16 '{','.join(report.suggested_keep_bf16)}'", markup=False)
+        out.print(f"try: --keep-bf16 '{','.join(report.suggested_keep_bf16)}'")
     out.print(report.verdict)

@@ -64,6 +64,14 @@ def test_the_command_line_takes_what_is_shown(block):
             COMMANDS[words[1]].make_context(words[1], words[2:])
 
 
+def test_engines_are_exported_for_a_gpu_that_need_not_be_here():
+    """As they stand, the examples work on any machine that has the extra."""
+    page = [block for block in SHELL if block.page == "docs/export.md"]
+    shown = [words for block in page for words in pages.commands(block.text)]
+    engines = [words for words in shown if words[0] == "magihuman" and "tensorrt" in words]
+    assert len(engines) == 2 and all("--sm" in words for words in engines)
+
+
 def test_options_and_commands_in_the_text_exist():
     everything = set().union(*OPTIONS.values()) | {"--help"}
     seen = 0

@@ -501,7 +501,10 @@ QUERY = "model.encoder.layers.0.self_attn.q_proj.weight"
         (write("tokenizer.json", b"{"), "cannot be loaded"),
         (write("config.json", b"{"), "cannot be loaded: .*config.json"),
         (remove("model.safetensors"), "cannot be loaded: .*model.safetensors"),
-        (cut("model.safetensors", -1000), "cannot be loaded: .*incomplete metadata"),
+        (
+            cut("model.safetensors", -1000),
+            "cannot be loaded: .*(?:incomplete metadata|MetadataIncompleteBuffer)",
+        ),
         (cut("model.safetensors", 10), "cannot be loaded: .*header"),
         (
             edit_tensors("model.safetensors", lambda state: state.pop(QUERY)),
