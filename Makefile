@@ -1,10 +1,12 @@
 # Needs make and Python 3.11 or later with venv; all else is installed into .venv.
 #   make demo    out/demo.mp4, a drawn head that speaks
 #   make test    lint, types, imports, unit tests
+#   make test-versions   fast tests with the oldest and the newest dependencies
 #   make bench   benchmarks; an entry in benchmarks/results/history
 #   make clean   remove what these made
 # PYTHON=python3.12 picks the interpreter, TORCH=torch==2.11.0 another PyTorch; an empty TORCH=
-# leaves the version to pyproject.toml. BENCH=--benchmark-compare=FILE gives pytest more options.
+# leaves the version to pyproject.toml. STRICT=1 makes it an error where an interpreter of
+# `make test-versions` is not installed; OLDEST_TORCH=2.13.0 has another PyTorch there. BENCH=--benchmark-compare=FILE gives pytest more options.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -16,7 +18,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO := "A woman with long black hair in a yellow shirt on a pink background looks into the camera\
     and says: ho ba hu bu ge de pi bi pi ke gu"
 
-.PHONY: bench demo test lint types imports unit clean
+# What `make test-versions` runs, within two minutes of one core.
+VERSION_EXTRAS := onnx,otel,serve,test
+FAST := runtime/test_request.py runtime/test_files.py runtime/test_hooks.py runtime/media \
+    runtime/model runtime/pipeline runtime/weights/test_checkpoint.py \
+    runtime/weights/test_shipped.py runtime/weights/test_t5gemma.py runtime/cli/test_options.py \
+    runtime/serving/test_store.py
+SLOW := windows_cover_the_sound or less_than_two_shards or imports_no_model_library
+
+.PHONY: bench demo test test-versions test-oldest test-newest install-versions lint types imports unit clean
 
 test: lint types imports unit
 
@@ -33,6 +43,45 @@ imports: $(VENV)/.installed
 # Two workers of one thread each; a file's tests stay together, for what they share.
 unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test-versions: test-oldest test-newest
+
+# Each in a virtual environment of its own, with the package installed as users have it.
+test-oldest:
+	@$(call with_python,3.11,oldest,run-oldest)
+
+test-newest:
+	@$(call with_python,3.13,newest,run-newest)
+
+# What takes longest of it, mostly downloads.
+install-versions:
+	@$(call with_python,3.11,oldest,.venv-oldest/.installed)
+	@$(call with_python,3.13,newest,.venv-newest/.installed)
+
+.venv-oldest/.installed: pyproject.toml .ci/oldest.py
+	$(call interpreter,3.11) -m venv .venv-oldest
+	.venv-oldest/bin/python .ci/oldest.py $(subst $(comma), ,$(VERSION_EXTRAS)) \
+	    $(if $(OLDEST_TORCH),| sed '/^triton==/d; s/^torch==.*/torch==$(OLDEST_TORCH)/') \
+	    > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install -c .venv-oldest/constraints.txt '.[$(VERSION_EXTRAS)]'
+	touch $@
+
+.venv-newest/.installed: pyproject.toml
+	$(call interpreter,3.13) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --upgrade --upgrade-strategy eager \
+	    '.[$(VERSION_EXTRAS)]'
+	touch $@
+
+# The package again, and not what it needs: the tests are of this tree. Then they, and the command
+# from a prompt to the score of a clip.
+run-%: .venv-%/.installed
+	.venv-$*/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	.venv-$*/bin/python -m pip list | grep -iE '^($(SHOWN)) '
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -q $(addprefix tests/,$(FAST)) -k 'not ($(SLOW))'
+	mkdir -p out
+	.venv-$*/bin/magihuman --help > out/help-$*.txt
+	.venv-$*/bin/magihuman generate --out out/$*.mp4 --prompt $(DEMO) --seconds 1
+	.venv-$*/bin/magihuman score out/$*.mp4 --prompt $(DEMO)
 
 demo: $(VENV)/.installed
 	mkdir -p out
@@ -56,7 +105,21 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .venv-oldest .venv-newest out build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks
+
+comma := ,
+SHOWN := accelerate|av|diffusers|fastapi|numpy|pillow|ray|rich|scipy|torch|transformers|typer
+
+# The interpreter of a version, from the path or from pyenv; nothing where there is none. Those of
+# pyenv on the path may be for versions that are not installed.
+interpreter = $(shell for python in python$(1) "$$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(1)*/bin/python$(1) 2>/dev/null | tail -1)"; do \
+    "$$python" -c 'import venv, ensurepip' 2>/dev/null && echo "$$python" && break; done)
+
+# A target where the interpreter is there, timed; else a line that says that it is not.
+with_python = if [ -z "$(call interpreter,$(1))" ]; then \
+    echo "$(2) dependencies: skipped, python$(1) is not installed"; [ -z "$(STRICT)" ]; \
+    else start=$$(date +%s); $(MAKE) --no-print-directory $(3) && \
+    echo "$(2) dependencies: $(3) on Python $(1) passed in $$(($$(date +%s) - start)) s"; fi
 
 define CHECK_PYTHON
 import sys
