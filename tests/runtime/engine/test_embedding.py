@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import threading
@@ -441,8 +442,9 @@ def failing(error: BaseException):
 )
 @pytest.mark.parametrize("seam", ["turbo_vae.windows", "dit.forward", "audio_vae.decode"])
 def test_out_of_memory_frees_caches_and_says_what_fits(fresh, monkeypatch, error, seam):
-    parts, cache = fresh._parts, Cache()
-    parts.captured.append(cache)
+    cache = Cache()
+    parts = dataclasses.replace(fresh._parts, captured=(cache,))
+    monkeypatch.setattr(fresh, "_parts", parts)
     monkeypatch.setattr("magihuman.runtime.memory.estimate.free_bytes", lambda device: 8 * 2**20)
     with monkeypatch.context() as patch:
         name, method = seam.split(".")
