@@ -32,6 +32,49 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `folder`, whose files go there on success, and nothing
+    otherwise.
+
+    `folder` is made where it is not there; else files of the same names are replaced, once all are
+    written, and others stay.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    place = missing[-1].parent if missing else folder
+    temporary = place / f".magihuman-{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        if missing:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary.rename(folder)
+            return
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                target = folder / file.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, in UTF-8; what is no file, such as a pipe, as it is.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        with atomic_path(path.absolute()) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def check_new_folder(folder: Path, needed: int) -> None:
     """Raise `OutputError` now where a folder of `needed` bytes could not be written later."""
     if folder.exists() or folder.is_symlink():

@@ -94,8 +94,8 @@ def atomic_path(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """
     temporary = path.parent / f".magihuman-{secrets.token_hex(8)}{path.suffix}"
     # The umask applies by itself; to read it would change it for all threads meanwhile.
-    temporary.touch(mode, exist_ok=False)
     try:
+        temporary.touch(mode, exist_ok=False)
         yield temporary
         os.replace(temporary, path)
     finally:

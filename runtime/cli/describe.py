@@ -170,6 +170,7 @@ def explain(options: ExplainOptions) -> None:
         from magihuman.graphs import explain as explaining
         from magihuman.runtime.cli.inspect import compiled_counts, recorded_forward
         from magihuman.runtime.config import DiTConfig
+        from magihuman.runtime.files import write_text
         from magihuman.runtime.model import DiT
 
         request = runtime.Request(
@@ -179,7 +180,7 @@ def explain(options: ExplainOptions) -> None:
         graph = recorded_forward(counts) if options.recorded else None
         explanation = explaining.explain(DiT, DiTConfig(), counts, torch.bfloat16)
         if options.html is not None:
-            _write(options.html, explaining.to_html(explanation))
+            write_text(options.html, explaining.to_html(explanation))
         if options.as_json:
             sides = {s: [vars(row) for row in getattr(explanation, s)] for s in SIDES}
             facts = {"tokens": counts, **sides, "totals": explanation.totals()}
@@ -188,13 +189,6 @@ def explain(options: ExplainOptions) -> None:
         _print_explanation(explanation)
         if graph is not None:
             _print_recorded(graph)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise runtime.OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _print_explanation(explanation: Explanation) -> None:

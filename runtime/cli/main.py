@@ -1,4 +1,6 @@
-"""The `magihuman` command. Exit codes: 0, 2 for bad input, 1 for anything else."""
+"""The `magihuman` command. Exit codes: 0, 2 for bad input, 128 and its number after SIGTERM or
+SIGHUP, 1 for anything else.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import typer
 
 from magihuman.runtime.cli.convert import convert, tiny
 from magihuman.runtime.cli.describe import doctor, explain, inspect
+from magihuman.runtime.cli.ending import orderly
 from magihuman.runtime.cli.generate import generate
 from magihuman.runtime.cli.score import score
 from magihuman.runtime.cli.serve import serve
@@ -35,4 +38,5 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
-    app()
+    with orderly():
+        app()

@@ -13,9 +13,8 @@ from typing import Any
 from PIL import Image
 
 from magihuman.graphs.quantization import PARTS
-from magihuman.runtime.errors import OutputError
 from magihuman.runtime.evaluate.verify_report import Clip, Report
-from magihuman.runtime.files import atomic_path
+from magihuman.runtime.files import write_text
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#aa3377")
 PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 900, 220, 60  # SVG units
@@ -28,12 +27,7 @@ STYLE = (
 
 def write_page(report: Report, path: Path) -> None:
     """Write the page, whole or not at all. Raises `OutputError`."""
-    text = to_html(report)
-    try:
-        with atomic_path(path.absolute()) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_text(path, to_html(report))
 
 
 def to_html(report: Report) -> str:

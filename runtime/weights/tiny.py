@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from magihuman.runtime.config import VARIANTS, DiTConfig, TurboVAEConfig
+from magihuman.runtime.device import neutral
 from magihuman.runtime.errors import OutputError
-from magihuman.runtime.files import write_json
+from magihuman.runtime.files import staged_folder, write_json
 from magihuman.runtime.model import OobleckConfig, wan_vae
 from magihuman.runtime.weights import random_weights
 from magihuman.runtime.weights.checkpoint import (
@@ -48,23 +50,26 @@ CPU = torch.device("cpu")
 
 
 def write_tiny(folder: str | os.PathLike[str], seed: int = 0) -> list[Path]:
-    """Write all components below `folder` and return the folders made. Existing files are replaced.
+    """Write all components below `folder` and return their folders. Existing files are replaced,
+    once all are written.
 
     The DiTs have 5 layers of 128 channels; weights are random, so the clips are noise.
+
+    Raises:
+        OutputError: they cannot be written; nothing has changed.
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        folders = [_write_dit(folder / name, name, seed) for name in VARIANTS]
-        folders.append(_write_turbo_vae(folder / TURBO_FOLDER, seed))
-        folders.append(_write_audio_vae(folder / AUDIO_FOLDER, seed))
-        folders.append(_write_image_vae(folder / IMAGE_FOLDER, seed))
-        folders.append(_write_text_encoder(folder / TEXT_FOLDER, seed))
-    except OSError as error:
-        raise OutputError(
-            f"the checkpoint cannot be written to {folder}: {error.strerror or error}"
-        ) from error
-    return folders
+        with neutral(), staged_folder(folder) as place:
+            written = [_write_dit(place / name, name, seed) for name in VARIANTS]
+            written.append(_write_turbo_vae(place / TURBO_FOLDER, seed))
+            written.append(_write_audio_vae(place / AUDIO_FOLDER, seed))
+            written.append(_write_image_vae(place / IMAGE_FOLDER, seed))
+            written.append(_write_text_encoder(place / TEXT_FOLDER, seed))
+    except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, in torch.save the last
+        reason = str(getattr(error, "strerror", None) or error).partition("\n")[0]
+        raise OutputError(f"the checkpoint cannot be written to {folder}: {reason}") from error
+    return [folder / each.name for each in written]
 
 
 def _write_dit(folder: Path, name: str, seed: int) -> Path:
