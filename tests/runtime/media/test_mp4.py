@@ -212,6 +212,7 @@ def test_an_existing_file_is_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["clip.mp4"]
 
 
+@pytest.mark.usefixtures("same_bytes")  # or the second file may be a thousandth smaller
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
 @pytest.mark.parametrize("old", [None, b"old"])
 def test_a_failure_at_any_point_leaves_what_was_there(tmp_path, share, old):

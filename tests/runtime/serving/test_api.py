@@ -111,6 +111,7 @@ def test_a_video_is_what_the_engine_makes(local, replica, face, voice, tmp_path)
     assert content.content == (tmp_path / "own.mp4").read_bytes()
 
 
+@pytest.mark.usefixtures("same_bytes")
 def test_json_says_the_same_as_a_form(local, face, voice):
     with face.open("rb") as image, voice.open("rb") as sound:
         one = local.create(SMALL, input_reference=image, audio=sound)
