@@ -80,7 +80,7 @@ class ServeOptions(EngineOptions):
 
 @takes_options
 def serve(options: ServeOptions) -> None:
-    r"""Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman\[serve]'."""
+    """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
     with user_errors():
         token = _token(options.token_file)
         _check_numbers(options)
