@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -35,7 +34,7 @@ from magihuman.runtime.evaluate.verify_report import (
 )
 from magihuman.runtime.media import quality
 from magihuman.runtime.model import DiT
-from magihuman.runtime.pipeline import AUDIO_DECODER, Pipeline, decode_frames
+from magihuman.runtime.pipeline import Pipeline, decode_frames
 from magihuman.runtime.request import Progress, ProgressCallback, Request
 from magihuman.runtime.weights import (
     PrecisionPolicy,
@@ -292,9 +291,7 @@ def _clip(pipeline: Pipeline, probe: _Probe, is_scored: bool) -> Clip:
             video, audio = pipeline.run_base(encoded, probe)
         trails.append([*probe.latents, (video.cpu(), audio.cpu())])
         frames.append(decode_frames(pipeline.components.turbo_vae, video))
-        with pipeline.stage("decode_audio"):
-            watch = partial(pipeline.finite.watch, component=AUDIO_DECODER)
-            waves.append(pipeline.audio_vae.decode(audio, watch))
+        waves.append(pipeline.audio_vae.decode(audio))
     bf16, fp8 = frames
     scores = None
     if is_scored:

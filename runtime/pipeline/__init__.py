@@ -17,12 +17,10 @@ from magihuman.runtime.pipeline.decode import (
     frames_shape,
 )
 from magihuman.runtime.pipeline.denoise import Forward
-from magihuman.runtime.pipeline.finite import AUDIO_DECODER
 from magihuman.runtime.pipeline.limits import Limits
 from magihuman.runtime.pipeline.pipeline import Pipeline
 
 __all__ = [
-    "AUDIO_DECODER",
     "AudioVAE",
     "Components",
     "Decoder",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from magihuman.runtime import config
 from magihuman.runtime.model import Oobleck
+from magihuman.runtime.pipeline.finite import AUDIO_DECODER, check, largest
 
 Waveform = npt.NDArray[np.float32]
 
@@ -69,16 +70,17 @@ class AudioVAE:
         return merge_overlapping(parts)[:, :latents]
 
     @torch.inference_mode()
-    def decode(
-        self, latents: Tensor, watch: Callable[[Tensor], None] = lambda wave: None
-    ) -> Waveform:
+    def decode(self, latents: Tensor) -> Waveform:
         """Latents [1, A, 64] to float32 [samples, 2] at 44.1 kHz.
 
-        watch: is given what the model makes, on its device, before anything waits for it.
+        Raises:
+            NonFiniteError: the model made NaN or infinity.
         """
         wave = self.model.decode(latents.transpose(1, 2))[0].T
-        watch(wave)
-        return resample(wave.cpu().numpy())
+        magnitude = largest(wave)
+        samples = wave.cpu().numpy()
+        check(float(magnitude), AUDIO_DECODER, "decode_audio")  # it is there: the samples are
+        return resample(samples)
 
 
 def resample(wave: Waveform) -> Waveform:

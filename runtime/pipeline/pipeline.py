@@ -30,7 +30,6 @@ from magihuman.runtime.pipeline.audio import LATENT_SAMPLES, AudioVAE, Waveform,
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
 from magihuman.runtime.pipeline.decode import Frames, decode_frames, frames_shape
 from magihuman.runtime.pipeline.finite import (
-    AUDIO_DECODER,
     AUDIO_ENCODER,
     IMAGE_ENCODER,
     SR_TRANSFORMER,
@@ -321,10 +320,7 @@ class Pipeline:
         @torch.inference_mode()
         def sound() -> Waveform:
             with self.on_stream(components.sound_stream):
-                finite = Finite()  # of this thread
-                wave = self.audio_vae.decode(audio, lambda made: finite.watch(made, AUDIO_DECODER))
-                magnitudes = finite.read()
-            magnitudes.check("decode_audio")
+                wave = self.audio_vae.decode(audio)
             if file is not None:
                 file.add_sound(wave)
             return wave
