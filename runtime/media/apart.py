@@ -2,15 +2,14 @@
 
 A decoder is native code, and a file may be made to crash it, to fill the memory or never to end. So
 it runs in a process with bounds, which holds nothing of others, and what it leaves is a plain file
-that this package has written itself. `python -m magihuman.runtime.media.apart` is such a process:
-it takes tasks, a line of JSON each, from its standard input.
+that this package has written itself. `main` is such a process: it takes tasks, a line of JSON each,
+from its standard input.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import selectors
 import signal
 import struct
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +163,8 @@ class _Process:
     def __init__(self, deadline_s: float, memory_bytes: int) -> None:
         # Not forked: a fork has all that its parent has, locks in any state among it.
         variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-        command = [sys.executable, "-P", "-m", __name__, str(deadline_s), str(memory_bytes)]
+        entry = f"from {__name__} import main; main()"  # by -m, the module would be imported twice
+        command = [sys.executable, "-P", "-c", entry, str(deadline_s), str(memory_bytes)]
         self._process = subprocess.Popen(
             command,
             env={**variables, **ONE_THREAD},
@@ -245,6 +244,8 @@ class _Process:
 
 def serve(deadline_s: float, memory_bytes: int) -> None:
     """Do tasks until the input ends. For a process of its own, which it limits."""
+    import resource  # which Windows has not
+
     answers = os.dup(1)
     os.dup2(2, 1)  # what a library prints is no answer
     # Imported before the first file comes, and before memory is bounded.
@@ -279,10 +280,6 @@ def _say(answers: int, answer: Answer) -> None:
     os.write(answers, json.dumps(answer).encode() + b"\n")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """arguments: seconds for a file, and bytes for the process."""
-    serve(float(arguments[0]), int(arguments[1]))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def main() -> None:
+    """Serve with the arguments of the process: seconds for a file, and bytes for all."""
+    serve(float(sys.argv[1]), int(sys.argv[2]))
