@@ -325,9 +325,9 @@ torch.library.define(
 def linear_add_(
     stream: Tensor, x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET
 ) -> Tensor:
-    """Add `linear` to the fp32 stream [N, out] in place; on a GPU without a rounding before it.
+    """Add `linear` to the fp32 stream [N, out] in place, and return the stream itself.
 
-    Returns the stream itself.
+    PyTorch's product on a GPU is not rounded before that.
     """
     if x.is_cuda:
         from magihuman.kernels.linear import routes

@@ -131,6 +131,14 @@ class TensorMap(ctypes.Structure):
     _fields_ = [("words", ctypes.c_uint64 * 16)]
 
 
+def check_rows(x: torch.Tensor) -> None:
+    """Raise `ValueError` unless x's rows start at multiples of 16 bytes and are contiguous."""
+    if x.data_ptr() % 16 or x.stride(0) * x.element_size() % 16 or x.stride(1) != 1:
+        raise ValueError(
+            f"rows must start at multiples of 16 bytes, got strides {x.stride()} of {x.dtype}"
+        )
+
+
 def tensor_map(
     x: torch.Tensor, rows: int, columns: int, box_rows: int, box_columns: int
 ) -> TensorMap:
@@ -142,11 +150,8 @@ def tensor_map(
     """
     from cuda.bindings import driver
 
+    check_rows(x)
     size = x.element_size()
-    if x.data_ptr() % 16 or x.stride(0) * size % 16 or x.stride(1) != 1:
-        raise ValueError(
-            f"rows must start at multiples of 16 bytes, got strides {x.stride()} of {x.dtype}"
-        )
     swizzles = driver.CUtensorMapSwizzle
     swizzle = {
         128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,

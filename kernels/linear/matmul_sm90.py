@@ -23,10 +23,14 @@ from magihuman.kernels.reference import FP8, STATIC_SCALES, Counts
 Epilogue = Literal["store", "gelu7", "swiglu7", "add"]
 
 EPILOGUES = {"store": 0, "gelu7": 1, "swiglu7": 2, "add": 3}
-SHARED_BYTES = 232448 - 2048  # of a block on sm_90, less alignment and barriers
+SHARED_BYTES = 232448  # of a block on sm_90
+BARRIER_BYTES = 256
 CONSUMERS = 2
 ROWS = CONSUMERS * 64  # of the product in a tile
 THREADS = 128 * (1 + CONSUMERS)
+STAGES = 4  # blocks of both operands in shared memory
+PANEL = 64  # columns of a product in bf16 that wait together for its epilogue
+PANEL_BYTES = 64 * PANEL * 2
 DEPTH_BYTES = 128  # of a row in a block of an operand
 ARCH = "sm_90a"
 SOURCE = Path(__file__).with_name("matmul_sm90.cu")
@@ -37,7 +41,7 @@ class Tile:
     """Shape of the work of a thread block, of `ROWS` rows.
 
     Attributes:
-        columns: columns of the product, a multiple of 16.
+        columns: columns of the product, a multiple of 64.
         cluster_rows: blocks, one below the other, that share their columns' operand.
         group: at most so many row tiles go through all columns together, for the L2 cache's sake.
     """
@@ -53,6 +57,9 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         ("x_scale", ctypes.c_void_p),
         ("weight_scale", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_longlong),
+        ("out_columns", ctypes.c_int),
         ("x_scale_of_all", ctypes.c_float),
         ("blocks", ctypes.c_int),
         ("column_tiles", ctypes.c_int),
@@ -87,34 +94,25 @@ def out_dtypes(epilogue: Epilogue) -> list[torch.dtype]:
     return [torch.bfloat16, FP8] if epilogue in STATIC_SCALES else [torch.bfloat16]
 
 
-def out_bytes(tile: Tile, epilogue: Epilogue, out_dtype: torch.dtype) -> int:
-    """Bytes of a row of the boxes that leave a tile: the widest swizzle that divides its row."""
-    columns = tile.columns // 2 if epilogue == "swiglu7" else tile.columns
-    width = columns * out_dtype.itemsize
-    return next(size for size in (128, 64, 32, 16) if width % size == 0)
-
-
-def ring(tile: Tile, epilogue: Epilogue, out_dtype: torch.dtype) -> tuple[int, int]:
-    """Blocks in the ring and boxes of output for each warp group, as many as fit."""
-    stage = DEPTH_BYTES * (ROWS + tile.columns)
-    box = 64 * out_bytes(tile, epilogue, out_dtype)
-    buffers = 2 if SHARED_BYTES - 4 * CONSUMERS * box >= 4 * stage else 1
-    return (SHARED_BYTES - buffers * CONSUMERS * box) // stage, buffers
+def ring_panels(tile: Tile, fp8: bool) -> int:
+    """Panels that fit beside the blocks of operands, at most those of both consumers."""
+    scales = CONSUMERS * tile.columns * 4 if fp8 else 0
+    blocks = STAGES * DEPTH_BYTES * (ROWS + tile.columns)
+    room = SHARED_BYTES - BARRIER_BYTES - scales - blocks
+    return min(room // PANEL_BYTES, CONSUMERS * tile.columns // PANEL)
 
 
 def source(tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype) -> str:
     """The kernel for one tile, epilogue, type of operands and of output."""
-    stages, buffers = ring(tile, epilogue, out_dtype)
     sums = tile.columns // 2  # registers of a thread for 64 rows
     macros = {
         "FP8": int(fp8),
         "OUT_FP8": int(out_dtype == FP8),
         "COLUMNS": tile.columns,
-        "STAGES": stages,
+        "STAGES": STAGES,
+        "RING_PANELS": ring_panels(tile, fp8),
         "CLUSTER": tile.cluster_rows,
         "EPILOGUE": EPILOGUES[epilogue],
-        "OUT_BYTES": out_bytes(tile, epilogue, out_dtype),
-        "BUFFERS": buffers,
         "WGMMA_KIND": f'"m64n{tile.columns}{"k32.f32.e4m3.e4m3" if fp8 else "k16.f32.bf16.bf16"}"',
         "WGMMA_TAIL": '"1, 1"' if fp8 else '"1, 1, 0, 0"',
         "WGMMA_SUMS": '"' + ", ".join(f"%{i}" for i in range(sums)) + '"',
@@ -142,7 +140,7 @@ def _kernel(
 ) -> nvrtc.Kernel:
     """The compiled kernel, loaded into the context of the device, which must be current."""
     code = nvrtc.compile_cubin(source(tile, epilogue, fp8, out_dtype), ARCH)
-    return nvrtc.Kernel(code, "matmul", SHARED_BYTES + 2048)
+    return nvrtc.Kernel(code, "matmul", SHARED_BYTES)
 
 
 @functools.cache
@@ -168,11 +166,11 @@ def matmul(
         weight: [M, K] or, with `counts`, [3 M, K], of x's dtype, rows at multiples of 16 bytes. For
             "swiglu7" the even rows of M are glu, the odd ones lin.
         out: [N, M], or [N, M / 2] for "swiglu7", of one of `out_dtypes`, rows at multiples of 16
-            bytes. Beyond its shape columns are touched only up to the next such multiple. An e4m3
+            bytes. "store" may touch columns beyond its shape up to the next such multiple. An e4m3
             activation is divided by its entry in `reference.STATIC_SCALES`.
         counts: rows of each of three runs, each with a third of the weight's rows.
-        epilogue: what happens to the product. Activations take it rounded to bf16, as the plain
-            model does; "add" takes it as summed, in fp32.
+        epilogue: what happens to the product, which is rounded to bf16 first, as in the plain
+            model.
         tile: how the work is cut.
         x_scale: of e4m3 operands, [N] fp32, or one number for all rows.
         weight_scale: of e4m3 operands, [M] or [3 M] fp32.
@@ -180,6 +178,7 @@ def matmul(
     Raises `ValueError` where rows do not start at multiples of 16 bytes. `routes.TILES` has what
     was fastest on H100.
     """
+    nvrtc.check_rows(out)
     fp8 = x.dtype == FP8
     depth_block = DEPTH_BYTES // x.element_size()
     columns, depth = columns_of(weight, counts), weight.shape[1]
@@ -189,11 +188,10 @@ def matmul(
     maps.weight = nvrtc.tensor_map(
         weight, weight.shape[0], depth, tile.columns // tile.cluster_rows, depth_block
     )
-    box_columns = out_bytes(tile, epilogue, out.dtype) // out.element_size()
     row = tiles = 0
     for i, count in enumerate(runs):
-        if count:
-            maps.out[i] = nvrtc.tensor_map(out[row:], count, out.shape[1], 64, box_columns)
+        if count and epilogue == "store":
+            maps.out[i] = nvrtc.tensor_map(out[row:], count, out.shape[1], 64, PANEL)
         tiles += -(-count // (ROWS * tile.cluster_rows))
         shape.first_row[i], shape.rows[i], shape.last_tile[i] = row, count, tiles
         row += count
@@ -202,6 +200,7 @@ def matmul(
     else:
         shape.x_scale_of_all = x_scale or 1.0
     shape.weight_scale = None if weight_scale is None else weight_scale.data_ptr()
+    shape.out, shape.out_stride, shape.out_columns = out.data_ptr(), out.stride(0), out.shape[1]
     shape.blocks = -(-depth // depth_block)
     shape.column_tiles = -(-columns // tile.columns)
     shape.row_tiles = tiles

@@ -30,8 +30,7 @@ LIBRARY = "library"
 TILES = {
     "128x192": Tile(columns=192, group=17),
     "128x192 in pairs": Tile(columns=192, cluster_rows=2, group=8),
-    "128x224 in pairs": Tile(columns=224, cluster_rows=2, group=8),
-    "128x256": Tile(columns=256, group=8),
+    "128x256 in pairs": Tile(columns=256, cluster_rows=2, group=8),
 }
 SMALL_FLOPS = 1e10  # a product below this takes microseconds, and measuring it tenths of a second
 ROUNDS = 3
@@ -101,7 +100,10 @@ def linear_activation(
 def linear_add(
     stream: Tensor, x: Tensor, weight: Tensor, counts: Counts | None, route: str
 ) -> None:
-    """`stream += linear(x, weight)`, stream [N, M] fp32, with the product in fp32."""
+    """`stream += linear(x, weight)`, stream [N, M] fp32.
+
+    The library adds the product in fp32, the tiles round it to bf16 first, as the plain model does.
+    """
     if route != LIBRARY:
         matmul(x, weight, stream, counts, "add", _tile(route))
         return
@@ -146,7 +148,7 @@ def linear_activation_fp8(
 def linear_add_fp8(
     stream: Tensor, x: Quantized, weight: Quantized, counts: Counts | None, route: str
 ) -> None:
-    """`stream += linear_fp8(x, weight)`, stream [N, M] fp32, with the product in fp32."""
+    """`stream += linear_fp8(x, weight)`, stream [N, M] fp32."""
     _matmul_fp8(x, weight, stream, counts, "add", route)
 
 

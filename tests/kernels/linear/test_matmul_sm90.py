@@ -18,18 +18,21 @@ triton = pytest.importorskip("triton")
 from magihuman.kernels.jit import cache, nvrtc  # noqa: E402
 from magihuman.kernels.linear import routes  # noqa: E402
 from magihuman.kernels.linear.matmul_sm90 import (  # noqa: E402
+    BARRIER_BYTES,
     CONSUMERS,
     DEPTH_BYTES,
     EPILOGUES,
     FP8,
+    PANEL,
+    PANEL_BYTES,
     ROWS,
     SHARED_BYTES,
+    STAGES,
     Epilogue,
     Tile,
     compile_tiles,
-    out_bytes,
     out_dtypes,
-    ring,
+    ring_panels,
     source,
 )
 
@@ -59,7 +62,7 @@ def test_every_kernel_compiles_without_spills(
 
     usage = dump("--dump-resource-usage")
     assert re.findall(r"(?:LOCAL|STACK):(\d+)", usage) == ["0", "0"]
-    # 168 a thread at launch, which the warp groups then share out as 40, 232 and 232.
+    # 168 a thread at launch, which the warp groups then share out as 104, 200 and 200.
     assert re.search(r"REG:168\b", usage)
 
 
@@ -96,15 +99,17 @@ def test_a_mistake_comes_with_the_compilers_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tile", routes.TILES.values(), ids=routes.TILES)
-def test_rings_fit_the_shared_memory(tile: Tile) -> None:
-    for epilogue, out_dtype in OUTPUTS:
-        stages, buffers = ring(tile, epilogue, out_dtype)
-        stage = DEPTH_BYTES * (ROWS + tile.columns)
-        boxes = CONSUMERS * buffers * 64 * out_bytes(tile, epilogue, out_dtype)
-        assert stages >= 4
-        assert stages * stage + boxes <= SHARED_BYTES
-        # One box more for each warp group, or one stage more, would not fit or is not wanted.
-        assert (stages + 1) * stage + boxes > SHARED_BYTES
+@pytest.mark.parametrize("fp8", [False, True])
+def test_panels_fit_the_shared_memory(tile: Tile, fp8: bool) -> None:
+    panels = ring_panels(tile, fp8)
+    whole = CONSUMERS * tile.columns // PANEL
+    blocks = STAGES * DEPTH_BYTES * (ROWS + tile.columns)
+    scales = CONSUMERS * tile.columns * 4 if fp8 else 0
+    barriers = 2 * 8 * (STAGES + panels)
+    assert barriers <= BARRIER_BYTES
+    assert blocks + panels * PANEL_BYTES + scales + BARRIER_BYTES <= SHARED_BYTES
+    # With less than one consumer's part each would wait for the epilogue of its own.
+    assert whole // CONSUMERS <= panels <= whole
 
 
 def test_tiles_compiled_side_by_side_are_kept(
