@@ -204,6 +204,9 @@ __device__ __forceinline__ Place place_of(int tile, const Shape &shape) {
     int height = min(shape.row_tiles - first, shape.group);
     int rest = tile % span;
     int row = first + rest % height;
+    // From the last row up: what the other operand's writer wrote last is still in the L2 cache, and
+    // what is written last here is what the next norm reads first.
+    if (EPILOGUE == ADD) row = shape.row_tiles - 1 - row;
     int run = (row >= shape.last_tile[0]) + (row >= shape.last_tile[1]);
     int local = run == 0 ? row : row - shape.last_tile[run - 1];
     u32 rank = cluster_rank();
