@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from magihuman.runtime.serving.settings import Settings
 
 TOKEN_VARIABLE = "MAGIHUMAN_TOKEN"
+MAX_PROMPT_CHARS = 150_000  # two of them fit a job's state, which is bounded
 WAIT_S = 15.0  # for the processes of a server that has just been killed
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -53,7 +54,9 @@ class ServeOptions(EngineOptions):
     ] = None
     queue_limit: Annotated[int, typer.Option(min=1, help="Videos that may wait.")] = 64
     max_upload_mib: Annotated[int, typer.Option(min=1, help="Of a request, its files too.")] = 32
-    max_prompt_chars: Annotated[int, typer.Option(min=1, help="Of a prompt.")] = 10_000
+    max_prompt_chars: Annotated[
+        int, typer.Option(min=1, max=MAX_PROMPT_CHARS, help="Of a prompt.")
+    ] = 10_000
     max_seconds: Annotated[float, typer.Option(help="Of a clip.")] = MAX_SECONDS
     max_pixels: Annotated[
         int, typer.Option(min=MIN_SIDE_PX**2, help="Of a frame, before super-resolution.")

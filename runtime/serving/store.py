@@ -10,70 +10,48 @@ Every change is a rename, so that a process killed at any moment leaves no half-
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import json
 import logging
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from magihuman.runtime.errors import OutputError
 from magihuman.runtime.files import atomic_folder, atomic_path, write_json
 from magihuman.runtime.request import Request
+from magihuman.runtime.serving import record
+from magihuman.runtime.serving.record import (
+    AUDIO,
+    IMAGE,
+    MAX_ATTEMPTS,
+    MAX_STATE_BYTES,
+    PREFIX,
+    STATE,
+    VIDEO,
+    Job,
+    Status,
+    is_file,
+    request_of,
+)
+
+__all__ = [
+    "AUDIO",
+    "IMAGE",
+    "MAX_ATTEMPTS",
+    "STATE",
+    "Job",
+    "Status",
+    "Store",
+    "locked",
+    "request_of",
+]
 
 log = logging.getLogger("magihuman")
 
-STATE, IMAGE, AUDIO, VIDEO = "job.json", "image", "audio", "video.mp4"
-PREFIX = "video_"
 REMOVED, LOCK = ".removed-", ".lock"
-MAX_ATTEMPTS = 2
-
-
-class Status(StrEnum):
-    """How far a job is."""
-
-    QUEUED = "queued"
-    IN_PROGRESS = "in_progress"
-    COMPLETED = "completed"
-    FAILED = "failed"
-
-
-@dataclass
-class Job:
-    """A video, asked for or made. Times are seconds since 1970.
-
-    Attributes:
-        options: fields of `Request` beside the prompt and the files.
-        attempts: how often an engine has begun it.
-        error: `code` and `message`, where it has failed.
-        stage, progress: what an engine is doing, and how much is done, in percent; not kept.
-    """
-
-    prompt: str
-    options: dict[str, Any]
-    id: str = field(default_factory=lambda: PREFIX + secrets.token_hex(16))
-    status: Status = Status.QUEUED
-    created_at: float = field(default_factory=time.time)
-    started_at: float | None = None
-    completed_at: float | None = None
-    expires_at: float | None = None
-    attempts: int = 0
-    timings_s: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    error: dict[str, str] | None = None
-    stage: str | None = None
-    progress: int = 0
-
-    @property
-    def is_running(self) -> bool:
-        """Whether an engine has it."""
-        return self.status is Status.IN_PROGRESS
 
 
 class Store:
@@ -111,7 +89,9 @@ class Store:
         """Give a folder for the uploads, the job's once the context ends well. For any thread."""
         with atomic_folder(self._folder / job.id) as draft:
             yield draft
-            write_json(draft / STATE, _kept(job))
+            write_json(draft / STATE, record.kept(job))
+            if (draft / STATE).stat().st_size > MAX_STATE_BYTES:  # no restart would read it
+                raise OSError(errno.EFBIG, "the state of a job is too large")
 
     def begin(self, job: Job) -> None:
         """Note that an engine has taken the job."""
@@ -160,17 +140,19 @@ class Store:
         """Remove what has been kept for long enough."""
         now = time.time()
         for job in list(self.jobs.values()):
-            if job.expires_at is not None and job.expires_at <= now:
+            if job.has_ended and job.expires_at is not None and job.expires_at <= now:
                 self.remove(job)
 
     def _recover(self, job: Job) -> None:
-        is_made = self.video(job).exists()  # whole, or it would not have its name
+        is_made = is_file(self.video(job))  # whole, or it would not have its name
         if job.status is Status.IN_PROGRESS and is_made:
             self.complete(job, job.timings_s, tuple(job.warnings))
         elif job.status is Status.IN_PROGRESS:
             self.back_in_line(job, is_its_fault=True)
         elif job.status is Status.COMPLETED and not is_made:
             self.fail(job, "lost", "the video's file has been removed from the server's folder")
+        elif job.has_ended and job.expires_at is None:
+            job.expires_at = time.time() + self._keep_s
 
     def _end(self, job: Job) -> None:
         job.stage, job.completed_at = None, time.time()
@@ -183,17 +165,11 @@ class Store:
         """Write the state, and return whether the disk took it. A full one holds nothing up."""
         try:
             with atomic_path(self._folder / job.id / STATE) as temporary:
-                write_json(temporary, _kept(job))
+                write_json(temporary, record.kept(job))
         except OSError:
             log.exception("the state of %s, %s, could not be written", job.id, job.status.value)
             return False
         return True
-
-
-def request_of(job: Job, folder: Path) -> Request:
-    """Return what is to be made, with the uploads in a folder. Raises `InvalidRequestError`."""
-    image, audio = (place if place.exists() else None for place in (folder / IMAGE, folder / AUDIO))
-    return Request(prompt=job.prompt, image=image, audio=audio, **job.options)
 
 
 @contextmanager
@@ -224,20 +200,10 @@ def locked(folder: Path, wait_s: float) -> Iterator[None]:
         raise OutputError(f"the folder {folder} cannot be written to: {error.strerror}") from error
 
 
-def _kept(job: Job) -> dict[str, object]:
-    values = asdict(job)
-    del values["stage"], values["progress"]
-    return values
-
-
 def _read(place: Path) -> Job | None:
+    """Read the job of a folder; None, and a line in the log, where there is none to be had."""
     try:
-        values = json.loads((place / STATE).read_text(encoding="utf-8"))
-        job = Job(**values | {"status": Status(values["status"])})
-        if job.id != place.name:
-            raise ValueError(f"is of {job.id}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("%s is left alone: its %s cannot be used (%s)", place, STATE, error)
+        return record.read(place)
+    except (OSError, ValueError) as error:
+        log.warning("%s is left alone: its %s cannot be used (%.300s)", place, STATE, error)
         return None
-    job.progress = 100 if job.status is Status.COMPLETED else 0
-    return job

@@ -26,6 +26,7 @@ BASE, DISTILL = config.VARIANTS["base"], config.VARIANTS["distill"]
         ("seconds", -1, "seconds must be a number from 0.2 to 60, got -1"),
         ("seconds", math.nan, "seconds must be a number from 0.2 to 60, got nan"),
         ("seconds", math.inf, "seconds must be a number from 0.2 to 60, got inf"),
+        ("seconds", 10**400, f"seconds must be a number from 0.2 to 60, got {10**400}"),
         ("seconds", True, "seconds must be a number from 0.2 to 60, got True"),
         ("seconds", "5", "seconds must be a number from 0.2 to 60, got '5'"),
         ("width", 31, "width must be a whole number from 32 to 4096, got 31"),
