@@ -120,7 +120,11 @@ class Jobs:
             self._launch(job)
 
     def remove(self, job: Job) -> None:
-        """Forget a job; what is being made of it is cancelled."""
+        """Forget a job; what is being made of it is cancelled.
+
+        Raises:
+            OSError: the disk refuses, and nothing has changed.
+        """
         self._store.remove(job)
         task = self._tasks.get(job.id)
         if task is not None:
@@ -147,6 +151,7 @@ class Jobs:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._store.save_again()
 
     def _launch(self, job: Job) -> None:
         task = asyncio.create_task(self._run(job))
@@ -202,6 +207,6 @@ class Jobs:
         while True:
             await asyncio.sleep(SWEEP_S)
             try:
-                self._store.expire()
-            except OSError:  # of one video; the others are to go all the same, if later
-                log.exception("an expired video could not be removed")
+                self._store.sweep()
+            except Exception:  # it goes on all the same
+                log.exception("the sweep of the videos' folder has failed")

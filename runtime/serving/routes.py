@@ -152,7 +152,7 @@ class VideoRoutes:
         app.delete(
             "/v1/videos/{video_id}",
             response_model=Deleted,
-            responses=_errors(401, 403, 404, 422),
+            responses=_errors(401, 403, 404, 422, 503),
             **closed,
         )(self.delete)
 
@@ -160,15 +160,8 @@ class VideoRoutes:
         """Ask for a video; it waits in line."""
         with _place_in_line(self.jobs()):
             new = await _read(request, self.settings)
-        try:
+        with _disk_taken():
             await self.jobs().add(new.job, new.fill)
-        except OSError as error:
-            raise ApiError(
-                503,
-                "disk",
-                f"the server's disk does not take it: {error.strerror}",
-                headers=retry(DISK_RETRY_S),
-            ) from error
         return VideoObject.of(new.job, self.settings.model)
 
     async def retrieve(self, video_id: str) -> VideoObject:
@@ -198,7 +191,8 @@ class VideoRoutes:
     async def delete(self, video_id: str) -> Deleted:
         """Cancel a video that waits or is being made, or remove a finished one."""
         job = self._job(video_id)
-        self.jobs().remove(job)
+        with _disk_taken():
+            self.jobs().remove(job)
         return Deleted(id=job.id)
 
     def _job(self, video_id: str) -> Job:
@@ -228,6 +222,20 @@ async def _read(request: Request, settings: Settings) -> uploads.NewVideo:
         raise ApiError(408, "body_too_slow", message) from None
     except ClientDisconnect:  # nobody is told, and it is no fault of the server
         raise ApiError(400, "malformed_body", "the body must be sent to its end") from None
+
+
+@contextmanager
+def _disk_taken() -> Iterator[None]:
+    """Turn what a disk does not take into an `ApiError`."""
+    try:
+        yield
+    except OSError as error:
+        raise ApiError(
+            503,
+            "disk",
+            f"the server's disk does not take it: {error.strerror}",
+            headers=retry(DISK_RETRY_S),
+        ) from error
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from magihuman.runtime.errors import OutputError
-from magihuman.runtime.files import atomic_folder, atomic_path, write_json
+from magihuman.runtime.files import atomic_folder, atomic_path, sync, sync_folder, write_json
 from magihuman.runtime.request import Request
 from magihuman.runtime.serving import record
 from magihuman.runtime.serving.record import (
@@ -60,11 +62,14 @@ class Store:
     def __init__(self, folder: Path, keep_s: float) -> None:
         """Read what is there; jobs that were being made are queued again, see `back_in_line`."""
         self.jobs: dict[str, Job] = {}
+        self._unsaved: set[str] = set()  # whose state the disk has not taken yet
+        self._removed: set[Path] = set()  # folders of which something is left
         self._folder, self._keep_s = folder, keep_s
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for place in self._folder.iterdir():
             if place.name.startswith((".magihuman-", REMOVED)):
-                shutil.rmtree(place, ignore_errors=True)
+                self._removed.add(place)
+        self._clear()
         for place in self._folder.glob(f"{PREFIX}*"):
             job = _read(place)
             if job is not None:
@@ -89,9 +94,13 @@ class Store:
         """Give a folder for the uploads, the job's once the context ends well. For any thread."""
         with atomic_folder(self._folder / job.id) as draft:
             yield draft
+            for name in (IMAGE, AUDIO):
+                if (draft / name).exists():
+                    sync(draft / name)
             write_json(draft / STATE, record.kept(job))
             if (draft / STATE).stat().st_size > MAX_STATE_BYTES:  # no restart would read it
                 raise OSError(errno.EFBIG, "the state of a job is too large")
+        sync_folder(self._folder)
 
     def begin(self, job: Job) -> None:
         """Note that an engine has taken the job."""
@@ -129,19 +138,49 @@ class Store:
         self._save(job)
 
     def remove(self, job: Job) -> None:
-        """Forget it and all its files. Whoever is writing one of them has his error."""
-        del self.jobs[job.id]
-        gone = self._folder / f"{REMOVED}{job.id}"
+        """Forget it and all its files. Whoever is writing one of them has his error.
+
+        Raises:
+            OSError: the disk refuses, and the job is there as before.
+        """
+        gone = self._folder / f"{REMOVED}{job.id}-{secrets.token_hex(4)}"
         with suppress(FileNotFoundError):  # removed by hand
             (self._folder / job.id).rename(gone)  # at once, whatever is being written into it
-        shutil.rmtree(gone, ignore_errors=True)
+            sync_folder(self._folder)
+        del self.jobs[job.id]
+        self._unsaved.discard(job.id)
+        self._removed.add(gone)
+        self._clear()
+
+    def sweep(self) -> None:
+        """Try again what the disk has refused, and remove what has been kept for long enough."""
+        self.save_again()
+        self.expire()
+        self._clear()
+
+    def save_again(self) -> None:
+        """Write the states that the disk has not taken before."""
+        for name in list(self._unsaved):
+            job = self.jobs[name]
+            if self._save(job):
+                log.warning("the state of %s, %s, is written now", name, job.status.value)
 
     def expire(self) -> None:
-        """Remove what has been kept for long enough."""
+        """Remove what has been kept for long enough; what the disk refuses is tried again."""
         now = time.time()
         for job in list(self.jobs.values()):
             if job.has_ended and job.expires_at is not None and job.expires_at <= now:
-                self.remove(job)
+                try:
+                    self.remove(job)
+                except OSError:
+                    log.exception("%s has expired, and cannot be removed", job.id)
+
+    def _clear(self) -> None:
+        for place in list(self._removed):
+            with suppress(OSError):
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
+            if not os.path.lexists(place):
+                self._removed.discard(place)
 
     def _recover(self, job: Job) -> None:
         is_made = is_file(self.video(job))  # whole, or it would not have its name
@@ -157,18 +196,26 @@ class Store:
     def _end(self, job: Job) -> None:
         job.stage, job.completed_at = None, time.time()
         job.expires_at = job.completed_at + self._keep_s
-        if self._save(job):  # else another start would make it without them
-            for name in (IMAGE, AUDIO):
-                (self._folder / job.id / name).unlink(missing_ok=True)
+        self._save(job)
 
     def _save(self, job: Job) -> bool:
-        """Write the state, and return whether the disk took it. A full one holds nothing up."""
+        """Write the state, and return whether the disk took it. A full one holds nothing up.
+
+        Of a job that has ended, the uploads then go; before, another start needs them.
+        """
+        if job.id not in self.jobs:  # removed while it was being made
+            return False
         try:
             with atomic_path(self._folder / job.id / STATE) as temporary:
                 write_json(temporary, record.kept(job))
+            for name in (IMAGE, AUDIO) if job.has_ended else ():
+                (self._folder / job.id / name).unlink(missing_ok=True)
         except OSError:
-            log.exception("the state of %s, %s, could not be written", job.id, job.status.value)
+            if job.id not in self._unsaved:  # said once
+                log.exception("the state of %s, %s, could not be written", job.id, job.status.value)
+            self._unsaved.add(job.id)
             return False
+        self._unsaved.discard(job.id)
         return True
 
 

@@ -104,6 +104,41 @@ def serve_here():
     return served
 
 
+@dataclass(frozen=True)
+class Disk:
+    """A small file system of its own, in memory."""
+
+    place: Path
+
+    def fill(self) -> None:
+        """Leave no byte."""
+        with (self.place / "filling").open("ab", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def free(self) -> None:
+        """Make room again."""
+        (self.place / "filling").unlink()
+
+    def refuse(self, is_read_only: bool) -> None:
+        """Refuse every change, renames included, or take them again."""
+        option = f"remount,{'ro' if is_read_only else 'rw'}"
+        subprocess.run(["mount", "-o", option, str(self.place)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Disk]:
+    """Of 4 MiB; needs the right to mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "magihuman-test", str(place)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"file systems cannot be mounted here: {done.stderr.strip()}")
+    yield Disk(place)
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
 @dataclass
 class Server(Client):
     """`magihuman serve` in processes of its own."""

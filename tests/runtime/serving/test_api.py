@@ -822,6 +822,42 @@ def test_states_that_the_disk_does_not_take_hold_nothing_up(
         assert local.content(name).status_code == 200
 
 
+def test_an_end_that_the_disk_has_refused_outlives_a_restart(
+    disk, replica, serve_here, monkeypatch
+):
+    """What a client has been told, failed or gone, is so after a restart."""
+    monkeypatch.setattr("magihuman.runtime.serving.jobs.SWEEP_S", 0.05)
+    settings = Settings(disk.place / "videos", "tiny", token_sha256=TOKEN_SHA256)
+
+    async def make(work):
+        yield Report("denoise", 1, 2)
+        await asyncio.sleep(3600)
+
+    with serve_here(settings, replica, make) as local:
+        name, other = local.create(), local.create()
+        for each in (name, other):
+            local.when(each, "in_progress")
+        disk.refuse(True)
+        error = error_of(local.http.delete(f"/v1/videos/{other}"), 503)
+        assert error["code"] == "disk" and local.get(other)["id"] == other
+        disk.refuse(False)
+        local.delete(other)
+        disk.fill()
+
+        async def fail() -> None:
+            jobs = local.jobs[0]
+            jobs._store.fail(jobs.get(name), "disk", "the disk is full")
+
+        local.run(fail())
+        assert local.get(name)["status"] == "failed"
+        disk.free()
+        state = settings.folder / name / STATE
+        until(lambda: json.loads(state.read_text())["status"] == "failed")
+    with serve_here(settings, replica) as local:
+        assert local.get(name)["error"] == {"code": "disk", "message": "the disk is full"}
+        error_of(local.http.get(f"/v1/videos/{other}"), 404)
+
+
 def test_a_restart_takes_up_what_waited(settings, replica, serve_here):
     with serve_here(settings, replica) as local:
         done = local.create()

@@ -157,6 +157,71 @@ def test_a_full_disk_loses_nothing(store, monkeypatch):
     assert waiting.id == failed.id and again(store).request(waiting).image.read_bytes() == b"1"
 
 
+def test_states_that_a_full_disk_has_refused_are_written_later(disk):
+    store = Store(disk.place / "videos", keep_s=100)
+    jobs = [added(store, image=b"1") for _ in range(3)]
+    disk.fill()
+    failed, begun, gone = jobs
+    for job in jobs:
+        store.begin(job)
+    store.fail(failed, "disk", "the disk is full")
+    store.back_in_line(begun, is_its_fault=True)
+    store.sweep()
+    assert again(store).jobs[failed.id].status is Status.QUEUED  # as the disk has it
+    store.remove(gone)  # takes no room
+    disk.free()
+    store.sweep()
+    found = again(store).jobs
+    assert found == {failed.id: failed, begun.id: begun}
+    assert f"{failed.id}/image" not in files(store) and f"{begun.id}/image" in files(store)
+    for place in store._folder.glob("*/job.json"):
+        place.unlink()
+    store.sweep()  # what has been written is not written again
+    assert not any(name.endswith("job.json") for name in files(store))
+
+
+def test_a_job_is_gone_only_where_the_disk_takes_it(disk):
+    store = Store(disk.place / "videos", keep_s=100)
+    job, expired, late = (added(store) for _ in range(3))
+    for each in (expired, late):
+        store.fail(each, "x", "y")
+    expired.expires_at = 0.0
+    disk.refuse(True)
+    with pytest.raises(OSError, match="Read-only"):
+        store.remove(job)
+    store.sweep()
+    assert set(store.jobs) == set(again(store).jobs) == {job.id, expired.id, late.id}
+    disk.refuse(False)
+    store.sweep()
+    store.remove(job)
+    assert set(store.jobs) == set(again(store).jobs) == {late.id}
+    assert files(store) == {f"{late.id}/job.json"}
+
+
+def test_uploads_that_cannot_be_removed_do_not_change_the_end(disk):
+    store = Store(disk.place / "videos", keep_s=100)
+    job = added(store, image=b"1")
+    store.begin(job)
+    store.video(job).write_bytes(b"mp4")
+    disk.refuse(True)
+    store.complete(job, {"text": 0.5}, ())
+    assert job.status is Status.COMPLETED
+    disk.refuse(False)
+    store.sweep()
+    assert again(store).jobs == {job.id: job}
+    assert files(store) == {f"{job.id}/job.json", f"{job.id}/video.mp4"}
+
+
+def test_what_happens_to_a_removed_job_is_not_written(store):
+    job, other = added(store), added(store)
+    store.remove(job)
+    for _ in range(2):
+        store.begin(job)
+        store.fail(job, "x", "y")
+        store.sweep()
+    assert list(again(store).jobs) == [other.id] == list(store.jobs)
+
+
 def test_a_state_under_another_name_is_left_alone(store):
     job = added(store)
     (store._folder / job.id).rename(store._folder / "video_other")
