@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing, contextmanager
@@ -25,8 +24,8 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from magihuman.runtime.errors import DeviceError
 from magihuman.runtime.serving.api import create_app
 from magihuman.runtime.serving.jobs import Jobs
-from magihuman.runtime.serving.messages import EngineLost, Event, Make, Work
-from magihuman.runtime.serving.metrics import FOLDER_VARIABLE, Metrics, of_processes
+from magihuman.runtime.serving.messages import EngineLost, Event, Figures, Make, Report, Work
+from magihuman.runtime.serving.metrics import FOLDER_VARIABLES, EngineFigures, Metrics
 from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import locked
@@ -48,7 +47,7 @@ OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by
 ENDING_S = 3600.0
 STATUS_AGE_S = 1.0
 LOCK_WAIT_S = 60.0  # for the process before, where Serve has just given it up
-METRICS_FOLDER = ".metrics"
+TELL_S = 2.0  # for figures to reach the process that speaks HTTP
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,26 @@ class Replica(EngineReplica):
         try:
             async with aclosing(super().make(work)) as events:
                 async for event in events:
+                    if not isinstance(event, Report):  # who is told of the end finds it counted
+                        await self._tell()
                     yield event
         except EngineLost:
             log.exception("the engine has failed for good, and its process ends")
+            await self._tell()
             os._exit(1)
+
+    async def check_health(self) -> None:  # type: ignore[override]  # Serve awaits it
+        """Raise where the engine can make no more videos. Serve asks every few seconds."""
+        super().check_health()
+        await self._tell()
+
+    async def _tell(self) -> None:
+        """Send what is counted to the process that speaks HTTP, or else the next time."""
+        try:
+            api = serve.get_deployment_handle(API, APPLICATION)
+            await asyncio.wait_for(api.note.remote(self.figures()), TELL_S)
+        except Exception as error:  # no figure is worth a video
+            log.debug("figures have not been taken: %r", error)
 
 
 class Api:
@@ -92,8 +107,8 @@ class Api:
         self._lock = ExitStack()  # held until the process ends
         self._lock.enter_context(locked(settings.folder, LOCK_WAIT_S))
         self.jobs = Jobs(settings, _remote(engines), slots)
-        folder = settings.folder / METRICS_FOLDER
-        self.metrics = Metrics(self.jobs, lambda: of_processes(folder))
+        self._figures = EngineFigures()
+        self.metrics = Metrics(self.jobs, self._figures.text)
         self._asked_s, self._is_ready = -STATUS_AGE_S, False
         self.jobs.start()
         DECODERS.warm()
@@ -101,6 +116,10 @@ class Api:
     async def drain(self, bound_s: float) -> None:
         """Take no more jobs and let those end that are being made, as `Jobs.drain` does."""
         await self.jobs.drain(bound_s)
+
+    async def note(self, figures: Figures) -> None:
+        """Take the figures of an engine."""
+        self._figures.note(figures)
 
     async def is_ready(self) -> bool:
         """Whether an engine runs. Serve is asked once a second at most."""
@@ -113,10 +132,7 @@ class Api:
 def application(settings: Settings, engines: Engines) -> serve.Application:
     """Make what `serve.run` takes: the process that speaks HTTP, bound to the engines."""
     threads = max(1, (os.cpu_count() or 1) // engines.max_replicas)
-    variables = {
-        FOLDER_VARIABLE: str(settings.folder / METRICS_FOLDER),
-        "OMP_NUM_THREADS": str(threads),  # Ray would have it be one
-    }
+    variables = {"OMP_NUM_THREADS": str(threads)}  # Ray would have it be one
     replica = serve.deployment(
         name=ENGINE,
         ray_actor_options={
@@ -167,8 +183,8 @@ def run(
 
     wait: called once the server is ready.
     """
-    shutil.rmtree(settings.folder / METRICS_FOLDER, ignore_errors=True)
-    (settings.folder / METRICS_FOLDER).mkdir(parents=True)
+    for name in FOLDER_VARIABLES:  # before Ray's processes inherit it
+        os.environ.pop(name, None)
     with _ray():
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(

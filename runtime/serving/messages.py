@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from magihuman.runtime.request import Request
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,23 @@ class Failed:
 
     code: str
     message: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an engine has counted since it was loaded.
+
+    Attributes:
+        engine: a name that no other engine has or had.
+        process: its number.
+        order: higher in later ones of this engine.
+        families: the figures, as a registry collects them.
+    """
+
+    engine: str
+    process: int
+    order: int
+    families: list[Metric]
 
 
 class EngineLost(Exception):  # noqa: N818 - a state, not a fault of this request

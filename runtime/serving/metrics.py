@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest, multiprocess
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from magihuman.runtime.serving.jobs import Jobs
+from magihuman.runtime.serving.messages import Figures
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's own
+# prometheus_client's own. Figures would be mapped files, and a full disk kills who writes to those.
+FOLDER_VARIABLES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
 
 
 class JobsCollector(Collector):
@@ -60,15 +61,54 @@ class Metrics:
         return generate_latest(self._registry) + self._engines()
 
 
-def of_processes(folder: Path) -> bytes:
-    """Add up what processes with `FOLDER_VARIABLE` have written there, also those that ended."""
-    for file in folder.glob("gauge_live*_*.db"):
-        process = int(file.stem.rpartition("_")[2])
-        if not _is_running(process):
-            multiprocess.mark_process_dead(process, str(folder))
-    registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry, str(folder))
-    return generate_latest(registry)
+class EngineFigures(Collector):
+    """Figures of all engines, added up, in memory: a disk that is full costs none.
+
+    What an engine has counted stays after its process; what it was doing does not.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Figures] = {}
+        self._ended: list[Metric] = []
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def note(self, figures: Figures) -> None:
+        """Take what an engine has counted, unless something later has come before."""
+        known = self._latest.get(figures.engine)
+        if known is None or known.order < figures.order:
+            self._latest[figures.engine] = figures
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the sum of each figure."""
+        for name, figures in list(self._latest.items()):
+            if not _is_running(figures.process):
+                del self._latest[name]
+                counted = [family for family in figures.families if family.type != "gauge"]
+                self._ended = _sums([*self._ended, *counted])
+        families = [family for figures in self._latest.values() for family in figures.families]
+        yield from _sums([*self._ended, *families])
+
+    def text(self) -> bytes:
+        """Return the figures in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+
+def _sums(families: Iterable[Metric]) -> list[Metric]:
+    """Add up samples of the same name and labels, but for times at which counting began."""
+    found: dict[str, Metric] = {}
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for family in families:
+        found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        sums = values.setdefault(family.name, {})
+        for sample in family.samples:
+            if not sample.name.endswith("_created"):
+                key = sample.name, tuple(sample.labels.items())
+                sums[key] = sums.get(key, 0.0) + sample.value
+    for name, family in found.items():
+        for (sample_name, labels), value in values[name].items():
+            family.add_sample(sample_name, dict(labels), value)
+    return list(found.values())
 
 
 def _is_running(process: int) -> bool:

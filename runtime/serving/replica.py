@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
+import secrets
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,15 @@ from prometheus_client import CollectorRegistry
 
 from magihuman import runtime
 from magihuman.runtime.files import sync
-from magihuman.runtime.serving.messages import EngineLost, Event, Failed, Made, Report, Work
+from magihuman.runtime.serving.messages import (
+    EngineLost,
+    Event,
+    Failed,
+    Figures,
+    Made,
+    Report,
+    Work,
+)
 
 log = logging.getLogger("magihuman")
 
@@ -31,6 +42,7 @@ class EngineReplica:
     ) -> None:
         """options: of `runtime.load`. warmup: sizes as for `Engine.warmup`."""
         self.registry = CollectorRegistry()
+        self._name, self._order = secrets.token_hex(8), itertools.count()
         hooks = [runtime.PrometheusHooks(self.registry)]
         self._engine = runtime.load(**options, hooks=hooks)
         if warmup:
@@ -68,6 +80,11 @@ class EngineReplica:
             if not making.done():
                 making.cancel()
                 await asyncio.wait([making])
+
+    def figures(self) -> Figures:
+        """Return what the engine has counted up to now."""
+        order = next(self._order)
+        return Figures(self._name, os.getpid(), order, list(self.registry.collect()))
 
     def close(self) -> None:
         """Free the memory."""

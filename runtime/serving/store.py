@@ -53,7 +53,7 @@ __all__ = [
 
 log = logging.getLogger("magihuman")
 
-REMOVED, LOCK = ".removed-", ".lock"
+DRAFT, REMOVED, LOCK = ".magihuman-", ".removed-", ".lock"  # drafts are those of `files`
 
 
 class Store:
@@ -67,7 +67,7 @@ class Store:
         self._folder, self._keep_s = folder, keep_s
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for place in self._folder.iterdir():
-            if place.name.startswith((".magihuman-", REMOVED)):
+            if place.name.startswith((DRAFT, REMOVED)):
                 self._removed.add(place)
         self._clear()
         for place in self._folder.glob(f"{PREFIX}*"):
@@ -124,6 +124,8 @@ class Store:
 
         is_its_fault: whether this counts; it does not where the server itself gave the job up.
         """
+        if is_its_fault:
+            self._clear_drafts(job)
         if is_its_fault and job.attempts >= MAX_ATTEMPTS:
             self.fail(
                 job,
@@ -175,6 +177,12 @@ class Store:
                 except OSError:
                     log.exception("%s has expired, and cannot be removed", job.id)
 
+    def _clear_drafts(self, job: Job) -> None:
+        """Remove what a process that has died has left half-written beside the state."""
+        for place in (self._folder / job.id).glob(f"{DRAFT}*"):
+            with suppress(OSError):
+                place.unlink()
+
     def _clear(self) -> None:
         for place in list(self._removed):
             with suppress(OSError):
@@ -183,6 +191,7 @@ class Store:
                 self._removed.discard(place)
 
     def _recover(self, job: Job) -> None:
+        self._clear_drafts(job)
         is_made = is_file(self.video(job))  # whole, or it would not have its name
         if job.status is Status.IN_PROGRESS and is_made:
             self.complete(job, job.timings_s, tuple(job.warnings))
@@ -228,23 +237,45 @@ def locked(folder: Path, wait_s: float) -> Iterator[None]:
     end_s = time.monotonic() + wait_s
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with (folder / LOCK).open("w") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= end_s:
-                        raise OutputError(
-                            f"the folder must be of one server alone, and another has {folder};"
-                            " stop it, or name another folder"
-                        ) from None
-                    time.sleep(0.1)
+        number = _lockable(folder)
+        try:
+            while not _has_locked(number):
+                if time.monotonic() >= end_s:
+                    raise OutputError(
+                        f"the folder must be of one server alone, and another has {folder};"
+                        " stop it, or name another folder"
+                    )
+                time.sleep(0.1)
             yield
+        finally:
+            os.close(number)
     except OutputError:
         raise
     except OSError as error:
         raise OutputError(f"the folder {folder} cannot be written to: {error.strerror}") from error
+
+
+def _lockable(folder: Path) -> int:
+    """Open the folder, which takes no room; or a file in it, where its file system locks no folder.
+
+    No link is followed to that file, and what it holds stays.
+    """
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _has_locked(number)
+    except OSError:  # NFS locks only what is open for writing
+        os.close(number)
+        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | record.NO_WAIT, 0o600)
+    return number
+
+
+def _has_locked(number: int) -> bool:
+    """Lock an open file or folder, unless another process has."""
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _read(place: Path) -> Job | None:

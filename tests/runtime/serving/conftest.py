@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,25 @@ def free_port() -> int:
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise AssertionError("no free port found")
+
+
+@pytest.fixture
+def server_at(tiny_dir, tmp_path) -> Iterator[Callable[[Path], Server]]:
+    """Makes a server of a folder, yet to be started. Its service has no home."""
+    with ExitStack() as made:
+
+        def make(folder: Path) -> Server:
+            port = free_port()
+            command = ["env", "-u", "HOME", sys.executable, "-m", "magihuman.runtime.cli", "serve"]
+            command += ["--model", str(tiny_dir), "--folder", str(folder), "--device", "cpu"]
+            command += ["--port", str(port)]
+            url = f"http://127.0.0.1:{port}"
+            http = made.enter_context(httpx.Client(base_url=url, headers=BEARER, timeout=60))
+            server = Server(http, command, tmp_path / "log", url)
+            made.callback(server.end)
+            return server
+
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import threading
 import time
 import zlib
@@ -28,13 +29,16 @@ import numpy as np
 import pytest
 from mutants import mutated
 from PIL import Image
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from sounds import write_sine
 from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
 
+from magihuman.runtime import PrometheusHooks
 from magihuman.runtime.cli.serve import ServeOptions, _settings
 from magihuman.runtime.serving.jobs import WRITERS
-from magihuman.runtime.serving.messages import EngineLost, Made, Report
+from magihuman.runtime.serving.messages import EngineLost, Figures, Made, Report
+from magihuman.runtime.serving.metrics import EngineFigures
 from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Limits, Settings
 from magihuman.runtime.serving.store import AUDIO, IMAGE, STATE, Job, Store
@@ -944,6 +948,40 @@ def test_metrics(local):
     assert more("magihuman_stage_seconds_count", "denoise") == 1
     assert more("magihuman_http_requests_total", "/v1/videos", "200", "POST") == 1
     assert more("magihuman_http_requests_total", "/v1/videos/{video_id}", "404", "GET") == 1
+
+
+def counted(engine: str, process: int, order: int, done: int) -> Figures:
+    registry = CollectorRegistry()
+    hooks = PrometheusHooks(registry)
+    for number in range(done):
+        with hooks.span("request", number):
+            pass
+    hooks._running.inc()
+    return Figures(engine, process, order, list(registry.collect()))
+
+
+def test_figures_of_engines_are_added_up():
+    """Of one that has ended, what it has counted stays, and what it was doing does not."""
+    figures, own = EngineFigures(), os.getpid()
+    with subprocess.Popen(["sleep", "60"]) as other:
+        for each in (counted("a", own, 2, done=3), counted("a", own, 1, done=1)):
+            figures.note(each)  # the first is the later one
+        figures.note(counted("b", other.pid, 0, done=4))
+        assert summed(figures) == (7, 2)
+        other.kill()
+    for _ in range(2):
+        assert summed(figures) == (7, 1)
+    figures.note(counted("c", own, 0, done=1))
+    assert summed(figures) == (8, 2)
+    assert b"_created" not in figures.text() and b'le="+Inf"' in figures.text()
+
+
+def summed(figures: EngineFigures) -> tuple[float, float]:
+    """Requests that are done, and those in progress."""
+    registry = CollectorRegistry()
+    registry.register(figures)
+    done = registry.get_sample_value("magihuman_requests_total", {"outcome": "done"})
+    return done, registry.get_sample_value("magihuman_requests_in_progress")
 
 
 def test_words_that_clients_choose_are_no_labels(local):

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
@@ -264,6 +267,55 @@ def test_a_server_waits_for_the_one_before(tmp_path):
         threading.Timer(0.3, other.kill).start()
         with locked(tmp_path, 60):
             assert other.wait(60) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("is_nfs", [False, True])
+def test_the_lock_follows_no_link(tmp_path, monkeypatch, is_nfs):
+    """Nor does it change what is there. NFS locks no folder, and cannot be mounted here."""
+    target, folder, flock = tmp_path / "target", tmp_path / "videos", fcntl.flock
+
+    def of_nfs(number, how) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(number, how)
+
+    if is_nfs:
+        monkeypatch.setattr(fcntl, "flock", of_nfs)
+    target.write_text("mine")
+    folder.mkdir()
+    (folder / ".lock").symlink_to(target)
+    outcome = pytest.raises(OutputError, match="symbolic links") if is_nfs else nullcontext()
+    with outcome, locked(folder, 0):
+        pass
+    (folder / ".lock").unlink()
+    (folder / ".lock").write_text("kept")
+    with locked(folder, 0), pytest.raises(OutputError, match="alone"), locked(folder, 0):
+        pass
+    assert (target.read_text(), (folder / ".lock").read_text()) == ("mine", "kept")
+
+
+def test_a_disk_that_takes_nothing_can_be_read(disk):
+    """A folder is locked and found where not even a name can be written."""
+    store = Store(disk.place / "videos", keep_s=100)
+    jobs = [added(store) for _ in range(2)]
+    store.begin(jobs[0])
+    store.video(jobs[0]).write_bytes(b"mp4")
+    store.complete(jobs[0], {}, ())
+    disk.refuse(True)
+    with locked(store._folder, 0):
+        found = again(store)
+        assert found.jobs == store.jobs and found.video(jobs[0]).read_bytes() == b"mp4"
+
+
+def test_what_a_dead_engine_has_half_written_is_removed(store):
+    job, other = added(store), added(store)
+    for each in (job, other):
+        store.begin(each)
+        (store._folder / each.id / ".magihuman-0123.mp4").write_bytes(b"half")
+    store.back_in_line(job, is_its_fault=True)
+    assert f"{job.id}/.magihuman-0123.mp4" not in files(store)
+    again(store)
+    assert files(store) == {f"{each.id}/job.json" for each in (job, other)}
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
