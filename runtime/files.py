@@ -1,4 +1,8 @@
-"""Files and folders that this package makes, whole or not at all, and hashes of what they hold."""
+"""Files and folders that this package makes, whole or not at all, and hashes of what they hold.
+
+Who may read them is said by the umask, the file that is replaced, or the folder made for them,
+and not by the library that writes them: all files of a folder are alike.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,40 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from magihuman.kernels.jit.cache import atomic_path as atomic_path  # for files of every kind
+from magihuman.kernels.jit import cache
 from magihuman.runtime.errors import CheckpointError, OutputError
 
 OnBytes = Callable[[str, int, int], None]  # (stage, bytes done, of how many)
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, renamed to that on success and removed otherwise."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name in the same folder, renamed to `path` on success and removed otherwise.
+
+    A file that is replaced hands on its mode.
+    """
+    with cache.atomic_path(path) as temporary:
+        _inherit(temporary, path)
+        yield temporary
+
+
+@contextmanager
+def atomic_folder(folder: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A temporary folder beside `folder`, renamed to that on success and removed otherwise.
+
+    mode: of the folder, less what the umask takes away; what is in it is as open as that.
+    """
     temporary = folder.parent / f".magihuman-{secrets.token_hex(4)}"
     try:
-        temporary.mkdir()
+        temporary.mkdir(mode)
         yield temporary
+        _settle(temporary)
         if folder.exists():  # a rename would replace an empty folder
             raise FileExistsError(f"{folder} has been made by somebody else meanwhile")
         temporary.rename(folder)
@@ -46,6 +66,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        _settle(temporary)
         if missing:
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary.rename(folder)
@@ -54,9 +75,43 @@ def staged_folder(folder: Path) -> Iterator[Path]:
             if file.is_file():
                 target = folder / file.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
+                _inherit(file, target)
                 os.replace(file, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def close_to_others(path: Path) -> None:
+    """Let nobody but its owner use a file or folder. Raises `OSError`; a link is left as it is."""
+    if not path.is_symlink() and _mode(path) & 0o077:
+        path.chmod(_mode(path) & ~0o077)
+
+
+def _settle(folder: Path) -> None:
+    """Make all that lies in a folder as open as the folder is."""
+    mode = _mode(folder)
+    for place in folder.rglob("*"):
+        if not place.is_symlink():
+            _chmod(place, mode if place.is_dir() else mode & 0o666)
+
+
+def _inherit(temporary: Path, path: Path) -> None:
+    """Give a file the mode of that which it replaces, if there is one."""
+    with suppress(FileNotFoundError):
+        facts = path.lstat()
+        if stat.S_ISREG(facts.st_mode):
+            _chmod(temporary, facts.st_mode & 0o777 | 0o600)
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def _chmod(path: Path, mode: int) -> None:
+    """Set the mode, where the file system knows any."""
+    if _mode(path) != mode:
+        with suppress(PermissionError):
+            path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

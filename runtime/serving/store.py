@@ -22,7 +22,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from magihuman.runtime.errors import OutputError
-from magihuman.runtime.files import atomic_folder, atomic_path, sync, sync_folder, write_json
+from magihuman.runtime.files import (
+    atomic_folder,
+    atomic_path,
+    close_to_others,
+    sync,
+    sync_folder,
+    write_json,
+)
 from magihuman.runtime.request import Request
 from magihuman.runtime.serving import record
 from magihuman.runtime.serving.record import (
@@ -70,6 +77,7 @@ class Store:
             if place.name.startswith((DRAFT, REMOVED)):
                 self._removed.add(place)
         self._clear()
+        self._close_to_others()
         for place in self._folder.glob(f"{PREFIX}*"):
             job = _read(place)
             if job is not None:
@@ -92,7 +100,7 @@ class Store:
     @contextmanager
     def create(self, job: Job) -> Iterator[Path]:
         """Give a folder for the uploads, the job's once the context ends well. For any thread."""
-        with atomic_folder(self._folder / job.id) as draft:
+        with atomic_folder(self._folder / job.id, 0o700) as draft:
             yield draft
             for name in (IMAGE, AUDIO):
                 if (draft / name).exists():
@@ -110,6 +118,8 @@ class Store:
 
     def complete(self, job: Job, timings_s: dict[str, float], warnings: tuple[str, ...]) -> None:
         """Note that the video is there."""
+        with suppress(OSError):
+            close_to_others(self.video(job))
         job.status, job.progress = Status.COMPLETED, 100
         job.timings_s, job.warnings = dict(timings_s), list(warnings)
         self._end(job)
@@ -189,6 +199,23 @@ class Store:
                 shutil.rmtree(place) if place.is_dir() else place.unlink()
             if not os.path.lexists(place):
                 self._removed.discard(place)
+
+    def _close_to_others(self) -> None:
+        """Let nobody else in, unless other things lie in the folder: others may need those."""
+        jobs = [place for place in self._folder.glob(f"{PREFIX}*") if not place.is_symlink()]
+        closed = [*jobs, *(file for place in jobs for file in place.glob("*"))]
+        is_shared = any(not name.startswith((".", PREFIX)) for name in os.listdir(self._folder))
+        try:
+            for place in (*closed, *([] if is_shared else [self._folder])):
+                close_to_others(place)
+        except OSError as error:
+            log.warning("%s could not be closed to other users: %s", place, error.strerror)
+        if is_shared and self._folder.stat().st_mode & 0o077:
+            log.warning(
+                "%s holds other things too, and stays open to other users as it was, though its"
+                " videos are not; give the server a folder of its own",
+                self._folder,
+            )
 
     def _recover(self, job: Job) -> None:
         self._clear_drafts(job)

@@ -91,7 +91,7 @@ def data_url(kind: str, content: bytes) -> str:
 
 
 @pytest.mark.usefixtures("same_bytes")
-def test_a_video_is_what_the_engine_makes(local, replica, face, voice, tmp_path):
+def test_a_video_is_what_the_engine_makes(local, settings, replica, face, voice, tmp_path):
     asked = {"prompt": "A woman says: hello!", "seconds": "0.36", "size": "64x96", "seed": "7"}
     asked |= {"num_inference_steps": "2", "model": "tiny"}
     with face.open("rb") as image, voice.open("rb") as sound:
@@ -108,6 +108,7 @@ def test_a_video_is_what_the_engine_makes(local, replica, face, voice, tmp_path)
     assert {"text", "denoise", "decode_video", "write"} <= set(done["timings_s"])
     content = local.content(video["id"])
     assert content.headers["content-type"] == "video/mp4"
+    assert not any(path.stat().st_mode & 0o077 for path in settings.folder.rglob("*"))
     options = {"seconds": 0.36, "width": 64, "height": 96, "seed": 7, "steps": 2}
     replica._engine.generate(
         "A woman says: hello!", image=face, audio=voice, save=tmp_path / "own.mp4", **options

@@ -12,9 +12,11 @@ import threading
 import time
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 
 from magihuman.runtime import InvalidRequestError, OutputError
+from magihuman.runtime.media import write_mp4
 from magihuman.runtime.serving.store import MAX_ATTEMPTS, Job, Status, Store, locked
 
 OPTIONS = {"seconds": 0.2, "width": 32, "height": 32, "seed": 7}
@@ -54,6 +56,46 @@ def test_a_job_is_found_as_it_was(store):
 
 def test_the_folder_is_for_nobody_else(store):
     assert store._folder.stat().st_mode & 0o077 == 0
+
+
+def open_to_others(store: Store) -> set[str]:
+    """What somebody else may read, by name; without links."""
+    paths = [store._folder, *store._folder.rglob("*")]
+    return {p.name for p in paths if p.lstat().st_mode & 0o077 and not p.is_symlink()}
+
+
+def test_nothing_in_the_folder_is_for_anybody_else(store):
+    job = added(store, image=b"1", audio=b"2")
+    store.begin(job)
+    assert open_to_others(store) == set() and len(files(store)) == 3
+    frames, sound = np.zeros((5, 32, 32, 3), np.uint8), np.zeros((9600, 2), np.float32)
+    write_mp4(store.video(job), frames, sound, 25, 48000)
+    store.complete(job, {}, ())
+    assert open_to_others(store) == set()
+    assert files(store) == {f"{job.id}/job.json", f"{job.id}/video.mp4"}
+
+
+def test_what_was_open_to_others_is_closed(store, tmp_path):
+    """As of a backup, or of a folder that was made by hand; links are not followed."""
+    job, other = added(store, image=b"1"), tmp_path / "other"
+    other.mkdir()
+    (other / "mine").write_text("x")
+    (store._folder / "video_link").symlink_to(other)
+    (store._folder / job.id / "link").symlink_to(other / "mine")
+    for place in (store._folder, *store._folder.rglob("*"), other, other / "mine"):
+        place.chmod(0o755)
+    found = again(store)
+    assert job.id in found.jobs and open_to_others(found) == set()
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (other, other / "mine")} == {0o755}
+
+
+def test_a_folder_of_others_stays_theirs(store, caplog):
+    job = added(store)
+    (store._folder / "holidays.mp4").touch()
+    for place in (store._folder, store._folder / job.id):
+        place.chmod(0o755)
+    assert open_to_others(again(store)) == {"videos", "holidays.mp4"}
+    assert "give the server a folder of its own" in caplog.text
 
 
 def test_a_job_that_cannot_be_filled_leaves_nothing(store):

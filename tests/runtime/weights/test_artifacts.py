@@ -41,6 +41,14 @@ def bf16(tiny_dir, tmp_path_factory) -> Path:
     return runtime.convert(tiny_dir, folder, precision="bf16")
 
 
+def test_all_files_have_the_mode_that_the_umask_gives(tiny_dir, fp8, tmp_path):
+    """Libraries that write weights have modes of their own."""
+    (tmp_path / "any").touch()
+    expected = {(tmp_path / "any").stat().st_mode}
+    for folder in (fp8, tiny_dir):
+        assert {path.stat().st_mode for path in folder.rglob("*") if path.is_file()} == expected
+
+
 def published(tiny_dir: Path, name: str = "distill") -> torch.nn.Module:
     return checkpoint.load_dit(tiny_dir / name, VARIANTS[name], CPU, torch.bfloat16)
 
