@@ -62,6 +62,8 @@ log = logging.getLogger("magihuman")
 
 DRAFT, REMOVED, LOCK = ".magihuman-", ".removed-", ".lock"  # drafts are those of `files`
 
+CLOCK_SET_S = 1.0  # less is how clocks are kept right all the time
+
 
 class Store:
     """The jobs in a folder. For one thread, but for `create`."""
@@ -69,6 +71,7 @@ class Store:
     def __init__(self, folder: Path, keep_s: float) -> None:
         """Read what is there; jobs that were being made are queued again, see `back_in_line`."""
         self.jobs: dict[str, Job] = {}
+        self._clock_s = time.time() - time.monotonic()  # changes only where the clock is set
         self._unsaved: set[str] = set()  # whose state the disk has not taken yet
         self._removed: set[Path] = set()  # folders of which something is left
         self._folder, self._keep_s = folder, keep_s
@@ -179,6 +182,7 @@ class Store:
 
     def expire(self) -> None:
         """Remove what has been kept for long enough; what the disk refuses is tried again."""
+        self._follow_clock()
         now = time.time()
         for job in list(self.jobs.values()):
             if job.has_ended and job.expires_at is not None and job.expires_at <= now:
@@ -186,6 +190,18 @@ class Store:
                     self.remove(job)
                 except OSError:
                     log.exception("%s has expired, and cannot be removed", job.id)
+
+    def _follow_clock(self) -> None:
+        """Move the times to expire where the clock has been set: they are so far off as before."""
+        moved_s = time.time() - time.monotonic() - self._clock_s
+        if abs(moved_s) < CLOCK_SET_S:
+            return
+        self._clock_s += moved_s
+        log.warning("the clock has been set by %.0f s; times to expire follow it", moved_s)
+        for job in self.jobs.values():
+            if job.expires_at is not None:
+                job.expires_at += moved_s
+                self._save(job)
 
     def _clear_drafts(self, job: Job) -> None:
         """Remove what a process that has died has left half-written beside the state."""
@@ -226,10 +242,17 @@ class Store:
             self.back_in_line(job, is_its_fault=True)
         elif job.status is Status.COMPLETED and not is_made:
             self.fail(job, "lost", "the video's file has been removed from the server's folder")
-        elif job.has_ended and job.expires_at is None:
-            job.expires_at = time.time() + self._keep_s
+        self._bound_expiry(job)
+
+    def _bound_expiry(self, job: Job) -> None:
+        """Keep what has ended no longer than from now on, whatever the clock said when it ended."""
+        latest_s = time.time() + self._keep_s
+        if job.has_ended and (job.expires_at is None or job.expires_at > latest_s):
+            job.expires_at = latest_s
+            self._save(job)
 
     def _end(self, job: Job) -> None:
+        self._follow_clock()  # before there is a time by the new one
         job.stage, job.completed_at = None, time.time()
         job.expires_at = job.completed_at + self._keep_s
         self._save(job)

@@ -282,6 +282,36 @@ def test_expiry(store):
     assert set(store.jobs) == set(again(store).jobs) == {jobs[1].id, jobs[2].id}
 
 
+def set_clock(monkeypatch, by_s: float) -> None:
+    """As the administrator or a time server does; what is asked for elapsed time is not touched."""
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + by_s)
+
+
+@pytest.mark.parametrize("by_s", [1e6, -1e6, 60.0, -60.0])
+def test_a_clock_that_is_set_neither_expires_nor_keeps(store, monkeypatch, by_s):
+    before, after = added(store), added(store)
+    store.fail(before, "x", "y")
+    set_clock(monkeypatch, by_s)
+    store.fail(after, "x", "y")  # between two sweeps
+    store.expire()
+    assert set(store.jobs) == {before.id, after.id}
+    for job in (before, after):  # of the hundred seconds that it is kept
+        assert 50 < job.expires_at - time.time() <= 100
+        assert again(store).jobs[job.id].expires_at == job.expires_at
+
+
+def test_a_clock_that_was_ahead_before_a_restart_keeps_nothing_for_ever(store, monkeypatch):
+    with monkeypatch.context() as patch:
+        set_clock(patch, 1e8)
+        ahead = again(store)
+        job = added(ahead)
+        ahead.fail(job, "x", "y")
+    found = again(store).jobs[job.id]
+    assert 50 < found.expires_at - time.time() <= 100
+    assert again(store).jobs[job.id].expires_at == found.expires_at
+
+
 def test_removal_while_a_file_is_being_written(store):
     job = added(store)
     with (store._folder / job.id / ".magihuman-x.mp4").open("wb") as file:
