@@ -4,13 +4,14 @@ import errno
 import fcntl
 import json
 import os
+import random
 import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -402,6 +403,57 @@ def test_a_request_that_is_none_says_so(store):
         store.request(Job("hi", {"seconds": 0}))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_a_disk_refuses_nothing_is_lost_and_nothing_comes_back(disk, seed):
+    """Of jobs that were taken, ended and removed while the disk filled, refused and was well."""
+    draw = random.Random(seed)
+    place = disk.place / "videos"
+    store, taken, state = Store(place, 1e6), dict[str, Job](), "well"
+    for _ in range(120):
+        job = draw.choice(list(taken.values())) if taken else None
+        match draw.choice(
+            ["create", "create", "begin", "fail", "remove", "sweep", "disk", "start"]
+        ):
+            case "create":
+                with suppress(OSError):
+                    new = added(store, image=b"1")
+                    taken[new.id] = new
+            case "begin" if job and job.status is Status.QUEUED:
+                store.begin(job)
+            case "fail" if job and job.is_running:
+                store.fail(job, "x", "y")
+            case "remove" if job:
+                with suppress(OSError):
+                    store.remove(job)
+                    del taken[job.id]
+            case "sweep":
+                store.sweep()
+            case "disk":
+                state = changed(disk, state, draw.choice(["well", "full", "refusing"]))
+            case "start":
+                state = changed(disk, state, "well")
+                store.sweep()
+                ended = {name for name, job in taken.items() if job.has_ended}
+                store = Store(place, 1e6)
+                assert store.jobs.keys() == taken.keys()
+                assert ended <= {name for name, job in store.jobs.items() if job.has_ended}
+                taken = dict(store.jobs)
+    changed(disk, state, "well")
+    assert Store(place, 1e6).jobs.keys() == taken.keys()
+
+
+def changed(disk, before: str, after: str) -> str:
+    if before == "refusing":
+        disk.refuse(False)
+    if before == "full":
+        disk.free()
+    if after == "full":
+        disk.fill()
+    if after == "refusing":
+        disk.refuse(True)
+    return after
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -416,6 +468,12 @@ while True:
     store.video(job).write_bytes(b"mp4")
     store.complete(job, {}, ())
     print(job.id, flush=True)
+    gone = Job("hi", {"seconds": 0.2})
+    with store.create(gone) as folder:
+        (folder / "image").write_bytes(b"1" * 1000)
+    store.jobs[gone.id] = gone
+    store.remove(gone)
+    print("-" + gone.id, flush=True)
 """
 
 
@@ -430,7 +488,9 @@ def test_killed_at_any_moment_no_finished_job_is_lost(tmp_path):
             said = writer.stdout.read()
         finished += [line for line in said.split("\n")[:-1] if line]  # the last may be half a line
         jobs = Store(tmp_path, 100).jobs
-        assert {jobs[name].status for name in finished} == {Status.COMPLETED}
+        kept = [name for name in finished if name[0] != "-"]
+        assert {jobs[name].status for name in kept} == {Status.COMPLETED}
+        assert not {f"-{name}" for name in jobs} & set(finished)  # nothing that was removed is back
         for place in tmp_path.iterdir():
             state = json.loads((place / "job.json").read_text())  # whole, whatever it says
             assert state["id"] == place.name
