@@ -85,11 +85,22 @@ def _timed(trt: Any, trt_builder: Any, network: Any, config: Any, builder: Build
     TensorRT-RTX times nothing while it builds, and has no such cache.
     """
     key = f"{builder.version}-sm{builder.sm}"
-    timings = config.create_timing_cache(cache.read(KIND, key) or b"")
-    config.set_timing_cache(timings, ignore_mismatch=False)
+    take_timings(config, cache.read(KIND, key))
     content = trt_builder.build_serialized_network(network, config)
-    cache.write(KIND, key, bytes(config.get_timing_cache().serialize()))
+    timings = config.get_timing_cache()
+    if timings is not None:
+        cache.write(KIND, key, bytes(timings.serialize()))
     return content
+
+
+def take_timings(config: Any, kept: bytes | None) -> None:
+    """Give a builder's configuration the timings that were kept, or none where TensorRT refuses
+    them.
+    """
+    for content in (kept or b"", b""):
+        timings = config.create_timing_cache(content)
+        if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
+            return
 
 
 def _monitor(trt: Any, on_step: OnStep) -> Any:

@@ -157,7 +157,7 @@ def fastest(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device
         return times
 
     key = f"attention rows={rows} heads={heads}/{kv_heads} dim={dim} of {','.join(names)}"
-    return Measurements(device).fastest(key, measure)
+    return Measurements(device).fastest(key, measure, names)
 
 
 def _milliseconds(

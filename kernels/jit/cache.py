@@ -7,7 +7,8 @@ no matter of any caller: it is used below operators, which have no argument for 
 that others start. Both are looked up at every use, so that an import depends on neither.
 
 What is kept can be computed again. So nothing here raises: what cannot be read as it was written is
-a miss, and what cannot be written is computed again next time.
+a miss, and what cannot be written is computed again next time. The digest of a file finds damage
+and mix-ups, and is no signature: whoever reads one checks what it says, too.
 """
 
 from __future__ import annotations
@@ -30,27 +31,26 @@ VARIABLE = "MAGIHUMAN_CACHE"
 FORMAT = b"magihuman cache 1 "  # of a file, followed by a digest and a newline
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # for the other end of a pipe
+MOST_BYTES = 2**26  # of a file; the largest, timings of TensorRT, have a few million
 
 
 def read(kind: str, key: str, folder: Path | None = None) -> bytes | None:
     """What was kept of this kind under this key, or None.
 
-    It is None, too, where a file is not what `write` wrote for these arguments, is a link or
-    somebody else's, or lies in a folder that others may write to. folder: the folder of this kind,
-    in place of the user's.
+    It is None, too, where a file is not what `write` wrote for these arguments, is a link, no file,
+    longer than `MOST_BYTES`, somebody else's or such that others may write to it, or lies in a
+    folder that others may write to. folder: the folder of this kind, in place of the user's.
     """
     place = folder or folder_of(kind)
     try:
         if place is None or not _is_own(place):
             return None
-        with open(os.open(_file(place, key), os.O_RDONLY | NO_LINKS), "rb") as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode) or not _is_mine(facts):
-                return None
-            header, content = file.readline(), file.read()
+        whole = _content(_file(place, key))
     except OSError:
         return None
-    return content if header == _header(kind, key, content) else None
+    end = whole.find(b"\n") + 1
+    return whole[end:] if whole[:end] == _header(kind, key, whole[end:]) else None
 
 
 def write(kind: str, key: str, content: bytes, folder: Path | None = None) -> None:
@@ -61,6 +61,9 @@ def write(kind: str, key: str, content: bytes, folder: Path | None = None) -> No
     """
     place = folder or folder_of(kind)
     if place is None:
+        return
+    if len(content) + len(_header(kind, key, b"")) > MOST_BYTES:
+        log.debug("%s is not kept: it has %d bytes", key, len(content))
         return
     try:
         for part in (place.parent, place):
@@ -116,10 +119,28 @@ def _header(kind: str, key: str, content: bytes) -> bytes:
     return FORMAT + digest.hexdigest().encode() + b"\n"
 
 
+def _content(path: Path) -> bytes:
+    """All bytes of a file to which this user alone may write; `OSError` for anything else."""
+    descriptor = os.open(path, os.O_RDONLY | NO_LINKS | NO_WAITING)
+    try:
+        facts = os.fstat(descriptor)
+        is_file = stat.S_ISREG(facts.st_mode) and facts.st_size <= MOST_BYTES
+        if not is_file or not _is_mine(facts) or facts.st_mode & OTHERS_WRITE:
+            raise OSError(f"{path} is no file that was kept")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(MOST_BYTES)
+    finally:
+        os.close(descriptor)
+
+
 def _is_own(place: Path) -> bool:
-    """Whether this is a folder, not a link to one, to which this user alone may write."""
-    facts = place.lstat()
-    return stat.S_ISDIR(facts.st_mode) and _is_mine(facts) and not facts.st_mode & OTHERS_WRITE
+    """Whether this is a folder, not a link to one, to which this user alone may write, in one that
+    others cannot put another in its place.
+    """
+    facts, above = place.lstat(), place.parent.stat()
+    is_safe = not above.st_mode & OTHERS_WRITE or bool(above.st_mode & stat.S_ISVTX)
+    is_mine = _is_mine(facts) and (_is_mine(above) or above.st_uid == 0)
+    return stat.S_ISDIR(facts.st_mode) and is_mine and is_safe and not facts.st_mode & OTHERS_WRITE
 
 
 def _is_mine(facts: os.stat_result) -> bool:

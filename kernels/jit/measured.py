@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -26,14 +27,23 @@ class Measurements:
         self._key, self._folder = digest[:16], folder
 
     def get(self, key: str) -> dict[str, float] | None:
-        """Milliseconds by candidate, or None. A damaged file counts as an empty one."""
+        """Milliseconds by candidate, or None. A damaged file counts as an empty one, and so does an
+        entry that holds anything but times.
+        """
         entry = self._read().get(key)
-        return dict(entry) if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or not all(map(_is_time, entry.values())):
+            return None
+        return entry or None
 
-    def fastest(self, key: str, measure: Callable[[], dict[str, float]]) -> str:
-        """The candidate of the least time: as kept, or as measured now and then kept."""
+    def fastest(
+        self, key: str, measure: Callable[[], dict[str, float]], names: Collection[str] = ()
+    ) -> str:
+        """The candidate of the least time: as kept, or as measured now and then kept.
+
+        names: of all candidates, where what is kept may have no others.
+        """
         times = self.get(key)
-        if times is None:
+        if times is None or (names and not times.keys() <= set(names)):
             times = measure()
             self.put(key, times)
         return min(times, key=times.__getitem__)
@@ -47,9 +57,15 @@ class Measurements:
         content = cache.read(KIND, self._key, self._folder)
         try:
             entries = json.loads(content or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return entries if isinstance(entries, dict) else {}
+
+
+def _is_time(value: object) -> bool:
+    """Whether this is a number of milliseconds that can have been measured."""
+    is_number = type(value) in (int, float)
+    return is_number and 0 <= value < math.inf  # type: ignore[operator]  # it is a number
 
 
 @functools.cache

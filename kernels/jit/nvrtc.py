@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from magihuman.kernels.jit.cache import read, write
 
 KIND = "cubin"  # in the cache
+ELF64 = b"\x7fELF\x02\x01"  # how a file of 64 bits begins, its numbers little end first
+HEADER = struct.Struct("<16sHHIQQQIHHHHHH")  # of such a file
+CUDA_MACHINE = 190
 
 
 class CudaError(RuntimeError):
@@ -64,7 +68,7 @@ def compile_cubin(source: str, arch: str, cache: Path | None = None) -> bytes:
     digest = hashlib.sha256(f"{version} {arch}\n{source}".encode()).hexdigest()
     key = digest[:32]
     kept = read(KIND, key, cache)
-    if kept is not None:
+    if kept is not None and is_cubin(kept):
         return kept
     program = check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
@@ -78,6 +82,16 @@ def compile_cubin(source: str, arch: str, cache: Path | None = None) -> bytes:
     nvrtc.nvrtcDestroyProgram(program)
     write(KIND, key, code, cache)
     return code
+
+
+def is_cubin(code: bytes) -> bool:
+    """Whether bytes are laid out as machine code for a GPU: a whole ELF file, for CUDA."""
+    if len(code) < HEADER.size or not code.startswith(ELF64):
+        return False
+    _, _, machine, _, _, segments, sections, _, _, *sizes = HEADER.unpack_from(code)
+    segment_bytes, segment_count, section_bytes, section_count, _ = sizes
+    ends = (segments + segment_bytes * segment_count, sections + section_bytes * section_count)
+    return bool(machine == CUDA_MACHINE and section_count and max(ends) <= len(code))
 
 
 def _text(message: bytes) -> str:

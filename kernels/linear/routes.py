@@ -239,7 +239,7 @@ def fastest(
 
     precision = "" if scale is None else " fp8"
     key = f"linear{precision} {epilogue} {counts or rows} {tuple(weight.shape)} of {names}"
-    return Measurements(device).fastest(key, measure)
+    return Measurements(device).fastest(key, measure, names)
 
 
 def _runner(

@@ -98,6 +98,17 @@ def _link_folder(file: Path) -> None:
     file.parent.symlink_to(aside)
 
 
+def _pipe(file: Path) -> None:
+    """One that nobody writes to: to open it would wait for ever."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: file.write_bytes(b""),
     "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
@@ -107,8 +118,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "of another key": _swap,
     "a link": _link,
     "in a linked folder": _link_folder,
+    "a pipe": _pipe,
+    "a folder": _folder,
+    "a group's": lambda file: file.chmod(0o660),
+    "everybody's": lambda file: file.chmod(0o606),
     "in a group's folder": lambda file: file.parent.chmod(0o770),
     "in everybody's folder": lambda file: file.parent.chmod(0o707),
+    "below a group's folder": lambda file: file.parent.parent.chmod(0o770),
+    "below everybody's folder": lambda file: file.parent.parent.chmod(0o707),
 }
 
 
@@ -118,6 +135,26 @@ def test_what_is_odd_is_a_miss(damage: str, folder: Path) -> None:
     assert cache.read("kind", "key") == b"content"
     DAMAGES[damage](folder / "key")
     assert cache.read("kind", "key") is None
+
+
+def test_a_folder_below_one_that_is_shared_as_tmp_is_will_do(folder: Path) -> None:
+    cache.write("kind", "key", b"content")
+    folder.parent.chmod(0o1777)
+    assert cache.read("kind", "key") == b"content"
+
+
+def test_a_long_file_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write("kind", "key", bytes(100))
+    monkeypatch.setattr(cache, "MOST_BYTES", 100)
+    assert cache.read("kind", "key") is None
+
+
+def test_no_more_is_kept_than_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MOST_BYTES", 100)
+    for length, is_kept in ((10, True), (100, False)):
+        cache.write("kind", f"{length}", bytes(length))
+        assert cache.read("kind", f"{length}") == (bytes(length) if is_kept else None)
+    assert os.listdir(folder) == ["10"]
 
 
 def test_what_is_somebody_elses_is_a_miss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,11 @@ What it computes is tested on a GPU, in tests/gpu/test_matmul.py.
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,13 +84,40 @@ def test_a_compiler_that_is_not_found_makes_it_unavailable(monkeypatch: pytest.M
     nvrtc.is_available.cache_clear()
 
 
+NOTHING = 'extern "C" __global__ void nothing() {}'
+
+
 def test_kept_code_is_used_again(tmp_path: Path) -> None:
-    text = 'extern "C" __global__ void nothing() {}'
-    code = nvrtc.compile_cubin(text, "sm_90a", tmp_path)
+    code = nvrtc.compile_cubin(NOTHING, "sm_90a", tmp_path)
+    other = nvrtc.compile_cubin(NOTHING.replace("nothing", "other"), "sm_90a", tmp_path / "other")
+    (kept,) = tmp_path.glob("*[0-9a-f]")
+    cache.write(nvrtc.KIND, kept.name, other, tmp_path)
+    assert nvrtc.compile_cubin(NOTHING, "sm_90a", tmp_path) == other != code
+    assert nvrtc.compile_cubin(NOTHING, "sm_90", tmp_path) not in (other, code)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda code: b"",
+        lambda code: b"kept",
+        lambda code: code[:40],
+        lambda code: code[: len(code) // 2],
+        lambda code: code[:-1],
+        lambda code: bytes(len(code)),
+        lambda code: random.Random(0).randbytes(len(code)),
+        lambda code: Path(sys.executable).resolve().read_bytes(),  # for another machine
+    ],
+)
+def test_what_is_no_code_for_a_gpu_is_compiled_again(
+    damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    """Also where it was kept as anything is."""
+    code = nvrtc.compile_cubin(NOTHING, "sm_90a", tmp_path)
     (kept,) = tmp_path.iterdir()
-    cache.write(nvrtc.KIND, kept.name, b"kept", tmp_path)
-    assert nvrtc.compile_cubin(text, "sm_90a", tmp_path) == b"kept"
-    assert nvrtc.compile_cubin(text, "sm_90", tmp_path) not in (b"kept", code)
+    cache.write(nvrtc.KIND, kept.name, damage(code), tmp_path)
+    assert nvrtc.compile_cubin(NOTHING, "sm_90a", tmp_path) == code
+    assert cache.read(nvrtc.KIND, kept.name, tmp_path) == code
 
 
 def test_a_mistake_comes_with_the_compilers_words(tmp_path: Path) -> None:
