@@ -82,7 +82,8 @@ def compile_forward(
     quantized = [name for name, module in model.named_modules() if is_quantized(module)]
     narrow = options.fp8_attention
     key = graph_cache.key_of(config, context.dtype, model, quantized, narrow, context.ranks)
-    module = graph_cache.load(key, model, options.cache)
+    inputs = tuple(example_inputs(dataclasses.replace(context, device=META)))
+    module = graph_cache.load(key, model, options.cache, inputs)
     report.from_cache = module is not None
     report.seconds["cache"] = time.perf_counter() - start
     if module is None:
