@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.errors import CheckpointError, shown
 
 NANO = "nano"  # the model that comes with this package
 FPS = 25
@@ -24,6 +24,13 @@ FRAME_REACH = 11  # frames seen each way by frame-local attention
 Precision = Literal["bf16", "fp32", "fp8", "fp8-attn"]
 Vae = Literal["fast", "plain", "tensorrt"]
 CoordinateStyle = Literal["v1", "v2"]
+
+
+# What a file may say of a model; the published ones have about a thirtieth of it.
+MOST_LAYERS = 1000
+MOST_CHANNELS = 2**17
+MOST_BLOCKS, MOST_BLOCK_LAYERS = 16, 100  # of the video decoder
+MOST_WINDOW = 210  # latents that it takes at once
 
 
 @dataclass(frozen=True)
@@ -70,22 +77,26 @@ class DiTConfig:
         known = {field.name: field.type for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
+            named = ", ".join(shown(name).strip("'") for name in unknown[:8])
             raise CheckpointError(
-                f"{source}: unknown field(s) {', '.join(unknown)}; known are {', '.join(known)}"
+                f"{source}: unknown field(s) {named}; known are {', '.join(known)}"
             )
         kwargs: dict[str, object] = {}
         for name, value in values.items():
-            if known[name] == "int" and type(value) is int and value > 0:
-                kwargs[name] = value
-            elif (
-                known[name] != "int"
-                and isinstance(value, list)
-                and all(type(item) is int for item in value)
-            ):
+            if known[name] == "int":
+                most = MOST_LAYERS if name == "num_layers" else MOST_CHANNELS
+                kwargs[name] = _whole(value, most, f"{source}: {name}")
+            elif isinstance(value, list) and all(type(item) is int for item in value):
+                if len(value) > MOST_LAYERS:
+                    raise CheckpointError(
+                        f"{source}: {name} must have at most {MOST_LAYERS} entries, got"
+                        f" {len(value)}"
+                    )
                 kwargs[name] = tuple(value)
             else:
-                kind = "positive whole number" if known[name] == "int" else "list of whole numbers"
-                raise CheckpointError(f"{source}: {name} must be a {kind}, got {value!r}")
+                raise CheckpointError(
+                    f"{source}: {name} must be a list of whole numbers, got {shown(value)}"
+                )
         config = cls(**kwargs)  # type: ignore[arg-type]
         if config.hidden_size % config.head_dim or config.heads % config.kv_heads:
             raise CheckpointError(
@@ -100,7 +111,7 @@ class DiTConfig:
         if any(layer not in range(config.num_layers) for layer in layers):
             raise CheckpointError(
                 f"{source}: layer lists must stay below num_layers = {config.num_layers}, got"
-                f" {layers}"
+                f" {shown(layers)}"
             )
         return config
 
@@ -185,7 +196,7 @@ class TurboVAEConfig:
             if not _is_like(value, getattr(fixed, field.name)):
                 raise CheckpointError(
                     f"{source}: {field.name} must be of the kind of"
-                    f" {getattr(fixed, field.name)!r}, got {value!r}"
+                    f" {getattr(fixed, field.name)!r}, got {shown(value)}"
                 )
             kwargs[field.name] = value
         config = cls(**kwargs)  # type: ignore[arg-type]
@@ -196,8 +207,9 @@ class TurboVAEConfig:
             if getattr(config, name) != getattr(fixed, name):
                 raise CheckpointError(
                     f"{source}: {name} must be {getattr(fixed, name)!r}, the only structure that"
-                    f" was published, got {getattr(config, name)!r}"
+                    f" was published, got {shown(getattr(config, name))}"
                 )
+        config.check_bounds(source)
         blocks = len(config.decoder_block_out_channels)
         lengths = {
             "decoder_layers_per_block": blocks + 1,
@@ -208,9 +220,37 @@ class TurboVAEConfig:
             if len(getattr(config, name)) != length:
                 raise CheckpointError(
                     f"{source}: {name} must have {length} entries for {blocks} blocks, got"
-                    f" {getattr(config, name)!r}"
+                    f" {shown(getattr(config, name))}"
                 )
         return config
+
+    def check_bounds(self, source: str) -> None:
+        """Raise `CheckpointError` for what no decoder of this structure has, before one is made."""
+        if not 1 <= len(self.decoder_block_out_channels) <= MOST_BLOCKS:
+            raise CheckpointError(
+                f"{source}: decoder_block_out_channels must have 1 to {MOST_BLOCKS} entries, got"
+                f" {len(self.decoder_block_out_channels)}"
+            )
+        for name, most in (
+            ("decoder_block_out_channels", MOST_CHANNELS),
+            ("decoder_layers_per_block", MOST_BLOCK_LAYERS),
+            ("first_chunk_size", MOST_WINDOW),
+            ("step_size", MOST_WINDOW),
+        ):
+            value = getattr(self, name)
+            if max(value if isinstance(value, tuple) else (value,), default=0) > most:
+                raise CheckpointError(
+                    f"{source}: {name} must be at most {most}, got {shown(value)}"
+                )
+
+
+def _whole(value: object, most: int, name: str) -> int:
+    """A whole number from 1 to `most`; `CheckpointError`, with `name`, for anything else."""
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{name} must be a positive whole number, got {shown(value)}")
+    if value > most:
+        raise CheckpointError(f"{name} must be at most {most}, got {shown(value)}")
+    return value
 
 
 def _is_like(value: object, example: object) -> bool:

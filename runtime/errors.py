@@ -1,7 +1,11 @@
 """Errors of the runtime. Messages give the rule, the value and the remedy."""
 
+import reprlib
 from collections.abc import Sequence
 from typing import Literal, Self
+
+LONGEST_SHOWN = 200  # letters of a text
+MOST_SHOWN = 12  # items of a list, and of the lists in it
 
 Outcome = Literal["done", "cancelled", "rejected", "failed"]
 
@@ -68,6 +72,20 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         options = ", ".join(map(repr, allowed))
         raise InvalidRequestError(f"{name} must be one of {options}, got {value!r}")
+
+
+def shown(value: object) -> str:
+    """A value out of a file or a request, for a message: as `repr`, but short, however long or deep
+    the value is.
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = LONGEST_SHOWN
+    short.maxlist = short.maxtuple = short.maxdict = MOST_SHOWN
+    short.maxlevel = 3
+    try:
+        return short.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return f"a long {type(value).__name__}"
 
 
 def outcome_of(error: BaseException | None) -> Outcome:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from magihuman.runtime import config
-from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.errors import InvalidRequestError, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -387,15 +387,15 @@ def _is_unicode(text: str) -> bool:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not ok or not low <= value <= high:  # type: ignore[operator]  # nor is NaN
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:  # type: ignore[operator]  # so NaN is none
         raise InvalidRequestError(
-            f"{name} must be a number from {low:g} to {high:g}, got {value!r}"
+            f"{name} must be a number from {low:g} to {high:g}, got {shown(value)}"
         )
 
 
 def _whole(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise InvalidRequestError(
-            f"{name} must be a whole number from {low} to {high}, got {value!r}"
+            f"{name} must be a whole number from {low} to {high}, got {shown(value)}"
         )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +12,10 @@ from typing import Any, cast
 import torch
 
 from magihuman.runtime.config import VIDEO_STRIDE, TurboVAEConfig
-from magihuman.runtime.errors import CheckpointError, InvalidRequestError
+from magihuman.runtime.errors import CheckpointError, InvalidRequestError, shown
 from magihuman.runtime.files import hashed
 from magihuman.runtime.model import window_kinds
-from magihuman.runtime.weights import checkpoint
+from magihuman.runtime.weights import checkpoint, is_file, is_file_name
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "magihuman exported decoder"
@@ -26,6 +25,7 @@ TARGETS = ("onnx", "tensorrt")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INPUT, OUTPUT = "latents", "decoded"  # of every graph
 AGAIN = "export it again"
+SHA256_LETTERS = 64
 
 Dims = tuple[int, int, int]  # fewest, best, most
 
@@ -93,7 +93,7 @@ class Exported:
 
 def is_exported(folder: Path) -> bool:
     """Whether a folder holds a manifest in place of the published decoder."""
-    return (folder / MANIFEST_NAME).is_file() and not any(folder.glob("*.ckpt"))
+    return is_file(folder / MANIFEST_NAME) and not any(folder.glob("*.ckpt"))
 
 
 def read_manifest(folder: Path) -> Exported:
@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Exported:
         if values.get(name) not in wanted:
             options = " or ".join(map(repr, wanted))
             raise CheckpointError(
-                f"{path} must have {name} {options}, got {values.get(name)!r}; {remedy}"
+                f"{path} must have {name} {options}, got {shown(values.get(name))}; {remedy}"
             )
     decoder, target = values["decoder"], values["target"]
     config = _architecture(values.get("architecture"), path) if decoder == TURBO_VAE else None
@@ -158,28 +158,29 @@ def check_builder(exported: Exported, here: Builder) -> None:
             )
 
 
-def _digest(facts: object) -> object:
-    return facts.get("sha256") if isinstance(facts, dict) else None
+def _digest(facts: object) -> str:
+    digest = facts.get("sha256") if isinstance(facts, dict) else None
+    return digest if isinstance(digest, str) and len(digest) == SHA256_LETTERS else shown(digest)
 
 
 def _architecture(values: object, path: Path) -> TurboVAEConfig:
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must have an architecture, got {values!r}; {AGAIN}")
+        raise CheckpointError(f"{path} must have an architecture, got {shown(values)}; {AGAIN}")
     return TurboVAEConfig.from_dict(values, f"{path}, architecture")
 
 
 def _builder(values: object, path: Path) -> Builder:
-    fields = {field.name for field in dataclasses.fields(Builder)}
-    if not isinstance(values, dict) or set(values) != fields or type(values["sm"]) is not int:
+    kinds = {"flavour": str, "version": str, "sm": int}
+    if not isinstance(values, dict) or {n: type(v) for n, v in values.items()} != kinds:
         raise CheckpointError(
-            f"{path} must have a builder with flavour, version and sm, got {values!r}; {AGAIN}"
+            f"{path} must have a builder with flavour, version and sm, got {shown(values)}; {AGAIN}"
         )
     return Builder(**values)
 
 
 def _list(values: object, path: Path) -> list[Any]:
     if not isinstance(values, list) or not values:
-        raise CheckpointError(f"{path} must have graphs, got {values!r}; {AGAIN}")
+        raise CheckpointError(f"{path} must have graphs, got {shown(values)}; {AGAIN}")
     return values
 
 
@@ -190,16 +191,25 @@ def _graph(values: object, target: str, path: Path) -> Graph:
         graph = Graph(dims=cast(dict[str, Dims], dims), **fields)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: a graph is not as expected, {error!r}; {AGAIN}") from error
+    if not isinstance(graph.kind, str) or not is_file_name(graph.onnx):
+        raise CheckpointError(
+            f"{path}: a graph must have a kind and the name of a file, got {shown(graph.kind)} and"
+            f" {shown(graph.onnx)}; {AGAIN}"
+        )
     for name, sizes in dims.items():
         if [type(size) for size in sizes] != [int] * 3 or not 0 < sizes[0] <= sizes[1] <= sizes[2]:
             raise CheckpointError(
                 f"{path}: {name} of {graph.onnx} must be fewest, best and most, got"
-                f" {list(sizes)}; {AGAIN}"
+                f" {shown(list(sizes))}; {AGAIN}"
             )
     if (graph.engine is None) != (target == "onnx"):
         raise CheckpointError(
             f"{path}: {graph.onnx} must have an engine where the target is tensorrt, and only"
-            f" there, got {graph.engine!r} with {target!r}; {AGAIN}"
+            f" there, got {shown(graph.engine)} with {target!r}; {AGAIN}"
+        )
+    if graph.engine is not None and not is_file_name(graph.engine):
+        raise CheckpointError(
+            f"{path}: an engine must be the name of a file, got {shown(graph.engine)}; {AGAIN}"
         )
     return graph
 
@@ -215,7 +225,7 @@ def _check_kinds(graphs: tuple[Graph, ...], config: TurboVAEConfig, path: Path) 
             )
         if graph.dims["latents"] != (latents.get(graph.kind),) * 3:
             raise CheckpointError(
-                f"{path}: windows must be of the kinds {latents}, got {graph.kind!r} of"
+                f"{path}: windows must be of the kinds {latents}, got {shown(graph.kind)} of"
                 f" {list(graph.dims['latents'])} latents; {AGAIN}"
             )
     sizes = {(graph.dims["height"], graph.dims["width"]) for graph in graphs}
@@ -234,18 +244,18 @@ def _check_files(values: object, graphs: tuple[Graph, ...], path: Path) -> None:
     needed = {name for graph in graphs for name in (graph.onnx, graph.engine) if name is not None}
     for name in sorted({*values, *needed}):
         file, facts = path.parent / name, values.get(name)
-        if file.parent != path.parent or not isinstance(facts, dict):
+        if not is_file_name(name) or not isinstance(facts, dict):
             raise CheckpointError(
                 f"{path}: files must be names in the same folder with bytes and SHA-256, got"
-                f" {name!r}: {facts!r}; {AGAIN}"
+                f" {shown(name)}: {shown(facts)}; {AGAIN}"
             )
-        if not file.is_file():
+        if not is_file(file):
             raise CheckpointError(f"{file} is missing; copy the folder whole, or {AGAIN}")
         size = file.stat().st_size
         if size != facts.get("bytes"):
             raise CheckpointError(
-                f"{file} must have {facts.get('bytes')} bytes, got {size}; copy the folder whole,"
-                f" or {AGAIN}"
+                f"{file} must have {shown(facts.get('bytes'))} bytes, got {size}; copy the folder"
+                f" whole, or {AGAIN}"
             )
         if hashed([file])[name] != facts:
             raise CheckpointError(

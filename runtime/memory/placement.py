@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ CPU = torch.device("cpu")
 MARGIN_BYTES = GIB  # of a card, left free where no limit is given
 # Of attention on an H100, for estimates; plain PyTorch reaches about half, as it does of products.
 ATTENTION_FLOPS = 5.5e14
-TEXT_LAYER = "layers."
+TEXT_LAYER = re.compile(r"layers\.(\d{1,4})\.", re.ASCII)
 
 
 def plan_memory(
@@ -218,8 +219,9 @@ def text_part(folder: Path) -> Part:
             continue
         size = 2 * math.prod(info.shape)  # read as bf16
         name = name.removeprefix("encoder.")
-        if name.startswith(TEXT_LAYER):
-            layer = int(name.split(".")[1])
+        inside = TEXT_LAYER.match(name)
+        if inside:
+            layer = int(inside[1])
             layers[layer] = layers.get(layer, 0) + size
         else:
             outside += size
@@ -269,7 +271,11 @@ def folder_parts(
     picture = None
     if image is not None:
         weights = checkpoint.load_pickle(image / WEIGHTS_NAME if image.is_dir() else image)
-        picture = sum(width * t.numel() for key, t in weights.items() if diffusers_key(str(key)))
+        picture = sum(
+            width * tensor.numel()
+            for key, tensor in weights.items()
+            if isinstance(tensor, torch.Tensor) and diffusers_key(str(key))
+        )
     return [*small_parts(decoder, oobleck, picture, width), text_part(text)]
 
 

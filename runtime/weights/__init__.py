@@ -20,6 +20,7 @@ from magihuman.runtime.weights.locate import (
 )
 from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.random_weights import Synthetic
+from magihuman.runtime.weights.reading import is_file, is_file_name
 from magihuman.runtime.weights.shipped import learnt, model_folder, sized, suited
 from magihuman.runtime.weights.t5gemma import load_text_encoder
 from magihuman.runtime.weights.tiny import write_tiny
@@ -48,6 +49,8 @@ __all__ = [
     "convert",
     "diffusers_key",
     "find",
+    "is_file",
+    "is_file_name",
     "layered_bytes",
     "learnt",
     "linears_in_fp8",

@@ -15,13 +15,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from magihuman.graphs.quantization import KeepBf16, quantized_linears
+from magihuman.graphs.quantization import KeepBf16, linears, quantized_linears
 from magihuman.kernels.reference import padded_width
 from magihuman.runtime.config import DiTConfig
-from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.errors import CheckpointError, shown
 from magihuman.runtime.model import DiT
 from magihuman.runtime.weights import checkpoint
 from magihuman.runtime.weights.precision import PrecisionPolicy
+from magihuman.runtime.weights.reading import LONGEST_REASON, exists, is_file, is_file_name
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "magihuman transformer"
@@ -29,6 +30,7 @@ FORMAT_VERSION = 1
 PRECISIONS = (PrecisionPolicy.FP8, PrecisionPolicy.BF16)  # that are written
 SCALE = ".weight_scale"
 DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
+LONGEST_PATTERN = 100
 AGAIN = "convert the published files again"
 
 
@@ -59,7 +61,7 @@ class Stored:
 def is_artifact(folder: Path) -> bool:
     """Whether a folder holds a manifest in place of published files."""
     published = (checkpoint.INDEX_NAME, checkpoint.SINGLE_NAME)
-    return (folder / MANIFEST_NAME).is_file() and not any((folder / n).exists() for n in published)
+    return is_file(folder / MANIFEST_NAME) and not any(exists(folder / n) for n in published)
 
 
 def layout(config: DiTConfig, quantized: tuple[str, ...]) -> dict[str, Stored]:
@@ -85,24 +87,24 @@ def read_manifest(folder: Path, variant: str) -> Artifact:
     values = checkpoint.read_json(path)
     if values.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} must be of the format {FORMAT!r}, got {values.get('format')!r}; it belongs to"
-            " something else"
+            f"{path} must be of the format {FORMAT!r}, got {shown(values.get('format'))}; it"
+            " belongs to something else"
         )
     if values.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} must be of format version {FORMAT_VERSION}, got"
-            f" {values.get('format_version')!r}; {AGAIN} with this version"
+            f" {shown(values.get('format_version'))}; {AGAIN} with this version"
         )
     if values.get("variant") != variant:
         raise CheckpointError(
-            f"{path} must be of the variant {variant!r}, got {values.get('variant')!r}"
+            f"{path} must be of the variant {variant!r}, got {shown(values.get('variant'))}"
         )
     config = _architecture(values.get("architecture"), path)
     precision, keep_bf16 = values.get("precision"), values.get("keep_bf16")
-    if precision not in PRECISIONS or not isinstance(keep_bf16, (str, list)):
+    if precision not in PRECISIONS or not _is_kept(keep_bf16, config):
         raise CheckpointError(
             f"{path} must have a precision of {' or '.join(PRECISIONS)} and a keep_bf16, got"
-            f" {precision!r} and {keep_bf16!r}; {AGAIN}"
+            f" {shown(precision)} and {shown(keep_bf16)}; {AGAIN}"
         )
     policy = PrecisionPolicy(precision)
     quantized: tuple[str, ...] = ()
@@ -110,7 +112,7 @@ def read_manifest(folder: Path, variant: str) -> Artifact:
         try:
             quantized = tuple(quantized_linears(config, cast(KeepBf16, keep_bf16)))
         except ValueError as error:
-            raise CheckpointError(f"{path}: {error}; {AGAIN}") from error
+            raise CheckpointError(f"{path}: {str(error)[:LONGEST_REASON]}; {AGAIN}") from error
     files = _files(values.get("files"), path)
     return Artifact(folder, config, policy, quantized, files)
 
@@ -118,6 +120,11 @@ def read_manifest(folder: Path, variant: str) -> Artifact:
 def scan(artifact: Artifact) -> dict[str, checkpoint.TensorInfo]:
     """Every tensor, from headers alone; raises unless they are those of the manifest."""
     tensors = checkpoint.scan_files(artifact.folder / name for name in artifact.files)
+    if artifact.config.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{artifact.folder} does not fit its manifest: num_layers is"
+            f" {artifact.config.num_layers}, and its files hold {len(tensors)} tensors"
+        )
     expected = layout(artifact.config, artifact.quantized)
     checkpoint.check_shapes(
         {key: info.shape for key, info in tensors.items()},
@@ -140,7 +147,7 @@ def load(
     """The DiT on the device, as it is on disk. Shards are mapped and copied tensor by tensor."""
     tensors = scan(artifact)
     with torch.device("meta"):
-        model = DiT(artifact.config)
+        model = DiT(artifact.config)  # whose tensors the files have
     total, done = sum(info.size_bytes for info in tensors.values()), 0
     for name in artifact.files:
         with checkpoint.open_shard(artifact.folder / name) as shard:
@@ -164,6 +171,14 @@ def _place(model: nn.Module, key: str, value: Tensor) -> None:
         setattr(owner, name, nn.Parameter(value[..., :width], requires_grad=False))
 
 
+def _is_kept(value: object, config: DiTConfig) -> bool:
+    """Whether this can be the `keep_bf16` of a manifest: a word, or patterns, few and short."""
+    patterns = value if isinstance(value, list) else [value]
+    return len(patterns) <= len(linears(config)) and all(
+        isinstance(pattern, str) and len(pattern) <= LONGEST_PATTERN for pattern in patterns
+    )
+
+
 def _architecture(values: object, path: Path) -> DiTConfig:
     """All fields have to be there: a default of today may not have been one when it was written."""
     fields = [field.name for field in dataclasses.fields(DiTConfig)]
@@ -178,13 +193,13 @@ def _files(values: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(values, dict) or not values:
         raise CheckpointError(f"{path} must have files, names to sizes in bytes; {AGAIN}")
     for name, size in values.items():
-        file = path.parent / name
-        if file.parent != path.parent or type(size) is not int:
+        if not is_file_name(name) or type(size) is not int:
             raise CheckpointError(
-                f"{path}: files must be names in the same folder with their bytes, got {name!r}:"
-                f" {size!r}; {AGAIN}"
+                f"{path}: files must be names in the same folder with their bytes, got"
+                f" {shown(name)}: {shown(size)}; {AGAIN}"
             )
-        if not file.is_file():
+        file = path.parent / name
+        if not is_file(file):
             raise CheckpointError(f"{file} is missing; copy the folder whole, or {AGAIN}")
         if file.stat().st_size != size:
             raise CheckpointError(

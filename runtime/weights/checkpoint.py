@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import re
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from magihuman.graphs.quantization import quantize_linear
-from magihuman.runtime.config import DiTConfig, TurboVAEConfig, Variant
-from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.config import MOST_CHANNELS, DiTConfig, TurboVAEConfig, Variant
+from magihuman.runtime.errors import CheckpointError, shown
 from magihuman.runtime.model import DiT, Oobleck, OobleckConfig, TurboVAE
+from magihuman.runtime.weights.reading import TensorInfo as TensorInfo
+from magihuman.runtime.weights.reading import exists, is_file, is_file_name, names
+from magihuman.runtime.weights.reading import load_pickle as load_pickle
+from magihuman.runtime.weights.reading import open_shard as open_shard
+from magihuman.runtime.weights.reading import read_json as read_json
+from magihuman.runtime.weights.reading import scan_files as scan_files
+from magihuman.runtime.weights.reading import shapes as shapes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -26,7 +27,7 @@ ARCHITECTURE_NAME = "magihuman.json"  # beside a DiT that is not of the publishe
 TURBO_VAE_CONFIG = "TurboV3-Wan22-TinyShallow_7_7.json"
 TURBO_VAE_WEIGHTS = "checkpoint-340000.ckpt"
 AUDIO_VAE_PREFIX = "pretransform.model."
-NAMED_IN_ERRORS = 8
+MOST_LEVELS = 16  # of the audio autoencoder
 CHECKED_AT_ONCE = 2**24  # values
 CPU = torch.device("cpu")
 
@@ -34,57 +35,21 @@ OnRead = Callable[[int, int], None]  # (bytes read, of how many)
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is, from the file's header."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    size_bytes: int
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a `CheckpointError` that says what is wrong with the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-@contextmanager
-def open_shard(path: Path) -> Iterator[Any]:
-    """A safetensors file, mapped; damage raises `CheckpointError`."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; download the folder again")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as shard:
-            yield shard
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or cut short ({error}); compare its size with the published one"
-            " and download it again"
-        ) from error
-
-
 def scan(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of a sharded or single-file folder, from headers alone."""
     index = folder / INDEX_NAME
-    if index.is_file():
+    if is_file(index):
         weight_map = read_json(index).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(name, str) for name in weight_map.values())
-        ):
+        if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index} must have a weight_map of tensor names to files")
+        for name in weight_map.values():
+            if not is_file_name(name):
+                raise CheckpointError(
+                    f"{index} must have a weight_map of tensor names to files in the same folder,"
+                    f" got {shown(name)}; download it again"
+                )
         files = [folder / name for name in sorted(set(weight_map.values()))]
-    elif (folder / SINGLE_NAME).is_file():
+    elif is_file(folder / SINGLE_NAME):
         weight_map, files = None, [folder / SINGLE_NAME]
     else:
         raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}")
@@ -93,27 +58,14 @@ def scan(folder: Path) -> dict[str, TensorInfo]:
     if weight_map is not None:
         lost = [key for key, name in weight_map.items() if tensors.get(key) is None]
         if lost:
-            raise CheckpointError(f"{index} names tensors that its files lack: {_names(lost)}")
-    return tensors
-
-
-def scan_files(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Every tensor of these files, from their headers."""
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        with open_shard(file) as shard:
-            for key in shard.keys():  # noqa: SIM118 - not a mapping
-                part = shard.get_slice(key)
-                shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
-                width = int(re.sub(r"\D", "", dtype.split("_")[0]) or 8) // 8
-                size = width * int(torch.Size(shape).numel())
-                tensors[key] = TensorInfo(file, shape, dtype, size)
+            raise CheckpointError(f"{index} names tensors that its files lack: {names(lost)}")
     return tensors
 
 
 def check_keys(on_disk: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:
     """Raise `CheckpointError` unless names and shapes agree exactly with the model's."""
-    check_shapes(on_disk, shapes(model.state_dict(), source), source)
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    check_shapes(on_disk, wanted, source)
 
 
 def check_shapes(
@@ -124,17 +76,17 @@ def check_shapes(
     missing = [key for key in expected if key not in on_disk]
     unexpected = [key for key in on_disk if key not in expected]
     misshapen = [
-        f"{key} is {list(on_disk[key])}, should be {list(expected[key])}"
+        f"{key} is {shown(list(on_disk[key]))}, should be {list(expected[key])}"
         for key in expected
         if key in on_disk and tuple(on_disk[key]) != tuple(expected[key])
     ]
-    for title, names in (
+    for title, keys in (
         ("missing", missing),
         ("unexpected", unexpected),
         ("misshapen", misshapen),
     ):
-        if names:
-            problems.append(f"{len(names)} {title}: {_names(names)}")
+        if keys:
+            problems.append(f"{len(keys)} {title}: {names(keys)}")
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
 
@@ -142,11 +94,33 @@ def check_shapes(
 def dit_config(folder: Path, variant: Variant) -> DiTConfig:
     """The published architecture, or that of the folder's `magihuman.json`."""
     path = folder / ARCHITECTURE_NAME
-    if not path.is_file():
+    if not exists(path):
         return variant.architecture(DiTConfig())
     values = read_json(path)
     config = DiTConfig.from_dict(values, str(path))
     return config if "local_attention_layers" in values else variant.architecture(config)
+
+
+def sketched(
+    config: DiTConfig,
+    tensors: Mapping[str, TensorInfo],
+    source: str,
+    linear_dtype: torch.dtype = torch.bfloat16,
+) -> DiT:
+    """A DiT of this architecture, without weights, whose names and shapes are those of `tensors`.
+
+    Raises:
+        CheckpointError: they are not. Where there are fewer tensors than layers, no layer is made.
+    """
+    if config.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{source} does not fit the model: num_layers is {config.num_layers}, and its files"
+            f" hold {len(tensors)} tensors"
+        )
+    with torch.device("meta"):
+        model = DiT(config, linear_dtype)
+    check_keys({key: info.shape for key, info in tensors.items()}, model, source)
+    return model
 
 
 def load_dit(
@@ -164,10 +138,8 @@ def load_dit(
     the next tensor is read; everything else is fp32, whatever is on disk. rest: where the weights
     are to be, if not on the device, which then only quantises.
     """
-    with torch.device("meta"):
-        model = DiT(dit_config(folder, variant), linear_dtype)
     tensors = scan(folder)
-    check_keys({key: info.shape for key, info in tensors.items()}, model, str(folder))
+    model = sketched(dit_config(folder, variant), tensors, str(folder), linear_dtype)
 
     fp8 = {f"{name}.weight": model.get_submodule(name) for name in quantized}
     for linear in fp8.values():
@@ -205,7 +177,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
     bad = [key for key, value in tensors if not _is_finite(value)]
     if bad:
         raise CheckpointError(
-            f"{source} holds NaN or infinity in {len(bad)} tensors: {_names(bad)}; download it"
+            f"{source} holds NaN or infinity in {len(bad)} tensors: {names(bad)}; download it"
             " again, or convert it again"
         )
 
@@ -215,23 +187,6 @@ def _is_finite(value: Tensor) -> bool:
         return True
     blocks = value.reshape(-1).split(CHECKED_AT_ONCE)
     return all(bool(block.float().isfinite().all()) for block in blocks)
-
-
-def load_pickle(path: Path) -> dict[str, Any]:
-    """A PyTorch pickle, tensors only, mapped where its format (zip, since PyTorch 1.6) allows."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        mmap = zipfile.is_zipfile(path)
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # of damaged bytes, the unpickler raises anything
-        raise CheckpointError(
-            f"{path} is damaged, cut short or holds more than tensors ({type(error).__name__});"
-            " download it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a dictionary, got {type(value).__name__}")
-    return value
 
 
 def turbo_vae_files(folder: Path) -> tuple[Path, Path]:
@@ -258,8 +213,7 @@ def load_turbo_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Tu
         raise CheckpointError(f"{weights_path} must hold an ema_state_dict")
     named = {str(key).removeprefix("module."): value for key, value in state.items()}
     kept = {key: value for key, value in named.items() if key.startswith("decoder.")}
-    model = undrawn(lambda: TurboVAE(config), CPU)
-    load_strictly(model, kept, str(weights_path))
+    model = load_strictly(lambda: TurboVAE(config), kept, str(weights_path))
     return frozen(model.to(device=device, dtype=dtype))
 
 
@@ -279,9 +233,21 @@ def oobleck_config(path: Path) -> OobleckConfig:
             raise CheckpointError(f"{path}: use_snake must be true and final_tanh false")
         if config["bottleneck"]["type"] != "vae":
             raise CheckpointError(f"{path}: the bottleneck must be of type vae")
-        sizes = (dec["channels"], *dec["c_mults"], *dec["strides"], dec["latent_dim"])
+        levels = (*dec["c_mults"], *dec["strides"])
+        sizes = (dec["channels"], *levels, dec["latent_dim"], dec["out_channels"])
         if any(type(size) is not int or size < 1 for size in sizes):
-            raise CheckpointError(f"{path}: sizes must be positive whole numbers, got {sizes}")
+            raise CheckpointError(
+                f"{path}: sizes must be positive whole numbers, got {shown(sizes)}"
+            )
+        if not 1 <= len(dec["c_mults"]) == len(dec["strides"]) <= MOST_LEVELS:
+            raise CheckpointError(
+                f"{path}: c_mults and strides must have as many entries, 1 to {MOST_LEVELS}, got"
+                f" {len(dec['c_mults'])} and {len(dec['strides'])}"
+            )
+        if max(*sizes, dec["channels"] * max(levels)) > MOST_CHANNELS:
+            raise CheckpointError(
+                f"{path}: no level must have more than {MOST_CHANNELS} channels, got {shown(sizes)}"
+            )
         return OobleckConfig(
             dec["channels"],
             tuple(dec["c_mults"]),
@@ -305,12 +271,12 @@ def load_audio_vae(folder: Path, device: torch.device) -> Oobleck:
             for key in shard.keys()  # noqa: SIM118
             if key.startswith(AUDIO_VAE_PREFIX)
         }
-        model = undrawn(lambda: Oobleck(config), CPU)
-        load_strictly(model, fold_weight_norm(state), str(weights_path))
+        folded = fold_weight_norm(state, str(weights_path))
+        model = load_strictly(lambda: Oobleck(config), folded, str(weights_path))
     return frozen(model.to(device=device, dtype=torch.float32))
 
 
-def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fold_weight_norm(state: Mapping[str, Tensor], source: str = "the file") -> dict[str, Tensor]:
     """Each `weight_g`, `weight_v` pair as `weight` = g v / ||v||, the norm over all but dim 0."""
     folded = {}
     for key, value in state.items():
@@ -318,7 +284,13 @@ def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             stem = key.removesuffix("_v")
             gain = state.get(f"{stem}_g")
             if gain is None:
-                raise CheckpointError(f"{key} has no {stem}_g beside it")
+                raise CheckpointError(f"{source}: {key} has no {stem}_g beside it")
+            rows = (*value.shape[:1], *[1] * (value.ndim - 1))
+            if value.ndim < 2 or gain.shape != rows:
+                raise CheckpointError(
+                    f"{source}: {stem}_g must be {list(rows)}, a norm for each row of {key}, got"
+                    f" {list(gain.shape)}"
+                )
             norm = value.float().flatten(1).norm(dim=1).view(gain.shape)
             folded[stem] = value.float() * (gain.float() / norm)
         elif not key.endswith(".weight_g"):
@@ -326,20 +298,18 @@ def fold_weight_norm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict, or raise `CheckpointError` where a name or shape differs."""
-    check_keys(shapes(state, source), model, source)
+def load_strictly(build: Callable[[], Module], state: Mapping[str, Tensor], source: str) -> Module:
+    """The module that `build` makes, on the CPU, with the weights of a state dict.
+
+    Raises:
+        CheckpointError: a name or shape differs; no room has been made for weights then.
+    """
+    with torch.device("meta"):
+        sketch = build()
+    check_keys(shapes(state, source), sketch, source)
+    model = undrawn(build, CPU)
     model.load_state_dict(dict(state), strict=True)
-
-
-def shapes(state: Mapping[str, object], source: str) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor; anything else in the file's dictionary is refused by name."""
-    sizes = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{source}: {key} must be a tensor, got {type(value).__name__}")
-        sizes[key] = tuple(value.shape)
-    return sizes
+    return model
 
 
 def undrawn(
@@ -376,8 +346,3 @@ def _one(folder: Path, name: str, pattern: str) -> Path:
     raise CheckpointError(
         f"{folder} must hold {name}, or exactly one {pattern} file; it has {len(matches)}"
     )
-
-
-def _names(names: list[str]) -> str:
-    more = len(names) - NAMED_IN_ERRORS
-    return ", ".join(names[:NAMED_IN_ERRORS]) + (f" and {more} more" if more > 0 else "")

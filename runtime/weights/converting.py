@@ -27,7 +27,6 @@ from magihuman.runtime.files import (
     version,
     write_json,
 )
-from magihuman.runtime.model import DiT
 from magihuman.runtime.weights import artifacts, checkpoint
 from magihuman.runtime.weights.artifacts import SCALE, Stored
 from magihuman.runtime.weights.precision import PrecisionPolicy
@@ -148,10 +147,7 @@ class _Source:
             )
         self.config = checkpoint.dit_config(folder, variant)
         self.tensors = checkpoint.scan(folder)
-        with torch.device("meta"):
-            model = DiT(self.config)
-        shapes = {key: info.shape for key, info in self.tensors.items()}
-        checkpoint.check_keys(shapes, model, str(folder))
+        checkpoint.sketched(self.config, self.tensors, str(folder))
         self.files = sorted({info.file for info in self.tensors.values()})
 
     def read(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:

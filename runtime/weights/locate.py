@@ -10,6 +10,7 @@ from pathlib import Path
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import CheckpointError
+from magihuman.runtime.weights.reading import exists, names
 from magihuman.runtime.weights.shipped import model_folder
 from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME
 
@@ -59,14 +60,14 @@ def find(
     """
     root = model_folder(model)
     folders = [variant.name, TURBO_FOLDER, *([sr.name] if sr else [])]
-    is_hub = not root.exists() and HUB_ID.fullmatch(os.fspath(model)) is not None
+    is_hub = not exists(root) and HUB_ID.fullmatch(os.fspath(model)) is not None
     if is_hub:
         patterns = [f"{name}/*" for name in folders if overrides.get(name) is None]
         root = _download(os.fspath(model), patterns, revision)
-    elif not root.is_dir():
+    elif not exists(root) or not root.is_dir():
         raise CheckpointError(
             f"model must be a directory with the published folders or a hub id (owner/name), got"
-            f" {os.fspath(model)}"
+            f" {names([os.fspath(model)])}"
         )
 
     places: dict[str, Path | None] = {}
@@ -74,16 +75,16 @@ def find(
         override = overrides.get(name)
         if override is None:
             place = root / name
-            if not place.exists() and is_hub and name in HUB_IDS:
+            if not exists(place) and is_hub and name in HUB_IDS:
                 place = _third_party(name, place)
         else:
             place = Path(override)
-            if not place.exists() and name in HUB_IDS and HUB_ID.fullmatch(os.fspath(override)):
+            if not exists(place) and name in HUB_IDS and HUB_ID.fullmatch(os.fspath(override)):
                 place = _download(os.fspath(override), HUB_FILES[name], None)
-        places[name] = place if place.exists() else None
+        places[name] = place if exists(place) else None
         if places[name] is None and override is not None:
             raise CheckpointError(
-                f"{name} must be at the path given, {place}, which does not exist"
+                f"{name} must be at the path given, {names([str(place)])}, which does not exist"
             )
     missing = [name for name, place in places.items() if place is None and name != IMAGE_FOLDER]
     if missing:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from magihuman.runtime.config import NANO
-from magihuman.runtime.errors import CheckpointError
-from magihuman.runtime.request import STANDARD_SIZE, ClipSize
+from magihuman.runtime.errors import CheckpointError, InvalidRequestError, shown
+from magihuman.runtime.request import STANDARD_SIZE, ClipSize, Request
+from magihuman.runtime.weights.reading import exists, read_json
 
 NANO_FOLDER = Path(__file__).parent / NANO
 # In a model's folder, where that is not made for requests as they are by default: {"seconds": 3.2,
@@ -21,7 +21,7 @@ STANDARD = STANDARD_SIZE
 def model_folder(model: str | os.PathLike[str]) -> Path:
     """Where a model lies: of "nano" in this package, unless a folder here has that name."""
     given = Path(model)
-    if os.fspath(model) != NANO or given.exists():
+    if os.fspath(model) != NANO or exists(given):
         return given
     if not NANO_FOLDER.is_dir():
         raise CheckpointError(
@@ -45,21 +45,19 @@ def learnt(model: str | os.PathLike[str]) -> ClipSize | None:
     Raises `CheckpointError` where what the folder has cannot be used.
     """
     path = model_folder(model) / SUITED
-    if not path.is_file():
+    if not exists(path):
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if (
-        not isinstance(values, dict)
-        or set(values) != set(STANDARD)
-        or not all(type(value) in (int, float) for value in values.values())
-    ):
+    values = read_json(path)
+    if set(values) != set(STANDARD) or not all(type(v) in (int, float) for v in values.values()):
         raise CheckpointError(
-            f"{path} must hold a number for each of {', '.join(STANDARD)}, got {values!r}"
+            f"{path} must hold a number for each of {', '.join(STANDARD)}, got {shown(values)}"
         )
-    return ClipSize(**values)  # type: ignore[typeddict-item]  # its keys were looked at
+    size = ClipSize(**values)  # type: ignore[typeddict-item]  # its keys were looked at
+    try:
+        Request("-", **size)
+    except InvalidRequestError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return size
 
 
 def sized(model: str | os.PathLike[str], **given: float | None) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import torch
 
 from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.model import ImageVAE, wan_vae
-from magihuman.runtime.weights.checkpoint import check_keys, frozen, load_pickle, shapes
+from magihuman.runtime.weights.checkpoint import check_keys, frozen
 from magihuman.runtime.weights.quiet import quiet_diffusers
+from magihuman.runtime.weights.reading import load_pickle, shapes
 
+MOST_CHANNELS = 2**12  # of the encoder's first level; the published has 160
 WEIGHTS_NAME = "Wan2.2_VAE.pth"
 RES_BLOCKS = 2  # per level of the encoder; the level's downsampler has the next number
 _WAN_KEYS = (
@@ -64,6 +66,10 @@ def load_image_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Im
     first = sizes.get("encoder.conv_in.weight")
     if not first:
         raise CheckpointError(f"{path} has no encoder.conv1.weight; it is not the Wan 2.2 VAE")
+    if not 1 <= first[0] <= MOST_CHANNELS:
+        raise CheckpointError(
+            f"{path}: encoder.conv1.weight must have 1 to {MOST_CHANNELS} rows, got {first[0]}"
+        )
     with torch.device("meta"):
         vae = wan_vae(first[0])
         del vae.decoder, vae.post_quant_conv
