@@ -9,7 +9,7 @@ from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT, Layer, Norm, Rope
 from magihuman.runtime.model.image_encoder import ImageVAE, wan_vae
 from magihuman.runtime.model.oobleck import Oobleck, OobleckConfig, Snake
-from magihuman.runtime.model.text_encoder import TextEncoder, uncapped
+from magihuman.runtime.model.text_encoder import TextEncoder, is_panic, uncapped, with_tables
 from magihuman.runtime.model.tokens import Layout
 from magihuman.runtime.model.turbo_vae import (
     Decoder,
@@ -34,8 +34,10 @@ __all__ = [
     "TurboVAE",
     "Window",
     "decode_windows",
+    "is_panic",
     "tokens",
     "uncapped",
     "wan_vae",
     "window_kinds",
+    "with_tables",
 ]

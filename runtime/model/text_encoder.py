@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from magihuman.runtime.config import MAX_TEXT_TOKENS
+from magihuman.runtime.errors import CheckpointError
 
 log = logging.getLogger("magihuman")
 
@@ -36,9 +37,27 @@ class TextEncoder:
         """Token ids [1, L], and a note where the prompt is longer than the model reads.
 
         They are cut at the encoder's limit alone: it reads beyond what the model takes.
+
+        Raises:
+            CheckpointError: the tokenizer does not take the prompt, or has tokens that the encoder
+                has not.
         """
-        with self._tokenizing:  # a tokenizer refuses to be borrowed twice
-            ids: Tensor = self.tokenizer([prompt], return_tensors="pt")["input_ids"]
+        try:
+            with self._tokenizing:  # a tokenizer refuses to be borrowed twice
+                ids: Tensor = self.tokenizer([prompt], return_tensors="pt")["input_ids"]
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise CheckpointError(
+                f"the tokenizer must take every prompt, and gave up on one: {error}; download it"
+                " again"
+            ) from error
+        rows = self.model.config.encoder.vocab_size
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+            raise CheckpointError(
+                f"the tokenizer must give tokens below {rows}, the rows of the encoder's table, got"
+                f" {int(ids.max())}; download it again"
+            )
         excess = ids.shape[1] - MAX_TEXT_TOKENS
         if excess <= 0:
             return ids, None
@@ -74,6 +93,21 @@ class TextEncoder:
         masks = {"full_attention": mask, "sliding_attention": mask}
         hidden: Tensor = self.model.encoder(input_ids=ids, attention_mask=masks).last_hidden_state
         return hidden
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether this is how a library in Rust gives up, which is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
+def with_tables(model: Any, device: torch.device) -> Any:
+    """T5Gemma's encoder, its tables of rotations, which are no weights, made anew on a device."""
+    with torch.device(device):
+        for owner in list(model.modules()):
+            for name, child in owner.named_children():
+                if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
+                    setattr(owner, name, type(child)(child.config))
+    return model
 
 
 def uncapped(model: Any) -> Any:

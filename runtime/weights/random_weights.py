@@ -30,6 +30,7 @@ from magihuman.runtime.model import (
     TurboVAE,
     uncapped,
     wan_vae,
+    with_tables,
 )
 from magihuman.runtime.weights.checkpoint import frozen, undrawn
 from magihuman.runtime.weights.quiet import quiet_diffusers
@@ -181,17 +182,8 @@ def image_vae(seed: int, device: torch.device, dtype: torch.dtype) -> ImageVAE:
 
 def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte."""
-
-    def build() -> Any:
-        model = text_model()
-        with torch.device(device):  # tables of rotations, which are no weights
-            for owner in model.modules():
-                for name, child in owner.named_children():
-                    if any(buffer.is_meta for buffer in child.buffers(recurse=False)):
-                        setattr(owner, name, type(child)(child.config))
-        return model
-
-    model = randomize(undrawn(build, device, dtype), seed, "text_encoder")
+    model = undrawn(lambda: with_tables(text_model(), device), device, dtype)
+    model = randomize(model, seed, "text_encoder")
     return TextEncoder(byte_tokenizer(), model.to(dtype))
 
 
