@@ -44,14 +44,16 @@ imports: $(VENV)/.installed
 unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-test-versions: test-oldest test-newest
+# Side by side, each on a core; what one prints is shown once it is done.
+test-versions:
+	+@$(MAKE) --no-print-directory --jobs=2 --output-sync=recurse test-oldest test-newest
 
 # Each in a virtual environment of its own, with the package installed as users have it.
 test-oldest:
-	@$(call with_python,3.11,oldest,run-oldest)
+	+@$(call with_python,3.11,oldest,run-oldest)
 
 test-newest:
-	@$(call with_python,3.13,newest,run-newest)
+	+@$(call with_python,3.13,newest,run-newest)
 
 # What takes longest of it, mostly downloads.
 install-versions:
@@ -77,7 +79,8 @@ install-versions:
 run-%: .venv-%/.installed
 	.venv-$*/bin/python -m pip install --quiet --no-deps --force-reinstall .
 	.venv-$*/bin/python -m pip list | grep -iE '^($(SHOWN)) '
-	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -q $(addprefix tests/,$(FAST)) -k 'not ($(SLOW))'
+	OMP_NUM_THREADS=1 .venv-$*/bin/pytest -q -p no:cacheprovider \
+	    $(addprefix tests/,$(FAST)) -k 'not ($(SLOW))'
 	mkdir -p out
 	.venv-$*/bin/magihuman --help > out/help-$*.txt
 	.venv-$*/bin/magihuman generate --out out/$*.mp4 --prompt $(DEMO) --seconds 1
