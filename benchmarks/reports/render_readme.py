@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import history
+import process_tables
 from magihuman.runtime import config
 from magihuman.runtime.evaluate.model_score import LEAST
 
@@ -36,6 +37,7 @@ FILES = {  # which tables each has
         "request",
         "loading",
         "kernels",
+        "checks",
     ),
     "docs/models.md": ("nano",),
     "examples/nano/MODEL_CARD.md": ("nano",),
@@ -64,6 +66,7 @@ def tables(folder: Path) -> dict[str, str]:
         "request": request_table(result("prompt_to_mp4"), decoding),
         "loading": [*reading_lines(result("full_size")), "", *load_lines(result("load_artifact"))],
         "kernels": newest_kernel_table(folder),
+        "checks": process_tables.check_lines(folder),
         "nano": nano_lines(result("nano_score")),
     }
     return {name: "\n".join(lines) for name, lines in parts.items()}

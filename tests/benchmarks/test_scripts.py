@@ -18,10 +18,13 @@ import torch
 import fp8
 import fp8_errors
 import load_artifact
+import process_tables
 import render_readme
 from harness import measure, sizes, weight_kinds
 from magihuman.graphs import quantization
 from magihuman.runtime.weights import random_weights, tiny
+
+pytestmark = pytest.mark.timeout(1800)  # one fixture runs all scripts
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -40,6 +43,7 @@ TINY: dict[str, list[str]] = {
     "mp4": [],
     "nano_score": [],
     "prompt_to_mp4": ["--precisions", "bf16", "--repeats", "1"],
+    "check_cost": ["--precisions", "bf16"],
     "vae_decode": ["--baseline", "--variants", "default"],
     "fp8_errors": [],
 }
@@ -143,9 +147,11 @@ def test_it_runs(results, name):
     assert results[1][name] == "ok"
 
 
-# Differences of memory, which a small model may not change, and of results, which may be equal.
+# Differences of memory and times, which a small model may not change, and of results, which may be
+# equal.
 MAY_BE_ZERO = (
-    r"gib|bytes|error|kernels|latents|levels|exchange|matches|nodes|colours|synchrony|voice"
+    r"difference|gib|bytes|error|kernels|latents|levels|exchange|matches|nodes|colours"
+    r"|synchrony|voice"
 )
 
 
@@ -282,6 +288,23 @@ def test_outliers_are_heavy_tailed():
     assert torch.equal(
         model.state_dict()["final_linear_video.weight"], before["final_linear_video.weight"]
     )
+
+
+# -- what every request costs ------------------------------------------------------------------
+
+
+def test_what_the_checks_cost_is_what_runs_with_them_alone(results):
+    folder, _ = results
+    figures = json.loads((folder / "check_cost.json").read_text())["bf16"]
+    calls, _ = figures["kernels"]["aten::linalg_vector_norm"]
+    # Of the text, of both streams in each of 2 steps and after them, of the sound, and of a window
+    # of frames before its last sum and of what is added there.
+    assert calls == 1 + 2 * 2 + 2 + 1 + 2
+    # Nothing that both run: no product, no attention.
+    assert not {"aten::mm", "aten::matmul", "aten::convolution"} & figures["kernels"].keys()
+    assert 0 < figures["kernels_ms"] < figures["request_ms"]
+    said = process_tables.check_lines(folder)
+    assert f"| **both together, of the request** | **{figures['bound_percent']:.3f} %** |" in said
 
 
 # -- loading an artifact ----------------------------------------------------------------------
