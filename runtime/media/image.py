@@ -13,7 +13,13 @@ from PIL import Image, UnidentifiedImageError
 
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.media import jpeg, png
-from magihuman.runtime.media.colour import Mask, is_other, opaque_rgb
+from magihuman.runtime.media.colour import (
+    Mask,
+    is_other,
+    opaque_rgb,
+    profile_of_codes,
+    profile_of_gamma,
+)
 from magihuman.runtime.media.guard import checked_file, readable
 from magihuman.runtime.media.orientation import orientation, orientation_of, upright
 
@@ -31,10 +37,10 @@ def open_image(
 ) -> Image.Image:
     """An RGB image in sRGB, upright, transparency laid over white. Decodes it whole.
 
-    Colours are converted by an ICC profile, if there is one that fits; orientation comes from EXIF
-    or XMP. Of several frames it is the first one. All else beside the pixels is ignored, however
-    damaged. An image of Pillow's may be given to several threads at once, and is left as it is, but
-    for being loaded.
+    Colours are converted by an ICC profile, if there is one that fits, or by the numbers that a PNG
+    file has in its place; orientation comes from EXIF or XMP. Of several frames it is the first
+    one. All else beside the pixels is ignored, however damaged. An image of Pillow's may be given
+    to several threads at once, and is left as it is, but for being loaded.
 
     max_pixels: refused above, before it is decoded. formats: Pillow's names of those to read, by
     default all, some of which are left to other programs. Raises `InvalidRequestError` for what is
@@ -67,7 +73,9 @@ def open_image(
         image.load()
         if notes is None:
             return _finished(image, is_tiff=image.format == "TIFF")
-        profile = image.info.get("icc_profile") if notes.profile is None else notes.profile
+        profile = _profile(notes)
+        if profile is None:
+            profile = image.info.get("icc_profile")
         rgb = opaque_rgb(image, profile, _mask(image, notes, file))
         return upright(rgb, orientation(notes.exif, notes.xmp))
 
@@ -98,10 +106,29 @@ def _check(image: Image.Image, name: str, max_pixels: int) -> None:
         )
 
 
+def _profile(notes: png.Notes) -> bytes | None:
+    """What the colours of a file are, empty for sRGB; None where it does not say."""
+    is_grey = notes.colour_type in (png.GREY, png.GREY_ALPHA)
+    by_codes = None if notes.codes is None else profile_of_codes(notes.codes, is_grey)
+    if by_codes is not None:
+        return by_codes
+    if notes.profile is not None or notes.is_srgb or notes.gamma is None:
+        return notes.profile
+    return profile_of_gamma(notes.gamma, notes.chromaticities, is_grey)
+
+
 def _finished(image: Image.Image, is_tiff: bool) -> Image.Image:
     """A loaded image by what Pillow has read of it. Pillow turns TIFF upright by itself."""
-    profile = image.info.get("icc_profile")
-    rgb = opaque_rgb(image, profile if isinstance(profile, bytes) else None)
+    info = image.info
+    profile, gamma = info.get("icc_profile"), info.get("gamma")
+    notes = png.Notes(
+        colour_type=png.TRUECOLOUR if image.mode.startswith(("RGB", "P")) else png.GREY,
+        profile=profile if isinstance(profile, bytes) else None,
+        gamma=gamma if isinstance(gamma, float) else None,
+        chromaticities=info.get("chromaticity"),
+        is_srgb="srgb" in info,
+    )
+    rgb = opaque_rgb(image, _profile(notes))
     return rgb if is_tiff else upright(rgb, orientation_of(image.info))
 
 

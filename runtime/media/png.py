@@ -7,9 +7,10 @@ import zlib
 from dataclasses import dataclass
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-GREY, TRUECOLOUR, PALETTE = 0, 2, 3
+GREY, TRUECOLOUR, PALETTE, GREY_ALPHA = 0, 2, 3, 4
 MAX_PROFILE_BYTES = 16 * 2**20  # the largest in use, for printing, are of 4 MiB
 MAX_TEXT_BYTES = 2**20
+NUMBERS = 100_000  # that stand for 1 in gAMA and cHRM
 EXIF_KEYS = (b"Raw profile type exif", b"Raw profile type APP1")  # as ImageMagick writes it
 XMP_KEY = b"XML:com.adobe.xmp"
 
@@ -22,6 +23,10 @@ class Notes:
         depth, colour_type: as in its header.
         transparent: the samples of the transparent colour, one or three, at the file's own depth.
         profile: an ICC profile.
+        codes: of the primaries, curve, matrix and range of ITU-T H.273, a byte each.
+        gamma: the exponent from light to samples.
+        chromaticities: x and y of white, red, green and blue.
+        is_srgb: whether it says that it is sRGB, which goes before gamma and chromaticities.
         exif: a TIFF structure, after "Exif" and two zeros or not.
         xmp: XML.
     """
@@ -30,6 +35,10 @@ class Notes:
     colour_type: int = TRUECOLOUR
     transparent: tuple[int, ...] | None = None
     profile: bytes | None = None
+    codes: bytes | None = None
+    gamma: float | None = None
+    chromaticities: tuple[float, ...] | None = None
+    is_srgb: bool = False
     exif: bytes | None = None
     xmp: bytes | None = None
 
@@ -69,6 +78,14 @@ def _note(notes: Notes, kind: bytes, body: bytes) -> None:
                 notes.transparent = tuple(sample & mask for sample in samples)
         case b"iCCP":
             notes.profile = _inflated(body.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
+        case b"cICP":
+            notes.codes = body
+        case b"gAMA" if len(body) == 4:
+            notes.gamma = int.from_bytes(body, "big") / NUMBERS
+        case b"cHRM" if len(body) == 32:
+            notes.chromaticities = tuple(x / NUMBERS for x in struct.unpack(">8I", body))
+        case b"sRGB":
+            notes.is_srgb = True
         case b"eXIf":
             notes.exif = body
         case b"tEXt" | b"zTXt":

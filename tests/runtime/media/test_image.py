@@ -224,6 +224,15 @@ def encoded(linear: np.ndarray) -> np.ndarray:
     return 255 * curved
 
 
+TO_SRGB = np.array(  # from XYZ under D50, by Lindbloom
+    [
+        [3.1338561, -1.6168667, -0.4906146],
+        [-0.9787684, 1.9161415, 0.0334540],
+        [0.0719453, -0.2289914, 1.4052427],
+    ]
+)
+
+
 def as_pillow_gives(tmp_path, content: bytes) -> tuple[Image.Image, Image.Image]:
     """The same file read by its path and through Pillow."""
     path = tmp_path / "face.png"
@@ -243,14 +252,7 @@ def test_a_profile_is_followed():
 def test_display_p3_becomes_srgb(tmp_path):
     content = png(ALL_COLOURS, 8, 2, iccp(matrix_profile(DISPLAY_P3, 2.2)))
     linear = (ALL_COLOURS / 255) ** (563 / 256)  # 2.2, as a profile holds it
-    to_srgb = np.array(  # from XYZ under D50, by Lindbloom
-        [
-            [3.1338561, -1.6168667, -0.4906146],
-            [-0.9787684, 1.9161415, 0.0334540],
-            [0.0719453, -0.2289914, 1.4052427],
-        ]
-    )
-    expected = encoded(linear @ np.array(DISPLAY_P3) @ to_srgb.T)
+    expected = encoded(linear @ np.array(DISPLAY_P3) @ TO_SRGB.T)
     for image in as_pillow_gives(tmp_path, content):
         # Where sRGB has such a colour: the tables of a profile are of 16 bits, steep near black.
         inside = ((expected > 8) & (expected < 247)).all(axis=-1)
@@ -322,6 +324,83 @@ def test_a_large_profile_is_followed(tmp_path):
     bomb = iccp(b"\0" * 2**26)
     (tmp_path / "bomb.png").write_bytes(png(ALL_COLOURS, 8, 2, bomb))
     assert apart(open_image(tmp_path / "bomb.png"), ALL_COLOURS) == 0
+
+
+def light(samples: np.ndarray) -> np.ndarray:
+    """sRGB of 0 to 255 to light, the inverse of `encoded`."""
+    share = samples / 255
+    return np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+
+
+def gamma(value: float) -> bytes:
+    return chunk(b"gAMA", struct.pack(">I", round(value * 100_000)))
+
+
+P3_XY = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+P3 = chunk(b"cHRM", struct.pack(">8I", *P3_XY))
+SRGB = chunk(b"sRGB", b"\0")
+P3_TO_SRGB = np.array(DISPLAY_P3) @ TO_SRGB.T
+FROM_P3 = encoded(light(ALL_COLOURS) @ P3_TO_SRGB)
+FROM_LIGHT = encoded(ALL_COLOURS / 255)
+MADE_LINEAR = iccp(matrix_profile(DISPLAY_P3, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        (chunk(b"cICP", bytes([12, 13, 0, 1])), FROM_P3),
+        (chunk(b"cICP", bytes([1, 8, 0, 1])), FROM_LIGHT),
+        (chunk(b"cICP", bytes([12, 13, 0, 1])) + MADE_LINEAR + gamma(1.0), FROM_P3),
+        (chunk(b"cICP", bytes([1, 13, 0, 1])) + MADE_LINEAR, ALL_COLOURS),
+        (gamma(1.0), FROM_LIGHT),
+        (gamma(1 / 1.8), encoded((ALL_COLOURS / 255) ** 1.8)),
+        (gamma(1 / 2.2), ALL_COLOURS),
+        (gamma(1 / 2.2) + P3, FROM_P3),
+        (P3, ALL_COLOURS),
+        (gamma(1.0) + P3 + SRGB, ALL_COLOURS),
+        (gamma(2.2) + MADE_LINEAR + SRGB, encoded(ALL_COLOURS / 255 @ P3_TO_SRGB)),
+    ],
+    ids=[
+        "P3", "light", "codes first", "sRGB by codes", "gamma 1", "gamma 1.8", "gamma 2.2",
+        "gamma and primaries", "primaries alone", "sRGB before gamma", "a profile before sRGB",
+    ],
+)  # fmt: skip
+def test_colours_by_numbers(tmp_path, chunks, expected):
+    by_path, by_pillow = as_pillow_gives(tmp_path, png(ALL_COLOURS, 8, 2, chunks))
+    inside = ((expected > 20) & (expected < 247)).all(axis=-1)
+    images = [by_path] if b"cICP" in chunks else [by_path, by_pillow]  # which Pillow does not read
+    for image in images:
+        assert np.abs(np.asarray(image)[inside].astype(int) - expected[inside]).max() <= 4
+
+
+@pytest.mark.parametrize("colour_type", [0, 4])
+def test_grey_by_numbers(tmp_path, colour_type):
+    grey = np.arange(256).reshape(16, 16, 1)
+    samples = grey if colour_type == 0 else np.dstack([grey, np.full((16, 16), 255)])
+    expected = encoded(grey / 255)
+    for chunks in (gamma(1.0) + P3, chunk(b"cICP", bytes([9, 8, 0, 1]))):
+        (tmp_path / "face.png").write_bytes(png(samples, 8, colour_type, chunks))
+        bright = expected[..., 0] > 60
+        actual = np.asarray(open_image(tmp_path / "face.png"))[bright]
+        assert np.abs(actual - expected[bright]).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        gamma(0.0), gamma(20_000.0), chunk(b"gAMA", b"\0"), chunk(b"gAMA", b""),
+        gamma(1 / 2.2) + chunk(b"cHRM", b"\0" * 32),
+        gamma(1 / 2.2) + chunk(b"cHRM", b"\0\0\0\1" * 8),
+        gamma(1 / 2.2) + chunk(b"cHRM", b"\xff" * 32),
+        gamma(1 / 2.2) + chunk(b"cHRM", b"\0" * 31),
+        chunk(b"cICP", b""), chunk(b"cICP", b"\x0c"), chunk(b"cICP", bytes(5)),
+        chunk(b"cICP", bytes([0, 13, 0, 1])), chunk(b"cICP", bytes([12, 2, 0, 1])),
+        chunk(b"cICP", bytes([12, 13, 1, 1])), chunk(b"cICP", bytes([9, 16, 0, 1])),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_ignored(tmp_path, chunks):
+    (tmp_path / "face.png").write_bytes(png(ALL_COLOURS, 8, 2, chunks))
+    assert apart(open_image(tmp_path / "face.png"), ALL_COLOURS) == 0
 
 
 def test_transparent_pixels_lie_over_white_after_conversion(tmp_path):
