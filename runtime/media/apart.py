@@ -8,6 +8,7 @@ from its standard input.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import selectors
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
 MEMORY_BYTES = 4 * 2**30  # addresses; 32 million pixels with transparency take 1 GiB of them
 FILE_BYTES = 2**30  # of what is written
 DEADLINE_S = 30.0
+END_S = 5.0  # for a process whose answers have ended to end itself
+ANSWER_BYTES = 2**16
+STARTS = 3  # of a process that ends before it is ready, as one that the kernel takes
 START_S = 120.0  # to import numpy, Pillow and PyAV on a busy machine
 TASKS = 100  # of one process: what a file may have damaged in it does not stay for long
 # A process is given no more of the environment, which has tokens in it.
@@ -99,8 +104,8 @@ class Decoders:
         self._idle: list[_Process] = []
 
     def warm(self) -> None:
-        """Start a process for the next file, if none waits. Returns at once."""
-        with self._lock:
+        """Start a process for the next file, if none waits and it can be. Returns at once."""
+        with self._lock, suppress(MagiHumanError):
             if not self._idle:
                 self._idle.append(self._start())
 
@@ -142,15 +147,28 @@ class Decoders:
             process.end()
 
     def _take(self) -> _Process:
-        while True:
+        failures: list[_EndedError] = []
+        while len(failures) < STARTS:
             with self._lock:
                 process = self._idle.pop() if self._idle else self._start()
-            if process.is_ready():
-                return process
-            process.end()  # it was killed while it waited
+            try:
+                if process.is_ready():
+                    return process
+            except _EndedError as error:
+                failures.append(error)
+            process.end()
+        raise MagiHumanError(
+            f"files cannot be decoded: a process for it must start, got one {failures[-1]}; the"
+            " server's log says more"
+        )
 
     def _start(self) -> _Process:
-        return _Process(self._deadline_s, self._memory_bytes)
+        try:
+            return _Process(self._deadline_s, self._memory_bytes)
+        except OSError as error:  # too many processes, or too little memory
+            raise MagiHumanError(
+                f"files cannot be decoded: a process for it must start, got {error.strerror}"
+            ) from error
 
 
 class _EndedError(Exception):
@@ -179,17 +197,10 @@ class _Process:
     def is_ready(self) -> bool:
         """Whether it can take a task; False where it has ended after it had begun to wait.
 
-        Raises `MagiHumanError` where it does not come so far.
+        Raises `_EndedError` where it does not come so far.
         """
         if not self._has_begun:
-            try:
-                self._answer(START_S)
-            except _EndedError as error:
-                self.end()
-                raise MagiHumanError(
-                    f"files cannot be decoded: a process for it must start, got one {error}; the"
-                    " server's log says more"
-                ) from None
+            self._answer(START_S)
             self._has_begun = True
         return self._process.poll() is None
 
@@ -208,8 +219,8 @@ class _Process:
             raise self._ended() from None
         answer = self._answer(deadline_s)
         self.is_worn = self._tasks >= TASKS
-        if answer["errno"] is not None:
-            number = int(answer["errno"])
+        number = answer["errno"]
+        if isinstance(number, int):
             raise OSError(number, os.strerror(number))
         return None if answer["error"] is None else str(answer["error"])
 
@@ -233,13 +244,37 @@ class _Process:
                 if not part:
                     raise self._ended()
                 line += part
-        answer: Answer = json.loads(line)
-        return answer
+                if len(line) > ANSWER_BYTES:
+                    raise _EndedError("that makes its decoder say what it should not")
+        return _answer(line)
 
     def _ended(self) -> _EndedError:
-        code = self._process.wait()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return _EndedError(f"that ends its decoder ({how})")
+        try:
+            code = self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            return _EndedError("whose decoder does not end")
+        return _EndedError(f"that ends its decoder ({_ending(code)})")
+
+
+def _answer(line: bytes) -> Answer:
+    """Read an answer; whatever a file has made of its decoder may have written it."""
+    try:
+        values = json.loads(line)
+        error, number = values["error"], values["errno"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        error = number = object()
+    is_number = number is None or number in errno.errorcode
+    if not is_number or not isinstance(error, (str, type(None))):
+        raise _EndedError("that makes its decoder say what it should not")
+    return {"error": error, "errno": number}
+
+
+def _ending(code: int) -> str:
+    """Name what has ended a process, by its exit code."""
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:  # signals that have no name
+        return f"signal {-code}"
 
 
 def serve(deadline_s: float, memory_bytes: int) -> None:
@@ -254,6 +289,7 @@ def serve(deadline_s: float, memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _go_first()
     _say(answers, READY)
     for line in sys.stdin.buffer:
         message = json.loads(line)
@@ -261,6 +297,12 @@ def serve(deadline_s: float, memory_bytes: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, 2 * deadline_s)
         _say(answers, _done(message["kind"], message["task"]))
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _go_first() -> None:
+    """Have the kernel take this process, and no engine, where the machine's memory runs out."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _done(kind: str, values: dict[str, Any]) -> Answer:

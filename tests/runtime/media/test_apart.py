@@ -5,7 +5,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -115,25 +116,79 @@ def test_a_process_has_no_torch_and_no_token(shared, face, monkeypatch):
     assert not Path(f"/proc/{process}").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
-def test_a_process_killed_while_it_decodes_costs_one_file(face, number):
-    decoders = Decoders()
+@contextmanager
+def halted(decoders: Decoders, face: Path) -> Iterator[tuple[Future[None], int, int]]:
+    """A task, the process that has it and does not go on with it, and where that says things."""
     decoders.run("image", image_task(face))
     (process,) = decoders.processes()
+    answers = decoders._idle[0]._process.stdout.fileno()
     os.kill(process, signal.SIGSTOP)  # in the midst of whatever it does
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(decoders.run, "image", image_task(face))
         while decoders.processes():
             time.sleep(0.01)
         time.sleep(0.1)
+        yield asked, process, answers
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL, 40])
+def test_a_process_killed_while_it_decodes_costs_one_file(face, number):
+    """40 has no name."""
+    decoders = Decoders()
+    name = number.name if isinstance(number, signal.Signals) else "signal 40"
+    with halted(decoders, face) as (asked, process, _):
         os.kill(process, number)
         os.kill(process, signal.SIGCONT)
-        with pytest.raises(InvalidRequestError, match=f"got one that ends its .*{number.name}"):
+        with pytest.raises(InvalidRequestError, match=f"got one that ends its .*{name}"):
             asked.result(60)
     (fresh,) = decoders.processes()  # starts at once, for the next file
     assert fresh != process
     decoders.run("image", image_task(face))
     decoders.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"junk\n",
+        b"[]\n",
+        b"[" * 20_000 + b"\n",
+        b'{"error": 3, "errno": null}\n',
+        b'{"error": null, "errno": "x"}\n',
+        b'{"error": null, "errno": 1e99}\n',
+        b"x" * 100_000,
+    ],
+    ids=range(7),
+)
+def test_a_process_that_a_file_has_taken_over_costs_one_file(face, answer):
+    """Whatever it says then."""
+    decoders = Decoders()
+    with halted(decoders, face) as (asked, process, answers):
+        pipe = os.stat(f"/proc/self/fd/{answers}").st_ino
+        (place,) = {
+            path for path in Path(f"/proc/{process}/fd").iterdir() if path.stat().st_ino == pipe
+        }
+        with place.open("wb", buffering=0) as its_own, suppress(BrokenPipeError):
+            its_own.write(answer)
+        with pytest.raises(InvalidRequestError, match="got one that makes its decoder say"):
+            asked.result(60)
+    assert process not in decoders.processes()
+    decoders.run("image", image_task(face))
+    decoders.close()
+
+
+def test_a_process_killed_while_it_starts_costs_nothing(face):
+    decoders = Decoders()
+    decoders.warm()
+    os.kill(decoders.processes()[0], signal.SIGKILL)
+    decoders.run("image", image_task(face))
+    decoders.close()
+
+
+def test_a_process_goes_before_all_others_where_memory_runs_out(shared, face):
+    shared.run("image", image_task(face))
+    for process in shared.processes():
+        assert Path(f"/proc/{process}/oom_score_adj").read_text() == "1000\n"
 
 
 def test_a_process_killed_while_it_waits_costs_nothing(face):
