@@ -21,6 +21,7 @@ from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.metrics import Metrics
 from magihuman.runtime.serving.routes import ServerRoutes, VideoRoutes
 from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.transfer.spool import Budget
 
 BEARER = HTTPBearer(auto_error=False, description="The server's token, where it has one.")
 
@@ -47,7 +48,8 @@ def create_app(
     _handle_errors(app)
     check = _token_check(settings.token_sha256)
     ServerRoutes(settings, jobs, is_ready, metrics).add_to(app, check)
-    VideoRoutes(settings, jobs).add_to(app, check)
+    budget = Budget(settings.limits.bodies * settings.limits.body_bytes)
+    VideoRoutes(settings, jobs, budget).add_to(app, check)
     return app
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 
+MAX_SHOWN = 100  # characters of what a client chose, where it comes back to it
+MAX_NAME = 256  # characters of a field's name
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -21,18 +23,19 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.param = status, code, message, param
+        self.status, self.code, self.message = status, code, message
+        self.param = None if param is None else shown(param)
         self.headers = headers
 
     def response(self) -> JSONResponse:
         """Return it as JSON, with its status and headers."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         # What clients sent can come back in a message, with halves of surrogate pairs in it.
-        message = self.message.encode("utf-8", "backslashreplace").decode()
+        message = _whole(self.message)
         detail = {
             "message": message,
             "type": TYPES.get(self.status, kind),
-            "param": self.param,
+            "param": None if self.param is None else _whole(self.param),
             "code": self.code,
         }
         return JSONResponse({"error": detail}, self.status, headers=self.headers)
@@ -43,6 +46,21 @@ def invalid(message: str, param: str | None = None) -> ApiError:
     return ApiError(422, "invalid_value", message, param)
 
 
+def malformed(message: str) -> ApiError:
+    """Return the error of a body that cannot be read."""
+    return ApiError(400, "malformed_body", message)
+
+
+def unnamed() -> ApiError:
+    """Return the error of a field whose name is too long to be one."""
+    return invalid(f"a field's name must have no more than {MAX_NAME} characters")
+
+
+def shown(text: str) -> str:
+    """Return what a client chose as an answer may have it: its beginning, where it is long."""
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
 def too_large(limit_bytes: int) -> ApiError:
     """Return the error of a body of more bytes than may be."""
     return ApiError(
@@ -50,3 +68,7 @@ def too_large(limit_bytes: int) -> ApiError:
         "body_too_large",
         f"the body must have no more than {limit_bytes} bytes; send a smaller image or sound",
     )
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -27,6 +27,7 @@ from magihuman.runtime.serving.schema import (
 )
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import Job, Status
+from magihuman.runtime.serving.transfer.spool import Budget
 
 # The page is one file, loads nothing, and may ask this server alone.
 PAGE_POLICY = (
@@ -117,10 +118,12 @@ class VideoRoutes:
 
     Attributes:
         jobs: asked at each request, since the application can be made before them.
+        budget: of what is being uploaded.
     """
 
     settings: Settings
     jobs: Callable[[], Jobs]
+    budget: Budget
 
     def add_to(self, app: FastAPI, check: Check) -> None:
         """Bind the routes, all behind the token's check."""
@@ -158,10 +161,14 @@ class VideoRoutes:
 
     async def create(self, request: Request) -> VideoObject:
         """Ask for a video; it waits in line."""
-        with _place_in_line(self.jobs()):
-            new = await _read(request, self.settings)
         with _disk_taken():
-            await self.jobs().add(new.job, new.fill)
+            with _place_in_line(self.jobs()):
+                new = await _read(request, self.settings, self.budget)
+            try:
+                await self.jobs().add(new.job, new.fill)
+            except Exception:  # where the client has gone, it is added all the same
+                new.close()
+                raise
         return VideoObject.of(new.job, self.settings.model)
 
     async def retrieve(self, video_id: str) -> VideoObject:
@@ -212,11 +219,11 @@ def _not_found() -> ApiError:
     return ApiError(404, "video_not_found", "there is no such video, or no more", "video_id")
 
 
-async def _read(request: Request, settings: Settings) -> uploads.NewVideo:
+async def _read(request: Request, settings: Settings, budget: Budget) -> uploads.NewVideo:
     """Read a body within `BODY_S`. Raises `ApiError` for whatever is wrong with it."""
     try:
         async with asyncio.timeout(BODY_S):
-            return await uploads.read(request, settings)
+            return await uploads.read(request, settings, budget)
     except TimeoutError:
         message = f"the body must be sent within {BODY_S:g} s; send a smaller image or sound"
         raise ApiError(408, "body_too_slow", message) from None

@@ -15,6 +15,7 @@ class Limits:
 
     Attributes:
         body_bytes: of a request, uploads included.
+        bodies: that may lie on the disk at once, as large as one may be.
         prompt_chars: of the prompt, and of the negative one.
         queued: videos that may wait.
         seconds, pixels: of a clip; pixels are width times height, before super-resolution.
@@ -23,6 +24,7 @@ class Limits:
     """
 
     body_bytes: int = 32 * 2**20
+    bodies: int = 16
     prompt_chars: int = 10_000
     queued: int = 64
     seconds: float = MAX_SECONDS

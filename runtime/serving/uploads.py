@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import binascii
-import io
-import json
-import shutil
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from magihuman.runtime import config
-from magihuman.runtime.errors import InvalidRequestError
+from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
 from magihuman.runtime.media import Decoders, ImageTask, SoundTask
 from magihuman.runtime.request import Plan
-from magihuman.runtime.serving.errors import ApiError, invalid
+from magihuman.runtime.serving.errors import (
+    MAX_NAME,
+    ApiError,
+    invalid,
+    malformed,
+    shown,
+    unnamed,
+)
 from magihuman.runtime.serving.schema import AUDIO_FIELD, FILES, IMAGE_FIELD, VideoOptions
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import AUDIO, IMAGE, Job, request_of
+from magihuman.runtime.serving.transfer.data_url import decoded, unescaped
+from magihuman.runtime.serving.transfer.document import DocumentReader
+from magihuman.runtime.serving.transfer.form import FormReader
+from magihuman.runtime.serving.transfer.spool import TOO_LONG, Budget, Fields, Sent, Shape, Spool
+
+log = logging.getLogger("magihuman")
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 # FFmpeg's own names; none of them opens other files or addresses, as playlists do.
@@ -33,7 +40,36 @@ AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg", "aac", "mov", "matroska")
 NAMES = {IMAGE_FIELD: IMAGE, AUDIO_FIELD: AUDIO}
 FORM, JSON = "multipart/form-data", "application/json"
 MAX_FIELDS = 32
+CHAR_BYTES = 12  # of a character in JSON, written as two halves of a surrogate pair
+RETRY_S = 30  # for a process that decodes to start
 DECODERS = Decoders()  # of this process; it starts none before the first upload or `warm`
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The content of a file that a client sends.
+
+    Attributes:
+        name: of its field.
+        sent: where it is, as it came; a short data URL is a text.
+    """
+
+    name: str
+    sent: Sent | str
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield what the file has in it. Raises `ApiError` where a data URL is none."""
+        if isinstance(self.sent, str):
+            return decoded([self.sent.encode("utf-8", "replace")], self.name)
+        pieces = self.sent.spool.pieces()
+        if self.sent.kind == "file":
+            return pieces
+        return decoded(unescaped(pieces) if self.sent.kind == "json" else pieces, self.name)
+
+    def close(self) -> None:
+        """Remove it."""
+        if isinstance(self.sent, Sent):
+            self.sent.spool.close()
 
 
 @dataclass(frozen=True)
@@ -41,17 +77,27 @@ class NewVideo:
     """A job that can be written, with what was uploaded for it."""
 
     job: Job
-    uploads: dict[str, BinaryIO]
+    uploads: list[Upload]
     settings: Settings
 
     def fill(self, folder: Path) -> None:
         """Put the uploads into the folder, once, and refuse what cannot be used. Takes seconds."""
-        for name, upload in self.uploads.items():
-            source, target = folder / f"{NAMES[name]}.upload", folder / NAMES[name]
-            with upload, source.open("wb") as file:
-                shutil.copyfileobj(upload, file)
-            self._decode(name, source, target)
-            source.unlink()
+        try:
+            for upload in self.uploads:
+                name = NAMES[upload.name]
+                source = folder / f"{name}.upload"
+                with source.open("wb") as file:
+                    for piece in upload.pieces():
+                        file.write(piece)
+                self._decode(upload.name, source, folder / name)
+                source.unlink()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Remove what was uploaded. May be called again."""
+        for upload in self.uploads:
+            upload.close()
 
     def _decode(self, name: str, source: Path, target: Path) -> None:
         """Have a file made of an upload that this package has written; engines read no other."""
@@ -65,83 +111,91 @@ class NewVideo:
                 DECODERS.run("sound", task)
         except InvalidRequestError as error:
             raise invalid(str(error).replace(str(source), "the upload"), name) from None
+        except MagiHumanError as error:
+            log.exception("%s cannot be decoded", name)
+            headers = {"Retry-After": str(RETRY_S)}
+            message = "no process that decodes files can be started; try again later"
+            raise ApiError(503, "decoder", message, headers=headers) from error
 
 
-async def read(request: Request, settings: Settings) -> NewVideo:
-    """Read and check a body. Raises `ApiError` for all that is wrong, its files' content apart."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == JSON:
-        body = await request.body()
-        return await asyncio.to_thread(_from_json, body, settings)
-    if kind == FORM:
-        return await _from_form(request, settings)
-    raise ApiError(
-        415, "unsupported_media_type", f"the body must be {FORM} or {JSON}, got {kind or 'neither'}"
-    )
+async def read(request: Request, settings: Settings, budget: Budget) -> NewVideo:
+    """Read and check a body. Its files go to the disk as they come.
 
-
-def _from_json(body: bytes, settings: Settings) -> NewVideo:
+    budget: counts them until the video's files are filled or closed. Raises `ApiError` for all that
+    is wrong, the files' content apart, and `OSError` where the disk does not take them.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdigit():
+        budget.check(int(length[:20]))
+    reader = _reader(request.headers.get("content-type", ""), settings, budget)
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "malformed_body", f"the body must be JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise invalid(f"the body must be a JSON object, got a {type(values).__name__}")
-    uploads: dict[str, BinaryIO] = {}
-    for name in FILES:
-        if name in values:
-            uploads[name] = io.BytesIO(_data_url(values.pop(name), name))
-    return _checked(values, uploads, settings, is_strict=True)
-
-
-async def _from_form(request: Request, settings: Settings) -> NewVideo:
-    longest = 4 * settings.limits.prompt_chars + 1024  # bytes of one field
-    try:
-        form = await request.form(
-            max_files=len(FILES), max_fields=MAX_FIELDS, max_part_size=longest
-        )
-    except (MultiPartException, ValueError, LookupError) as error:
-        raise ApiError(400, "malformed_body", f"the body must be a form: {error}") from None
-    try:
-        return _from_fields(form, settings)
-    except ApiError:
-        await form.close()
+        async for chunk in request.stream():
+            if chunk:
+                await run_in_threadpool(reader.feed, chunk)
+        return await run_in_threadpool(_from_fields, reader, settings)
+    except BaseException:
+        reader.close()
         raise
 
 
-def _from_fields(form: FormData, settings: Settings) -> NewVideo:
+def _reader(content_type: str, settings: Settings, budget: Budget) -> FormReader | DocumentReader:
+    shape = Shape(
+        tuple(FILES),
+        MAX_FIELDS,
+        CHAR_BYTES * settings.limits.prompt_chars + 1024,
+        lambda: Spool(settings.folder, budget),
+    )
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == FORM:
+        return FormReader(content_type, shape)
+    if kind == JSON:
+        return DocumentReader(shape)
+    raise ApiError(
+        415,
+        "unsupported_media_type",
+        f"the body must be {FORM} or {JSON}, got {shown(kind) or 'neither'}",
+    )
+
+
+def _from_fields(reader: FormReader | DocumentReader, settings: Settings) -> NewVideo:
+    """Check what has been read. A form and JSON differ in nothing but that numbers may be text."""
+    fields = reader.end()
+    _check_names(fields)
     values: dict[str, Any] = {}
-    uploads: dict[str, BinaryIO] = {}
-    for name, value in form.multi_items():
-        if name in values or name in uploads:
-            raise invalid(f"{name} must be given once", name)
-        if isinstance(value, UploadFile):
-            if name not in FILES:
-                raise invalid(f"{name} must be a field of the form, got a file", name)
-            uploads[name] = value.file
-        elif name in FILES:
-            uploads[name] = io.BytesIO(_data_url(value, name))
+    uploads: list[Upload] = []
+    for name, value in fields:
+        if name in FILES:
+            uploads.append(_upload(name, value))
+        elif isinstance(value, Sent) and value.kind == "file":
+            raise invalid(f"{shown(name)} must be a field of the form, got a file", name)
+        elif isinstance(value, Sent) or value is TOO_LONG:
+            most = settings.limits.prompt_chars
+            raise invalid(f"{shown(name)} must have no more than {most} characters", name)
         else:
             values[name] = value
-    return _checked(values, uploads, settings, is_strict=False)
+    return _checked(values, uploads, settings, is_strict=isinstance(reader, DocumentReader))
 
 
-def _data_url(value: object, name: str) -> bytes:
-    head, comma, content = value.partition(",") if isinstance(value, str) else ("", "", "")
-    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
-        raise invalid(
-            f"{name} must be a file of a form, or a data URL (data:...;base64,...); addresses are"
-            " not fetched",
-            name,
-        )
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise invalid(f"{name} must be base64: {error}", name) from None
+def _check_names(fields: Fields) -> None:
+    """Refuse names that are there twice, or too long to be any."""
+    names = [name for name, _ in fields]
+    if sum(name in FILES for name in names) > len(FILES):
+        raise malformed(f"the body must have no more than {len(FILES)} files")
+    for index, name in enumerate(names):
+        if len(name) > MAX_NAME:
+            raise unnamed()
+        if name in names[:index]:
+            raise invalid(f"{shown(name)} must be given once", name)
+
+
+def _upload(name: str, value: object) -> Upload:
+    if not isinstance(value, (Sent, str)):
+        value = ""  # is no data URL
+    return Upload(name, value)
 
 
 def _checked(
-    values: Mapping[str, Any], uploads: dict[str, BinaryIO], settings: Settings, is_strict: bool
+    values: Mapping[str, Any], uploads: list[Upload], settings: Settings, is_strict: bool
 ) -> NewVideo:
     """Check values. is_strict: whether numbers must be numbers; in a form they are text."""
     limits = settings.limits
@@ -150,9 +204,9 @@ def _checked(
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         name = ".".join(map(str, first["loc"])) or None
-        raise invalid(f"{name}: {first['msg']}", name) from None
+        raise invalid(f"{shown(name or 'the body')}: {first['msg']}", name) from None
     if options.model not in (None, settings.model):
-        message = f"model must be {settings.model!r}, the one served, got {options.model!r}"
+        message = f"model must be {settings.model!r}, the one served, got {shown(options.model)!r}"
         raise ApiError(404, "model_not_found", message, "model")
     for name in ("prompt", "negative_prompt"):
         text = getattr(options, name)
