@@ -27,6 +27,7 @@ from magihuman.runtime.serving.schema import (
 )
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import Job, Status
+from magihuman.runtime.serving.transfer.download import Download
 from magihuman.runtime.serving.transfer.spool import Budget
 
 # The page is one file, loads nothing, and may ask this server alone.
@@ -175,7 +176,7 @@ class VideoRoutes:
         """A video's status and progress."""
         return VideoObject.of(self._job(video_id), self.settings.model)
 
-    async def content(self, video_id: str) -> FileResponse:
+    async def content(self, video_id: str) -> Download:
         """The finished mp4, whole or in ranges."""
         job = self._job(video_id)
         if job.status is not Status.COMPLETED:
@@ -185,15 +186,10 @@ class VideoRoutes:
                 f"the video must be completed, and is {job.status.value}",
                 "video_id",
             )
-        path = self.jobs().video(job)
-        if not path.exists():  # removed by hand
-            raise _not_found()
-        return FileResponse(
-            path,
-            media_type="video/mp4",
-            filename=f"{job.id}.mp4",
-            content_disposition_type="inline",
-        )
+        try:
+            return Download(self.jobs().video(job), "video/mp4", f"{job.id}.mp4")
+        except FileNotFoundError:  # removed by hand
+            raise _not_found() from None
 
     async def delete(self, video_id: str) -> Deleted:
         """Cancel a video that waits or is being made, or remove a finished one."""
