@@ -75,7 +75,10 @@ class LimitsMiddleware:
 
         async def limited() -> Message:
             nonlocal received
-            message = await receive()
+            try:
+                message = await receive()
+            except Exception:  # Ray's, of a client that has gone
+                message = {"type": "http.disconnect"}
             received += len(message.get("body", b""))
             if received > self._limit:
                 raise too_large(self._limit)
