@@ -58,6 +58,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=2000,
         help="damaged images, and as many sounds, of tests/runtime/media/test_fuzz.py",
     )
+    parser.addoption(
+        "--load-jobs",
+        type=int,
+        default=60,
+        help="jobs of tests/runtime/serving/test_load.py; from 300 on of 20 clients",
+    )
 
 
 @dataclass
