@@ -144,9 +144,11 @@ def _overlapped(windows: Iterator[Made], latent: Tensor, with_planes: bool) -> P
     for number, (kept, magnitude) in enumerate(windows, 1):
         yuv = decoder_ops.yuv420(kept) if with_planes else None
         if out is None:  # the device is busy meanwhile
-            out = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            out = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=True)
             if with_planes:
-                planes = torch.empty(planes_shape(shape), dtype=torch.uint8, pin_memory=True)
+                planes = torch.empty(
+                    planes_shape(shape), dtype=torch.uint8, device="cpu", pin_memory=True
+                )
         copies.wait_stream(compute)
         with torch.cuda.stream(copies):
             for host, window in ((planes, yuv), (out, kept)):

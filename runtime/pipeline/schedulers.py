@@ -44,7 +44,10 @@ def zero_snr_table() -> Tensor:
     Scaled-linear betas 0.00085 to 0.012, shifted and scaled so that the last entry is 0 (arXiv
     2305.08891, alg. 1).
     """
-    betas = torch.linspace(0.00085**0.5, 0.0120**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+    roots = torch.linspace(
+        0.00085**0.5, 0.0120**0.5, TRAIN_STEPS, dtype=torch.float64, device="cpu"
+    )
+    betas = roots**2
     root = (1 - betas).cumprod(0).float().sqrt()
     first, last = root[0].clone(), root[-1].clone()
     return (root - last) * (first / (first - last))

@@ -157,22 +157,38 @@ def check_same(clips: list[runtime.Video], plain: list[runtime.Video]) -> None:
         assert np.array_equal(clip.audio, expected.audio)
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_a_clip_is_that_of_a_plain_host(loaded, inputs, plain, state):
-    with STATES[state]():
-        clips = [loaded.generate("hi", **OPTIONS, **given) for given in (inputs, {})]
-    check_same(clips, plain)
-
-
 def test_a_stream_has_the_hosts_context_no_more_than_a_clip(loaded, plain):
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
         chunks = list(loaded.generate_stream("hi", **OPTIONS))
     assert np.array_equal(np.concatenate([chunk.frames for chunk in chunks]), plain[1].frames)
 
 
-def test_warming_up_does_not_mind(loaded):
+def test_a_callback_may_set_what_it_likes(loaded, plain):
+    """From the thread of the request, while it runs."""
+    cpu_state = torch.get_rng_state()
+
+    def upset(progress: runtime.Progress) -> None:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        torch.set_grad_enabled(True)
+        torch.set_float32_matmul_precision("highest")
+        torch.manual_seed(progress.step)
+        np.random.seed(progress.step)
+
+    with setting("default_dtype", torch.float32), setting("float32_matmul_precision", "highest"):
+        grad = torch.is_grad_enabled()
+        try:
+            clip = loaded.generate("hi", **OPTIONS, on_progress=upset)
+        finally:
+            torch.set_default_device(None)
+            torch.set_grad_enabled(grad)
+            torch.set_rng_state(cpu_state)
+    check_same([clip], plain[1:])
+
+
+def test_warming_up_does_not_mind(engine):
     with setting("default_dtype", torch.float64), default_device("meta"):
-        loaded.warmup([(64, 64, 0.2)], text_tokens=[4])
+        engine.warmup([(64, 64, 0.2)], text_tokens=[4])
 
 
 def test_settings_are_put_back_by_the_last_of_many_requests(loaded):
@@ -228,8 +244,12 @@ def differing(before: dict[str, object], after: dict[str, object]) -> list[str]:
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_an_engine_is_that_of_a_plain_host_and_leaves_all_as_it_was(tiny_dir, inputs, plain, state):
-    """Loaded in the state, used in it and in a thread without what a thread has of its own."""
+def test_an_engine_is_that_of_a_plain_host_and_leaves_all_as_it_was(
+    tiny_dir, loaded, inputs, plain, state
+):
+    """Loaded in the state, used in it and in a thread without what a thread has of its own, and
+    used in it alone.
+    """
     clips = []
     with STATES[state]():
         facts = [state_of_host()]
@@ -242,9 +262,10 @@ def test_an_engine_is_that_of_a_plain_host_and_leaves_all_as_it_was(tiny_dir, in
         thread.join()
         engine.close()
         facts.append(state_of_host())
+        clips.append(loaded.generate("hi", **OPTIONS))
     for after in facts[1:]:
         assert differing(facts[0], after) == []
-    check_same(clips, plain)
+    check_same(clips, [*plain, plain[1]])
 
 
 def test_what_is_refused_leaves_the_host_as_it_was(tiny_dir, tmp_path):
