@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import sys
 from typing import Any
 
 import pytest
@@ -27,6 +29,16 @@ def encoder(tiny_dir) -> TextEncoder:
 
 def ids_of(tokens: int) -> Tensor:
     return torch.randint(5, VOCABULARY, (1, tokens))
+
+
+def test_a_host_may_have_closed_its_output(tiny_dir, monkeypatch):
+    """transformers asks it whether it is a terminal, where a file has more than the model."""
+    for name in ("stdin", "stdout", "stderr"):
+        closed = io.StringIO()
+        closed.close()
+        monkeypatch.setattr(sys, name, closed)
+    loaded = load_text_encoder(tiny_dir / TEXT_FOLDER, torch.device("cpu"), torch.float32)
+    assert loaded.encode(ids_of(3)).isfinite().all()
 
 
 @pytest.mark.parametrize("length", [1, 7, 63, 64])
