@@ -130,9 +130,10 @@ async def read(request: Request, settings: Settings, budget: Budget) -> NewVideo
     reader = _reader(request.headers.get("content-type", ""), settings, budget)
     try:
         async for chunk in request.stream():
-            if chunk:
+            async with budget.turns:
                 await run_in_threadpool(reader.feed, chunk)
-        return await run_in_threadpool(_from_fields, reader, settings)
+        async with budget.turns:
+            return await run_in_threadpool(_from_fields, reader, settings)
     except BaseException:
         reader.close()
         raise

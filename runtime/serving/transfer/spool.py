@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,14 +13,20 @@ from magihuman.runtime.serving.errors import ApiError
 
 PIECE_BYTES = 2**18  # read at once
 RETRY_S = 10
+READERS = 2  # threads that take bodies apart; more would hold up the one that answers
 STRUCTURE_BYTES = 2**14  # of a body beside its texts and files
 
 
 class Budget:
-    """Bytes that uploads may take on the disk until they are decoded. For any thread."""
+    """Bytes that uploads may take on the disk until they are decoded. For any thread.
+
+    Attributes:
+        turns: of those who take a piece of a body further; for one event loop.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         """limit_bytes: of all clients together."""
+        self.turns = asyncio.Semaphore(READERS)
         self._limit, self._taken = limit_bytes, 0
         self._lock = threading.Lock()
 
