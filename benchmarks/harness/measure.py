@@ -255,7 +255,7 @@ def bare_8_steps_ms(
     `heat` runs before each timing, so that the card is as warm as it is for the whole model. On the
     CPU the calls are made one by one.
     """
-    run = _replay(calls)
+    run = replay(calls)
     times = []
     for _ in range(rounds(3)):
         heat()
@@ -263,21 +263,34 @@ def bare_8_steps_ms(
     return statistics.median(times)
 
 
-def _replay(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """The replay of a graph of all calls, or on the CPU all calls."""
+def replay(
+    calls: Sequence[Callable[[], object]], keeps_outputs: bool = False
+) -> Callable[[], object]:
+    """The replay of a graph of all calls, or on the CPU all calls.
+
+    With `keeps_outputs` each call writes to memory of its own. What calls hold stays alive.
+    """
     if not torch.cuda.is_available():
         return lambda: [call() for call in calls]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
+    outputs = []
     with torch.cuda.stream(stream):
-        for call in calls:
+        for call in calls:  # kernels compile and libraries choose before anything is recorded
             call()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
-                call()
-    return graph.replay
+                output = call()
+                if keeps_outputs:
+                    outputs.append(output)
+                del output
+
+    def run(held: object = (calls, outputs)) -> None:
+        graph.replay()
+
+    return run
 
 
 def replay_ms(calls: Sequence[Callable[[], object]]) -> float:
@@ -287,20 +300,7 @@ def replay_ms(calls: Sequence[Callable[[], object]]) -> float:
     than a cache holds, read from memory; all outputs are kept, so that each call writes to memory
     of its own. On the CPU the calls are made one by one.
     """
-    if not torch.cuda.is_available():
-        return median_ms(lambda: [call() for call in calls]) / len(calls)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        for call in calls:  # kernels compile and libraries choose before anything is recorded
-            call()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            outputs = [call() for call in calls]
-        milliseconds = median_ms(graph.replay) / len(calls)
-    del outputs
-    return milliseconds
+    return median_ms(replay(calls, keeps_outputs=True)) / len(calls)
 
 
 def kernels_ms(run: Callable[[], object]) -> list[tuple[str, float]]:
