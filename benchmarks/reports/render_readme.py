@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import history
+import power_tables
 import process_tables
 from magihuman.runtime import config
 from magihuman.runtime.evaluate.model_score import LEAST
@@ -30,6 +31,7 @@ FILES = {  # which tables each has
     "docs/performance.md": (
         "denoising",
         "fp8",
+        "power",
         "fp8-errors",
         "decoding",
         "super-resolution",
@@ -67,6 +69,7 @@ def tables(folder: Path) -> dict[str, str]:
         "loading": [*reading_lines(result("full_size")), "", *load_lines(result("load_artifact"))],
         "kernels": newest_kernel_table(folder),
         "checks": process_tables.check_lines(folder),
+        "power": power_table(folder),
         "nano": nano_lines(result("nano_score")),
     }
     return {name: "\n".join(lines) for name, lines in parts.items()}
@@ -418,6 +421,13 @@ def newest_kernel_table(folder: Path) -> list[str]:
     """Of the newest full-size run, under a heading of its own; nothing where there is none."""
     newest = [entry for entry in history.entries(folder / "history") if is_full(entry)][-1:]
     return [line for entry in newest for line in ("## Single kernels", "", *kernel_table(entry))]
+
+
+def power_table(folder: Path) -> list[str]:
+    """What a forward and its parts take of the card's power; nothing where it was not measured."""
+    if not (folder / "power.json").exists():
+        return []
+    return power_tables.power_lines(read(folder, "power"))
 
 
 def kernel_table(entry: history.Entry) -> list[str]:

@@ -45,6 +45,7 @@ TINY: dict[str, list[str]] = {
     "prompt_to_mp4": ["--precisions", "bf16", "--repeats", "1"],
     "check_cost": ["--precisions", "bf16"],
     "vae_decode": ["--baseline", "--variants", "default"],
+    "power": ["--rows", "40"],
     "fp8_errors": [],
 }
 # Those that read what the others wrote, and take no --tiny.
@@ -52,6 +53,7 @@ READERS: dict[str, list[str]] = {
     "reports/history": ["{report}", "--folder", "{folder}/history"],
     "reports/render_latency": ["--folder", "{folder}/history", "--out", "{out}/latency.png"],
     "reports/render_readme": ["--folder", "{folder}", "--out", "{out}"],
+    "reports/render_power": ["--folder", "{folder}", "--out", "{out}/power.png"],
 }
 # One process runs them all: importing torch takes longer than most of them.
 DRIVER = """
@@ -175,7 +177,10 @@ def test_the_readme_is_rendered_from_these_results(results):
     steps_s = json.loads((folder / "fp8.json").read_text())["fp8"]["8_steps_ms"] / 1e3
     assert f"| fp8 | {steps_s:.3f} |" in section
     assert "nan" not in re.findall(r"[a-z]+", section)
-    assert (folder.parent / "out" / "latency.png").stat().st_size > 0
+    section = text.split("<!-- power:start -->")[1].split("<!-- power:end -->")[0]
+    assert section.strip() == render_readme.tables(folder)["power"].strip()
+    for picture in ("latency.png", "power.png"):
+        assert (folder.parent / "out" / picture).stat().st_size > 0
 
 
 def test_help_of_every_script(tmp_path):
