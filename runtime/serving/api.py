@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
@@ -23,6 +24,8 @@ from magihuman.runtime.serving.routes import ServerRoutes, VideoRoutes
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.transfer.spool import Budget
 
+# A header Host, whole: what follows an address could make a name of it.
+HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.]+))(?::[0-9]{1,5})?")
 BEARER = HTTPBearer(auto_error=False, description="The server's token, where it has one.")
 
 
@@ -43,6 +46,7 @@ def create_app(
         description="Short videos of a person speaking, from a prompt, an image and a voice.",
         docs_url=None,  # it would load its scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would lead wherever the header Host says
     )
     app.add_middleware(LimitsMiddleware, settings=settings, metrics=metrics)
     _handle_errors(app)
@@ -123,14 +127,16 @@ class LimitsMiddleware:
 
 def _is_plain(host: str) -> bool:
     """Whether it is localhost or an address, neither of which another page can be served under."""
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    found = HOST.fullmatch(host)
+    if found is None:
+        return False
+    name = found["v6"] or found["name"]
     if name.lower() == "localhost":
         return True
     try:
-        ipaddress.ip_address(name)
+        return ipaddress.ip_address(name).version == (6 if found["v6"] else 4)
     except ValueError:
         return False
-    return True
 
 
 def _is_foreign(headers: dict[bytes, bytes]) -> bool:

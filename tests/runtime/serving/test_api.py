@@ -523,14 +523,47 @@ def test_pages_of_others_cannot_post(local):
         assert error_of(answer, 422)["param"] == "prompt"
 
 
+FOREIGN_HOSTS = (
+    "example.org",
+    "example.org:8000",
+    "localhost.example.org",
+    "localhost:8000.example.org",
+    "localhost:",
+    "localhost:http",
+    "localhost.",
+    "1.2.3.4.x",
+    "1.2.3.4@example.org",
+    "127.1",
+    "127.0.0.1:8000:1",
+    "[::1].example.org",
+    "[::1].example.org:8000",
+    "[::1]example.org",
+    "[::1",
+    "[::1]:x",
+    "[::1%.example.org]",
+    "[::1%25eth0]",
+    "[127.0.0.1]",
+    "[localhost]",
+    "::1",
+    "[]",
+    "",
+)
+
+
 def test_a_server_for_one_machine_has_no_other_name(settings, replica, serve_here):
     here = dataclasses.replace(settings, token_sha256=None, is_local=True)
     with serve_here(here, replica) as local:
-        for host in ("example.org", "example.org:8000", "localhost.example.org", "1.2.3.4.x"):
+        for host in FOREIGN_HOSTS:
             answer = local.http.get("/v1/videos/none", headers={"Host": host})
-            assert error_of(answer, 403)["code"] == "forbidden_host"
+            assert error_of(answer, 403)["code"] == "forbidden_host", host
         for host in ("localhost", "LocalHost:8000", "127.0.0.1:8000", "[::1]:8000", "192.168.0.7"):
             assert error_of(local.http.get("/v1/videos/none", headers={"Host": host}), 404)
+
+
+@pytest.mark.parametrize("path", ["/v1/videos/", "/health/", "/v1/videos/none/"])
+def test_nobody_is_sent_elsewhere(local, path):
+    answer = local.http.get(path, headers={"Host": "example.org"})
+    assert error_of(answer, 404) and "location" not in answer.headers
 
 
 def test_paths_and_methods_that_are_not_there(local):
