@@ -24,6 +24,7 @@ from magihuman import runtime
 from magihuman.runtime.cli.console import err, user_errors
 from magihuman.runtime.cli.options import EngineOptions, ModelOption, takes_options
 from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, MIN_SECONDS, MIN_SIDE_PX
+from magihuman.runtime.serving.cluster.environment import isolate
 
 if TYPE_CHECKING:
     from magihuman.runtime.serving.settings import Settings
@@ -88,6 +89,7 @@ def serve(options: ServeOptions) -> None:
         token = _token(options.token_file)
         _check_numbers(options)
         sizes = tuple(_size(text) for text in options.warmup or ())
+        isolate()
         _check_extra()
         gpus = _gpus(options.device)
         max_replicas = _max_replicas(options, gpus)

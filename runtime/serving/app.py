@@ -8,21 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from magihuman.runtime.errors import DeviceError
 from magihuman.runtime.serving.api import create_app
+from magihuman.runtime.serving.cluster.local import cluster
+from magihuman.runtime.serving.cluster.loopback import close_replica
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.messages import EngineLost, Event, Figures, Make, Report, Work
 from magihuman.runtime.serving.metrics import FOLDER_VARIABLES, EngineFigures, Metrics
@@ -32,8 +31,6 @@ from magihuman.runtime.serving.store import locked
 from magihuman.runtime.serving.uploads import DECODERS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fastapi import FastAPI
 
 log = logging.getLogger("magihuman")
@@ -41,7 +38,6 @@ log = logging.getLogger("magihuman")
 APPLICATION, API, ENGINE = "magihuman", "api", "engine"
 REQUESTS_PER_ENGINE = 2  # one on the device, one that gets ready beside it
 CLIENTS = 1000  # answered at once
-OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by the disk
 # For what an engine makes when fewer are needed: Serve stops the newest, busy or not. When the
 # server stops, all are idle by then.
 ENDING_S = 3600.0
@@ -70,6 +66,11 @@ class Engines:
 
 class Replica(EngineReplica):
     """An engine in a process of its own, which ends where the engine has failed for good."""
+
+    def __init__(self, options: dict[str, Any], warmup: Sequence[tuple[int, int, float]]) -> None:
+        """options, warmup: as of `EngineReplica`."""
+        close_replica()
+        super().__init__(options, warmup)
 
     async def make(self, work: Work) -> AsyncGenerator[Event, None]:
         """Make a video, as `EngineReplica.make` does; Ray tells the caller if the process ended."""
@@ -104,6 +105,7 @@ class Api:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, engines: DeploymentHandle[Any], settings: Settings, slots: int
     ) -> None:
+        close_replica()
         self._lock = ExitStack()  # held until the process ends
         self._lock.enter_context(locked(settings.folder, LOCK_WAIT_S))
         self.jobs = Jobs(settings, _remote(engines), slots)
@@ -185,7 +187,7 @@ def run(
     """
     for name in FOLDER_VARIABLES:  # before Ray's processes inherit it
         os.environ.pop(name, None)
-    with _ray():
+    with cluster():
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(
             proxy_location="HeadOnly",
@@ -197,28 +199,6 @@ def run(
             wait()
         finally:
             handle.drain.remote(drain_s).result(timeout_s=drain_s + 30)
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    """Run a cluster that belongs to this process, on this machine alone."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray listens on all interfaces and runs what it is told; by default it would keep its token in
-    # the home folder, which a service may not have, and share it with all its clusters.
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
-    )
-    try:
-        yield
-    except (RayError, RayServeException, RuntimeError) as error:
-        raise DeviceError(f"the server cannot run: {error}") from error
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 def _remote(engines: DeploymentHandle[Any]) -> Make:

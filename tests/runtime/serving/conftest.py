@@ -139,6 +139,16 @@ def disk(tmp_path) -> Iterator[Disk]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+# That of a service which has no home of its own, and of somebody who has opened another Ray.
+ENVIRONMENT = {
+    "MAGIHUMAN_TOKEN": TOKEN,
+    "HOME": "/proc/none",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ADDRESS": "127.0.0.1:1",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+}
+
+
 @dataclass
 class Server(Client):
     """`magihuman serve` in processes of its own."""
@@ -154,8 +164,7 @@ class Server(Client):
             before = log.tell()
             self.process = subprocess.Popen(
                 self.command,
-                # As that of a service that has no home of its own.
-                env={**os.environ, "MAGIHUMAN_TOKEN": TOKEN, "HOME": "/proc/none"},
+                env={**os.environ, **ENVIRONMENT},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -174,7 +183,7 @@ class Server(Client):
     def processes(self, of: str = "") -> list[int]:
         """Those of the server and of its Ray whose command has this in it."""
         listed = subprocess.run(
-            ["ps", "-eo", "pid=,sid=,args="], capture_output=True, text=True, check=True
+            ["ps", "-ww", "-eo", "pid=,sid=,args="], capture_output=True, text=True, check=True
         )
         processes = [line.split(None, 2) for line in listed.stdout.splitlines()]
         return [
@@ -184,6 +193,13 @@ class Server(Client):
     def folder(self) -> Path:
         """Where it keeps its videos."""
         return Path(self.command[self.command.index("--folder") + 1])
+
+    def private_folder(self) -> Path:
+        """That of its Ray, or the one above which is open to its owner alone."""
+        (process,) = self.processes("gcs/gcs_server ")
+        arguments = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+        (place,) = (Path(text[14:]) for text in arguments if text.startswith("--session-dir="))
+        return next(path for path in (place, *place.parents) if not path.stat().st_mode & 0o077)
 
     def clear(self) -> None:
         """Remove all videos."""

@@ -113,9 +113,12 @@ def test_everything_killed_and_started_again(server):
     running = server.create({**SMALL, "num_inference_steps": "600"})
     server.when(running, "in_progress")
     waiting = [server.create({**SMALL, "seed": str(seed)}) for seed in range(3)]
+    own = server.private_folder()
     server.process.kill()  # the processes of its Ray follow
     server.process.wait(60)
+    assert own.exists()
     server.start()
+    assert not own.exists()
     assert server.content(finished).content == content
     for name in (running, *waiting):
         server.when(name, "completed")
@@ -177,10 +180,12 @@ def test_told_to_stop_it_lets_what_runs_end_and_keeps_the_rest(server):
     server.delete(beside)
     server.when(waiting, "in_progress")
     last = [server.create({**SMALL, "seed": str(seed)}) for seed in range(2)]
+    own = server.private_folder()
     server.process.terminate()
     refused = until(lambda: (answer := server.post()).status_code == 503 and answer)
     assert refused.json()["error"]["code"] == "draining" and "retry-after" in refused.headers
     assert server.process.wait(PATIENCE_S) == 0
+    assert not own.exists()
     folder = server.folder()
     states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/job.json")}
     assert states[running]["status"] == states[waiting]["status"] == "completed"
