@@ -1,7 +1,8 @@
 """How a command ends that is told to stop, or whose output has nowhere to go.
 
 Exit codes: 128 and the signal's number after SIGTERM and SIGHUP, and 1 where standard output is
-lost. Only the command line does this: a library that its host has loaded installs no handlers.
+lost; a server that is told to stop ends with 0. Only the command line does this: a library that its
+host has loaded installs no handlers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -83,6 +84,32 @@ def orderly() -> Iterator[None]:
     finally:
         sys.stdout = stream
     sys.exit(code)
+
+
+@contextmanager
+def noted_signals() -> Iterator[Callable[[], bool]]:
+    """Only note the signals to end, for a server that ends in its own order, with exit code 0.
+
+    A second one ends the process at once. What is ignored stays so. Yields whether one has come.
+    """
+    numbers = (*SIGNALS, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    installed = [number for number in numbers if before[number] is not signal.SIG_IGN]
+    is_told = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal is_told
+        is_told = True
+        for each in installed:
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in installed:
+        signal.signal(number, note)
+    try:
+        yield lambda: is_told
+    finally:
+        for number in installed:
+            signal.signal(number, before[number])
 
 
 @contextmanager

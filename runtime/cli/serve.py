@@ -8,11 +8,9 @@ import importlib
 import math
 import multiprocessing
 import os
-import signal
 import socket
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import typer
 
 from magihuman import runtime
 from magihuman.runtime.cli.console import err, user_errors
+from magihuman.runtime.cli.ending import noted_signals
 from magihuman.runtime.cli.options import EngineOptions, ModelOption, takes_options
 from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, MIN_SECONDS, MIN_SIDE_PX
 from magihuman.runtime.serving.cluster.environment import isolate
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "MAGIHUMAN_TOKEN"
 MAX_PROMPT_CHARS = 150_000  # two of them fit a job's state, which is bounded
+POLL_S = 0.1
 WAIT_S = 15.0  # for the processes of a server that has just been killed
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -85,7 +85,7 @@ class ServeOptions(EngineOptions):
 @takes_options
 def serve(options: ServeOptions) -> None:
     """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
-    with user_errors():
+    with user_errors(), noted_signals() as is_told:
         token = _token(options.token_file)
         _check_numbers(options)
         sizes = tuple(_size(text) for text in options.warmup or ())
@@ -97,18 +97,10 @@ def serve(options: ServeOptions) -> None:
         arguments = {**options.load_arguments(), "device": "cuda:0" if gpus else "cpu"}
         rows = _check_model(arguments, sizes)
         from magihuman.runtime.serving import app
-        from magihuman.runtime.serving.store import locked
 
         settings = _settings(options, token, _memory_bytes(gpus), rows)
         engines = app.Engines(arguments, sizes, gpus > 0, options.min_replicas, max_replicas)
-        with locked(settings.folder, WAIT_S):
-            pass  # the process that keeps the jobs takes it
-        _check_port(options.host, options.port)
-        if options.host not in LOOPBACK and token is None:
-            _say(
-                f"warning: without a token, everybody who reaches {options.host} can make videos"
-                f" and fetch them; set {TOKEN_VARIABLE} or --token-file"
-            )
+        _check_place(options, settings)
         _say(f"loading {options.model}")
         app.run(
             settings,
@@ -116,7 +108,8 @@ def serve(options: ServeOptions) -> None:
             options.host,
             options.port,
             options.drain_seconds,
-            lambda: _wait(options.place),
+            is_told,
+            lambda: _wait(options.place, is_told),
         )
 
 
@@ -185,18 +178,6 @@ def _settings(options: ServeOptions, token: bytes | None, memory_bytes: int, row
             pixel_bytes=estimate.decoding_bytes(1, 1, is_compiled=True),
         ),
     )
-
-
-def _wait(place: str) -> None:
-    """Return once the process is told to stop. A second signal then ends it at once."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    _say(f"serving at {place}")
-    stop.wait()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    _say("stopping: what is being made may end, all else is kept for the next start")
 
 
 def _token(file: Path | None) -> bytes | None:
@@ -302,6 +283,28 @@ def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]
     return max(
         spec.config.mlp_widths(i)[0] for spec in specs for i in range(spec.config.num_layers)
     )
+
+
+def _wait(place: str, is_told: Callable[[], bool]) -> None:
+    """Return once the process is told to stop."""
+    _say(f"serving at {place}")
+    while not is_told():
+        time.sleep(POLL_S)
+    _say("stopping: what is being made may end, all else is kept for the next start")
+
+
+def _check_place(options: ServeOptions, settings: Settings) -> None:
+    """Refuse a folder or an address that another has, and warn where everybody is let in."""
+    from magihuman.runtime.serving.store import locked
+
+    with locked(settings.folder, WAIT_S):
+        pass  # the process that keeps the jobs takes it
+    _check_port(options.host, options.port)
+    if options.host not in LOOPBACK and settings.token_sha256 is None:
+        _say(
+            f"warning: without a token, everybody who reaches {options.host} can make videos"
+            f" and fetch them; set {TOKEN_VARIABLE} or --token-file"
+        )
 
 
 def _check_port(host: str, port: int) -> None:

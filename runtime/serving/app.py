@@ -18,6 +18,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import ApplicationStatus
 
 from magihuman.runtime.serving.api import create_app
 from magihuman.runtime.serving.cluster.local import cluster
@@ -42,6 +43,7 @@ CLIENTS = 1000  # answered at once
 # server stops, all are idle by then.
 ENDING_S = 3600.0
 STATUS_AGE_S = 1.0
+POLL_S = 0.2
 LOCK_WAIT_S = 60.0  # for the process before, where Serve has just given it up
 TELL_S = 2.0  # for figures to reach the process that speaks HTTP
 
@@ -179,26 +181,45 @@ def run(
     host: str,
     port: int,
     drain_s: float,
+    is_told: Callable[[], bool],
     wait: Callable[[], None],
 ) -> None:
-    """Serve until `wait` returns or raises, then let what is being made end.
+    """Serve until `wait` returns, then let what is being made end.
 
-    wait: called once the server is ready.
+    is_told: whether to stop while engines load. wait: called once the server is ready.
     """
     for name in FOLDER_VARIABLES:  # before Ray's processes inherit it
         os.environ.pop(name, None)
     with cluster():
-        quiet = {"log_level": "WARNING", "enable_access_log": False}
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": host, "port": port},
-            logging_config=quiet,
-        )
-        handle = serve.run(application(settings, engines), name=APPLICATION, logging_config=quiet)
-        try:
-            wait()
-        finally:
-            handle.drain.remote(drain_s).result(timeout_s=drain_s + 30)
+        if is_told():
+            return
+        handle = _deploy(application(settings, engines), host, port)
+        while not is_told() and not _has_begun():
+            time.sleep(POLL_S)
+        if is_told():
+            return  # nothing is being made, and what waits is on disk
+        wait()
+        handle.drain.remote(drain_s).result(timeout_s=drain_s + 30)
+
+
+def _deploy(built: serve.Application, host: str, port: int) -> DeploymentHandle[Any]:
+    """Have Serve start the processes, and return before they have."""
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port},
+        logging_config=quiet,
+    )
+    target = serve.RunTarget(built, APPLICATION, logging_config=quiet)
+    return serve.run_many([target], wait_for_applications_running=False)[0]
+
+
+def _has_begun() -> bool:
+    """Whether all parts run. Raises `RuntimeError` where they cannot."""
+    application = serve.status().applications[APPLICATION]
+    if application.status == ApplicationStatus.DEPLOY_FAILED:
+        raise RuntimeError(application.message)
+    return application.status == ApplicationStatus.RUNNING
 
 
 def _remote(engines: DeploymentHandle[Any]) -> Make:

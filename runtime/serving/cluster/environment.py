@@ -26,5 +26,6 @@ def isolate() -> None:
         # Despite its name it says, on every system, whether a cluster may have other machines;
         # without, nodes have the loopback address, and that alone is listened on.
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+        RAY_DISABLE_FAILURE_SIGNAL_HANDLER="1",  # it aborts a process that is told to stop
         RAY_USAGE_STATS_ENABLED="0",
     )

@@ -40,7 +40,7 @@ def private_folder() -> Iterator[Path]:
         (own / RAY).mkdir(mode=0o700)
         yield own / RAY
     finally:
-        _remove(own)
+        remove(own)
         os.close(place)
 
 
@@ -49,6 +49,14 @@ def close_to_others(folder: Path) -> None:
     for place in (folder, *folder.glob("session_*")):
         if not place.is_symlink():
             place.chmod(0o700)
+
+
+def remove(own: Path) -> None:
+    """Remove it, also under processes that have not ended yet and would go on filling it."""
+    gone = own.with_name(f"{own.name}.gone")
+    with suppress(OSError):
+        own.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _base() -> Path:
@@ -65,13 +73,6 @@ def _sweep(base: Path) -> None:
             try:
                 if os.fstat(descriptor).st_uid == os.getuid():
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _remove(own)
+                    remove(own)
             finally:
                 os.close(descriptor)
-
-
-def _remove(own: Path) -> None:
-    """Remove it, also under processes that have not ended yet and would go on filling it."""
-    gone = own.with_name(f"{own.name}.gone")
-    own.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)

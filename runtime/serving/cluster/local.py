@@ -5,17 +5,20 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
-from ray import serve
+from ray._private import utils
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from magihuman.runtime.errors import DeviceError
-from magihuman.runtime.serving.cluster.folder import close_to_others, private_folder
+from magihuman.runtime.serving.cluster.folder import close_to_others, private_folder, remove
+from magihuman.runtime.serving.cluster.watch import watched
 
 OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by the disk
 
@@ -24,26 +27,46 @@ OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by
 def cluster() -> Iterator[None]:
     """Run a cluster. `environment.isolate` must have been called before Ray was imported.
 
+    Signals stay as they are. Where Ray ends, this process ends: see `watch.watched`.
+
     Raises `DeviceError` where Ray cannot run, or would take anybody.
     """
     os.umask(0o077)  # of all its processes, too
     with private_folder() as folder:
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.WARNING,
-                _temp_dir=str(folder),
-            )
-            close_to_others(folder)
-            _check(ray.util.get_node_ip_address())
-            yield
+            with _signals_kept():
+                _start(folder)
+            with watched(folder, lambda: remove(folder.parent)):
+                close_to_others(folder)
+                _check(ray.util.get_node_ip_address())
+                yield
         except (RayError, RayServeException, RuntimeError) as error:
             raise DeviceError(f"the server cannot run: {error}") from error
         finally:
-            serve.shutdown()
-            ray.shutdown()
+            ray.shutdown()  # with all its processes, also those of Serve
+
+
+def _start(folder: Path) -> None:
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+        _temp_dir=str(folder),
+    )
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Keep Ray from handling SIGTERM, which it would answer by ending the process at once."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    own, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = own
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _check(address: str) -> None:

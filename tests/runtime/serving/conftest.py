@@ -158,8 +158,15 @@ class Server(Client):
     url: str
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Returns once it is ready."""
+    def another(self, folder: Path) -> Server:
+        """One like it, with a folder and a port of its own, that is not started yet."""
+        command, port = list(self.command), free_port()
+        command[command.index("--folder") + 1] = str(folder / "videos")
+        command[command.index("--port") + 1] = str(port)
+        return Server(self.http, command, folder / "log", f"http://127.0.0.1:{port}")
+
+    def launch(self) -> int:
+        """Start it, and return the length of the log before."""
         with self.log.open("ab") as log:
             before = log.tell()
             self.process = subprocess.Popen(
@@ -169,6 +176,11 @@ class Server(Client):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        return before
+
+    def start(self) -> None:
+        """Returns once it is ready."""
+        before = self.launch()
 
         def is_ready() -> bool:
             assert self.process.poll() is None, self.log.read_text()

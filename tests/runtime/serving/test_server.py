@@ -124,6 +124,35 @@ def test_everything_killed_and_started_again(server):
         server.when(name, "completed")
 
 
+@pytest.mark.parametrize("part", ["raylet/raylet ", "gcs/gcs_server "])
+def test_a_server_whose_ray_has_ended_ends(server, part):
+    """It would go on accepting, and answer nobody."""
+    own = server.private_folder()
+    finished = server.create()
+    server.when(finished, "completed")
+    server.kill(part)
+    assert server.process.wait(60) == 1  # a service is started again; 10 s where nothing else runs
+    said = part.partition("/")[0]
+    assert re.search(f"error: Ray's {said}.* ended unexpectedly", server.log.read_text())
+    until(lambda: not server.processes())
+    assert not own.exists()
+    server.start()
+    assert server.get(finished)["status"] == "completed"
+
+
+@pytest.mark.parametrize("begun", ["", "raylet/raylet ", "ray::ServeReplica:magihuman:engine"])
+def test_told_to_stop_while_it_loads(server, tmp_path, begun):
+    """At any moment: before Ray, while Ray starts, while the engine does."""
+    other = server.another(tmp_path)
+    other.launch()
+    until(lambda: "loading" in other.log.read_text())
+    until(lambda: not begun or other.processes(begun))
+    other.process.terminate()
+    assert other.process.wait(PATIENCE_S) == 0, other.log.read_text()
+    until(lambda: not other.processes())
+    assert "Traceback" not in other.log.read_text() and "error" not in other.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
