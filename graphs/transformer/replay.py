@@ -27,10 +27,11 @@ from magihuman.graphs.cuda_graphs import (
     check_addresses,
     recorded,
 )
-from magihuman.graphs.rewrite import CompileReport
+from magihuman.graphs.rewrite import CompileError, CompileReport
 from magihuman.graphs.transformer.compile import compile_forward, example_inputs, pad_weights
 from magihuman.graphs.transformer.layer_hooks import call_before_layers
 from magihuman.graphs.transformer.options import ReplayOptions
+from magihuman.graphs.transformer.passes import embedded_text
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels.parallel import exchange
 from magihuman.kernels.reference import Counts, LocalAttention, Sharding
@@ -67,6 +68,8 @@ class _Captured:
 
 class CompiledForward:
     """Stands in for `DiT.forward` on a GPU: compiles and captures a shape when it is first seen.
+
+    `embed_text` and `from_embedded` are its two steps, for those who run many steps of one prompt.
 
     The outputs are the caller's to keep. Not safe to call from several threads at once.
 
@@ -109,6 +112,27 @@ class CompiledForward:
     ) -> tuple[Tensor, Tensor]:
         """Arguments and results are those of `DiT.forward`.
 
+        Raises as `from_embedded` does.
+        """
+        return self.from_embedded(video, audio, self.embed_text(text), rope, local)
+
+    @torch.inference_mode()
+    def embed_text(self, text: Tensor) -> Tensor:
+        """What `from_embedded` takes for text [Nt, C] fp32: [Nt, hidden] fp32."""
+        return embedded_text.embed(self._model, text)
+
+    def from_embedded(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        local: LocalAttention | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The forward behind the embedder of text.
+
+        Arguments and results are those of `DiT.forward`, but text is what `embed_text` returns.
+
         Raises:
             torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
             MovedError: in debug, a weight, input or output is not where it was when captured.
@@ -143,7 +167,7 @@ class CompiledForward:
         """The captured graph of a size, made now if need be."""
         if size not in self._captures.kept:
             context = self._context(size, torch.device("meta"))
-            own_bytes = sum(tensor.nbytes for tensor in example_inputs(context).values())
+            own_bytes = sum(tensor.nbytes for tensor in _inputs(context).values())
             self._captures.add(
                 size,
                 context.tokens,
@@ -224,13 +248,19 @@ class CompiledForward:
     def _zeros(self, size: Size) -> dict[str, Tensor]:
         """Inputs of the graph of a size, all tokens of it valid."""
         context = self._context(size, self._device)
-        inputs = {name: torch.zeros_like(t) for name, t in example_inputs(context).items()}
+        inputs = {name: torch.zeros_like(tensor) for name, tensor in _inputs(context).items()}
         inputs["length"].fill_(sum(context.attended_rows))
         return inputs
 
     def _compile(self, size: Size) -> tuple[fx.GraphModule, CompileReport]:
         context = self._context(size, self._device)
-        return compile_forward(self._model, context, self._options)
+        module, report = compile_forward(self._model, context, self._options)
+        if embedded_text.run(module) != 1:
+            raise CompileError(
+                f"text must go into {embedded_text.EMBEDDER} and nowhere else, for its embedding"
+                " to be computed once a prompt; mend passes/embedded_text.py"
+            )
+        return module, report
 
     def _capture(self, size: Size) -> _Captured:
         module, report = self._compile(size)
@@ -275,3 +305,10 @@ class CompiledForward:
             **{f"weight {name}": tensor for name, tensor in self._model.named_parameters()},
             **{f"buffer {name}": tensor for name, tensor in self._model.named_buffers()},
         }
+
+
+def _inputs(context: Context) -> dict[str, Tensor]:
+    """Tensors of the shapes that a graph takes, once the embedder of text has left it."""
+    return example_inputs(context) | {
+        "text": context.example(context.modality_rows[2], context.hidden)
+    }

@@ -4,7 +4,7 @@ windows.
 Every process has all weights. Rank 0 runs the loops of `pipeline/denoise.py`; for each forward it
 calls the others, sends them what the model takes, and gets all velocities. Around attention the
 processes exchange rows for heads (`kernels/parallel/exchange.py`). What a forward sends beside that
-is small: at 896x512 and 5 s, 27 MB of inputs to each process and 11 MB of velocities in all, once a
+is small: at 896x512 and 5 s, 30 MB of inputs to each process and 11 MB of velocities in all, once a
 step.
 """
 
@@ -30,6 +30,7 @@ from magihuman.runtime.parallel.team import CLOSE, Team
 from magihuman.runtime.pipeline import (
     Components,
     Decoder,
+    EmbedsText,
     Forward,
     PlainDecoder,
     decode_group,
@@ -48,6 +49,40 @@ class Transformer:
 
     model: DiT
     compiled: CompiledForward | None = None
+
+
+@dataclass(frozen=True)
+class SharedForward:
+    """A forward of every process on rank 0, whose own `compiled` embeds the text for all."""
+
+    call: Callable[..., tuple[Tensor, Tensor]]
+    compiled: EmbedsText
+
+    def __call__(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        local: ref.LocalAttention | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Arguments and results are those of `DiT.forward`."""
+        return self.from_embedded(video, audio, self.embed_text(text), rope, local)
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """As of `CompiledForward`."""
+        return self.compiled.embed_text(text)
+
+    def from_embedded(
+        self,
+        video: Tensor,
+        audio: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        local: ref.LocalAttention | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As of `CompiledForward`, with the velocities of all rows."""
+        return self.call(video, audio, text, rope, local, is_embedded=True)
 
 
 class ContextParallel:
@@ -75,7 +110,10 @@ class ContextParallel:
 
     def forward(self, name: str) -> Forward:
         """On rank 0: a stand-in for `DiT.forward` that has every process do its share."""
-        return cast(Forward, partial(self._call_forward, name))
+        call, compiled = partial(self._call_forward, name), self._transformers[name].compiled
+        if isinstance(compiled, EmbedsText):
+            return SharedForward(call, compiled)
+        return cast(Forward, call)
 
     @torch.inference_mode()
     def frames(self, latent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,11 +174,12 @@ class ContextParallel:
         text: Tensor,
         rope: Tensor,
         local: ref.LocalAttention | None = None,
+        is_embedded: bool = False,
     ) -> tuple[Tensor, Tensor]:
         inputs = (video, audio, text, rope)
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
-        self.team.call("forward", name, shapes, local)
-        velocities = self._forward(name, shapes, local, inputs)
+        self.team.call("forward", name, shapes, local, is_embedded)
+        velocities = self._forward(name, shapes, local, is_embedded, inputs)
         assert velocities is not None
         return velocities
 
@@ -149,11 +188,13 @@ class ContextParallel:
         name: str,
         shapes: Shapes,
         local: ref.LocalAttention | None,
+        is_embedded: bool,
         inputs: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """One forward pass of every process; rank 0 alone has inputs, and gets the velocities.
 
-        shapes: of the inputs, by which the others make room for them.
+        shapes: of the inputs, by which the others make room for them. is_embedded: whether text is,
+        for a compiled forward.
         """
         team, transformer = self.team, self._transformers[name]
         compiled = transformer.compiled
@@ -177,7 +218,8 @@ class ContextParallel:
             dist.broadcast(flat, 0)
             given = [part.view(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
             if compiled is not None:
-                velocities = compiled(given[0], given[1], given[2], given[3], local)
+                run = compiled.from_embedded if is_embedded else compiled
+                velocities = run(given[0], given[1], given[2], given[3], local)
             else:
                 velocities = _plain(transformer.model, sharding, team.rank, given, local)
             every = self._gather(_side_by_side(velocities, sharding.rows))

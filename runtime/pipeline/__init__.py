@@ -16,7 +16,7 @@ from magihuman.runtime.pipeline.decode import (
     decode_group,
     frames_shape,
 )
-from magihuman.runtime.pipeline.denoise import Forward
+from magihuman.runtime.pipeline.denoise import EmbedsText, Forward
 from magihuman.runtime.pipeline.limits import Limits
 from magihuman.runtime.pipeline.pipeline import Pipeline
 
@@ -24,6 +24,7 @@ __all__ = [
     "AudioVAE",
     "Components",
     "Decoder",
+    "EmbedsText",
     "Encoded",
     "Forward",
     "Frames",

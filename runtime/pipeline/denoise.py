@@ -8,7 +8,7 @@ draw, video draws first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,21 @@ class Forward(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+@runtime_checkable
+class EmbedsText(Protocol):
+    """A `Forward` in two steps, of which the first is the same at every step of a prompt."""
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """What `from_embedded` takes in place of text."""
+        ...
+
+    def from_embedded(
+        self, video: Tensor, audio: Tensor, text: Tensor, rope: Tensor, local: LocalAttention | None
+    ) -> tuple[Tensor, Tensor]:
+        """The rest of the forward, text embedded."""
+        ...
+
+
 class LoopOptions(TypedDict, total=False):
     """What both base samplers take beside their streams; each may be left out.
 
@@ -53,7 +68,8 @@ def velocity_of(
     style: config.CoordinateStyle,
     forward: Forward | None = None,
 ) -> Velocity:
-    """The velocity of both streams for one prompt; the rotary table is made once, here.
+    """The velocity of both streams for one prompt; the rotary table is made once, here, and so is
+    the embedding of the text where the forward has a step for it.
 
     Args:
         model: gives the table and the architecture, and its forward.
@@ -67,6 +83,8 @@ def velocity_of(
     if model.config.local_attention_layers:
         local = LocalAttention(layout.frames, layout.frame_tokens, model.config.frame_reach)
     run: Forward = forward or model
+    if isinstance(run, EmbedsText):
+        text, run = run.embed_text(text), run.from_embedded
 
     def velocity(video: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         v_video, v_audio = run(tokens.patchify(video), audio[0], text, rope, local)

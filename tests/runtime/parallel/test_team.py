@@ -92,6 +92,20 @@ def test_forwards_are_those_of_one_process(team, cache: Path, name: str) -> None
             assert golden.error(a, b) < (1e-5 if name == "fp32" else ONE_ROUNDING)
 
 
+def test_rank_0_embeds_the_text_for_all(team, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = team.forward(teams.LAUNCHED)
+    assert isinstance(forward, denoise.EmbedsText)
+    assert not isinstance(team.forward("plain"), denoise.EmbedsText)
+    sent = []
+    call = team.team.call
+    monkeypatch.setattr(team.team, "call", lambda *given: (sent.append(given), call(*given)))
+    expected = velocities(teams.LAUNCHED, LAYOUTS[0], forward)
+    ours = velocities(teams.LAUNCHED, LAYOUTS[0], lambda *inputs: forward(*inputs))
+    assert all(map(torch.equal, ours, expected))
+    hidden = teams.model_of(teams.LAUNCHED).config.hidden_size
+    assert [shapes[2] for _, _, shapes, *_ in sent] == 2 * [(7, hidden)]
+
+
 def test_what_one_cannot_prepare_fails_in_all_and_hurts_none(team) -> None:
     with pytest.raises(torch.OutOfMemoryError, match="rank 1: no room here"):
         velocities("plain", LAYOUTS[0], team.forward(teams.BROKEN))
