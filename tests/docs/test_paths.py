@@ -32,7 +32,7 @@ INSTANCES = {"engine": "Engine"}  # as the pages' examples call it
 
 
 class Names:
-    """What the packages define.
+    """What the packages and the benchmarks define.
 
     Attributes:
         modules: names at the top of each module or room, by its name; of both where they share it.
@@ -42,7 +42,7 @@ class Names:
     def __init__(self) -> None:
         self.modules: dict[str, set[str]] = defaultdict(set)
         self.classes: dict[str, set[str]] = defaultdict(set)
-        for package in PACKAGES:
+        for package in (*PACKAGES, "benchmarks"):
             for file in (pages.ROOT / package).rglob("*.py"):
                 tree = ast.parse(file.read_text())
                 name = file.parent.name if file.stem == "__init__" else file.stem
