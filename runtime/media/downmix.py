@@ -16,6 +16,7 @@ USUAL = {
     6: ("FL", "FR", "FC", "LFE", "BL", "BR"),
     8: ("FL", "FR", "FC", "LFE", "BL", "BR", "SL", "SR"),
 }
+TYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 FRONT = ("FL", "FR")
 CENTRE = "FC"
 LOW = ("LFE", "LFE2")
@@ -53,9 +54,13 @@ def samples_of(frame: Any) -> npt.NDArray[Any]:
 
     Whole numbers become float32; floating-point ones keep their type and may be anything.
     """
-    channels = frame.layout.nb_channels
-    samples = frame.to_ndarray()
-    if not frame.format.is_planar:
+    channels, is_planar = frame.layout.nb_channels, frame.format.is_planar
+    dtype = TYPES[frame.format.name.removesuffix("p")]
+    count = frame.samples * (1 if is_planar else channels)
+    # PyAV's `to_ndarray` crashes over eight planes and more: it counts them up to a null pointer.
+    planes = frame.planes[: channels if is_planar else 1]
+    samples = np.stack([np.frombuffer(plane, dtype, count) for plane in planes])
+    if not is_planar:
         samples = samples.reshape(-1, channels).T
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128) / 128

@@ -224,6 +224,39 @@ def test_a_file_of_eight_channels_is_read():
 
 
 @pytest.mark.parametrize(
+    ("suffix", "layout", "options"),
+    [
+        ("mka", "6.1", {}),
+        ("mka", "7.1", {}),
+        ("webm", "7.1", {}),
+        ("ogg", "7.1", {}),
+        ("ogg", "hexadecagonal", {"mapping_family": "255"}),
+        ("mka", "22.2", {"mapping_family": "255"}),
+    ],
+)
+def test_many_channels_in_a_plane_each_are_mixed_down(tmp_path, suffix, layout, options):
+    """As the decoders of Opus, AAC and others hand them over."""
+    path = tmp_path / f"voice.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libopus", rate=48000, layout=layout, options=options)
+        container.start_encoding()
+        channels, size = stream.codec_context.layout.nb_channels, stream.codec_context.frame_size
+        samples = np.round(sine(48000, 0.5) * 32767).astype(np.int16).repeat(channels)
+        for start in range(0, 24000, size):
+            part = samples[None, start * channels : (start + size) * channels]
+            frame = av.AudioFrame.from_ndarray(part, "s16", layout)
+            frame.sample_rate, frame.pts, frame.time_base = 48000, start, Fraction(1, 48000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        frame = next(container.decode(audio=0))
+        assert frame.format.is_planar and frame.layout.nb_channels == channels
+    heard = read_audio(path, RATE, 10)
+    assert len(heard) == pytest.approx(0.5 * RATE, abs=RATE // 50)
+    assert np.abs(heard[4000:-4000]).max() == pytest.approx(0.5, rel=0.05)  # lossy
+
+
+@pytest.mark.parametrize(
     ("channels", "mask", "speaker", "level"),
     [
         (6, SURROUND, 2, CENTRE_ALONE),
