@@ -54,9 +54,10 @@ def scan(folder: Path) -> dict[str, TensorInfo]:
     else:
         raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}")
 
-    tensors = scan_files(files)
+    owners = {key: folder / name for key, name in (weight_map or {}).items()}
+    tensors = scan_files(files, owners)
     if weight_map is not None:
-        lost = [key for key, name in weight_map.items() if tensors.get(key) is None]
+        lost = [key for key in weight_map if key not in tensors]
         if lost:
             raise CheckpointError(f"{index} names tensors that its files lack: {names(lost)}")
     return tensors
@@ -150,6 +151,8 @@ def load_dit(
     for file in sorted({info.file for info in tensors.values()}):
         with open_shard(file) as shard:
             for key in shard.keys():  # noqa: SIM118
+                if tensors[key].file != file:  # a second one, which the index does not name
+                    continue
                 value = shard.get_tensor(key)
                 if key in fp8:
                     quantize_linear(fp8[key], value.to(device).to(linear_dtype), rest)

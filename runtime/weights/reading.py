@@ -113,12 +113,26 @@ def _check_header(path: Path) -> None:
         raise OSError(f"its header has {length} bytes, and at most {MOST_HEADER_BYTES} are read")
 
 
-def scan_files(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Every tensor of these files, from their headers."""
+def scan_files(
+    files: Iterable[Path], owners: Mapping[str, Path] | None = None
+) -> dict[str, TensorInfo]:
+    """Every tensor of these files, from their headers.
+
+    owners: the file that a tensor is taken from, whichever others have one of that name. Raises
+    `CheckpointError` where two files have one that is not among them.
+    """
+    owners = owners or {}
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         with open_shard(file) as shard:
             for key in shard.keys():  # noqa: SIM118 - not a mapping
+                if owners.get(key, file) != file:
+                    continue
+                if key in tensors:
+                    raise CheckpointError(
+                        f"{file} holds {key}, and so does {tensors[key].file}; download the folder"
+                        " again"
+                    )
                 part = shard.get_slice(key)
                 shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
                 width = int(re.sub(r"\D", "", dtype.split("_")[0]) or 8) // 8

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from magihuman.graphs.quantization import linears, quantize_model, quantized_linears
@@ -135,6 +136,33 @@ def test_reading_is_reported_in_bytes(tiny_dir):
 
 
 INDEX, SIZES = checkpoint.INDEX_NAME, checkpoint.ARCHITECTURE_NAME
+
+
+TWICE = "block.layers.0.attention.linear_proj.weight"
+
+
+@pytest.mark.parametrize("owner", [FIRST, SECOND])
+def test_a_tensor_in_two_shards_is_that_of_the_index(tiny_dir, tmp_path, owner):
+    def add(state: dict) -> None:
+        state.setdefault(TWICE, torch.full((384, 128), 7.0))
+
+    folder = tiny_dir / "base"
+    for name in (FIRST, SECOND):
+        folder = damaged(folder, tmp_path / name, edit_tensors(name, add))
+    edit_json(INDEX, lambda index: index["weight_map"].update({TWICE: owner}))(folder)
+    with safe_open(folder / owner, "pt") as file:
+        expected = file.get_tensor(TWICE)
+    reports = []
+    model = checkpoint.load_dit(
+        folder, VARIANTS["base"], CPU, FP32, lambda *report: reports.append(report)
+    )
+    assert torch.equal(model.state_dict()[TWICE], expected.float())
+    assert reports[-1][0] == reports[-1][1]
+    (info,) = (info for key, info in checkpoint.scan(folder).items() if key == TWICE)
+    assert info.file.name == owner
+    edit_json(INDEX, lambda index: index["weight_map"].pop(TWICE) and None)(folder)
+    with pytest.raises(CheckpointError, match=f"{SECOND} holds {TWICE}, and so does .*{FIRST}"):
+        checkpoint.scan(folder)
 
 
 @pytest.mark.parametrize(
