@@ -1,6 +1,6 @@
-"""What docs/performance.md says of the cost of looking for NaN.
+"""What docs/performance.md says of a process: the cost of looking for NaN, and its memory.
 
-The section has a heading of its own, and is not there before its results are.
+Each section has a heading of its own, and is not there before its results are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,15 @@ from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("bf16", "fp8-attn")
+MIB, KIB = 2**20, 2**10
+DEVICES = {"cpu": "CPU", "gpu": "GPU"}
+HELD = {  # what a process keeps, and what it is called
+    "resident_bytes": "resident memory",
+    "device_bytes": "memory of the device in use",
+    "allocated_bytes": "of that allocated by PyTorch",
+    "threads": "threads",
+    "files": "open files",
+}
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:
@@ -54,3 +63,36 @@ def check_lines(folder: Path) -> list[str]:
         "|---|" + "---|" * len(made),
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
     ]
+
+
+def memory_lines(folder: Path) -> list[str]:
+    """What a process keeps over many clips."""
+    found = {name: read(folder, f"memory_flat_{key}") for key, name in DEVICES.items()}
+    made = {name: figures for name, figures in found.items() if figures is not None}
+    if not made:
+        return []
+    lines = ["## Memory over many clips", ""]
+    for name, figures in made.items():
+        facts = figures["environment"]
+        lines += [
+            f"{figures['clips']} clips of three sizes in turn by the {figures['model']} model, with"
+            " and without image and voice, on",
+            f"{facts.get('gpu', 'a CPU')} ({facts['date']}, torch {facts['torch']}); slopes over"
+            " the last two thirds of them.",
+            "",
+            f"| {name} | at the end | for each clip, and its standard error |",
+            "|---|---|---|",
+            *(row(key, figures["slopes"][key]) for key in HELD if key in figures["slopes"]),
+            "",
+        ]
+    return lines[:-1]
+
+
+def row(key: str, slope: dict[str, Any]) -> str:
+    """Of what is held: bytes in MiB and KiB, else numbers."""
+    if key.endswith("_bytes"):
+        end = f"{slope['to'] / MIB:.0f} MiB"
+        growth = f"{slope['per_clip'] / KIB:.1f} ± {slope['error'] / KIB:.1f} KiB"
+    else:
+        end, growth = f"{slope['to']:.1f}", f"{slope['per_clip']:.4f} ± {slope['error']:.4f}"
+    return f"| {HELD[key]} | {end} | {growth} |"

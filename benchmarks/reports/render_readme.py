@@ -40,6 +40,7 @@ FILES = {  # which tables each has
         "loading",
         "kernels",
         "checks",
+        "flat",
     ),
     "docs/models.md": ("nano",),
     "examples/nano/MODEL_CARD.md": ("nano",),
@@ -70,6 +71,7 @@ def tables(folder: Path) -> dict[str, str]:
         "kernels": newest_kernel_table(folder),
         "checks": process_tables.check_lines(folder),
         "power": power_table(folder),
+        "flat": process_tables.memory_lines(folder),
         "nano": nano_lines(result("nano_score")),
     }
     return {name: "\n".join(lines) for name, lines in parts.items()}

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fp8
 import fp8_errors
 import load_artifact
+import memory_flat
 import process_tables
 import render_readme
 from harness import measure, sizes, weight_kinds
@@ -44,10 +46,12 @@ TINY: dict[str, list[str]] = {
     "nano_score": [],
     "prompt_to_mp4": ["--precisions", "bf16", "--repeats", "1"],
     "check_cost": ["--precisions", "bf16"],
+    "memory_flat": [],
     "vae_decode": ["--baseline", "--variants", "default"],
     "power": ["--rows", "40"],
     "fp8_errors": [],
 }
+WRITES = {"memory_flat": "memory_flat_cpu"}  # where a file is not named as its script
 # Those that read what the others wrote, and take no --tiny.
 READERS: dict[str, list[str]] = {
     "reports/history": ["{report}", "--folder", "{folder}/history"],
@@ -152,14 +156,14 @@ def test_it_runs(results, name):
 # Differences of memory and times, which a small model may not change, and of results, which may be
 # equal.
 MAY_BE_ZERO = (
-    r"difference|gib|bytes|error|kernels|latents|levels|exchange|matches|nodes|colours"
+    r"difference|slopes|gib|bytes|error|kernels|latents|levels|exchange|matches|nodes|colours"
     r"|synchrony|voice"
 )
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_its_figures_are_numbers(results, name):
-    figures = json.loads((results[0] / f"{name}.json").read_text())
+    figures = json.loads((results[0] / f"{WRITES.get(name, name)}.json").read_text())
     assert "gpu" not in figures.pop("environment")
     assert '"failed"' not in json.dumps(figures)  # a part that failed while others went on
     found = list(numbers(figures))
@@ -295,7 +299,7 @@ def test_outliers_are_heavy_tailed():
     )
 
 
-# -- what every request costs ------------------------------------------------------------------
+# -- what every request costs, and what none may keep -----------------------------------------
 
 
 def test_what_the_checks_cost_is_what_runs_with_them_alone(results):
@@ -310,6 +314,33 @@ def test_what_the_checks_cost_is_what_runs_with_them_alone(results):
     assert 0 < figures["kernels_ms"] < figures["request_ms"]
     said = process_tables.check_lines(folder)
     assert f"| **both together, of the request** | **{figures['bound_percent']:.3f} %** |" in said
+
+
+def test_memory_that_grows_is_not_flat():
+    turns, page = 25, 4096
+    noise = np.random.default_rng(0).normal(0, 2**20, turns * memory_flat.TURN)
+    steady = [2**30 + int(value) for value in noise]
+    found = memory_flat.slope(steady, page)
+    assert found["is_flat"] and 0 < abs(found["per_clip"]) < 3 * found["error"]
+    leaky = [value + 100 * page * clip for clip, value in enumerate(steady)]
+    found = memory_flat.slope(leaky, page)
+    assert not found["is_flat"] and found["per_clip"] == pytest.approx(100 * page, rel=0.1)
+    filling = [2**20 * min(clip, 90) for clip in range(turns * memory_flat.TURN)]
+    assert memory_flat.slope(filling, page)["is_flat"]  # a third of the clips, that caches may take
+    assert memory_flat.slope([7] * 300, page)["is_flat"]
+
+
+def test_memory_is_read_after_each_clip(results):
+    folder, _ = results
+    figures = json.loads((folder / "memory_flat_cpu.json").read_text())
+    assert figures["clips"] == 24
+    for held in ("resident_bytes", "anonymous_bytes", "threads", "files"):
+        assert len(figures["after_each"][held]) == 24
+    assert figures["slopes"]["files"]["to"] < 100
+    said = "\n".join(process_tables.memory_lines(folder))
+    assert (
+        f"| resident memory | {figures['slopes']['resident_bytes']['to'] / 2**20:.0f} MiB" in said
+    )
 
 
 # -- loading an artifact ----------------------------------------------------------------------
