@@ -105,8 +105,7 @@ def serve(options: ServeOptions) -> None:
         app.run(
             settings,
             engines,
-            options.host,
-            options.port,
+            (options.host, options.port),
             options.drain_seconds,
             is_told,
             lambda: _wait(options.place, is_told),

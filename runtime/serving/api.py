@@ -21,6 +21,7 @@ from magihuman.runtime.serving.errors import ApiError, invalid, too_large
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.metrics import Metrics
 from magihuman.runtime.serving.routes import ServerRoutes, VideoRoutes
+from magihuman.runtime.serving.schema import ErrorBody
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.transfer.spool import Budget
 
@@ -46,6 +47,7 @@ def create_app(
         description="Short videos of a person speaking, from a prompt, an image and a voice.",
         docs_url=None,  # it would load its scripts from elsewhere
         redoc_url=None,
+        responses={431: {"model": ErrorBody, "description": "Its headers are too large."}},
         redirect_slashes=False,  # a redirect would lead wherever the header Host says
     )
     app.add_middleware(LimitsMiddleware, settings=settings, metrics=metrics)

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from ray import serve
 from ray.exceptions import RayError
@@ -23,6 +23,7 @@ from ray.serve.schema import ApplicationStatus
 from magihuman.runtime.serving.api import create_app
 from magihuman.runtime.serving.cluster.local import cluster
 from magihuman.runtime.serving.cluster.loopback import close_replica
+from magihuman.runtime.serving.front.server import Front
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.messages import EngineLost, Event, Figures, Make, Report, Work
 from magihuman.runtime.serving.metrics import FOLDER_VARIABLES, EngineFigures, Metrics
@@ -31,14 +32,10 @@ from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import locked
 from magihuman.runtime.serving.uploads import DECODERS
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
 log = logging.getLogger("magihuman")
 
 APPLICATION, API, ENGINE = "magihuman", "api", "engine"
 REQUESTS_PER_ENGINE = 2  # one on the device, one that gets ready beside it
-CLIENTS = 1000  # answered at once
 # For what an engine makes when fewer are needed: Serve stops the newest, busy or not. When the
 # server stops, all are idle by then.
 ENDING_S = 3600.0
@@ -46,6 +43,8 @@ STATUS_AGE_S = 1.0
 POLL_S = 0.2
 LOCK_WAIT_S = 60.0  # for the process before, where Serve has just given it up
 TELL_S = 2.0  # for figures to reach the process that speaks HTTP
+
+Address = tuple[str, int]  # host and port
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Api:
     """The process that speaks HTTP."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, engines: DeploymentHandle[Any], settings: Settings, slots: int
+        self, engines: DeploymentHandle[Any], settings: Settings, slots: int, address: Address
     ) -> None:
         close_replica()
         self._lock = ExitStack()  # held until the process ends
@@ -116,10 +115,14 @@ class Api:
         self._asked_s, self._is_ready = -STATUS_AGE_S, False
         self.jobs.start()
         DECODERS.warm()
+        app = create_app(settings, lambda: self.jobs, self.is_ready, lambda: self.metrics)
+        self._front = Front(app)
+        await self._front.start(*address)
 
     async def drain(self, bound_s: float) -> None:
-        """Take no more jobs and let those end that are being made, as `Jobs.drain` does."""
+        """Take no more jobs, let those end that are being made, then answer no more."""
         await self.jobs.drain(bound_s)
+        await self._front.stop()
 
     async def note(self, figures: Figures) -> None:
         """Take the figures of an engine."""
@@ -133,8 +136,8 @@ class Api:
         return self._is_ready
 
 
-def application(settings: Settings, engines: Engines) -> serve.Application:
-    """Make what `serve.run` takes: the process that speaks HTTP, bound to the engines."""
+def application(settings: Settings, engines: Engines, address: Address) -> serve.Application:
+    """Make what Serve runs: the process that speaks HTTP at an address, bound to the engines."""
     threads = max(1, (os.cpu_count() or 1) // engines.max_replicas)
     variables = {"OMP_NUM_THREADS": str(threads)}  # Ray would have it be one
     replica = serve.deployment(
@@ -155,31 +158,21 @@ def application(settings: Settings, engines: Engines) -> serve.Application:
         graceful_shutdown_timeout_s=ENDING_S,
     )(Replica)
 
-    def build() -> FastAPI:
-        def api() -> Api:
-            return serve.get_replica_context().servable_object  # type: ignore[return-value]
-
-        return create_app(
-            settings, lambda: api().jobs, lambda: api().is_ready(), lambda: api().metrics
-        )
-
-    ingress = serve.deployment(
+    front = serve.deployment(
         name=API,
         num_replicas=1,  # it alone has the jobs
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=CLIENTS,
         graceful_shutdown_timeout_s=5,
-    )(serve.ingress(build)(Api))
+    )(Api)
     slots = REQUESTS_PER_ENGINE * engines.max_replicas
     bound = replica.bind(engines.options, engines.warmup)
-    return ingress.bind(bound, settings, slots)
+    return front.bind(bound, settings, slots, address)
 
 
 def run(
     settings: Settings,
     engines: Engines,
-    host: str,
-    port: int,
+    address: Address,
     drain_s: float,
     is_told: Callable[[], bool],
     wait: Callable[[], None],
@@ -193,7 +186,7 @@ def run(
     with cluster():
         if is_told():
             return
-        handle = _deploy(application(settings, engines), host, port)
+        handle = _deploy(application(settings, engines, address))
         while not is_told() and not _has_begun():
             time.sleep(POLL_S)
         if is_told():
@@ -202,15 +195,11 @@ def run(
         handle.drain.remote(drain_s).result(timeout_s=drain_s + 30)
 
 
-def _deploy(built: serve.Application, host: str, port: int) -> DeploymentHandle[Any]:
+def _deploy(built: serve.Application) -> DeploymentHandle[Any]:
     """Have Serve start the processes, and return before they have."""
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": host, "port": port},
-        logging_config=quiet,
-    )
-    target = serve.RunTarget(built, APPLICATION, logging_config=quiet)
+    serve.start(proxy_location="Disabled", logging_config=quiet)  # `Front` is in its place
+    target = serve.RunTarget(built, APPLICATION, route_prefix=None, logging_config=quiet)
     return serve.run_many([target], wait_for_applications_running=False)[0]
 
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from PIL import Image
 from prometheus_client import generate_latest
 from sounds import write_sine
 from video_client import BEARER, TOKEN, Client, until
 
 from magihuman.runtime.serving.api import create_app
+from magihuman.runtime.serving.front.bounds import Bounds
+from magihuman.runtime.serving.front.server import Front
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.messages import Make
 from magihuman.runtime.serving.metrics import Metrics
@@ -46,7 +47,12 @@ class Local(Client):
 
 
 @contextmanager
-def served(settings: Settings, replica: EngineReplica, make: Make | None = None) -> Iterator[Local]:
+def served(
+    settings: Settings,
+    replica: EngineReplica,
+    make: Make | None = None,
+    bounds: Bounds | None = None,
+) -> Iterator[Local]:
     """Everything but Ray, on a port of its own. make: in place of the replica's."""
     local = Local(httpx.Client(headers=BEARER))
 
@@ -61,20 +67,25 @@ def served(settings: Settings, replica: EngineReplica, make: Make | None = None)
         local.jobs.append(jobs)
         local.metrics.append(Metrics(jobs, lambda: generate_latest(replica.registry)))
         jobs.start()
-        await server.serve()
+        front, ending = Front(app, bounds), asyncio.Event()
+        local.url = f"http://127.0.0.1:{await front.start('127.0.0.1', 0)}"
+        ready.set()
+        endings.append(lambda: local.loop[0].call_soon_threadsafe(ending.set))
+        await ending.wait()
+        await front.stop()
         await jobs.close()
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
+    ready, endings = threading.Event(), []
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()
     try:
-        until(lambda: server.started or not thread.is_alive())
-        local.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        until(lambda: ready.is_set() or not thread.is_alive())
         local.http.base_url = httpx.URL(local.url)
         with local.http:
             yield local
     finally:
-        server.should_exit = True
+        for end in endings:
+            end()
         thread.join(60)
         DECODERS.close()
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -63,6 +64,32 @@ def test_strangers_are_told_nothing(server):
             assert stranger.get(f"/v1/videos/{name}/content").status_code == 401
             assert stranger.delete(f"/v1/videos/{name}").status_code == 401
     server.when(name, "completed")
+
+
+def test_ray_answers_nothing_itself(server):
+    """Its proxy told its routes to everybody, and asked no token."""
+    for path in ("/-/routes", "/-/healthz"):
+        answer = httpx.get(server.url + path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_an_api_killed_is_started_again(server):
+    """Nothing is lost, and what an engine has begun is made once more."""
+    finished = server.create()
+    server.when(finished, "completed")
+    content = server.content(finished).content
+    running = server.create(SLOW)
+    server.when(running, "in_progress")
+    server.kill("ray::ServeReplica:magihuman:api")
+
+    def is_back() -> bool:
+        with suppress(httpx.TransportError):
+            return server.get(running)["status"] == "completed"
+        return False
+
+    until(is_back)
+    assert server.content(finished).content == content
+    assert server.process.poll() is None
 
 
 def test_uploads_that_are_too_large_or_damaged(server):
@@ -195,7 +222,8 @@ def test_engines_that_are_too_many_may_end_what_they_make(tmp_path):
     from magihuman.runtime.serving.app import Engines, application
     from magihuman.runtime.serving.settings import Settings
 
-    deployed = application(Settings(tmp_path, "tiny"), Engines({}, (), False, 1, 2))
+    engines = Engines({}, (), False, 1, 2)
+    deployed = application(Settings(tmp_path, "tiny"), engines, ("127.0.0.1", 1))
     engine = deployed._bound_deployment.init_args[0]._bound_deployment
     assert engine._deployment_config.graceful_shutdown_timeout_s >= 3600
 
