@@ -23,7 +23,7 @@ from magihuman.runtime.cli.console import err, user_errors
 from magihuman.runtime.cli.ending import noted_signals
 from magihuman.runtime.cli.options import EngineOptions, ModelOption, takes_options
 from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, MIN_SECONDS, MIN_SIDE_PX
-from magihuman.runtime.serving.cluster.environment import isolate
+from magihuman.runtime.serving.cluster.isolation import isolate
 
 if TYPE_CHECKING:
     from magihuman.runtime.serving.settings import Settings

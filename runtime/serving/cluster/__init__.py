@@ -1,4 +1,4 @@
 """The Ray cluster of one server: closed to others, and gone when the server ends.
 
-`environment` is for before Ray is imported, `loopback` for the processes of engines.
+`isolation` is for before Ray is imported, `loopback` for the processes of engines.
 """

@@ -25,7 +25,7 @@ OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by
 
 @contextmanager
 def cluster() -> Iterator[None]:
-    """Run a cluster. `environment.isolate` must have been called before Ray was imported.
+    """Run a cluster. `isolation.isolate` must have been called before Ray was imported.
 
     Signals stay as they are. Where Ray ends, this process ends: see `watch.watched`.
 
