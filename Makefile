@@ -40,9 +40,10 @@ types: $(VENV)/.installed
 imports: $(VENV)/.installed
 	$(BIN)/lint-imports --no-cache
 
-# Two workers of one thread each; a file's tests stay together, for what they share.
+# Two workers of one thread each; a file's tests stay together, for what they share, and files in
+# the order of tests/conftest.py.
 unit: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Side by side, each on a core; what one prints is shown once it is done.
 test-versions:

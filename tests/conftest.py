@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,31 @@ import pytest
 
 from magihuman import runtime
 from magihuman.runtime.media import mp4
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Files that take a minute and more, most of few tests: begun last, one would keep a worker busy
+# while the other has nothing left.
+LONG = (
+    "benchmarks/test_scripts.py",
+    "runtime/serving/test_server.py",
+    "runtime/serving/test_fuzz.py",
+    "runtime/serving/test_page.py",
+    "benchmarks/test_suites.py",
+    "runtime/engine/test_soak.py",
+    "runtime/media/test_fuzz.py",
+    "kernels/test_sm90.py",
+    "test_nano.py",
+    "test_packaging.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files, for what is given out file by file."""
+    names = {str(Path(__file__).parent / name): index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: names.get(str(item.path), len(names)))
 
 
 @pytest.fixture(autouse=True, scope="module")

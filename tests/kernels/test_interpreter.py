@@ -154,11 +154,10 @@ def video(*shape: int) -> Tensor:
 def check_channel_norm() -> None:
     from magihuman.kernels.decoder.channel_norm import Norm, channel_norm
 
-    for channels, activation, pads, bias in itertools.product(
-        (8, 24),
-        ("silu", "relu", "none"),
-        ((1, 1), (0, 0), (0, 1)),
-        (None, torch.randn(24)),
+    # Padding is where a frame is read, an activation what is made of it: each with another.
+    padded = (("silu", (1, 1)), ("relu", (0, 0)), ("none", (0, 1)))
+    for channels, (activation, pads), bias in itertools.product(
+        (8, 24), padded, (None, torch.randn(24))
     ):
         whole = video(2, channels, 4, 4, 6)  # and a part of it
         delta = video(2, channels, 3, 3, 5)

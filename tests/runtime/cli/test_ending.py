@@ -43,8 +43,15 @@ def stopped(process: subprocess.Popen[str], folder: Path, number: int) -> tuple[
     return process.returncode, stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("command", ["generate", "tiny", "convert", "export"])
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        # One handler for all commands, and a way of its own for Ctrl-C.
+        *((command, signal.SIGTERM) for command in ("generate", "tiny", "convert", "export")),
+        *(("tiny", number) for number in (signal.SIGHUP, signal.SIGINT)),
+        ("generate", signal.SIGINT),
+    ],
+)
 def test_a_signal_leaves_nothing_half_written(tiny_dir, tmp_path, command, number):
     out = tmp_path / "out"
     arguments = {
@@ -98,8 +105,9 @@ def limit(size_bytes: int):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
 
 
-@pytest.mark.parametrize("size_bytes", [100, 20_000, 200_000])
-@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize(
+    ("size_bytes", "is_new"), [(100, True), (20_000, False), (200_000, True), (200_000, False)]
+)
 def test_tiny_on_a_full_disk(tiny_dir, tmp_path, size_bytes, is_new):
     folder = tmp_path / "parent" / "model"
     if not is_new:
@@ -177,8 +185,14 @@ SAYING = {
 }
 
 
-@pytest.mark.parametrize("command", SAYING)
-@pytest.mark.parametrize("place", ["/dev/full", "a closed pipe"])
+# What is printed raises in either place; how, differs between plain lines and JSON alone.
+NOWHERE = [
+    *((command, "/dev/full") for command in SAYING),
+    *((command, "a closed pipe") for command in ("doctor", "doctor --json", "generate --json")),
+]
+
+
+@pytest.mark.parametrize(("command", "place"), NOWHERE)
 def test_output_that_nobody_takes_is_one_line(tiny_dir, tmp_path, command, place):
     if place == "/dev/full" and not Path(place).exists():
         pytest.skip("this system has no /dev/full")
