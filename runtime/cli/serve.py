@@ -28,7 +28,7 @@ from magihuman.runtime.serving.cluster.isolation import isolate
 if TYPE_CHECKING:
     from magihuman.runtime.serving.settings import Settings
 
-TOKEN_VARIABLE = "MAGIHUMAN_TOKEN"
+TOKEN_VARIABLE = "MAGIHUMAN_TOKEN"  # noqa: S105 - where it is, not what
 MAX_PROMPT_CHARS = 150_000  # two of them fit a job's state, which is bounded
 POLL_S = 0.1
 WAIT_S = 15.0  # for the processes of a server that has just been killed

@@ -183,7 +183,7 @@ class _Process:
         variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
         entry = f"from {__name__} import main; main()"  # by -m, the module would be imported twice
         command = [sys.executable, "-P", "-c", entry, str(deadline_s), str(memory_bytes)]
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 - of constants and numbers
             command,
             env={**variables, **ONE_THREAD},
             stdin=subprocess.PIPE,

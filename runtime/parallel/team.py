@@ -139,7 +139,7 @@ class Team:
         workers = []
         try:
             for rank, device in enumerate(devices[1:], 1):
-                worker = subprocess.Popen(
+                worker = subprocess.Popen(  # noqa: S603 - of constants
                     [sys.executable, "-c", BOOT],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
@@ -304,7 +304,7 @@ def _end(workers: Sequence[subprocess.Popen[bytes]], patience_s: float = 0) -> N
 
 def serve() -> None:
     """Entry of a process that `Team.start` has started."""
-    rank, ranks, device, port, target, payload = pickle.load(sys.stdin.buffer)
+    rank, ranks, device, port, target, payload = pickle.load(sys.stdin.buffer)  # noqa: S301 - ours
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))

@@ -20,4 +20,6 @@ def close_replica() -> None:
 
 
 def _on_loopback(add: Any, server: Any, address: str) -> int:
-    return add(server, address.replace("[::]", "127.0.0.1").replace("0.0.0.0", "127.0.0.1"))
+    for everywhere in ("[::]", "0.0.0.0"):  # noqa: S104 - what is replaced
+        address = address.replace(everywhere, "127.0.0.1")
+    return add(server, address)
