@@ -91,22 +91,27 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in text}
 
 
-def first_cells(page: str, head: str) -> list[list[str]]:
-    """Inline code in the first cell of each row of the table whose first column is `head`."""
-    rows: list[list[str]] = []
-    parts = tokens(page)
-    is_wanted = is_first = False
-    for token, after in pairwise(parts):
+def rows(page: str, head: str) -> list[list[list[str]]]:
+    """Inline code of each cell, by row, of the tables whose first column is `head`."""
+    found: list[list[list[str]]] = []
+    heads: list[str] = []
+    for token, after in pairwise(tokens(page)):
         if token.type == "table_open":
-            is_first, is_wanted = True, False
-        elif token.type == "th_open" and is_first:
-            is_wanted, is_first = after.content == head, False
-        elif token.type == "tr_open":
-            is_first_cell = True
-        elif token.type == "td_open" and is_wanted and is_first_cell:
-            is_first_cell = False
-            rows.append([p.content for p in after.children or () if p.type == "code_inline"])
-    return rows
+            heads = []
+        elif token.type == "th_open":
+            heads.append(after.content)
+        elif heads[:1] == [head]:
+            if token.type == "tr_open":
+                found.append([])
+            elif token.type == "td_open":
+                cell = [p.content for p in after.children or () if p.type == "code_inline"]
+                found[-1].append(cell)
+    return found
+
+
+def first_cells(page: str, head: str) -> list[list[str]]:
+    """Inline code in the first cell of each row of the tables whose first column is `head`."""
+    return [row[0] for row in rows(page, head)]
 
 
 def commands(text: str) -> list[list[str]]:
