@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -135,7 +136,7 @@ class Team:
             InvalidRequestError: torch.distributed is in use.
         """
         _refuse_second()
-        store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        store = _listening_store()
         workers = []
         try:
             for rank, device in enumerate(devices[1:], 1):
@@ -266,6 +267,18 @@ def _refuse_second() -> None:
         raise InvalidRequestError(
             "context_parallel must be the only use of torch.distributed in a process, and its"
             " default group is there already; close the other engine first, or destroy the group"
+        )
+
+
+def _listening_store() -> TCPStore:
+    """A store for the processes of this machine.
+
+    One that opens its port itself would listen on every address, and it asks for no password.
+    """
+    with socket.create_server((HOST, 0)) as listener:
+        port = listener.getsockname()[1]
+        return TCPStore(
+            HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
 

@@ -14,7 +14,7 @@ from magihuman import runtime
 from magihuman.runtime.device import PeerLost
 from magihuman.runtime.model import tokens
 from magihuman.runtime.parallel.context_parallel import ContextParallel
-from magihuman.runtime.parallel.team import Team
+from magihuman.runtime.parallel.team import Team, _listening_store
 from magihuman.runtime.pipeline import denoise
 
 CPU = torch.device("cpu")
@@ -66,6 +66,17 @@ def test_a_process_that_ends_amid_an_exchange_is_named(cache: Path) -> None:
                 shared.team.check()
         finally:
             shared.close()
+
+
+def test_the_processes_meet_on_loopback() -> None:
+    store = _listening_store()
+    tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    sockets = [line.split() for table in tables for line in table.splitlines()[1:]]
+    port, listening = f"{store.port:04X}", "0A"
+    found = [fields[1] for fields in sockets if fields[3] == listening]
+    assert [at for at in found if at.endswith(f":{port}")] == [f"0100007F:{port}"]
+    store.set("key", "value")
+    assert store.get("key") == b"value"
 
 
 def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
