@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from av.audio.plane import AudioPlane
 
 Wave = npt.NDArray[np.float32]
 
@@ -57,8 +58,9 @@ def samples_of(frame: Any) -> npt.NDArray[Any]:
     channels, is_planar = frame.layout.nb_channels, frame.format.is_planar
     dtype = TYPES[frame.format.name.removesuffix("p")]
     count = frame.samples * (1 if is_planar else channels)
-    # PyAV's `to_ndarray` crashes over eight planes and more: it counts them up to a null pointer.
-    planes = frame.planes[: channels if is_planar else 1]
+    # PyAV counts planes up to a null pointer, which from eight on lies beyond them: by its release
+    # `frame.planes` has too many or raises, and `to_ndarray` crashes.
+    planes: list[Any] = [AudioPlane(frame, i) for i in range(channels if is_planar else 1)]
     samples = np.stack([np.frombuffer(plane, dtype, count) for plane in planes])
     if not is_planar:
         samples = samples.reshape(-1, channels).T

@@ -253,7 +253,7 @@ def test_many_channels_in_a_plane_each_are_mixed_down(tmp_path, suffix, layout, 
         assert frame.format.is_planar and frame.layout.nb_channels == channels
     heard = read_audio(path, RATE, 10)
     assert len(heard) == pytest.approx(0.5 * RATE, abs=RATE // 50)
-    assert np.abs(heard[4000:-4000]).max() == pytest.approx(0.5, rel=0.05)  # lossy
+    assert np.abs(heard[4000:-4000]).max() == pytest.approx(0.5, rel=0.1)  # lossy
 
 
 @pytest.mark.parametrize(
