@@ -115,6 +115,13 @@ def serve_here():
     return served
 
 
+@pytest.fixture
+def local(settings, replica, serve_here):
+    """A server in this process, with what the module's `settings` say."""
+    with serve_here(settings, replica) as running:
+        yield running
+
+
 @dataclass(frozen=True)
 class Disk:
     """A small file system of its own, in memory."""

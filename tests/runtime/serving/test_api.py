@@ -64,12 +64,6 @@ def settings(tmp_path) -> Settings:
     return Settings(tmp_path / "videos", "tiny", token_sha256=TOKEN_SHA256, limits=LIMITS)
 
 
-@pytest.fixture
-def local(settings, replica, serve_here):
-    with serve_here(settings, replica) as running:
-        yield running
-
-
 def error_of(answer: httpx.Response, status: int) -> dict:
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"

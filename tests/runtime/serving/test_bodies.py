@@ -33,12 +33,6 @@ def settings(tmp_path) -> Settings:
     return Settings(tmp_path / "videos", "tiny", token_sha256=TOKEN_SHA256, limits=LIMITS)
 
 
-@pytest.fixture
-def local(settings, replica, serve_here):
-    with serve_here(settings, replica) as running:
-        yield running
-
-
 @pytest.fixture(scope="module")
 def large_png() -> bytes:
     """Of some hundred kilobytes."""

@@ -27,12 +27,6 @@ def settings(tmp_path) -> Settings:
 
 
 @pytest.fixture
-def local(settings, replica, serve_here):
-    with serve_here(settings, replica) as running:
-        yield running
-
-
-@pytest.fixture
 def large_video(local, settings) -> tuple[str, Path, bytes]:
     """The id of a finished one, its file, and what is in it now."""
     name = local.create()

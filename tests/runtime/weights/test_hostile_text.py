@@ -21,13 +21,6 @@ from magihuman.runtime.weights.t5gemma import load_text_encoder
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folders(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    hostile.write_folders(tiny_dir, root)
-    return root
-
-
 @pytest.mark.skipif(not hostile.CAN_MEASURE, reason="needs Linux's /proc")
 def test_whatever_its_json_says_a_text_encoder_is_read_or_refused(
     folders: Path, tmp_path: Path
