@@ -2,7 +2,8 @@
 
 `image` and `sound` read what a request names, `voice` a sound as a driving voice. `colour`,
 `orientation`, `png` and `jpeg` are parts of the one, `downmix` and `ogg` of the other,
-`guard` of both; `apart` does it in processes of their own. `mp4` writes clips and reads them back.
+`guard` of both; `apart` does it in processes of their own. `mp4` writes clips and reads them back,
+over `clip`; `output` makes other files of them.
 `quality` says how far two clips are apart.
 """
 
@@ -10,6 +11,12 @@ from magihuman.runtime.media import quality
 from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
 from magihuman.runtime.media.image import fit, open_image
 from magihuman.runtime.media.mp4 import Mp4Writer, check_output, read_frames, write_mp4
+from magihuman.runtime.media.output import (
+    check_thumbnail,
+    spritesheet,
+    thumbnail,
+    write_thumbnail,
+)
 from magihuman.runtime.media.quality import Frames, psnr_db
 from magihuman.runtime.media.sound import read_audio
 from magihuman.runtime.media.voice import open_driving_audio
@@ -21,6 +28,7 @@ __all__ = [
     "Mp4Writer",
     "SoundTask",
     "check_output",
+    "check_thumbnail",
     "fit",
     "open_driving_audio",
     "open_image",
@@ -28,5 +36,8 @@ __all__ = [
     "quality",
     "read_audio",
     "read_frames",
+    "spritesheet",
+    "thumbnail",
     "write_mp4",
+    "write_thumbnail",
 ]

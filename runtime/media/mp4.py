@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +17,7 @@ import numpy.typing as npt
 
 from magihuman.runtime.errors import InvalidRequestError, OutputError
 from magihuman.runtime.files import atomic_path, sync
+from magihuman.runtime.media.clip.place import check_place
 from magihuman.runtime.media.guard import readable, tolerant
 
 ENCODER = {
@@ -288,32 +286,6 @@ def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
 def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:
     """Raise `OutputError` now where `write_mp4` could not write such a clip later."""
     path = path.absolute()
-    folder = path.parent
     if path.suffix.lower() != ".mp4":
         raise OutputError(f"the output's name must end in .mp4, got {path.name}")
-    if os.path.isdir(path):
-        raise OutputError(f"the output must be a file, got the folder {path}")
-    if not os.path.isdir(folder):
-        raise OutputError(f"the output's folder must exist, got {folder}; create it first")
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".magihuman-"):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"the output's folder {folder} cannot be written to: {error.strerror}"
-        ) from error
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise OutputError(
-            f"the output's name must be one the disk takes, got {path.name}: {error.strerror}"
-        ) from error
-    needed = frames * width_px * height_px * BITS_PER_PIXEL // 8 + 2**20
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"the disk of {folder} must have {needed / 2**20:.0f} MiB free for this clip, got"
-            f" {free / 2**20:.1f} MiB"
-        )
+    check_place(path, needed_bytes=frames * width_px * height_px * BITS_PER_PIXEL // 8)
