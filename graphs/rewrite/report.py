@@ -16,6 +16,7 @@ class CompileReport:
     Attributes:
         nodes_before: of the graph as captured.
         nodes_after: of the rewritten graph.
+        kernels: the set that a transformer's come from, on a GPU.
         attention: the backend, of a transformer.
         linears: the route of each kind of linear, of a transformer.
         from_cache: whether the rewritten graph had been kept.
@@ -25,6 +26,7 @@ class CompileReport:
 
     nodes_before: int = 0
     nodes_after: int = 0
+    kernels: str = ""
     attention: str = ""
     linears: dict[str, str] = field(default_factory=dict)
     from_cache: bool = False

@@ -31,6 +31,7 @@ from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels.jit import UNSET
 from magihuman.kernels.parallel import exchange  # noqa: F401 - registers torch.ops.magihuman, as ops do
 from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding, padded_width
+from magihuman.kernels.target import Target, target_of
 
 OPS = torch.ops.magihuman
 Pass = Callable[[fx.GraphModule, Context], int]
@@ -100,18 +101,21 @@ def compile_forward(
         node.target is OPS.gated_attention.default and not arguments(node)["local"]
         for node in module.graph.nodes
     )
-    backend = options.attention_backend
-    if has_choice and device.type == "cuda" and backend is None:
+    target = None
+    if device.type == "cuda":
+        target = target_of(options.kernels, device, options.tiles_for)
+        report.kernels = target.kernels
+    backend = options.attention_backend or UNSET
+    if has_choice and target is not None and backend == UNSET:
         shape = (sum(context.attended_rows), *context.heads, config.head_dim)
         from magihuman.kernels.attention import backends
 
-        backend = backends.fastest(*shape, device)
-    backend = backend or UNSET
+        backend = backends.fastest(*shape, device, target)
     report.attention = backend if has_choice else ONE_KERNEL
     report.seconds["choose attention"] = time.perf_counter() - start
     specialize(module, context.modality_rows, backend, context.local, context.sharding)
     start = time.perf_counter()
-    report.linears = route_linears(module, context.tokens, options.linear_route)
+    report.linears = route_linears(module, context.tokens, options.linear_route, target)
     report.seconds["choose linears"] = time.perf_counter() - start
     report.nodes_after = len(module.graph.nodes)
     return module, report
@@ -223,9 +227,11 @@ def _traced(ranks: int) -> Sharding | None:
     return Sharding((video + (ranks - 1) * sum(TRACE_ROWS), audio, text), ranks)
 
 
-def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[str, str]:
-    """Put the route of each linear into a specialised graph; by default the fastest for its shape,
-    or none where the weights are on no GPU.
+def route_linears(
+    module: fx.GraphModule, rows: int, route: str | None, target: Target | None = None
+) -> dict[str, str]:
+    """Put the route of each linear into a specialised graph; by default the fastest of the target
+    for its shape, or none where there is no target, since the weights are on no GPU.
 
     Returns the route of each kind, by what follows the product, its shape and its runs.
     """
@@ -241,7 +247,7 @@ def route_linears(module: fx.GraphModule, rows: int, route: str | None) -> dict[
         kind += " by modality" if runs else ""
         if kind not in chosen:
             chosen[kind] = route or _fastest(
-                after, values, runs, rows, given.get("padded", 0), scales
+                after, values, runs, rows, given.get("padded", 0), scales, target
             )
         with_arguments(node, route=chosen[kind])
     module.recompile()
@@ -266,14 +272,20 @@ def _attribute(module: fx.GraphModule, node: fx.Node | None) -> Any:
 
 
 def _fastest(
-    after: Any, weight: Tensor, runs: list[int], rows: int, padded: int, scale: Tensor | None
+    after: Any,
+    weight: Tensor,
+    runs: list[int],
+    rows: int,
+    padded: int,
+    scale: Tensor | None,
+    target: Target | None,
 ) -> str:
-    if not weight.is_cuda:
+    if target is None or not weight.is_cuda:
         return UNSET
     from magihuman.kernels.linear import routes
 
     counts = (runs[0], runs[1], runs[2]) if runs else None
-    return routes.fastest(after, weight, counts, rows, padded, scale)
+    return routes.fastest(after, weight, counts, rows, padded, scale, target)
 
 
 def example_inputs(context: Context) -> dict[str, Tensor]:

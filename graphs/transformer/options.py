@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from magihuman.kernels.target import Capability, Kernels
+
 
 @dataclass(frozen=True)
 class CompileOptions:
@@ -21,12 +23,18 @@ class CompileOptions:
         cache: folder of rewritten graphs; by default the user's.
         fp8_attention: attention over e4m3 q, k and v, in the layers whose projection to them has
             e4m3 weights.
+        kernels: "auto" for the Hopper kernels on Hopper and the portable ones elsewhere, or
+            "portable" for the latter everywhere.
+        tiles_for: capability of another GPU whose tiles the portable kernels use, such as (8, 6);
+            by default that of the device.
     """
 
     attention_backend: str | None = None
     linear_route: str | None = None
     cache: Path | None = None
     fp8_attention: bool = False
+    kernels: Kernels = "auto"
+    tiles_for: Capability | None = None
 
 
 @dataclass(frozen=True)

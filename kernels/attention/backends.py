@@ -19,6 +19,7 @@ from torch import Tensor
 from magihuman.kernels.jit import UNSET
 from magihuman.kernels.jit.measured import Measurements
 from magihuman.kernels.reference import LocalAttention
+from magihuman.kernels.target import Target
 
 NAMES = ("gluon", "triton", "fa3", "cudnn")
 LOCAL = "gluon"  # the backend of frame-local attention
@@ -51,6 +52,16 @@ def why_not(name: str, dim: int, device: torch.device) -> str | None:
     if name == "cudnn" and (capability < (8, 0) or dim % 8 or dim > 128):
         return "it needs sm_80 and heads of a multiple of 8, up to 128"
     return None
+
+
+def names_for(target: Target) -> tuple[str, ...]:
+    """The backends of a set of kernels."""
+    return ("triton",) if target.is_portable else NAMES
+
+
+def local_for(target: Target) -> str:
+    """The backend of attention that is frame-local, or over e4m3."""
+    return LOCAL
 
 
 def usable(dim: int, device: torch.device) -> list[str]:
@@ -129,13 +140,23 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
     return out[0].transpose(0, 1).contiguous()
 
 
-def fastest(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> str:
+def fastest(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    device: torch.device,
+    target: Target | None = None,
+) -> str:
     """The backend that measured fastest for this shape on this GPU; measured once, then kept.
 
-    rows: tokens; heads, kv_heads: of queries and of keys; dim: of a head. Raises `RuntimeError`
-    where no backend can run, `torch.OutOfMemoryError` where there is memory for none.
+    rows: tokens; heads, kv_heads: of queries and of keys; dim: of a head; target: whose backends
+    are tried, by default all. Raises `RuntimeError` where no backend can run,
+    `torch.OutOfMemoryError` where there is memory for none.
     """
     names = usable(dim, device)
+    if target is not None:
+        names = [name for name in names if name in names_for(target)]
     if not names:
         reasons = "; ".join(f"{name}: {why_not(name, dim, device)}" for name in NAMES)
         raise RuntimeError(f"no attention kernel can run here: {reasons}")

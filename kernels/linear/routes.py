@@ -25,6 +25,7 @@ from magihuman.kernels.linear.matmul_sm90 import (
 )
 from magihuman.kernels.linear.quantize import quantize_rows
 from magihuman.kernels.reference import FP8, STATIC_SCALES, Counts
+from magihuman.kernels.target import Target
 
 LIBRARY = "library"
 TILES = {
@@ -197,6 +198,13 @@ def _runs(
     return [part for part in parts if part[0].shape[0]]
 
 
+def names_for(target: Target | None, is_quantized: bool) -> list[str]:
+    """The routes of a set of kernels, by default Hopper's, for weights quantised or not."""
+    if target is not None and target.is_portable:
+        return [LIBRARY]
+    return list(TILES) if is_quantized else [LIBRARY, *TILES]
+
+
 def fastest(
     epilogue: Epilogue,
     weight: Tensor,
@@ -204,6 +212,7 @@ def fastest(
     rows: int,
     padded: int,
     scale: Tensor | None = None,
+    target: Target | None = None,
 ) -> str:
     """The route that measured fastest for this shape on this GPU; measured once, then kept.
 
@@ -216,10 +225,11 @@ def fastest(
         padded: columns of the output of an activation.
         scale: of the weight's rows, [M] or [3 M] fp32, where it is e4m3. The library has no such
             route.
+        target: whose routes are tried; by default Hopper's.
     """
     device = weight.device
-    names = list(TILES) if scale is not None else [LIBRARY, *TILES]
-    if not weight.is_cuda or 2 * rows * weight.numel() < SMALL_FLOPS:
+    names = names_for(target, scale is not None)
+    if len(names) == 1 or not weight.is_cuda or 2 * rows * weight.numel() < SMALL_FLOPS:
         return names[0]
     # Not by the process's generator, which stays as it is.
     generator = torch.Generator(device).manual_seed(0)

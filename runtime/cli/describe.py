@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Column, Table
@@ -28,6 +28,7 @@ from magihuman.runtime.cli.options import JsonOptions, PlanOptions, takes_option
 if TYPE_CHECKING:
     from magihuman.graphs.cuda_graphs import Recorded
     from magihuman.graphs.explain import Explanation
+    from magihuman.kernels.target import Kernels
     from magihuman.runtime.cli.inspect import Component, PlanAsked
     from magihuman.runtime.memory import MemoryPlan
 
@@ -111,7 +112,7 @@ def doctor(options: PlanOptions) -> None:
         from magihuman.runtime.cli.inspect import machine
 
         question = _plan_question(options)
-        facts = machine()
+        facts = machine(question.kernels)
         plan, reason = question.of_published()
         if options.as_json:
             print(json.dumps({**facts, "memory_plan": _plan_as_dict(plan, reason)}))
@@ -127,7 +128,13 @@ def _plan_question(options: PlanOptions) -> PlanAsked:
     """Return what the plan is asked for. Raises `InvalidRequestError` for what there is not."""
     from magihuman.runtime.cli.inspect import PlanAsked
 
-    return PlanAsked(options.variant, options.sr, options.precision, options.memory_limit_gb)
+    return PlanAsked(
+        options.variant,
+        options.sr,
+        options.precision,
+        options.memory_limit_gb,
+        cast("Kernels", options.kernels),
+    )
 
 
 def _plan_as_dict(plan: MemoryPlan | None, reason: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -17,6 +18,7 @@ from magihuman.graphs.cuda_graphs import NoBindingsError, Recorded, bindings
 from magihuman.graphs.explain import one_of_each
 from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.kernels.reference import Counts
+from magihuman.kernels.target import Kernels, target_of
 from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, VARIANTS, DiTConfig, upscaler
 from magihuman.runtime.device import pick_device
 from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError, one_of
@@ -126,11 +128,13 @@ class PlanAsked:
     sr: str | None
     precision: str | None
     memory_limit_gb: float | None
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, BASE_VARIANTS)
         one_of("sr", self.sr, (None, *SR_SIZES))
         one_of("precision", self.precision, (None, *PrecisionPolicy))
+        one_of("kernels", self.kernels, get_args(Kernels))
         check_limit(self.memory_limit_gb)
 
     @property
@@ -175,7 +179,8 @@ class PlanAsked:
         device = pick_device(None)
         if device.type == "cuda":
             limit = limit_of(self.memory_limit_gb, device)
-            is_compiled = why_not(specs[0].config, specs[0].linear, device) is None
+            spec, kernels = specs[0], self.kernels
+            is_compiled = why_not(spec.config, spec.linear, device, kernels=kernels) is None
         else:  # as on a GPU that compiles
             limit = None if self.memory_limit_gb is None else int(self.memory_limit_gb * GIB)
             is_compiled = True
@@ -190,12 +195,15 @@ class PlanAsked:
             return None, str(error)
 
 
-def machine() -> dict[str, str]:
-    """Gather versions, devices and the paths that will be taken here, each with its reason."""
+def machine(kernels: Kernels = "auto") -> dict[str, str]:
+    """Gather versions, devices and the paths that will be taken here, each with its reason.
+
+    kernels: "auto" or "portable", as of `load`.
+    """
     facts = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
     for name in PACKAGES:
         facts[name] = metadata.version(name) if util.find_spec(_module(name)) else "not installed"
-    fp8 = why_not(DiTConfig(), torch.bfloat16, pick_device(None), fp8=True)
+    fp8 = why_not(DiTConfig(), torch.bfloat16, pick_device(None), fp8=True, kernels=kernels)
     facts["fp8 linears"] = "usable" if fp8 is None else f"not usable: {fp8}"
     facts["free disk"] = f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB here"
     if not torch.cuda.is_available():
@@ -217,27 +225,37 @@ def machine() -> dict[str, str]:
             " GiB free"
         )
     facts["device"] = f"cuda:0 by default, CUDA {torch.version.cuda}"
-    reason = why_not(DiTConfig(), torch.bfloat16, torch.device("cuda:0"))
-    if reason is None:
-        from magihuman.kernels.attention import backends
-
-        facts["transformer"] = "compiled: one captured graph of fused kernels, replayed"
-        dim = DiTConfig().head_dim
-        missing = backends.why_not(backends.LOCAL, dim, torch.device("cuda:0"))
-        facts["super-resolution to 1080p"] = (
-            "compiled" if missing is None else f"plain PyTorch: for its attention, {missing}"
-        )
-        for name in backends.NAMES:
-            missing = backends.why_not(name, dim, torch.device("cuda:0"))
-            facts[f"attention by {name}"] = "usable" if missing is None else f"not used: {missing}"
-    else:
-        facts["transformer"] = f"plain PyTorch, bf16 linears on the tensor cores: {reason}"
-        facts["attention"] = "PyTorch's scaled_dot_product_attention in bf16"
+    facts |= _transformer_on(torch.device("cuda:0"), kernels)
     facts["image and video autoencoders"] = "bf16, as published"
     reason = why_not_decode(torch.bfloat16, torch.device("cuda:0"))
     facts["video decoder"] = (
         "fast: fused kernels in captured graphs" if reason is None else f"plain PyTorch: {reason}"
     )
+    return facts
+
+
+def _transformer_on(device: torch.device, kernels: Kernels) -> dict[str, str]:
+    """Say how transformers run on a GPU, and by which kernels."""
+    config = DiTConfig()
+    reason = why_not(config, torch.bfloat16, device, kernels=kernels)
+    if reason is not None:
+        return {
+            "transformer": f"plain PyTorch, bf16 linears on the tensor cores: {reason}",
+            "attention": "PyTorch's scaled_dot_product_attention in bf16",
+        }
+    from magihuman.kernels.attention import backends
+
+    target = target_of(kernels, device)
+    facts = {
+        "transformer": "compiled: one captured graph of fused kernels, replayed",
+        "kernels": f"{target.kernels}, as kernels={kernels!r} chooses on {target.architecture}",
+    }
+    local = dataclasses.replace(config, local_attention_layers=(0,))
+    missing = why_not(local, torch.bfloat16, device, kernels=kernels)
+    facts["super-resolution to 1080p"] = "compiled" if missing is None else f"plain: {missing}"
+    for name in backends.names_for(target):
+        missing = backends.why_not(name, config.head_dim, device)
+        facts[f"attention by {name}"] = "usable" if missing is None else f"not used: {missing}"
     return facts
 
 

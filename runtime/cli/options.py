@@ -31,6 +31,12 @@ PrecisionOption = Annotated[
         help="bf16, fp32, fp8 or fp8-attn; by default that of a converted transformer, else bf16."
     ),
 ]
+KernelsOption = Annotated[
+    str,
+    typer.Option(
+        help="auto: those for Hopper on Hopper, portable ones elsewhere; or portable: always."
+    ),
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
@@ -135,6 +141,7 @@ class EngineOptions(PrecisionOptions, FileOptions):
     model: ModelOption
     variant: Annotated[str, typer.Option(help="distill or base.")] = "distill"
     sr: SrOption = None
+    kernels: KernelsOption = "auto"
     vae: Annotated[str | None, typer.Option(help="fast, plain or tensorrt.")] = None
 
     def load_arguments(self) -> dict[str, Any]:
@@ -144,6 +151,7 @@ class EngineOptions(PrecisionOptions, FileOptions):
             "variant": self.variant,
             "sr": self.sr,
             "precision": self.precision,
+            "kernels": self.kernels,
             "keep_bf16": self.kept_names,
             "vae": self.vae,
             "revision": self.revision,
@@ -162,3 +170,4 @@ class PlanOptions(LimitOptions, JsonOptions):
         str | None, typer.Option(help="For the memory plan: super-resolution, 540p or 1080p.")
     ] = None
     precision: PrecisionOption = None
+    kernels: KernelsOption = "auto"

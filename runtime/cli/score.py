@@ -15,11 +15,13 @@ from magihuman.runtime.cli.console import FAILED, Bar, err, out, user_errors
 from magihuman.runtime.cli.options import (
     DeviceOptions,
     JsonOptions,
+    KernelsOption,
     PrecisionOption,
     takes_options,
 )
 
 if TYPE_CHECKING:
+    from magihuman.kernels.target import Kernels
     from magihuman.runtime.config import Precision
     from magihuman.runtime.evaluate import ClipScore, ModelScore, Synchrony
 
@@ -38,6 +40,7 @@ class ScoreOptions(DeviceOptions, JsonOptions):
     audio: Annotated[Path | None, typer.Option(help="Driving voice of the clip.")] = None
     clips: Annotated[int | None, typer.Option(help="With --model, of each kind at most.")] = None
     precision: PrecisionOption = None
+    kernels: KernelsOption = "auto"
 
 
 @takes_options
@@ -86,6 +89,7 @@ def _score_model(model: str, options: ScoreOptions) -> ModelScore:
         runtime.load(
             folder,
             precision=cast("Precision | None", options.precision),
+            kernels=cast("Kernels", options.kernels),
             device=options.device,
             on_load=bar.on_load,
         ) as engine,

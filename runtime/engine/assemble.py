@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from magihuman.graphs.support import why_not, why_not_decode
+from magihuman.kernels.target import Kernels, target_of
 from magihuman.runtime import config
 from magihuman.runtime.engine.blueprint import Blueprint
 from magihuman.runtime.engine.engine import Engine, EngineInfo
@@ -39,12 +40,14 @@ def assemble(components: Components, blueprint: Blueprint, team: Team | None = N
         components = with_compiled_transformers(components, blueprint, team)
     if options.vae != "plain":
         components = with_compiled_decoder(components, blueprint)
+    is_compiled = components.forward is not None
     info = EngineInfo(
         variant=options.base,
         sr=options.sr,
         precision=blueprint.base.precision.value,
         device=device,
-        is_compiled=components.forward is not None,
+        is_compiled=is_compiled,
+        kernels=target_of(options.kernels, device).kernels if is_compiled else None,
         memory_plan=blueprint.placer.plan,
     )
     shared = None
@@ -75,11 +78,12 @@ def with_compiled_transformers(
     """Components whose transformers, and with the base one the text encoder, run as captured
     graphs, as far as this machine can.
     """
-    placer, lock, debug = blueprint.placer, components.encoding, blueprint.options.debug
-    forward = compiled(components.dit, blueprint.base, placer, BASE, lock, debug, team)
+    placer, asked = blueprint.placer, blueprint.options
+    common = components.encoding, asked.debug, asked.kernels, team
+    forward = compiled(components.dit, blueprint.base, placer, BASE, *common)
     sr_forward = None
     if components.sr_dit is not None and blueprint.sr is not None:
-        sr_forward = compiled(components.sr_dit, blueprint.sr, placer, SR, lock, debug, team)
+        sr_forward = compiled(components.sr_dit, blueprint.sr, placer, SR, *common)
     encoder = components.text_encoder
     if forward is not None and encoder is not None:
         encoder = replayed(encoder, placer)
@@ -118,6 +122,7 @@ def compiled(
     part: str,
     capturing: threading.Lock,
     debug: bool,
+    kernels: Kernels = "auto",
     team: Team | None = None,
 ) -> CompiledForward | None:
     """The compiled forward of a transformer, or None, with one log line, where there is none.
@@ -129,10 +134,11 @@ def compiled(
         part: its name in the memory plan.
         capturing: a lock to hold while a graph is captured.
         debug: whether to check before every replay that no weight has moved.
+        kernels: "auto" or "portable", as of `load`.
         team: that shares each forward.
     """
     device = placer.device
-    reason = why_not(model.config, spec.linear, device)
+    reason = why_not(model.config, spec.linear, device, kernels=kernels)
     if reason is not None:
         log.info("running the plain transformer: %s", reason)
         return None
@@ -140,6 +146,7 @@ def compiled(
 
     options = ReplayOptions(
         fp8_attention=spec.precision.is_fp8_attention,
+        kernels=kernels,
         capturing=capturing,
         replays=placer.replays and not placer.moves(part),
         before_layer=placer.before_layer(part),

@@ -16,6 +16,7 @@ from typing import Self, Unpack
 
 import torch
 
+from magihuman.kernels.target import KernelSet
 from magihuman.runtime import config
 from magihuman.runtime.device import forget, neutral
 from magihuman.runtime.engine.callers import Callers
@@ -63,6 +64,7 @@ class EngineInfo:
         precision: of the base transformer, by its name.
         device: where everything runs.
         is_compiled: whether the base transformer runs as captured graphs of fused kernels.
+        kernels: where it does, the set that they come from, "hopper" or "portable".
         memory_plan: where weights are in each stage; None on a CPU.
     """
 
@@ -71,6 +73,7 @@ class EngineInfo:
     precision: str
     device: torch.device
     is_compiled: bool
+    kernels: KernelSet | None = None
     memory_plan: MemoryPlan | None = None
 
 
@@ -84,6 +87,7 @@ class Engine:
         precision: of the transformer's linears.
         device: where everything runs.
         is_compiled: whether the base transformer runs as captured graphs of fused kernels.
+        kernels: where it does, the set that they come from, "hopper" or "portable"; else None.
         vae: how frames are decoded, "fast", "plain" or "tensorrt".
         rank: of this process among those of `context_parallel`; only rank 0 takes requests.
         hooks: that are told of requests and stages.
@@ -105,6 +109,7 @@ class Engine:
         self.precision = info.precision
         self.device = info.device
         self.is_compiled = info.is_compiled
+        self.kernels = info.kernels
         is_engine = isinstance(components.turbo_vae, TensorRTVAE)
         self.vae = "tensorrt" if is_engine else "plain" if components.decoder is None else "fast"
         self.hooks = tuple(hooks)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from magihuman.graphs.quantization import KeepBf16
 from magihuman.graphs.support import why_not_decode
+from magihuman.kernels.target import Kernels
 from magihuman.runtime import config
 from magihuman.runtime.device import neutral, pick_device
 from magihuman.runtime.engine import blueprint
@@ -35,6 +36,7 @@ def load(
     precision: config.Precision | None = None,
     keep_bf16: KeepBf16 | None = None,
     compile: bool = True,  # noqa: A002 - what everybody calls it
+    kernels: Kernels = "auto",
     vae: config.Vae | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
@@ -67,6 +69,8 @@ def load(
             layer whose `linear_qkv` is kept has attention in bf16.
         compile: run the transformers as captured graphs of fused kernels where this machine can
             (`magihuman doctor` says); False runs the plain model.
+        kernels: of the compiled transformers: "auto", those for Hopper on Hopper and the portable
+            ones on every other GPU, or "portable", the latter everywhere. `Engine.kernels` tells.
         vae: how frames are decoded: "fast", by fused kernels and captured graphs, which needs a
             Hopper GPU, "plain", or "tensorrt", on the engines of a folder that `magihuman export`
             wrote, which turbo_vae names. By default "fast" where this machine can, else "plain".
@@ -105,6 +109,7 @@ def load(
             precision=precision,
             keep_bf16=keep_bf16,
             compile=compile,
+            kernels=kernels,
             vae=vae,
             device=device,
             revision=revision,

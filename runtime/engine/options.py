@@ -11,6 +11,7 @@ from typing import Self, get_args
 import torch
 
 from magihuman.graphs.quantization import KEEP_NONE, KeepBf16
+from magihuman.kernels.target import Kernels
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError, one_of
 from magihuman.runtime.hooks import Hooks
@@ -42,6 +43,7 @@ class LoadOptions:
     precision: config.Precision | None = None
     keep_bf16: KeepBf16 | None = None
     compile: bool = True
+    kernels: Kernels = "auto"
     vae: config.Vae | None = None
     device: str | torch.device | None = None
     revision: str | None = None
@@ -89,7 +91,9 @@ class LoadOptions:
     def for_transformers(self, device: torch.device) -> TransformerOptions:
         """What is asked of both transformers, on this device."""
         ranks = self.context_parallel
-        return TransformerOptions(device, self._policy, self.keep_bf16, self.compile, ranks)
+        return TransformerOptions(
+            device, self._policy, self.keep_bf16, self.compile, ranks, self.kernels
+        )
 
     def vae_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the autoencoders for images, on this device."""
@@ -103,6 +107,7 @@ class LoadOptions:
                 f"queue_limit must be a whole number from 0 up, got {self.queue_limit!r}"
             )
         one_of("sr", self.sr, (None, *config.SR_SIZES))
+        one_of("kernels", self.kernels, get_args(Kernels))
         if self.sr is None and self.sr_transformer is not None:
             raise InvalidRequestError(
                 f"sr_transformer must go with sr, got {os.fspath(self.sr_transformer)!r} without"

@@ -11,6 +11,7 @@ import torch
 
 from magihuman.graphs.quantization import KEEP_NONE, KeepBf16, dequantize_model, quantized_linears
 from magihuman.graphs.support import why_not
+from magihuman.kernels.target import Kernels
 from magihuman.runtime.config import DiTConfig, Variant
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model import DiT
@@ -31,6 +32,7 @@ class TransformerOptions:
         keep_bf16: the linears that stay bf16 beside fp8; None for those of its files, else none.
         compile: whether it runs as captured graphs of fused kernels, where the device can.
         ranks: processes that share its heads.
+        kernels: "auto" or "portable", as of `load`.
     """
 
     device: torch.device
@@ -38,6 +40,7 @@ class TransformerOptions:
     keep_bf16: KeepBf16 | None = None
     compile: bool = True
     ranks: int = 1
+    kernels: Kernels = "auto"
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
             options.device,
             fp8=precision.is_fp8,
             fp8_attention=precision.is_fp8_attention,
+            kernels=options.kernels,
         )
     if reason is None:
         return TransformerSpec(variant, config, folder, artifact, precision, quantized)

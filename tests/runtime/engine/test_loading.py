@@ -43,6 +43,7 @@ def copy_without(tiny_dir: Path, target: Path, *names: str) -> Path:
             {"precision": "fp16"},
             "precision must be one of 'bf16', 'fp32', 'fp8', 'fp8-attn', got 'fp16'",
         ),
+        ({"kernels": "hopper"}, "kernels must be one of 'auto', 'portable', got 'hopper'"),
         ({"device": "tpu"}, "device must be cpu, cuda or cuda:N, got 'tpu'"),
         ({"device": "meta"}, "device must be cpu, cuda or cuda:N, got 'meta'"),
         ({"device": 5}, "device must be cpu, cuda or cuda:N, got 5"),
@@ -152,6 +153,7 @@ def test_the_engine_says_what_it_is(tiny_dir):
     ) as engine:
         assert (engine.variant, engine.sr, engine.precision) == ("base", "1080p", "fp32")
         assert engine.device == torch.device("cpu")
+        assert not engine.is_compiled and engine.kernels is None
         parts = engine._parts
         for dit in (parts.dit, parts.sr_dit):
             assert {p.dtype for p in dit.parameters()} == {torch.float32}
