@@ -26,6 +26,15 @@ from magihuman.runtime.errors import (
     QueueFull,
 )
 from magihuman.runtime.hooks import Hooks, NvtxHooks, OpenTelemetryHooks, PrometheusHooks
+from magihuman.runtime.prompts import (
+    Enhancement,
+    Line,
+    Prompt,
+    PromptReport,
+    PromptWarning,
+    enhance,
+)
+from magihuman.runtime.prompts import check as check_prompt
 from magihuman.runtime.request import Chunk, Plan, Progress, Request, Video
 
 if TYPE_CHECKING:
@@ -42,8 +51,10 @@ __all__ = [
     "DeviceError",
     "Engine",
     "EngineUnusable",
+    "Enhancement",
     "Hooks",
     "InvalidRequestError",
+    "Line",
     "MagiHumanError",
     "NonFiniteError",
     "NvtxHooks",
@@ -52,10 +63,15 @@ __all__ = [
     "Plan",
     "Progress",
     "PrometheusHooks",
+    "Prompt",
+    "PromptReport",
+    "PromptWarning",
     "QueueFull",
     "Request",
     "Video",
+    "check_prompt",
     "convert",
+    "enhance",
     "load",
     "synthetic",
     "verify",

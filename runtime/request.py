@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError, shown
+from magihuman.runtime.prompts import Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -207,7 +208,7 @@ class RequestOptions(TypedDict, total=False):
 
 
 def request_of(
-    prompt: str | Request, options: RequestOptions, suited: ClipSize | None = None
+    prompt: str | Prompt | Request, options: RequestOptions, suited: ClipSize | None = None
 ) -> Request:
     """The request that a prompt and keywords make; a `Request` stands for all.
 
@@ -217,7 +218,8 @@ def request_of(
     """
     if not isinstance(prompt, Request):
         filled: RequestOptions = options if suited is None else {**suited, **options}
-        return Request(prompt=prompt, **filled)
+        text = str(prompt) if isinstance(prompt, Prompt) else prompt
+        return Request(prompt=text, **filled)
     if options:
         raise InvalidRequestError(
             f"a Request must stand alone, got {', '.join(options)} beside it; set it in the Request"

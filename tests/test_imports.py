@@ -116,7 +116,7 @@ def test_operators_are_registered_where_triton_is_not_installed():
 ROOMS = {
     "runtime": (
         "engine", "evaluate", "exported", "media", "memory", "model", "parallel", "pipeline",
-        "weights",
+        "prompts", "weights",
     ),
     "graphs": ("cuda_graphs", "decoder", "rewrite", "text", "transformer"),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from magihuman.runtime.cli.convert import convert, tiny
 from magihuman.runtime.cli.describe import doctor, explain, inspect
 from magihuman.runtime.cli.ending import orderly
 from magihuman.runtime.cli.generate import generate
+from magihuman.runtime.cli.prompt import prompt
 from magihuman.runtime.cli.score import score
 from magihuman.runtime.cli.serve import serve
 from magihuman.runtime.cli.verify import verify
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # brackets are no markup: 'magihuman[serve]'
 )
-for command in (serve, verify, score, generate, convert, tiny, inspect, doctor, explain):
+for command in (serve, verify, score, generate, prompt, convert, tiny, inspect, doctor, explain):
     app.command()(command)
 
 

@@ -31,6 +31,7 @@ from magihuman.runtime.media import Mp4Writer, check_output
 from magihuman.runtime.memory import MemoryPlan
 from magihuman.runtime.parallel import ContextParallel
 from magihuman.runtime.pipeline import Components, Limits, Pipeline
+from magihuman.runtime.prompts import Prompt
 from magihuman.runtime.request import (
     STANDARD_SIZE,
     ClipSize,
@@ -183,7 +184,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: str | Request,
+        prompt: str | Prompt | Request,
         *,
         save: str | os.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
@@ -194,7 +195,7 @@ class Engine:
         """Make one clip.
 
         Args:
-            prompt: or a `Request`, which stands for all options.
+            prompt: text, a `Prompt`, or a `Request`, which stands for all options.
             save: also write the clip to this mp4, as `Video.save` does, while it is being decoded.
                 The file appears whole or not at all.
             on_progress: called after every step with a `Progress`, from the thread that runs it.
@@ -219,7 +220,7 @@ class Engine:
 
     def generate_stream(
         self,
-        prompt: str | Request,
+        prompt: str | Prompt | Request,
         *,
         save: str | os.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
@@ -241,7 +242,7 @@ class Engine:
 
     async def agenerate(
         self,
-        prompt: str | Request,
+        prompt: str | Prompt | Request,
         *,
         save: str | os.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
@@ -260,7 +261,7 @@ class Engine:
 
     def agenerate_stream(
         self,
-        prompt: str | Request,
+        prompt: str | Prompt | Request,
         *,
         save: str | os.PathLike[str] | None = None,
         on_progress: ProgressCallback | None = None,
@@ -332,7 +333,7 @@ class Engine:
 
     def _arrive(
         self,
-        prompt: str | Request,
+        prompt: str | Prompt | Request,
         options: RequestOptions,
         save: str | os.PathLike[str] | None,
         on_progress: ProgressCallback | None,

@@ -22,7 +22,7 @@ from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.random_weights import Synthetic
 from magihuman.runtime.weights.reading import is_file, is_file_name
 from magihuman.runtime.weights.shipped import learnt, model_folder, sized, suited
-from magihuman.runtime.weights.t5gemma import load_text_encoder
+from magihuman.runtime.weights.t5gemma import load_text_encoder, token_counter
 from magihuman.runtime.weights.tiny import write_tiny
 from magihuman.runtime.weights.transformer import (
     TransformerOptions,
@@ -62,6 +62,7 @@ __all__ = [
     "random_weights",
     "sized",
     "suited",
+    "token_counter",
     "turbo_vae_files",
     "write_tiny",
 ]

@@ -7,7 +7,8 @@ the folder. So numbers alone are read from there, and the encoder is made and fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from magihuman.runtime.config import MOST_CHANNELS, MOST_LAYERS
 from magihuman.runtime.errors import CheckpointError, shown
 from magihuman.runtime.model import TextEncoder, is_panic, uncapped, with_tables
 from magihuman.runtime.weights.checkpoint import frozen, read_all, scan
+from magihuman.runtime.weights.locate import TEXT_FOLDER
 from magihuman.runtime.weights.quiet import quiet_transformers
 from magihuman.runtime.weights.reading import TensorInfo, exists, is_file, names, read_json
+from magihuman.runtime.weights.shipped import model_folder
 
 CONFIG_NAME, MODEL_TYPE = "config.json", "t5gemma"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
@@ -75,6 +78,30 @@ def load_text_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> T
         if not encoder.tokenize(PROBE)[0].numel():
             raise CheckpointError("its tokenizer finds no tokens in a text")
         return encoder
+
+
+def token_counter(model: str | os.PathLike[str]) -> Callable[[str], int]:
+    """A function that counts the tokens of a text, as the tokenizer of a model has them.
+
+    model: a directory in the published layout, or that of its text encoder, or "nano". No weights
+    are read. Raises `CheckpointError` where there is no tokenizer.
+    """
+    folder = model_folder(model)
+    path = folder / TEXT_FOLDER if exists(folder / TEXT_FOLDER) else folder
+    for wanted in ((CONFIG_NAME,), TOKENIZER_NAMES):
+        if not any(is_file(path / name) for name in wanted):
+            raise CheckpointError(
+                f"to count tokens, {path} must be a folder of a model with its text encoder, and"
+                f" lacks {' or '.join(wanted)}; without a model they are estimated"
+            )
+    with _refused(path), quiet_transformers():
+        tokenizer = _tokenizer(path, text_config(path / CONFIG_NAME, MOST_LAYERS))
+
+    def count(text: str) -> int:
+        with _refused(path):
+            return len(tokenizer([text])["input_ids"][0])
+
+    return count
 
 
 @contextmanager
