@@ -22,10 +22,12 @@ from magihuman import runtime
 from magihuman.runtime.cli.console import err, user_errors
 from magihuman.runtime.cli.ending import noted_signals
 from magihuman.runtime.cli.options import EngineOptions, ModelOption, takes_options
+from magihuman.runtime.cli.prompt import EnhanceOptions, enhancer_of
 from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, MIN_SECONDS, MIN_SIDE_PX
 from magihuman.runtime.serving.cluster.isolation import isolate
 
 if TYPE_CHECKING:
+    from magihuman.runtime.prompts import Enhancer
     from magihuman.runtime.serving.settings import Settings
 
 TOKEN_VARIABLE = "MAGIHUMAN_TOKEN"  # noqa: S105 - where it is, not what
@@ -36,7 +38,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(EngineOptions):
+class ServeOptions(EngineOptions, EnhanceOptions):
     """Where the server listens, what it keeps and takes, and its engines."""
 
     model: ModelOption
@@ -87,6 +89,7 @@ def serve(options: ServeOptions) -> None:
     """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
     with user_errors(), noted_signals() as is_told:
         token = _token(options.token_file)
+        enhancer = enhancer_of(options)
         _check_numbers(options)
         sizes = tuple(_size(text) for text in options.warmup or ())
         isolate()
@@ -98,7 +101,7 @@ def serve(options: ServeOptions) -> None:
         rows = _check_model(arguments, sizes)
         from magihuman.runtime.serving import app
 
-        settings = _settings(options, token, _memory_bytes(gpus), rows)
+        settings = _settings(options, token, _memory_bytes(gpus), rows, enhancer)
         engines = app.Engines(arguments, sizes, gpus > 0, options.min_replicas, max_replicas)
         _check_place(options, settings)
         _say(f"loading {options.model}")
@@ -140,13 +143,20 @@ def _max_replicas(options: ServeOptions, gpus: int) -> int:
     return most
 
 
-def _settings(options: ServeOptions, token: bytes | None, memory_bytes: int, rows: int) -> Settings:
+def _settings(
+    options: ServeOptions,
+    token: bytes | None,
+    memory_bytes: int,
+    rows: int,
+    enhancer: Enhancer | None = None,
+) -> Settings:
     """Return what the part that speaks HTTP is told.
 
     Args:
         token: SHA-256 of the bearer token.
         memory_bytes: of the device of an engine.
         rows: output rows of the transformer's widest linear.
+        enhancer: rewrites prompts, where somebody is to.
     """
     from magihuman.runtime.memory import estimate
     from magihuman.runtime.serving.settings import Capacity, Limits, Settings
@@ -170,6 +180,7 @@ def _settings(options: ServeOptions, token: bytes | None, memory_bytes: int, row
             pixels=options.max_pixels,
         ),
         suited=suited(model),
+        enhancer=enhancer,
         # The least that is taken, by fused kernels: what is refused would fit in no way.
         capacity=Capacity(
             memory_bytes,

@@ -91,6 +91,7 @@ class ServerRoutes:
             "max-seconds": f"{self.settings.limits.seconds:g}",
             "size": f"{width}x{height}",
             "turned-size": f"{height}x{width}",
+            "enhance": "hidden" if self.settings.enhancer is None else "",
         }
         for name, value in values.items():
             text = text.replace(f"{{{{{name}}}}}", value)

@@ -56,6 +56,10 @@ class VideoOptions(BaseModel):
     seed: int = Field(42, ge=0, le=MAX_SEED, description="Same seed, same clip.")
     negative_prompt: str | None = Field(None, description="What guidance moves away from.")
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    enhance: bool = Field(
+        False,
+        description="Have the prompt rewritten first, by the endpoint of this server's operator.",
+    )
     guidance_scale: float | None = Field(
         None, ge=1, le=100, allow_inf_nan=False, description="Of the base model; 1 turns it off."
     )

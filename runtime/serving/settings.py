@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from magihuman.runtime.prompts import Enhancer
 from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, STANDARD_SIZE, ClipSize, Plan
 
 
@@ -74,6 +75,7 @@ class Settings:
         limits: what clients may send.
         suited: length and size of a video that is asked for without.
         capacity: of each engine, where it is known; what has no room is refused.
+        enhancer: rewrites prompts for clients who ask for that; None refuses them.
     """
 
     folder: Path
@@ -87,6 +89,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     suited: ClipSize = field(default_factory=lambda: ClipSize(**STANDARD_SIZE))
     capacity: Capacity | None = None
+    enhancer: Enhancer | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Store:
         with suppress(OSError):
             close_to_others(self.video(job))
         job.status, job.progress = Status.COMPLETED, 100
-        job.timings_s, job.warnings = dict(timings_s), list(warnings)
+        job.timings_s, job.warnings = dict(timings_s), [*job.warnings, *warnings]
         self._end(job)
 
     def fail(self, job: Job, code: str, message: str) -> None:

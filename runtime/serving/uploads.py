@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
 from magihuman.runtime.media import Decoders, ImageTask, SoundTask
+from magihuman.runtime.prompts import picture
 from magihuman.runtime.request import Plan
 from magihuman.runtime.serving.errors import (
     MAX_NAME,
@@ -42,6 +44,7 @@ FORM, JSON = "multipart/form-data", "application/json"
 MAX_FIELDS = 32
 CHAR_BYTES = 12  # of a character in JSON, written as two halves of a surrogate pair
 RETRY_S = 30  # for a process that decodes to start
+ENHANCING = threading.BoundedSemaphore(2)  # of those that fill folders; the others go on
 DECODERS = Decoders()  # of this process; it starts none before the first upload or `warm`
 
 
@@ -74,11 +77,16 @@ class Upload:
 
 @dataclass(frozen=True)
 class NewVideo:
-    """A job that can be written, with what was uploaded for it."""
+    """A job that can be written, with what was uploaded for it.
+
+    Attributes:
+        is_enhanced: whether the prompt is rewritten first.
+    """
 
     job: Job
     uploads: list[Upload]
     settings: Settings
+    is_enhanced: bool = False
 
     def fill(self, folder: Path) -> None:
         """Put the uploads into the folder, once, and refuse what cannot be used. Takes seconds."""
@@ -91,8 +99,26 @@ class NewVideo:
                         file.write(piece)
                 self._decode(upload.name, source, folder / name)
                 source.unlink()
+            self._enhance(folder / IMAGE)
         finally:
             self.close()
+
+    def _enhance(self, image: Path) -> None:
+        """Have the prompt rewritten, where that is asked for. image: decoded, if there is one."""
+        enhancer = self.settings.enhancer if self.is_enhanced else None
+        if enhancer is None:
+            return
+        if not ENHANCING.acquire(blocking=False):
+            self.job.warnings.append("the prompt was not rewritten: too many are at once")
+            return
+        try:
+            shown_image = picture(image) if image.exists() else None
+            seconds = self.job.options["seconds"]
+            made = enhancer.enhance(self.job.prompt, seconds=seconds, image=shown_image)
+        finally:
+            ENHANCING.release()
+        self.job.prompt = made.text
+        self.job.warnings.extend(map(str, made.warnings))
 
     def close(self) -> None:
         """Remove what was uploaded. May be called again."""
@@ -209,6 +235,9 @@ def _checked(
     if options.model not in (None, settings.model):
         message = f"model must be {settings.model!r}, the one served, got {shown(options.model)!r}"
         raise ApiError(404, "model_not_found", message, "model")
+    if options.enhance and settings.enhancer is None:
+        message = "enhance needs a server that was started with --enhance; leave it out on this one"
+        raise invalid(message, "enhance")
     for name in ("prompt", "negative_prompt"):
         text = getattr(options, name)
         if text is not None and len(text) > limits.prompt_chars:
@@ -235,7 +264,7 @@ def _checked(
     except InvalidRequestError as error:
         raise invalid(str(error)) from None
     _check_room(plan, options, settings)
-    return NewVideo(job, uploads, settings)
+    return NewVideo(job, uploads, settings, options.enhance)
 
 
 def _check_room(plan: Plan, options: VideoOptions, settings: Settings) -> None:
