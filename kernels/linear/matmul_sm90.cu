@@ -436,6 +436,7 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
     u32 empty = full + STAGES * 8;
     u32 panel_full = empty + STAGES * 8;
     u32 panel_empty = panel_full + RING_PANELS * 8;
+    u32 turn = panel_empty + RING_PANELS * 8;  // of each consumer to put its panels
     u32 rank = cluster_rank();
     if (threadIdx.x == 0) {
         for (u32 slot = 0; slot < STAGES; ++slot) {
@@ -446,6 +447,7 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
             barrier_init(panel_full + slot * 8, WARP_GROUP);
             barrier_init(panel_empty + slot * 8, EPILOGUE == STORE ? 1 : FINISHERS);
         }
+        for (u32 consumer = 0; consumer < CONSUMERS; ++consumer) barrier_init(turn + consumer * 8, 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
@@ -504,6 +506,10 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
         u32 thread = threadIdx.x % WARP_GROUP;
         u32 line = thread / 32 * 16 + thread % 32 / 4;  // and the line 8 below
         u32 put_panels = 0;  // by both consumers
+        // They put in the order in which panels are finished. A barrier tells two phases apart: one
+        // that came here while the other's panels of the tile before it wait for room would take
+        // the room that was given two rounds ago for its own.
+        u32 mine = turn + consumer * 8, other = turn + (consumer ^ 1) * 8, turn_parity = consumer ^ 1;
         float sums[COLUMNS / 2];
         scales += consumer * COLUMNS * 4;
         // One stays this far behind the other, so that it multiplies while the other puts its sums.
@@ -521,6 +527,11 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
                     barrier_wait(full + slot * 8, count / STAGES % 2);
                     if (thread < CLUSTER) barrier_arrive(empty + slot * 8, thread);
                 }
+                if (thread == 0) {
+                    barrier_wait(mine, turn_parity);
+                    barrier_arrive_here(other);
+                }
+                turn_parity ^= 1;
                 continue;
             }
             float row_scales[2];
@@ -549,9 +560,12 @@ matmul(const __grid_constant__ Maps maps, const __grid_constant__ Shape shape) {
             multiply_wait<0>();
             if (thread < CLUSTER) barrier_arrive(empty + (count + STAGES - 1) % STAGES * 8, thread);
             if (FP8) asm volatile("cp.async.wait_all;" ::: "memory");
+            if (thread == 0) barrier_wait(mine, turn_parity);
+            turn_parity ^= 1;
             group_sync(consumer + 1);  // all scales are there
             put_all<0>(sums, panels, panel_full, panel_empty, first_panel, scales, row_scales);
             group_sync(consumer + 1);  // nobody brings the next tile's scales before all have read
+            if (thread == 0) barrier_arrive_here(other);
         }
     }
     if (EPILOGUE == STORE && threadIdx.x == 32) {

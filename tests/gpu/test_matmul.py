@@ -102,6 +102,39 @@ def test_fp8_product(
         assert golden.error(ours, exact) <= 1.1 * golden.error(plain, exact) + 3e-3
 
 
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("route", routes.TILES)
+@pytest.mark.parametrize("epilogue", ["store", "gelu7", "swiglu7", "add"])
+@pytest.mark.parametrize("counts", [None, (9000, 100, 5000)])
+def test_tiles_that_are_multiplied_faster_than_finished(
+    counts: ref.Counts | None, epilogue: Epilogue, route: str, fp8: bool
+) -> None:
+    """A depth of one block: the product of the next tile is there long before the last is in
+    memory, again and again, and some tiles have rows for one consumer only.
+    """
+    rows, depth, columns = 14_100, 64, 2112
+    x, weight = randn(rows, depth), randn(columns * (3 if counts else 1), depth) / 8
+    scales: tuple[Tensor, ...] = ()
+    if fp8:
+        (x, *a), (weight, *b) = ref.quantize_rows(x), ref.quantize_rows(weight)
+        scales = a[0], b[0]
+        product = ref.per_modality(
+            lambda u, v: u @ v.t(),
+            ref.dequantize_rows(x, scales[0]),
+            ref.dequantize_rows(weight, scales[1]),
+            counts,
+        )
+    else:
+        product = ref.per_modality(lambda u, v: u @ v.t(), x.float(), weight.float(), counts)
+    fn = {"store": lambda u: u, "add": lambda u: u, "gelu7": ref.gelu7, "swiglu7": ref.swiglu7}
+    exact = fn[epilogue](product)
+    dtype = torch.float32 if epilogue == "add" else torch.bfloat16
+    for _ in range(20):
+        out = torch.full_like(exact, 0.0 if epilogue == "add" else float("nan"), dtype=dtype)
+        routes.matmul(x, weight, out, counts, epilogue, routes.TILES[route], *scales)
+        assert golden.error(out, exact) <= 6e-3
+
+
 @pytest.mark.parametrize("route", routes.TILES)
 @pytest.mark.parametrize("counts", [None, (150, 1, 149)])
 def test_fp8_product_of_odd_weights(route: str, counts: ref.Counts | None) -> None:
