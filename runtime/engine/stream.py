@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
+import os
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
@@ -21,9 +23,11 @@ Result = TypeVar("Result")
 Emit = Callable[[Chunk], None]
 Part = Chunk | BaseException | None  # a piece, why there are no more, or that it was the last
 
+MOST_THREADS = 4096  # requests of a process that wait or run; beyond, they wait for these
 
-def spawn(work: Callable[[], Result]) -> tuple[threading.Thread, Future[Result]]:
-    """Run work in a thread of its own, in the caller's context; the future has its result."""
+
+def spawn(work: Callable[[], Result]) -> Future[Result]:
+    """Run work in another thread, in the caller's context; the future has its result."""
     future: Future[Result] = Future()
     context = contextvars.copy_context()
 
@@ -36,20 +40,30 @@ def spawn(work: Callable[[], Result]) -> tuple[threading.Thread, Future[Result]]
         else:
             future.set_result(result)
 
-    thread = threading.Thread(target=run, name="magihuman")
-    thread.start()
-    return thread, future
+    _threads(os.getpid()).submit(run)
+    return future
+
+
+@functools.cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """The threads of this process, which wait for the next work once they have done theirs.
+
+    The memory that a thread frees stays in an arena of the C library, one of up to eight for each
+    processor, and each new thread takes any of them: with a thread for each clip, more and more of
+    them hold a clip's worth.
+    """
+    return ThreadPoolExecutor(MOST_THREADS, "magihuman")
 
 
 def awaited(limits: Limits, work: Callable[[], Result]) -> Awaitable[Result]:
-    """Run work in a thread of its own, from now on, for an event loop to await.
+    """Run work in another thread, from now on, for an event loop to await.
 
     A task that is cancelled while it awaits the result ends the request by its limits, and returns
     once the work has ended.
     """
-    _, future = spawn(work)
+    future = spawn(work)
 
-    async def wait() -> Result:
+    async def result_of() -> Result:
         result = asyncio.wrap_future(future)
         try:
             return await asyncio.shield(result)
@@ -59,7 +73,7 @@ def awaited(limits: Limits, work: Callable[[], Result]) -> Awaitable[Result]:
                 await result
             raise
 
-    return wait()
+    return result_of()
 
 
 class Chunker:
@@ -106,6 +120,7 @@ class _Pipe:
     """Chunks on their way from one thread to another, or to an event loop."""
 
     def __init__(self) -> None:
+        self.maker: int | None = None  # the thread that makes chunks, while it does
         self._changed = threading.Lock()
         self._ready: deque[Part] = deque()
         self._waiting: Future[Part] | None = None
@@ -138,7 +153,7 @@ class _Pipe:
 class Stream:
     """The chunks of one clip, in order: an iterator, and a context that closes itself.
 
-    The clip is made in a thread of its own, whether or not chunks are taken, so a slow consumer
+    The clip is made in another thread, whether or not chunks are taken, so a slow consumer
     does not hold the device. A stream that nobody holds any more is cancelled.
     """
 
@@ -149,14 +164,17 @@ class Stream:
         self._pipe = pipe = _Pipe()
 
         def run() -> None:
+            pipe.maker = threading.get_ident()
             try:
                 work(pipe.put)
             except BaseException as error:  # raised in the consumer's thread
                 pipe.put(error)
             else:
                 pipe.put(None)
+            finally:
+                pipe.maker = None
 
-        self._thread, _ = spawn(run)  # which holds the pipe, not the stream
+        self._made = spawn(run)  # which holds the pipe, not the stream
 
     def __iter__(self) -> Self:
         return self
@@ -189,8 +207,8 @@ class Stream:
         self._callers.check_process()
         self._is_over = True
         self._limits.stop.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        if self._pipe.maker != threading.get_ident():
+            wait([self._made])
 
     async def take(self) -> Chunk | None:
         """The next chunk, None after the last; cancelling this cancels the clip."""

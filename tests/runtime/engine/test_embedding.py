@@ -312,12 +312,12 @@ def test_a_stream_that_is_forgotten_is_cancelled(fresh):
     gate = Gate()
     stream = fresh.generate_stream("hi", **{**SMALL, "steps": 1000}, on_progress=gate)
     assert gate.reached.wait(60)
-    thread = stream._thread
+    made = stream._made
     del stream
     gc.collect()
     gate.opened.set()
-    thread.join(60)
-    assert not thread.is_alive() and fresh.queue_length == 0
+    made.result(60)
+    assert fresh.queue_length == 0
     assert gate.reports == 1  # of a thousand steps
 
 
