@@ -40,6 +40,7 @@ from magihuman.runtime.request import Chunk, Plan, Progress, Request, Video
 if TYPE_CHECKING:
     from magihuman.runtime.engine import Engine, load
     from magihuman.runtime.evaluate import verify
+    from magihuman.runtime.media import Output
     from magihuman.runtime.weights import Synthetic as synthetic
     from magihuman.runtime.weights import convert, write_tiny
 
@@ -59,6 +60,7 @@ __all__ = [
     "NonFiniteError",
     "NvtxHooks",
     "OpenTelemetryHooks",
+    "Output",
     "OutputError",
     "Plan",
     "Progress",
@@ -80,6 +82,7 @@ __all__ = [
 
 _LAZY = {
     "Engine": ("engine", "Engine"),
+    "Output": ("media", "Output"),
     "convert": ("weights", "convert"),
     "load": ("engine", "load"),
     "synthetic": ("weights", "Synthetic"),

@@ -19,6 +19,8 @@ from magihuman.runtime.prompts import Prompt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from magihuman.runtime.media import Origin
+
 
 MIN_SECONDS, MAX_SECONDS = 0.2, 60.0
 MIN_SIDE_PX, MAX_SIDE_PX = 32, 4096
@@ -355,6 +357,8 @@ class Video:
         timings_s: seconds per stage, in order; "queue" is time spent waiting for others.
         seed: the request's.
         warnings: where the clip differs from what was asked for, and why.
+        prompt: the request's.
+        model: the name of the model that has made it.
     """
 
     frames: npt.NDArray[np.uint8]
@@ -364,20 +368,60 @@ class Video:
     timings_s: dict[str, float] = field(default_factory=dict)
     seed: int = 0
     warnings: tuple[str, ...] = ()
+    prompt: str = ""
+    model: str = ""
+
+    def __repr__(self) -> str:
+        height, width = self.frames.shape[1:3]
+        return (
+            f"<Video of {len(self.frames)} frames of {width}x{height}, {self.duration_s:.2f} s,"
+            f" seed {self.seed}>"
+        )
 
     @property
     def duration_s(self) -> float:
         """Seconds that the picture lasts."""
         return len(self.frames) / self.fps
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write an mp4 (H.264, yuv420p, AAC, ready for streaming) and return its path.
+    @property
+    def origin(self) -> Origin:
+        """What a file's tags say of it."""
+        from magihuman.runtime.media import Origin
+
+        is_known = bool(self.prompt or self.model)  # else a caller has made it of frames
+        return Origin(self.prompt, self.seed if is_known else None, self.model)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        crf: int | None = None,
+        preset: str | None = None,
+        tags: bool = True,
+    ) -> Path:
+        """Write the clip in the format of the path's suffix, and return its absolute path.
+
+        The file appears whole or not at all. path, crf, preset, tags: as of `Output`; an mp4 is of
+        H.264 (yuv420p) and AAC, ready for streaming.
+
+        Raises:
+            OutputError: the suffix is none that is known, or the file cannot be written.
+            InvalidRequestError: the format has no such rate factor or preset.
+        """
+        from magihuman.runtime.media import Output, write_clip
+
+        output = Output(path, crf, preset, tags)
+        origin = self.origin
+        return write_clip(output, self.frames, self.audio, self.fps, self.sample_rate_hz, origin)
+
+    def save_thumbnail(self, path: str | os.PathLike[str]) -> Path:
+        """Write the frame in the middle as WebP, JPEG or PNG, at most 512 pixels on a side.
 
         The file appears whole or not at all. Raises `OutputError`.
         """
-        from magihuman.runtime.media import write_mp4
+        from magihuman.runtime.media import write_thumbnail
 
-        return write_mp4(Path(path), self.frames, self.audio, self.fps, self.sample_rate_hz)
+        return write_thumbnail(Path(path), self.frames)
 
 
 def _is_unicode(text: str) -> bool:

@@ -39,11 +39,44 @@ class ComponentOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(EngineOptions, ComponentOptions, LimitOptions, JsonOptions):
+class FileFormatOptions:
+    """How the file of a clip is encoded, and what it says."""
+
+    crf: Annotated[
+        int | None,
+        typer.Option(
+            help="Rate factor, lower is better: 0 to 51 for mp4 (17), 0 to 63 for webm (24)."
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Of x264, for mp4: ultrafast to veryslow, by default veryfast."),
+    ] = None
+    tags: Annotated[
+        bool, typer.Option(help="Name prompt, seed, model and version in the file.")
+    ] = True
+    thumbnail: Annotated[
+        Path | None,
+        typer.Option(help="Also write the frame in the middle, as .webp, .jpg or .png."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(
+    EngineOptions, ComponentOptions, LimitOptions, FileFormatOptions, JsonOptions
+):
     """A clip and the engine that makes it."""
 
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is seen and said.")]
-    output: Annotated[Path, typer.Option("--out", "-o", help="The mp4 to write.")]
+    path: Annotated[
+        str,  # as it is given: a path of Python has no slash at its end
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Ends in .mp4, .webm, .gif or .wav; or in / for a new folder of PNG files.",
+        ),
+    ]
     model: ModelOption = NANO
     image: Annotated[
         Path | None, typer.Option(help="Reference image; becomes the first frame.")
@@ -84,6 +117,11 @@ class GenerateOptions(EngineOptions, ComponentOptions, LimitOptions, JsonOptions
         int, typer.Option(help="GPUs, from --device on, that make the clip together.")
     ] = 1
 
+    @property
+    def output(self) -> runtime.Output:
+        """The file to write, and how."""
+        return runtime.Output(self.path, self.crf, self.preset, self.tags)
+
     def request(self) -> runtime.Request:
         """Return the clip asked for, by default at the length and size that suit the model."""
         from magihuman.runtime.weights import sized
@@ -121,7 +159,7 @@ class GenerateOptions(EngineOptions, ComponentOptions, LimitOptions, JsonOptions
 
 @takes_options
 def generate(options: GenerateOptions) -> None:
-    """Make one clip and write it as an mp4 with sound."""
+    """Make one clip and write it, as an mp4 with sound or in another format by its suffix."""
     with user_errors():
         request = options.request()
         _check_before_loading(request, options)
@@ -132,15 +170,17 @@ def generate(options: GenerateOptions) -> None:
             load_s = time.perf_counter() - start
             with engine:
                 video = engine.generate(request, save=options.output, on_progress=bar.on_progress)
+        if options.thumbnail is not None:
+            video.save_thumbnail(options.thumbnail)
         timings_s = {"load": load_s, **video.timings_s}
-        print_result(options.output.absolute(), video, timings_s, options.as_json)
+        print_result(options.output.file, video, timings_s, options.as_json)
 
 
 def _check_before_loading(request: runtime.Request, options: GenerateOptions) -> None:
     """Refuse before weights are read what can be: plan, input files, the output's place."""
     from magihuman.runtime import config
     from magihuman.runtime.errors import one_of
-    from magihuman.runtime.media import check_output
+    from magihuman.runtime.media import check_output, check_thumbnail
 
     variant, sr = options.variant, options.sr
     one_of("variant", variant, config.BASE_VARIANTS)
@@ -156,3 +196,5 @@ def _check_before_loading(request: runtime.Request, options: GenerateOptions) ->
 
         open_driving_audio(request.audio, request.seconds)
     check_output(options.output, config.video_frames(plan.frames), *plan.size_px)
+    if options.thumbnail is not None:
+        check_thumbnail(options.thumbnail)

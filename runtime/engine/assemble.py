@@ -49,6 +49,7 @@ def assemble(components: Components, blueprint: Blueprint, team: Team | None = N
         is_compiled=is_compiled,
         kernels=target_of(options.kernels, device).kernels if is_compiled else None,
         memory_plan=blueprint.placer.plan,
+        model=options.name,
     )
     shared = None
     if team is not None:

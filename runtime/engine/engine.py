@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -27,7 +26,7 @@ from magihuman.runtime.engine.warmup import Size, requests_of, warm
 from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
 from magihuman.runtime.exported import TensorRTVAE
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
-from magihuman.runtime.media import Mp4Writer, check_output
+from magihuman.runtime.media import ClipWriter, Output, check_output
 from magihuman.runtime.memory import MemoryPlan
 from magihuman.runtime.parallel import ContextParallel
 from magihuman.runtime.pipeline import Components, Limits, Pipeline
@@ -51,7 +50,7 @@ class Call:
 
     request: Request
     ticket: Ticket
-    save: Path | None
+    save: Output | None
     on_progress: ProgressCallback | None
 
 
@@ -67,6 +66,7 @@ class EngineInfo:
         is_compiled: whether the base transformer runs as captured graphs of fused kernels.
         kernels: where it does, the set that they come from, "hopper" or "portable".
         memory_plan: where weights are in each stage; None on a CPU.
+        model: its name.
     """
 
     variant: config.Variant
@@ -76,6 +76,7 @@ class EngineInfo:
     is_compiled: bool
     kernels: KernelSet | None = None
     memory_plan: MemoryPlan | None = None
+    model: str = ""
 
 
 class Engine:
@@ -83,6 +84,7 @@ class Engine:
     order of arrival, one at a time on the device, while neighbours encode and write files.
 
     Attributes:
+        model: its name, of a folder's path the last part.
         variant: the base variant's name.
         sr: None, "540p" or "1080p".
         precision: of the transformer's linears.
@@ -105,6 +107,7 @@ class Engine:
     ) -> None:
         """shared: what this process does together with others, where it is one of a team."""
         self.memory_plan = info.memory_plan
+        self.model = info.model
         self.variant = info.variant.name
         self.sr = info.sr
         self.precision = info.precision
@@ -122,6 +125,11 @@ class Engine:
         self._failures = Failures(info.device, self._queue)
         self._context_parallel = shared
         self.rank = 0 if shared is None else shared.team.rank
+
+    def __repr__(self) -> str:
+        parts = [self.variant, *([self.sr] if self.sr else []), self.precision]
+        state = "" if self.is_usable else ", unusable"
+        return f"<Engine {self.model}: {' '.join(parts)} on {self.device}{state}>"
 
     def __enter__(self) -> Self:
         return self
@@ -186,7 +194,7 @@ class Engine:
         self,
         prompt: str | Prompt | Request,
         *,
-        save: str | os.PathLike[str] | None = None,
+        save: str | os.PathLike[str] | Output | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
@@ -196,8 +204,8 @@ class Engine:
 
         Args:
             prompt: text, a `Prompt`, or a `Request`, which stands for all options.
-            save: also write the clip to this mp4, as `Video.save` does, while it is being decoded.
-                The file appears whole or not at all.
+            save: also write the clip to this path, as `Video.save` does, while it is being decoded;
+                an `Output` says how it is encoded. The file appears whole or not at all.
             on_progress: called after every step with a `Progress`, from the thread that runs it.
             cancel: an event checked between steps and while waiting; once set, `Cancelled` is
                 raised.
@@ -209,7 +217,7 @@ class Engine:
         Raises:
             InvalidRequestError: the request cannot be served; nothing has run.
             QueueFull: too many wait already.
-            OutputError: `save` cannot be written.
+            OutputError: `save` cannot be written, or has a suffix that is not known.
             Cancelled, DeadlineExceeded: see above. The engine stays usable.
             DeviceError: the device ran out of memory. The engine stays usable.
             EngineUnusable: the GPU has failed for good, now or before.
@@ -222,7 +230,7 @@ class Engine:
         self,
         prompt: str | Prompt | Request,
         *,
-        save: str | os.PathLike[str] | None = None,
+        save: str | os.PathLike[str] | Output | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
@@ -244,7 +252,7 @@ class Engine:
         self,
         prompt: str | Prompt | Request,
         *,
-        save: str | os.PathLike[str] | None = None,
+        save: str | os.PathLike[str] | Output | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
@@ -263,7 +271,7 @@ class Engine:
         self,
         prompt: str | Prompt | Request,
         *,
-        save: str | os.PathLike[str] | None = None,
+        save: str | os.PathLike[str] | Output | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
@@ -335,7 +343,7 @@ class Engine:
         self,
         prompt: str | Prompt | Request,
         options: RequestOptions,
-        save: str | os.PathLike[str] | None,
+        save: str | os.PathLike[str] | Output | None,
         on_progress: ProgressCallback | None,
         cancel: threading.Event | None,
         deadline_s: float | None,
@@ -343,7 +351,8 @@ class Engine:
         """Check what costs nothing to check, and take a place in the queue."""
         self._callers.check("a request")
         self._check_rank()
-        path = None if save is None else Path(save)  # what can raise, before there is a place
+        # What can raise, before there is a place.
+        output = None if save is None else Output.of(save)
         try:
             limits = Limits(cancel, deadline_s)
             request = request_of(prompt, options, self._suited)
@@ -352,7 +361,7 @@ class Engine:
             with self._span(REQUEST, self._queue.join(Limits(), error).number):
                 raise
         ticket = self._queue.join(limits)
-        call = Call(request, ticket, path, on_progress)
+        call = Call(request, ticket, output, on_progress)
         if ticket.refusal is not None:
             self._serve(call)
         return call
@@ -401,9 +410,9 @@ class Engine:
                 if encoded is None:
                     encoded = pipeline.encode(prepared)
                 video, audio = pipeline.sample(encoded)
-                file: Mp4Writer | None = None
+                file: ClipWriter | None = None
                 if call.save is not None:
-                    file = files.enter_context(pipeline.writer(call.save, video))
+                    file = files.enter_context(pipeline.writer(call.save, self.model, video))
                 on_window = None if chunker is None else chunker.add
                 frames, wave = pipeline.decode(video, audio, file, on_window)
             del encoded, video, audio, pipeline.components  # not held while the file is finished
@@ -419,6 +428,8 @@ class Engine:
                 timings_s=pipeline.timings_s,
                 seed=call.request.seed,
                 warnings=plan.warnings,
+                prompt=call.request.prompt,
+                model=self.model,
             )
             if chunker is not None:
                 chunker.finish(clip)

@@ -65,6 +65,14 @@ class LoadOptions:
         return dataclasses.replace(self, device=None, on_load=None, hooks=())
 
     @property
+    def name(self) -> str:
+        """The model's name: a hub id as it is, of a path the last part."""
+        if isinstance(self.model, Synthetic):
+            return "synthetic"
+        model = os.fspath(self.model)
+        return os.path.basename(os.path.abspath(model)) if os.path.exists(model) else model
+
+    @property
     def base(self) -> config.Variant:
         """The variant of the base transformer."""
         return config.VARIANTS[self._variant]

@@ -2,30 +2,37 @@
 
 `image` and `sound` read what a request names, `voice` a sound as a driving voice. `colour`,
 `orientation`, `png` and `jpeg` are parts of the one, `downmix` and `ogg` of the other,
-`guard` of both; `apart` does it in processes of their own. `mp4` writes clips and reads them back,
-over `clip`; `output` makes other files of them.
+`guard` of both; `apart` does it in processes of their own. `mp4` writes films and reads them back,
+over `clip`; `output` has all formats, and stills.
 `quality` says how far two clips are apart.
 """
 
 from magihuman.runtime.media import quality
 from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
+from magihuman.runtime.media.clip import ClipWriter, Origin, Output
 from magihuman.runtime.media.image import fit, open_image
-from magihuman.runtime.media.mp4 import Mp4Writer, check_output, read_frames, write_mp4
+from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, write_mp4
 from magihuman.runtime.media.output import (
+    check_output,
     check_thumbnail,
     spritesheet,
     thumbnail,
+    write_clip,
     write_thumbnail,
+    writer_type,
 )
 from magihuman.runtime.media.quality import Frames, psnr_db
 from magihuman.runtime.media.sound import read_audio
 from magihuman.runtime.media.voice import open_driving_audio
 
 __all__ = [
+    "ClipWriter",
     "Decoders",
     "Frames",
     "ImageTask",
     "Mp4Writer",
+    "Origin",
+    "Output",
     "SoundTask",
     "check_output",
     "check_thumbnail",
@@ -38,6 +45,8 @@ __all__ = [
     "read_frames",
     "spritesheet",
     "thumbnail",
+    "write_clip",
     "write_mp4",
     "write_thumbnail",
+    "writer_type",
 ]

@@ -1,39 +1,44 @@
-"""The mp4 of a clip, through PyAV: H.264 and AAC, written while frames are still being made."""
+"""Films through PyAV, written while frames are still being made; the mp4, of H.264 and AAC."""
 
 from __future__ import annotations
 
-import queue
 import threading
+from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from magihuman.runtime.errors import InvalidRequestError, OutputError
-from magihuman.runtime.files import atomic_path, sync
-from magihuman.runtime.media.clip.place import check_place
+from magihuman.runtime.media.clip import NOTHING_KNOWN, ClipWriter, Origin, Output, mark
+from magihuman.runtime.media.clip import Frames as _Frames
+from magihuman.runtime.media.clip import GivenUpError as _GivenUpError
+from magihuman.runtime.media.clip import Sound as _Sound
 from magihuman.runtime.media.guard import readable, tolerant
 
 ENCODER = {
     "preset": "veryfast",
     "crf": "17",
 }  # the rate factor fixes the quality, the preset the size
-# The index goes first, and pictures wait for the sound to be in order, however late it comes.
-CONTAINER = {"movflags": "+faststart", "max_interleave_delta": "0"}
+PRESETS = (
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow",
+)  # fmt: skip
+# The index goes first, tags have any name, and pictures wait for the sound to be in order, however
+# late it comes.
+CONTAINER = {"movflags": "+faststart+use_metadata_tags", "max_interleave_delta": "0"}
 # At this rate no worse than the default coder, which takes five times as long.
 AUDIO_ENCODER = {"aac_coder": "fast"}
 AUDIO_BIT_RATE = 192_000
 AUDIO_BLOCK = 1024
+KEYFRAME_S = 2  # from one at which players can begin, and cutters cut, to the next
 BT709 = 1  # code point of ITU-T H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
 LOCAL = {"protocol_whitelist": "file"}
-BITS_PER_PIXEL = 2  # far above what H.264 needs at this quality, for the check of free space
+BITS_PER_PIXEL = 2  # far above what encoders need at this quality
 
 
 def write_mp4(
@@ -42,155 +47,80 @@ def write_mp4(
     audio: npt.NDArray[np.float32],
     fps: int,
     sample_rate_hz: int,
+    origin: Origin = NOTHING_KNOWN,
 ) -> Path:
     """H.264 (yuv420p, BT.709) and AAC, index first, whole or not at all.
 
-    frames: [T, H, W, 3] RGB. audio: [samples, 2], cut to the picture's length.
+    frames: [T, H, W, 3] RGB. audio: [samples, 2], cut to the picture's length. origin: what its
+    tags say.
     """
     count, height, width = frames.shape[:3]
-    with Mp4Writer(path, count, width, height, fps, sample_rate_hz) as writer:
+    with Mp4Writer(path, count, width, height, fps, sample_rate_hz, origin) as writer:
         writer.add_sound(audio)
         writer.add(frames)
         return writer.finish()
 
 
-class Mp4Writer:
-    """Writes an mp4 as `write_mp4` does, in a thread of its own, while frames are still being made.
+class FilmWriter(ClipWriter):
+    """Writes picture and sound into a container. A class over it says which, and what encodes."""
 
-    A context that ends without `finish` leaves nothing of the file, and raises nothing of its own.
-    """
+    bits_per_pixel = BITS_PER_PIXEL
+    container: ClassVar[str]
+    container_options: ClassVar[dict[str, str]]
+    marks: ClassVar[dict[str, str]] = {}  # tags that say that a model has made it
 
-    def __init__(
-        self,
-        path: Path,
-        frames: int,
-        width_px: int,
-        height_px: int,
-        fps: int,
-        sample_rate_hz: int,
-    ) -> None:
-        """Raises `OutputError` where such a clip could not be written. Nothing is written yet."""
-        self.path = path.absolute()
-        check_output(self.path, frames, width_px, height_px)
-        self._frames, self._fps, self._rate = frames, fps, sample_rate_hz
-        self._size = width_px, height_px
-        self._parts: queue.SimpleQueue[_Frames | _Sound | _End] = queue.SimpleQueue()
-        self._muxing = threading.Lock()  # pictures and sound come from two threads
-        self._error: BaseException | None = None
-        self._is_finished = self._is_given_up = False
-        self._thread = threading.Thread(target=self._run, name="mp4", daemon=True)
-        self._thread.start()
+    @abstractmethod
+    def _add_streams(self, container: Any) -> tuple[Any, Any]:
+        """Add a stream for the picture and one for the sound, which have their encoders."""
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def _keyframe_distance(self) -> str:
+        return str(KEYFRAME_S * self._fps)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not self._is_finished:
-            self._is_given_up = True  # what waits to be encoded is not
-            self._parts.put(_End(is_wanted=False))
-            self._thread.join()
-
-    def add(
-        self, frames: npt.NDArray[np.uint8], planes: npt.NDArray[np.uint8] | None = None
-    ) -> None:
-        """The next frames, [n, H, W, 3]; they are read later and must stay as they are.
-
-        planes: what `kernels/decoder/reference.py`'s `to_yuv420` makes of them, if made already:
-            [n, 3 H / 2, W], of H a multiple of 4.
-        """
-        self._parts.put(_Frames(frames, planes))
-
-    def add_sound(self, audio: npt.NDArray[np.float32]) -> None:
-        """All of the sound, [samples, 2], at any time; from any thread."""
-        self._parts.put(_Sound(audio))
-
-    def finish(self) -> Path:
-        """Wait for the file, once all frames and the sound are added. Before, there is none.
-
-        Raises:
-            OutputError: it could not be written; nothing is left of it.
-        """
-        self._parts.put(_End(is_wanted=True))
-        self._thread.join()
-        self._is_finished = True
-        if self._error is not None:
-            raise self._error
-        return self.path
-
-    def _run(self) -> None:
+    def _write(self, temporary: Path) -> None:
         import av
 
-        try:
-            with atomic_path(self.path) as temporary:
-                with av.open(
-                    f"file:{temporary}", "w", format="mp4", options=CONTAINER
-                ) as container:
-                    self._write(container)
-                sync(temporary)
-        except _GivenUpError:
-            pass
-        except (OSError, av.FFmpegError) as error:
-            self._error = OutputError(
-                f"{self.path} could not be written: {error}; nothing is left of it"
-            )
-            self._error.__cause__ = error
-        except BaseException as error:  # raised in the caller's thread
-            self._error = error
+        options = self.container_options
+        with av.open(f"file:{temporary}", "w", format=self.container, options=options) as container:
+            container.metadata.update({**self._tags, **self.marks})
+            self._encode(container)
 
-    def _write(self, container: Any) -> None:
-        picture = container.add_stream("libx264", rate=Fraction(self._fps), options=ENCODER)
+    def _encode(self, container: Any) -> None:
+        picture, sound = self._add_streams(container)
         picture.width, picture.height = self._size
         picture.pix_fmt = "yuv420p"
         context = picture.codec_context
-        # Whole frames at once, not slices of one (PyAV's choice), which wait for each other.
-        context.thread_type = "FRAME"
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
-        sound = container.add_stream("aac", rate=self._rate, layout="stereo", options=AUDIO_ENCODER)
-        sound.bit_rate = AUDIO_BIT_RATE
         container.start_encoding()  # before two threads use what it opens
 
-        done, encoding = 0, None
-        with ThreadPoolExecutor(1, "aac") as pool:
-            while done < self._frames or encoding is None:
-                part = self._parts.get()
-                if isinstance(part, _End):
-                    raise _GivenUpError
+        muxing = threading.Lock()
+        encoding, done = None, 0
+        with ThreadPoolExecutor(1, "sound") as pool:
+            for part in self._whole():
                 if isinstance(part, _Sound):
-                    encoding = pool.submit(self._add_sound, container, sound, part.samples)
+                    encoding = pool.submit(self._add_sound, container, sound, part, muxing)
                     continue
                 for frame in _pictures(part):
                     if self._is_given_up:
                         raise _GivenUpError
-                    self._mux(container, picture.encode(frame))
+                    _mux(container, picture.encode(frame), muxing)
                 done += len(part.pixels)
                 if done == self._frames:
-                    self._mux(container, picture.encode(None))
+                    _mux(container, picture.encode(None), muxing)
+            assert encoding is not None  # or it would not be whole
             encoding.result()
-        end = self._parts.get()  # the caller may give up even now
-        if not isinstance(end, _End) or not end.is_wanted:
-            raise _GivenUpError
 
-    def _add_sound(self, container: Any, stream: Any, audio: npt.NDArray[np.float32]) -> None:
-        packets = [packet for samples in self._blocks(audio) for packet in stream.encode(samples)]
-        self._mux(container, packets + stream.encode(None))
+    def _add_sound(self, container: Any, stream: Any, part: _Sound, muxing: threading.Lock) -> None:
+        packets = [packet for samples in self._blocks(part) for packet in stream.encode(samples)]
+        _mux(container, packets + stream.encode(None), muxing)
 
-    def _mux(self, container: Any, packets: list[Any]) -> None:
-        with self._muxing:
-            container.mux(packets)
-
-    def _blocks(self, audio: npt.NDArray[np.float32]) -> Iterator[Any]:
+    def _blocks(self, part: _Sound) -> Iterator[Any]:
         """The sound as far as the picture goes, cut for the encoder."""
         import av
 
-        length = min(len(audio), round(self._frames / self._fps * self._rate))
-        wave = np.ascontiguousarray(audio[:length].T, dtype=np.float32).clip(-1, 1)
-        for start in range(0, length, AUDIO_BLOCK):
+        wave = np.ascontiguousarray(self._heard(part).T)
+        for start in range(0, wave.shape[1], AUDIO_BLOCK):
             block = np.ascontiguousarray(wave[:, start : start + AUDIO_BLOCK])
             samples = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
             samples.sample_rate = self._rate
@@ -199,24 +129,41 @@ class Mp4Writer:
             yield samples
 
 
-@dataclass(frozen=True)
-class _Frames:
-    pixels: npt.NDArray[np.uint8]
-    planes: npt.NDArray[np.uint8] | None
+class Mp4Writer(FilmWriter):
+    """Writes an mp4 as `write_mp4` does, in a thread of its own, while frames are being made."""
+
+    container, container_options = "mp4", CONTAINER
+    most_crf, presets = 51, PRESETS
+
+    @classmethod
+    def _check_place(cls, output: Output, needed_bytes: int) -> None:
+        if output.suffix != ".mp4":
+            raise OutputError(f"the output's name must end in .mp4, got {output.file.name}")
+        super()._check_place(output, needed_bytes)
+
+    def _add_streams(self, container: Any) -> tuple[Any, Any]:
+        asked = {"crf": self.output.crf, "preset": self.output.preset}
+        options = {name: str(value) for name, value in asked.items() if value is not None}
+        # A keyframe where the scene changes would move all that follow.
+        keyframes = {"g": self._keyframe_distance, "sc_threshold": "0"}
+        picture = container.add_stream(
+            "libx264", rate=Fraction(self._fps), options={**ENCODER, **keyframes, **options}
+        )
+        # Whole frames at once, not slices of one (PyAV's choice), which wait for each other.
+        picture.codec_context.thread_type = "FRAME"
+        sound = container.add_stream("aac", rate=self._rate, layout="stereo", options=AUDIO_ENCODER)
+        sound.bit_rate = AUDIO_BIT_RATE
+        return picture, sound
+
+    def _settle(self, temporary: Path) -> None:
+        mark(temporary)
+        super()._settle(temporary)
 
 
-@dataclass(frozen=True)
-class _Sound:
-    samples: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _End:
-    is_wanted: bool  # whether the file is
-
-
-class _GivenUpError(Exception):
-    """The caller left before the end."""
+def _mux(container: Any, packets: list[Any], muxing: threading.Lock) -> None:
+    """Write packets; pictures and sound come from two threads."""
+    with muxing:
+        container.mux(packets)
 
 
 def _pictures(part: _Frames) -> Iterator[Any]:
@@ -285,7 +232,4 @@ def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
 
 def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:
     """Raise `OutputError` now where `write_mp4` could not write such a clip later."""
-    path = path.absolute()
-    if path.suffix.lower() != ".mp4":
-        raise OutputError(f"the output's name must end in .mp4, got {path.name}")
-    check_place(path, needed_bytes=frames * width_px * height_px * BITS_PER_PIXEL // 8)
+    Mp4Writer.check(Output.of(path), frames, width_px, height_px)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +21,14 @@ from magihuman.runtime import config
 from magihuman.runtime.device import is_out_of_memory
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.exported import TensorRTVAE
-from magihuman.runtime.media import Mp4Writer, open_driving_audio, open_image
+from magihuman.runtime.media import (
+    ClipWriter,
+    Origin,
+    Output,
+    open_driving_audio,
+    open_image,
+    writer_type,
+)
 from magihuman.runtime.memory import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO, estimate
 from magihuman.runtime.model import DiT, Layout, TextEncoder
 from magihuman.runtime.pipeline import denoise
@@ -263,20 +269,23 @@ class Pipeline:
             on_step=self.reporter("super_resolve"),
         )
 
-    def writer(self, path: Path, video: Tensor) -> Mp4Writer:
-        """A writer of the clip that is decoded from latents [1, 48, T, H, W], to this path.
+    def writer(self, output: Output, model: str, video: Tensor) -> ClipWriter:
+        """A writer of the clip that is decoded from latents [1, 48, T, H, W].
 
-        Raises `OutputError` where such a file could not be written.
+        model: its name, for the file's tags. Raises `OutputError` where such a file could not be
+        written.
         """
         frames, height, width, _ = frames_shape(video)
-        return Mp4Writer(path, frames, width, height, config.FPS, config.SAMPLE_RATE_HZ)
+        rates = config.FPS, config.SAMPLE_RATE_HZ
+        origin = Origin(self.request.prompt, self.request.seed, model)
+        return writer_type(output)(output, frames, width, height, *rates, origin)
 
     @torch.inference_mode()
     def decode(
         self,
         video: Tensor,
         audio: Tensor,
-        file: Mp4Writer | None = None,
+        file: ClipWriter | None = None,
         on_window: Callable[[Frames, Waveform], None] | None = None,
     ) -> tuple[Frames, Waveform]:
         """Frames uint8 [frames, height, width, 3] and sound float32 [samples, 2] of clean latents.
@@ -292,7 +301,7 @@ class Pipeline:
         self,
         video: Tensor,
         audio: Tensor,
-        file: Mp4Writer | None,
+        file: ClipWriter | None,
         on_window: Callable[[Frames, Waveform], None] | None,
     ) -> tuple[Frames, Waveform]:
         """Do what `decode` says, once both decoders are on the device."""

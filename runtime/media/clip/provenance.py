@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,17 +47,10 @@ class Origin:
 
     def tags(self) -> dict[str, str]:
         """Text by name, valid in every format; what is not known is left out."""
-        facts = {
-            "prompt": self.prompt,
-            "seed": "" if self.seed is None else str(self.seed),
-            "model": self.model,
-            "version": f"{NAME} {version()}",
-        }
-        return {name: plain(text) for name, text in facts.items() if text}
-
-    def comment(self) -> str:
-        """The tags as one JSON object, for formats that have one text alone."""
-        return json.dumps(self.tags(), ensure_ascii=False)
+        seed = "" if self.seed is None else str(self.seed)
+        facts = {"prompt": self.prompt, "seed": seed, "model": self.model}
+        known = {name: plain(text) for name, text in facts.items() if text}
+        return {**known, "version": f"{NAME} {version()}"} if known else {}
 
 
 def plain(text: str) -> str:

@@ -1,5 +1,10 @@
-"""Files that are made of clips: `thumbnail` has stills and sheets of them."""
+"""Files that are made of clips.
 
+`formats` picks one by the file's name: `webm`, `gif`, `wav`, a `folder` of PNG files, or the mp4.
+`thumbnail` has stills and sheets of them.
+"""
+
+from magihuman.runtime.media.output.formats import check_output, write_clip, writer_type
 from magihuman.runtime.media.output.thumbnail import (
     check_thumbnail,
     spritesheet,
@@ -7,4 +12,12 @@ from magihuman.runtime.media.output.thumbnail import (
     write_thumbnail,
 )
 
-__all__ = ["check_thumbnail", "spritesheet", "thumbnail", "write_thumbnail"]
+__all__ = [
+    "check_output",
+    "check_thumbnail",
+    "spritesheet",
+    "thumbnail",
+    "write_clip",
+    "write_thumbnail",
+    "writer_type",
+]

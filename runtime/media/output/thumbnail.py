@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from magihuman.runtime.errors import InvalidRequestError, OutputError
 from magihuman.runtime.files import atomic_path
-from magihuman.runtime.media.clip.place import check_place
-from magihuman.runtime.media.clip.provenance import XMP
+from magihuman.runtime.media.clip import XMP, check_place
 from magihuman.runtime.media.guard import readable, tolerant
+from magihuman.runtime.media.output.folder import png_info
 
 LONGEST_PX = 512
 SHEET_FRAMES, SHEET_TILE_PX = 16, 160
 FORMATS = {".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 QUALITY = 85
-XMP_KEY = "XML:com.adobe.xmp"
 LOCAL = {"protocol_whitelist": "file"}
 EARLIER_S = 1e-3  # times are rounded to a clip's time base
 
@@ -122,9 +120,7 @@ def _encoded(image: Image.Image, kind: str) -> bytes:
     """The bytes of a file, with the mark of what a model has made."""
     file = io.BytesIO()
     if kind == "PNG":
-        info = PngInfo()
-        info.add_itxt(XMP_KEY, XMP.decode())
-        image.save(file, kind, pnginfo=info)
+        image.save(file, kind, pnginfo=png_info({}))
     else:
         image.save(file, kind, quality=QUALITY, xmp=XMP)
     return file.getvalue()

@@ -101,6 +101,31 @@ def test_generate_does_what_the_library_does(tiny_dir, inputs, engine):
     assert path.read_bytes() == video.save(inputs / "other.mp4").read_bytes()
 
 
+def test_the_file_may_be_of_another_kind(tiny_dir, tmp_path):
+    command = ("generate", "-m", tiny_dir, "-p", "hi", *SMALL, "-o", f"{tmp_path}/frames/")
+    result = run(*command, "--thumbnail", tmp_path / "still.jpg")
+    assert result.exit_code == 0, result.stderr
+    assert f"{tmp_path}/frames: 5 frames of 64x64" in result.stdout
+    names = [*(f"{number:05}.png" for number in range(1, 6)), "sound.wav"]
+    assert sorted(os.listdir(tmp_path / "frames")) == names
+    with Image.open(tmp_path / "still.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64))
+
+
+@pytest.mark.parametrize("is_tagged", [True, False])
+def test_the_file_says_what_it_was_made_from(tiny_dir, tmp_path, is_tagged):
+    options = ("--crf", 30, "--preset", "medium", *(() if is_tagged else ("--no-tags",)))
+    path = tmp_path / "clip.mp4"
+    result = run("generate", "-m", tiny_dir, "-p", "hi", "-o", path, *SMALL, *options)
+    assert result.exit_code == 0, result.stderr
+    with av.open(str(path)) as container:
+        said = {name: container.metadata.get(name) for name in ("prompt", "seed", "model")}
+    expected = {"prompt": "hi", "seed": "42", "model": tiny_dir.name}
+    assert said == (expected if is_tagged else dict.fromkeys(expected))
+    settings = path.read_bytes().partition(b"x264 - core")[2]  # that the encoder notes
+    assert b"crf=30.0" in settings and b"subme=7" in settings
+
+
 def test_every_option_reaches_the_request(tiny_dir, inputs, monkeypatch):
     seen = []
     original = runtime.Request.plan
@@ -158,7 +183,13 @@ def test_the_model_may_come_from_the_environment(tiny_dir, tmp_path, monkeypatch
         (["--audio", "{}/empty"], "audio must not be empty, got {}/empty of 0 bytes"),
         (["--audio", "{}/text"], "audio must be in a format FFmpeg reads"),
         (["--audio", "{}/silent.mp4"], "audio must have a sound track, got {}/silent.mp4"),
-        (["-o", "{}/clip.avi"], "the output's name must end in .mp4, got clip.avi"),
+        (["-o", "{}/clip.avi"], "the output's name must end in .mp4, .webm, .gif or .wav, or in"),
+        (["-o", "{}/empty/"], "the output's folder must not exist yet, got {}/empty; name another"),
+        (["--crf", "52"], "crf must be a whole number from 0 to 51 for .mp4, got 52"),
+        (["--preset", "slowest"], "preset must be one of ultrafast, superfast, veryfast, faster"),
+        (["-o", "{}/a.gif", "--crf", "3"], "crf must be left out for .gif, got 3"),
+        (["--thumbnail", "{}/a.bmp"], "the thumbnail's name must end in one of .webp, .jpg, .jpeg"),
+        (["--thumbnail", "{}/no/a.png"], "the thumbnail's folder must exist, got {}/no; create it"),
         (["-o", "{}/no/clip.mp4"], "the output's folder must exist, got {}/no; create it first"),
         (["-o", "{}/empty/clip.mp4"], "the output's folder must exist, got {}/empty"),
         (["-o", "/proc/clip.mp4"], "the output's folder /proc cannot be written to"),

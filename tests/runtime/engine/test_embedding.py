@@ -30,7 +30,7 @@ from magihuman.runtime import (
     Request,
     config,
 )
-from magihuman.runtime.engine import engine as engine_module
+from magihuman.runtime.media import Mp4Writer
 from magihuman.runtime.request import RequestOptions
 
 SMALL = {"seconds": 0.2, "width": 32, "height": 32, "steps": 1}
@@ -147,7 +147,7 @@ def test_encoding_happens_while_another_denoises(fresh, monkeypatch):
 
 
 def test_the_file_is_finished_while_another_denoises(fresh, monkeypatch, tmp_path):
-    finish = engine_module.Mp4Writer.finish
+    finish = Mp4Writer.finish
     writing, written = threading.Event(), threading.Event()
 
     def slow(writer):
@@ -155,7 +155,7 @@ def test_the_file_is_finished_while_another_denoises(fresh, monkeypatch, tmp_pat
         assert written.wait(60)
         return finish(writer)
 
-    monkeypatch.setattr(engine_module.Mp4Writer, "finish", slow)
+    monkeypatch.setattr(Mp4Writer, "finish", slow)
     first = Caller(fresh, save=tmp_path / "clip.mp4")
     assert writing.wait(60)
     assert fresh.generate("hi", **SMALL) is not None and first.video is None
