@@ -405,7 +405,8 @@ class Engine:
                 encoded = pipeline.encode_beside(prepared)
             with pipeline.stage("queue", on_device=False):
                 ticket.wait(QueueStage.DEVICE)
-            chunker = None if emit is None else Chunker(emit, call.request.seed)
+            total = config.video_frames(plan.frames)
+            chunker = None if emit is None else Chunker(emit, call.request.seed, total)
             with ticket.at(QueueStage.DEVICE), self._alone(pipeline):
                 if encoded is None:
                     encoded = pipeline.encode(prepared)

@@ -77,21 +77,23 @@ def awaited(limits: Limits, work: Callable[[], Result]) -> Awaitable[Result]:
 
 
 class Chunker:
-    """Cuts a clip that is being decoded into `Chunk`s.
+    """Cuts a clip that is being decoded into `Chunk`s, each emitted as soon as it is decoded.
 
-    The last is kept until all is known of the clip.
+    The last alone is kept, until all is known of the clip.
     """
 
-    def __init__(self, emit: Emit, seed: int) -> None:
-        self._emit, self._seed = emit, seed
+    def __init__(self, emit: Emit, seed: int, frames: int) -> None:
+        """frames: of the whole clip."""
+        self._emit, self._seed, self._frames = emit, seed, frames
         self._first = 0
         self._kept: tuple[Frames, Waveform] | None = None
 
     def add(self, frames: Frames, audio: Waveform) -> None:
         """Take the next frames, uint8 [n, H, W, 3], and all of the sound, [samples, 2]."""
-        if self._kept is not None:
-            self._emit(self._cut(*self._kept, is_last=False))
-        self._kept = frames, audio
+        if self._first + len(frames) < self._frames:
+            self._emit(self._cut(frames, audio, is_last=False))
+        else:
+            self._kept = frames, audio
 
     def finish(self, video: Video) -> None:
         """Emit the last chunk, with what is known of the whole clip."""

@@ -259,21 +259,22 @@ def test_a_stream_is_the_clip_in_pieces(engine):
 
 
 def test_chunks_come_while_the_clip_is_decoded(engine, monkeypatch):
-    """The first is there before the last window is decoded: that one waits for it to be taken."""
-    taken = threading.Event()
+    """Each is there before the next window is decoded, which waits for it to be taken."""
+    taken = threading.Semaphore(0)
     windows = engine._parts.turbo_vae.windows
 
     def slow(latent):
         for i, window in enumerate(windows(latent)):
-            if i == 2:
-                assert taken.wait(60)
+            if i:
+                assert taken.acquire(timeout=60)
             yield window
 
     monkeypatch.setattr(engine._parts.turbo_vae, "windows", slow)
-    stream = engine.generate_stream("hi", **{**LONG, "seconds": 3.0})
-    assert next(stream).first_frame == 0
-    taken.set()
-    assert [chunk.is_last for chunk in stream] == [False, True]
+    lasts = []
+    for chunk in engine.generate_stream("hi", **{**LONG, "seconds": 3.0}):
+        lasts.append(chunk.is_last)
+        taken.release()
+    assert lasts == [False, False, True]
 
 
 def test_a_slow_consumer_does_not_hold_the_device(engine):
