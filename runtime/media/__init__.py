@@ -3,13 +3,15 @@
 `image` and `sound` read what a request names, `voice` a sound as a driving voice. `colour`,
 `orientation`, `png` and `jpeg` are parts of the one, `downmix` and `ogg` of the other,
 `guard` of both; `apart` does it in processes of their own. `mp4` writes films and reads them back,
-over `clip`; `output` has all formats, and stills.
+over `clip`; `fragments` writes them so that they play while they are made; `output` has all formats,
+and stills.
 `quality` says how far two clips are apart.
 """
 
 from magihuman.runtime.media import quality
 from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
 from magihuman.runtime.media.clip import ClipWriter, Origin, Output
+from magihuman.runtime.media.fragments import FragmentWriter
 from magihuman.runtime.media.image import fit, open_image
 from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, write_mp4
 from magihuman.runtime.media.output import (
@@ -28,6 +30,7 @@ from magihuman.runtime.media.voice import open_driving_audio
 __all__ = [
     "ClipWriter",
     "Decoders",
+    "FragmentWriter",
     "Frames",
     "ImageTask",
     "Mp4Writer",

@@ -1,0 +1,8 @@
+"""Fragmented MP4: a clip that plays while it is made.
+
+`boxes` lays fragments out, `writer` encodes windows of a clip and writes them.
+"""
+
+from magihuman.runtime.media.fragments.writer import FragmentWriter
+
+__all__ = ["FragmentWriter"]
