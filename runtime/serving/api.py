@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from magihuman.runtime.files import version
 from magihuman.runtime.serving.errors import ApiError, invalid, too_large
 from magihuman.runtime.serving.jobs import Jobs
+from magihuman.runtime.serving.live.routes import LiveRoutes
 from magihuman.runtime.serving.metrics import Metrics
 from magihuman.runtime.serving.routes import ServerRoutes, VideoRoutes
 from magihuman.runtime.serving.schema import ErrorBody
@@ -56,6 +57,7 @@ def create_app(
     ServerRoutes(settings, jobs, is_ready, metrics).add_to(app, check)
     budget = Budget(settings.limits.bodies * settings.limits.body_bytes)
     VideoRoutes(settings, jobs, budget).add_to(app, check)
+    LiveRoutes(jobs).add_to(app, check)
     return app
 
 

@@ -7,15 +7,25 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from magihuman.runtime.serving.messages import EngineLost, Failed, Made, Make, Report, Work
+from magihuman.runtime.serving.messages import (
+    EngineLost,
+    Failed,
+    Made,
+    Make,
+    Report,
+    Window,
+    Work,
+)
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import Job, Status, Store
 
 log = logging.getLogger("magihuman")
 
 SWEEP_S = 5.0
+TELLING_PERCENT = 5  # of a video that are done, to tell from it how long the rest takes
 PAUSE_S = 1.0  # before another engine is asked
 WRITERS = 4  # uploads decoded at once, each of which can take 1 GB
 FIRST_GUESS_S = 10.0  # how long a video takes, before one has been made
@@ -34,6 +44,45 @@ class Draining(Exception):  # noqa: N818 - a state
     """The server is about to stop and takes no more."""
 
 
+@dataclass
+class Attempt:
+    """How far an engine is with a job. Another attempt has another of these.
+
+    Attributes:
+        step, of: steps of the stage that are finished, and how many there are.
+        frames: that are decoded.
+        live_bytes: of the job's live file that can be read.
+        begun_s: when it began, by the monotonic clock.
+    """
+
+    step: int = 0
+    of: int = 0
+    frames: int = 0
+    live_bytes: int = 0
+    begun_s: float = field(default_factory=time.monotonic)
+
+
+class Bells:
+    """Wakes those who wait for jobs to change. For one event loop."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    async def wait(self, name: str) -> None:
+        """Return once a job has changed; who looked at it before without a pause misses nothing."""
+        await self._waiting.setdefault(name, asyncio.Event()).wait()
+
+    def ring(self, name: str) -> None:
+        """Wake those who wait for a job."""
+        if (event := self._waiting.pop(name, None)) is not None:
+            event.set()
+
+    def ring_all(self) -> None:
+        """Wake everybody, as where the line has moved."""
+        for name in list(self._waiting):
+            self.ring(name)
+
+
 class Jobs:
     """Gives the jobs of a store to engines, first in, first out. For one event loop.
 
@@ -49,12 +98,15 @@ class Jobs:
         self._settings, self._make = settings, make
         self._store = Store(settings.folder, settings.keep_s)
         self._slots = asyncio.Semaphore(slots)
+        self._abreast = max(1, slots // 2)  # made at a time
+        self._attempts: dict[str, Attempt] = {}  # of jobs that have not ended
+        self._bells = Bells()
         self._writers = asyncio.Semaphore(WRITERS)
         self._arriving = 0  # have a place in line, and are not in the store yet
         # One at a time, so that a job that kills engines cannot take the same others with it twice.
         self._second_try = asyncio.Lock()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._last_s = FIRST_GUESS_S
+        self._last_s: float | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -76,10 +128,45 @@ class Jobs:
         """Return the path of the mp4, which is there once the job is completed."""
         return self._store.video(job)
 
+    def live(self, job: Job) -> Path:
+        """Return the path of what can be seen of it while it is made."""
+        return self._store.live(job)
+
+    def attempt(self, job: Job) -> Attempt:
+        """Return how far an engine is with a job that has not ended."""
+        return self._attempts.setdefault(job.id, Attempt())
+
+    async def changed(self, job: Job) -> None:
+        """Return once a job, or its place in line, has changed."""
+        await self._bells.wait(job.id)
+
+    def place(self, job: Job) -> int | None:
+        """Return the place in line of a job that waits, from 1."""
+        if job.status is not Status.QUEUED:
+            return None
+        waiting = (other for other in self._store.jobs.values() if other.status is Status.QUEUED)
+        return 1 + sum(other.created_at < job.created_at for other in waiting)
+
+    def seconds_left(self, job: Job) -> float | None:
+        """Return about how long a job that has not ended will take yet, where that is known.
+
+        It is told from what is done of it, or else from how long the last video took.
+        """
+        if job.is_running:
+            passed_s = time.monotonic() - self.attempt(job).begun_s
+            if job.progress >= TELLING_PERCENT:
+                return passed_s * (100 - job.progress) / job.progress
+            return None if self._last_s is None else max(0.0, self._last_s - passed_s)
+        place = self.place(job)
+        if place is None or self._last_s is None:
+            return None
+        before = self.count()[Status.IN_PROGRESS] + place - 1
+        return (before // self._abreast + 1) * self._last_s
+
     @property
     def retry_after_s(self) -> int:
         """Seconds until a place in line may be free: as many as the last video took."""
-        return max(1, min(600, round(self._last_s)))
+        return max(1, min(600, round(self._last_s or FIRST_GUESS_S)))
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
@@ -129,10 +216,13 @@ class Jobs:
         task = self._tasks.get(job.id)
         if task is not None:
             task.cancel()
+        self._attempts.pop(job.id, None)
+        self._bells.ring_all()
 
     async def drain(self, bound_s: float) -> None:
         """Take no more jobs, let those being made end within so many seconds; all others stay."""
         self.is_draining = True
+        self._bells.ring_all()
         running = []
         for name, task in self._tasks.items():
             job = self.get(name)
@@ -147,6 +237,7 @@ class Jobs:
     async def close(self) -> None:
         """Give up what is being made; it is queued again on disk."""
         self.is_draining = True
+        self._bells.ring_all()
         tasks = [*self._tasks.values(), *filter(None, [self._sweeper])]
         for task in tasks:
             task.cancel()
@@ -168,36 +259,59 @@ class Jobs:
                 self.requeued += 1
                 if job.is_running:
                     self._store.back_in_line(job, is_its_fault=True)
+                self._start_over(job)
                 await asyncio.sleep(PAUSE_S)
             except asyncio.CancelledError:
                 if job.id in self._store.jobs and job.is_running:
                     self._store.back_in_line(job, is_its_fault=False)
+                    self._start_over(job)
                 raise
             except Exception:
                 log.exception("%s has failed", job.id)
                 message = "something went wrong in the server; its log has the details"
                 self._store.fail(job, "internal_error", message)
+                self._start_over(job)
+
+    def _start_over(self, job: Job) -> None:
+        """Forget an attempt that has ended."""
+        self._attempts.pop(job.id, None)
+        self._bells.ring_all()
 
     async def _attempt(self, job: Job) -> None:
         store = self._store
-        work = Work(store.request(job), store.video(job), self._settings.timeout_s)
+        save, live = store.video(job), store.live(job)
+        work = Work(store.request(job), save, self._settings.timeout_s, live)
         start = time.monotonic()
         async with aclosing(self._make(work)) as events:
             async for event in events:
                 match event:
-                    case Report():
-                        if job.status is Status.QUEUED:
-                            store.begin(job)
-                        job.stage = event.stage
-                        job.progress = self._percent(event, job.progress)
+                    case Report() | Window():
+                        self._note(job, event)
                     case Made():
                         self._last_s = time.monotonic() - start
                         store.complete(job, event.timings_s, event.warnings)
+                        self._start_over(job)
                         return
                     case Failed():
                         store.fail(job, event.code, event.message)
+                        self._start_over(job)
                         return
         raise EngineLost("it said nothing of the end")
+
+    def _note(self, job: Job, event: Report | Window) -> None:
+        """Take how far an engine is."""
+        attempt = self.attempt(job)
+        if job.status is Status.QUEUED:
+            attempt.begun_s = time.monotonic()
+            self._store.begin(job)
+            self._bells.ring_all()
+        match event:
+            case Report(stage, step, of):
+                job.stage, attempt.step, attempt.of = stage, step, of
+                job.progress = self._percent(event, job.progress)
+            case Window(frames, live_bytes):
+                attempt.frames, attempt.live_bytes = frames, live_bytes
+        self._bells.ring(job.id)
 
     def _percent(self, report: Report, before: int) -> int:
         first, last = SHARES[self._settings.sr is not None].get(report.stage, (before, before))

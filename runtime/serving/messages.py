@@ -19,12 +19,14 @@ class Work:
 
     Attributes:
         save: the mp4 to write, whole or not at all.
+        live: a file to write windows to while the clip is made, as fragmented mp4; None for none.
         deadline_s: from when the engine has it.
     """
 
     request: Request
     save: Path
     deadline_s: float | None
+    live: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,19 @@ class Report:
     stage: str
     step: int
     of: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some more frames are decoded.
+
+    Attributes:
+        frames: of the clip that are decoded now.
+        live_bytes: of `Work.live` that can be read now; 0 where it is not written.
+    """
+
+    frames: int
+    live_bytes: int
 
 
 @dataclass(frozen=True)
@@ -73,5 +88,5 @@ class EngineLost(Exception):  # noqa: N818 - a state, not a fault of this reques
     """The engine has gone, with what it was making; another can make it again."""
 
 
-Event = Report | Made | Failed
+Event = Report | Window | Made | Failed
 Make = Callable[[Work], AsyncGenerator[Event, None]]  # may raise EngineLost

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from magihuman.runtime.request import ClipSize, Request, RequestOptions
 
-STATE, IMAGE, AUDIO, VIDEO = "job.json", "image", "audio", "video.mp4"
+STATE, IMAGE, AUDIO, VIDEO, LIVE = "job.json", "image", "audio", "video.mp4", "live.mp4"
 PREFIX = "video_"
 MAX_STATE_BYTES = 4 * 2**20  # of a job.json; read, it takes up to thirty times as much
 MAX_TIME_S = 1e11  # since 1970: the year 5138
@@ -94,7 +94,7 @@ def read(folder: Path) -> Job:
     """
     if not stat.S_ISDIR(folder.lstat().st_mode):
         raise ValueError("it must be a folder")
-    for name in (IMAGE, AUDIO, VIDEO):
+    for name in (IMAGE, AUDIO, VIDEO, LIVE):
         if os.path.lexists(folder / name) and not is_file(folder / name):
             raise ValueError(f"{name} must be a file")
     try:

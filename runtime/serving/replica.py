@@ -7,7 +7,8 @@ import itertools
 import logging
 import os
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from magihuman import runtime
 from magihuman.runtime.files import sync
+from magihuman.runtime.media import FragmentWriter
 from magihuman.runtime.serving.messages import (
     EngineLost,
     Event,
@@ -22,6 +24,7 @@ from magihuman.runtime.serving.messages import (
     Figures,
     Made,
     Report,
+    Window,
     Work,
 )
 
@@ -61,25 +64,45 @@ class EngineReplica:
         """
         yield Report("prepare", 0, 0)
         loop = asyncio.get_running_loop()
-        reports: asyncio.Queue[runtime.Progress | None] = asyncio.Queue()
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
 
         def tell(progress: runtime.Progress) -> None:
-            loop.call_soon_threadsafe(reports.put_nowait, progress)
+            report = Report(progress.stage, progress.step, progress.of)
+            loop.call_soon_threadsafe(events.put_nowait, report)
 
-        making = asyncio.create_task(
-            self._engine.agenerate(
-                work.request, save=work.save, on_progress=tell, deadline_s=work.deadline_s
-            )
-        )
-        making.add_done_callback(lambda _: reports.put_nowait(None))
+        making = asyncio.create_task(self._film(work, tell, events.put_nowait))
+        making.add_done_callback(lambda _: events.put_nowait(None))
         try:
-            while (progress := await reports.get()) is not None:
-                yield Report(progress.stage, progress.step, progress.of)
+            while (event := await events.get()) is not None:
+                yield event
             yield await _outcome(making, work.save)
         finally:
             if not making.done():
                 making.cancel()
                 await asyncio.wait([making])
+
+    async def _film(
+        self,
+        work: Work,
+        tell: Callable[[runtime.Progress], None],
+        put: Callable[[Window], None],
+    ) -> runtime.Chunk:
+        """Make the clip, and return its last chunk. put: takes a window once it can be read."""
+        last: runtime.Chunk | None = None
+        live = _LiveFile(work.live)
+        chunks = self._engine.agenerate_stream(
+            work.request, save=work.save, on_progress=tell, deadline_s=work.deadline_s
+        )
+        try:
+            async with chunks:
+                async for chunk in chunks:
+                    last = chunk
+                    written = await asyncio.to_thread(live.add, chunk)
+                    put(Window(chunk.first_frame + len(chunk.frames), written))
+        finally:
+            live.close()
+        assert last is not None  # a clip has a frame
+        return last
 
     def figures(self) -> Figures:
         """Return what the engine has counted up to now."""
@@ -91,9 +114,38 @@ class EngineReplica:
         self._engine.close()
 
 
-async def _outcome(making: asyncio.Task[runtime.Video], path: Path) -> Made | Failed:
+class _LiveFile:
+    """What can be seen of a clip while it is made. Nothing that becomes of it costs the clip."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._writer: FragmentWriter | None = None
+
+    def add(self, chunk: runtime.Chunk) -> int:
+        """Write a chunk, and return how many bytes can be read now; 0 where there are none."""
+        if self._path is None:
+            return 0
+        try:
+            if self._writer is None:
+                self._writer = FragmentWriter(self._path, chunk.fps, chunk.sample_rate_hz)
+            return self._writer.add(chunk.frames, chunk.audio, chunk.is_last)
+        except Exception as error:  # of the disk, or of FFmpeg
+            log.warning("%s cannot be watched while it is made: %r", self._path.parent.name, error)
+            self.close()
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            self._path = None
+            return 0
+
+    def close(self) -> None:
+        """Close the file, which stays."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+async def _outcome(making: asyncio.Task[runtime.Chunk], path: Path) -> Made | Failed:
     try:
-        video = making.result()
+        last = making.result()
         await asyncio.to_thread(sync, path)
     except runtime.EngineUnusable as error:
         raise EngineLost(str(error)) from error
@@ -103,7 +155,7 @@ async def _outcome(making: asyncio.Task[runtime.Video], path: Path) -> Made | Fa
         log.exception("%s has failed", path.parent.name)
         message = "something went wrong in the engine; the server's log has the details"
         return Failed("internal_error", message)
-    return Made(video.timings_s, video.warnings)
+    return Made(last.timings_s, last.warnings)
 
 
 def _code(error: runtime.MagiHumanError) -> str:

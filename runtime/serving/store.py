@@ -3,9 +3,10 @@
     video_0123.../job.json    what was asked for, and how far it is
     video_0123.../image       the reference image and the voice as uploaded, until the job has ended
     video_0123.../audio
+    video_0123.../live.mp4    grows while the video is made; goes where that fails
     video_0123.../video.mp4   there once it is whole
 
-Every change is a rename, so that a process killed at any moment leaves no half-written state.
+Every other change is a rename, so that a process killed at any moment leaves no half-written state.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from magihuman.runtime.serving import record
 from magihuman.runtime.serving.record import (
     AUDIO,
     IMAGE,
+    LIVE,
     MAX_ATTEMPTS,
     MAX_STATE_BYTES,
     PREFIX,
@@ -96,6 +98,10 @@ class Store:
         """Return the path of the mp4, which is there once the job is completed."""
         return self._folder / job.id / VIDEO
 
+    def live(self, job: Job) -> Path:
+        """Return the path of what can be seen of the video while it is made."""
+        return self._folder / job.id / LIVE
+
     def request(self, job: Job) -> Request:
         """Return what an engine is to make."""
         return request_of(job, self._folder / job.id)
@@ -129,6 +135,7 @@ class Store:
 
     def fail(self, job: Job, code: str, message: str) -> None:
         """Note that there will be no video, and why."""
+        self._forget_live(job)
         job.status, job.error = Status.FAILED, {"code": code, "message": message}
         self._end(job)
 
@@ -137,6 +144,7 @@ class Store:
 
         is_its_fault: whether this counts; it does not where the server itself gave the job up.
         """
+        self._forget_live(job)
         if is_its_fault:
             self._clear_drafts(job)
         if is_its_fault and job.attempts >= MAX_ATTEMPTS:
@@ -209,6 +217,10 @@ class Store:
             with suppress(OSError):
                 place.unlink()
 
+    def _forget_live(self, job: Job) -> None:
+        with suppress(OSError):
+            self.live(job).unlink(missing_ok=True)
+
     def _clear(self) -> None:
         for place in list(self._removed):
             with suppress(OSError):
@@ -237,6 +249,7 @@ class Store:
         self._clear_drafts(job)
         is_made = is_file(self.video(job))  # whole, or it would not have its name
         if job.status is Status.IN_PROGRESS and is_made:
+            self._forget_live(job)  # the end of it may be missing
             self.complete(job, job.timings_s, tuple(job.warnings))
         elif job.status is Status.IN_PROGRESS:
             self.back_in_line(job, is_its_fault=True)

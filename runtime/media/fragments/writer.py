@@ -55,9 +55,7 @@ class FragmentWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if self._encoders is not None:
-            self._encoders.close()
+        self.close()
 
     def add(
         self, frames: npt.NDArray[np.uint8], audio: npt.NDArray[np.float32], is_last: bool
@@ -76,6 +74,12 @@ class FragmentWriter:
         self._number += 1
         self._write(fragment(self._number, self._encoders.runs(frames, audio, is_last)))
         return self._bytes
+
+    def close(self) -> None:
+        """Close the file, which stays as it is."""
+        self._file.close()
+        if self._encoders is not None:
+            self._encoders.close()
 
     def _write(self, content: bytes) -> None:
         view = memoryview(content)

@@ -46,15 +46,19 @@ class Download(FileResponse):
 
 
 def paced(send: Send) -> Send:
-    """Return `send` with a time for each message. It raises `TimeoutError`."""
-    start_s, taken = anyio.current_time(), 0
+    """Return `send` with a time for each message. It raises `TimeoutError`.
+
+    What counts is the time in which the client has something to take.
+    """
+    waited_s, taken = 0.0, 0
 
     async def timed(message: Message) -> None:
-        nonlocal taken
-        now_s = anyio.current_time()
-        left_s = start_s + STALL_S + taken / BYTES_PER_S - now_s
+        nonlocal waited_s, taken
+        start_s = anyio.current_time()
+        left_s = STALL_S + taken / BYTES_PER_S - waited_s
         with anyio.fail_after(min(STALL_S, left_s)):
             await send(message)
+        waited_s += anyio.current_time() - start_s
         taken += len(message.get("body", b""))
 
     return timed

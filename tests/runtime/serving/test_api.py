@@ -1024,7 +1024,8 @@ def test_the_description(local):
     described = local.http.get("/openapi.json").json()
     assert set(described["paths"]) == {
         "/health", "/ready", "/metrics", "/v1/videos", "/v1/videos/{video_id}",
-        "/v1/videos/{video_id}/content",
+        "/v1/videos/{video_id}/content", "/v1/videos/{video_id}/stream",
+        "/v1/videos/{video_id}/events",
     }  # fmt: skip
     body = described["paths"]["/v1/videos"]["post"]["requestBody"]["content"]
     assert set(body) == {"multipart/form-data", "application/json"}
