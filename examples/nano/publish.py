@@ -14,13 +14,14 @@ from diffusion.stock import latents_of
 from magihuman.runtime.config import LATENT_AUDIO_RATE_HZ
 from magihuman.runtime.evaluate.model_score import PROMPTS, SCORE_FOLDER, SECONDS, SIZE_PX
 from magihuman.runtime.files import write_json
+from magihuman.runtime.weights.shipped import PROMPTS as PROMPTS_KEY
 from magihuman.runtime.weights.shipped import SUITED
 from training import Average, save, trained
 from world import scene
 from world.captions import caption, draw
 from world.scene import AUDIO, LONGEST
 
-REFERENCES, CLIPS = 4, 64
+REFERENCES, CLIPS, EXAMPLES = 4, 64, 4
 CARD = Path(__file__).parent / "MODEL_CARD.md"
 
 
@@ -39,7 +40,10 @@ def export(out: Path) -> None:
     ]
     size = sum(file.stat().st_size for file in parts)
     write_score(folder / SCORE_FOLDER)
-    write_json(folder / SUITED, {"seconds": SECONDS, "width": SIZE_PX, "height": SIZE_PX})
+    rng = random.Random(0)
+    examples = [caption(draw(rng), rng, "en", full=True) for _ in range(EXAMPLES)]
+    suits = {"seconds": SECONDS, "width": SIZE_PX, "height": SIZE_PX}
+    write_json(folder / SUITED, {**suits, PROMPTS_KEY: examples})
     shutil.copyfile(CARD, folder / "README.md")
     print(f"wrote {folder}: {size / 1e6:.2f} MB of components")
 

@@ -160,7 +160,7 @@ def _settings(
     """
     from magihuman.runtime.memory import estimate
     from magihuman.runtime.serving.settings import Capacity, Limits, Settings
-    from magihuman.runtime.weights import suited
+    from magihuman.runtime.weights import prompts, suited
 
     model = options.model
     return Settings(
@@ -181,6 +181,7 @@ def _settings(
         ),
         suited=suited(model),
         enhancer=enhancer,
+        prompts=prompts(model),
         # The least that is taken, by fused kernels: what is refused would fit in no way.
         capacity=Capacity(
             memory_bytes,

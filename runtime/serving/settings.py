@@ -74,6 +74,7 @@ class Settings:
             address: a page whose own name is made to lead here calls it by that name.
         limits: what clients may send.
         suited: length and size of a video that is asked for without.
+        prompts: that the page has for examples.
         capacity: of each engine, where it is known; what has no room is refused.
         enhancer: rewrites prompts for clients who ask for that; None refuses them.
     """
@@ -88,6 +89,7 @@ class Settings:
     is_local: bool = False
     limits: Limits = field(default_factory=Limits)
     suited: ClipSize = field(default_factory=lambda: ClipSize(**STANDARD_SIZE))
+    prompts: tuple[str, ...] = ()
     capacity: Capacity | None = None
     enhancer: Enhancer | None = None
 

@@ -21,7 +21,7 @@ from magihuman.runtime.weights.locate import (
 from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.random_weights import Synthetic
 from magihuman.runtime.weights.reading import is_file, is_file_name
-from magihuman.runtime.weights.shipped import learnt, model_folder, sized, suited
+from magihuman.runtime.weights.shipped import learnt, model_folder, prompts, sized, suited
 from magihuman.runtime.weights.t5gemma import load_text_encoder, token_counter
 from magihuman.runtime.weights.tiny import write_tiny
 from magihuman.runtime.weights.transformer import (
@@ -59,6 +59,7 @@ __all__ = [
     "locate",
     "model_folder",
     "plan",
+    "prompts",
     "random_weights",
     "sized",
     "suited",

@@ -15,6 +15,13 @@ NANO_FOLDER = Path(__file__).parent / NANO
 # In a model's folder, where that is not made for requests as they are by default: {"seconds": 3.2,
 # "width": 160, "height": 160}.
 SUITED = "request.json"
+PROMPTS = "prompts"  # what that file may have beside them: prompts to try
+MAX_PROMPTS, MAX_PROMPT_CHARS = 20, 1000
+EXAMPLES = (
+    'A woman looks into the camera, smiles and says: "Hello, how are you today?"',
+    'An old man with a white beard sits by a fire, looks up and says: "Once upon a time."',
+    'A news presenter at her desk says in a calm voice: "Good evening, and welcome."',
+)
 STANDARD = STANDARD_SIZE
 
 
@@ -48,6 +55,7 @@ def learnt(model: str | os.PathLike[str]) -> ClipSize | None:
     if not exists(path):
         return None
     values = read_json(path)
+    values.pop(PROMPTS, None)
     if set(values) != set(STANDARD) or not all(type(v) in (int, float) for v in values.values()):
         raise CheckpointError(
             f"{path} must hold a number for each of {', '.join(STANDARD)}, got {shown(values)}"
@@ -58,6 +66,28 @@ def learnt(model: str | os.PathLike[str]) -> ClipSize | None:
     except InvalidRequestError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return size
+
+
+def prompts(model: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Prompts to try with a model: those in its folder, else some that suit the published ones.
+
+    Raises `CheckpointError` where the folder's cannot be used.
+    """
+    path = model_folder(model) / SUITED
+    given = read_json(path).get(PROMPTS) if exists(path) else None
+    if given is None:
+        return EXAMPLES
+    is_list = isinstance(given, list) and len(given) <= MAX_PROMPTS
+    if not is_list or not all(map(_is_prompt, given)):
+        raise CheckpointError(
+            f"{path}: {PROMPTS} must be a list of at most {MAX_PROMPTS} texts of at most"
+            f" {MAX_PROMPT_CHARS} characters that are not blank, got {shown(given)}"
+        )
+    return tuple(given)
+
+
+def _is_prompt(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and len(value) <= MAX_PROMPT_CHARS
 
 
 def sized(model: str | os.PathLike[str], **given: float | None) -> dict[str, Any]:

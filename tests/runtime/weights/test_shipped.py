@@ -154,3 +154,21 @@ def test_nano_comes_whole_and_small():
     states = {part["name"]: part["state"] for part in json.loads(found.stdout)["components"]}
     missing = {"base", "540p_sr", "1080p_sr"}
     assert states == {name: "missing" if name in missing else "ok" for name in states}
+
+
+def test_prompts_to_try_are_the_models_own(named, tmp_path):
+    assert shipped.prompts("nano") == shipped.prompts(tmp_path) == shipped.EXAMPLES
+    (named / shipped.SUITED).write_text(json.dumps({**SMALL, "prompts": ["One.", "Two."]}))
+    assert shipped.prompts("nano") == ("One.", "Two.")
+    assert shipped.suited("nano") == SMALL
+    assert len(shipped.prompts(shipped.Path(shipped.__file__).parent / "nano")) == 4
+
+
+@pytest.mark.parametrize("given", [None, "One.", [1], [" "], ["x" * 1001], ["x"] * 21, {}])
+def test_prompts_that_are_none_are_refused(named, given):
+    (named / shipped.SUITED).write_text(json.dumps({**SMALL, "prompts": given}))
+    if given is None:
+        assert shipped.prompts("nano") == shipped.EXAMPLES
+        return
+    with pytest.raises(runtime.CheckpointError, match="prompts must be a list of at most 20"):
+        shipped.prompts("nano")
