@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from magihuman.graphs.cuda_graphs import Recorded
     from magihuman.graphs.explain import Explanation
     from magihuman.kernels.target import Kernels
-    from magihuman.runtime.cli.inspect import Component, PlanAsked
-    from magihuman.runtime.memory import MemoryPlan
+    from magihuman.runtime.cli.inspect import Answer, Component, PlanAsked
 
 SIDES = ("before", "after")
 
@@ -65,21 +64,21 @@ def inspect(options: InspectOptions) -> None:
         memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
         lineups = {} if memory is None else fits(components, memory)
         damaged = [c for c in components if c.state not in ("ok", "missing")]
-        plan, reason = question.of_folder(folder, components)
+        plans = question.of_ranks(lambda asked: asked.of_folder(folder, components))
         if options.as_json:
             fields = [
                 {"name": c.name, **{k: v for k, v in vars(c).items() if k != "name"}}
                 for c in components
             ]
             facts = {"components": fields, "gpu_bytes": memory, "fits": lineups}
-            print(json.dumps({**facts, "memory_plan": _plan_as_dict(plan, reason)}))
+            print(json.dumps({**facts, **_plans_as_dict(plans)}))
         else:
             _print_components(components)
             for label, ok in lineups.items():
                 out.print(f"{label}: {'fits' if ok else 'does not fit'} this GPU")
             if memory is None:
                 out.print("no GPU here: everything would run on the CPU")
-            _print_plan(plan, reason)
+            _print_plans(plans)
             for c in damaged:
                 err.print(f"{c.name}: {c.state}", style="red")
         if damaged:
@@ -109,19 +108,19 @@ def doctor(options: PlanOptions) -> None:
     published sizes would be in each stage.
     """
     with user_errors():
-        from magihuman.runtime.cli.inspect import machine
+        from magihuman.runtime.cli.inspect import PlanAsked, machine
 
         question = _plan_question(options)
         facts = machine(question.kernels)
-        plan, reason = question.of_published()
+        plans = question.of_ranks(PlanAsked.of_published)
         if options.as_json:
-            print(json.dumps({**facts, "memory_plan": _plan_as_dict(plan, reason)}))
+            print(json.dumps({**facts, **_plans_as_dict(plans)}))
             return
         table = Table(show_header=False)
         for name, value in facts.items():
             table.add_row(name, value)
         out.print(table)
-        _print_plan(plan, reason)
+        _print_plans(plans)
 
 
 def _plan_question(options: PlanOptions) -> PlanAsked:
@@ -134,20 +133,28 @@ def _plan_question(options: PlanOptions) -> PlanAsked:
         options.precision,
         options.memory_limit_gb,
         cast("Kernels", options.kernels),
+        options.context_parallel,
     )
 
 
-def _plan_as_dict(plan: MemoryPlan | None, reason: str) -> dict[str, Any]:
-    """Return the plan for JSON, or why there is none."""
-    return {"error": reason} if plan is None else plan.as_dict()
+def _plans_as_dict(plans: Sequence[Answer]) -> dict[str, Any]:
+    """Return the plans for JSON, of the first GPU and of each other one, or why there is none."""
+    names = ("memory_plan", "memory_plan_of_others")
+    return {
+        name: {"error": reason} if plan is None else plan.as_dict()
+        for name, (plan, reason) in zip(names, plans, strict=False)
+    }
 
 
-def _print_plan(plan: MemoryPlan | None, reason: str) -> None:
-    """Print the plan as a table, or why there is none."""
-    if plan is not None:
-        print_plan(plan)
-    else:
-        out.print(f"no memory plan: {reason}")
+def _print_plans(plans: Sequence[Answer]) -> None:
+    """Print the plans as tables, of the first GPU and of each other one, or why there is none."""
+    for name, (plan, reason) in zip(("the first GPU", "each other GPU"), plans, strict=False):
+        if len(plans) > 1:
+            out.print(f"{name}:")
+        if plan is not None:
+            print_plan(plan)
+        else:
+            out.print(f"no memory plan: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True)

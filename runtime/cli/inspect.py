@@ -24,6 +24,7 @@ from magihuman.runtime.device import pick_device
 from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError, one_of
 from magihuman.runtime.memory import (
     GIB,
+    VIDEO,
     MemoryPlan,
     Part,
     check_limit,
@@ -56,6 +57,7 @@ PACKAGES = (
     "torch", "triton", "numpy", "safetensors", "transformers", "diffusers", "av", "scipy", "pillow",
     "huggingface_hub",
 )  # fmt: skip
+Answer = tuple[MemoryPlan | None, str]  # a plan, or why there is none
 Tensors = list[tuple[str, int]]  # dtype and bytes of each
 WIDTH = 2  # bytes of an element of the autoencoders for images, bf16
 WORKSPACE_BYTES = 4 * 2**30  # activations of a 256p clip and the decoder's, rounded up
@@ -122,13 +124,20 @@ def fits(components: list[Component], memory_bytes: int) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class PlanAsked:
-    """What a memory plan is asked for. Each answer is a plan, or None and why there is none."""
+    """What a memory plan is asked for. Each answer is a plan, or None and why there is none.
+
+    ranks: GPUs that work on each request. follows: whether the plan is that of one but the first.
+    captures: whether graphs may be captured.
+    """
 
     variant: str
     sr: str | None
     precision: str | None
     memory_limit_gb: float | None
     kernels: Kernels = "auto"
+    ranks: int = 1
+    follows: bool = False
+    captures: bool = True
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, BASE_VARIANTS)
@@ -137,13 +146,21 @@ class PlanAsked:
         one_of("kernels", self.kernels, get_args(Kernels))
         check_limit(self.memory_limit_gb)
 
+    def of_ranks(self, answer: Callable[[PlanAsked], Answer]) -> list[Answer]:
+        """The answer for the first GPU and, where several work together, for each of the others."""
+        if self.ranks == 1:
+            return [answer(self)]
+        sides = [dataclasses.replace(self, follows=follows) for follows in (False, True)]
+        found = [answer(side) for side in sides]
+        if len({plan.replays for plan, _ in found if plan is not None}) > 1:  # all do or none
+            found = [answer(dataclasses.replace(side, captures=False)) for side in sides]
+        return found
+
     @property
     def _names(self) -> list[str]:
         return [self.variant, *([upscaler(self.sr).name] if self.sr else [])]
 
-    def of_folder(
-        self, root: Path, components: Sequence[Component]
-    ) -> tuple[MemoryPlan | None, str]:
+    def of_folder(self, root: Path, components: Sequence[Component]) -> Answer:
         """Plan for the components of a model directory."""
         state = {component.name: component.state for component in components}
         for name in (*self._names, TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER):
@@ -158,14 +175,15 @@ class PlanAsked:
 
         return self._plan([self._spec(name, root / name) for name in self._names], others)
 
-    def of_published(self) -> tuple[MemoryPlan | None, str]:
+    def of_published(self) -> Answer:
         """Plan for the published sizes."""
         specs = [self._spec(name, None) for name in self._names]
         return self._plan(specs, lambda: synthetic_parts(torch.bfloat16))
 
     def _spec(self, name: str, folder: Path | None) -> TransformerSpec:
         """Return how a transformer is held where that is possible, whatever this machine can."""
-        options = TransformerOptions(torch.device("cpu"), PrecisionPolicy.BF16, compile=False)
+        cpu = torch.device("cpu")
+        options = TransformerOptions(cpu, PrecisionPolicy.BF16, compile=False, ranks=self.ranks)
         spec = plan(VARIANTS[name], folder, options)
         if self.precision is None:
             return spec
@@ -173,9 +191,7 @@ class PlanAsked:
         names = linears_in_fp8(spec.config, "none") if precision.is_fp8 else spec.quantized
         return dataclasses.replace(spec, precision=precision, quantized=names)
 
-    def _plan(
-        self, specs: list[TransformerSpec], others: Callable[[], list[Part]]
-    ) -> tuple[MemoryPlan | None, str]:
+    def _plan(self, specs: list[TransformerSpec], others: Callable[[], list[Part]]) -> Answer:
         device = pick_device(None)
         if device.type == "cuda":
             limit = limit_of(self.memory_limit_gb, device)
@@ -189,8 +205,17 @@ class PlanAsked:
             return None, "there is no GPU; --memory-limit-gb plans for one of so much memory"
         sr = specs[1] if len(specs) > 1 else None
         try:
-            parts = [*others(), *already]
-            return plan_memory(parts, specs[0], sr, limit, is_compiled=is_compiled), ""
+            parts = [part for part in others() if not self.follows or part.name == VIDEO]
+            made = plan_memory(
+                [*parts, *already],
+                specs[0],
+                sr,
+                limit,
+                is_compiled=is_compiled,
+                ranks=self.ranks,
+                captures=self.captures,
+            )
+            return made, ""
         except DeviceError as error:
             return None, str(error)
 

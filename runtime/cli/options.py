@@ -171,3 +171,6 @@ class PlanOptions(LimitOptions, JsonOptions):
     ] = None
     precision: PrecisionOption = None
     kernels: KernelsOption = "auto"
+    context_parallel: Annotated[
+        int, typer.Option(min=1, help="For the memory plan: GPUs that work on each request.")
+    ] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from magihuman.runtime import config
 from magihuman.runtime.engine.blueprint import Blueprint
 from magihuman.runtime.engine.engine import Engine, EngineInfo
 from magihuman.runtime.errors import CheckpointError
-from magihuman.runtime.memory import BASE, SR, Placer
+from magihuman.runtime.memory import BASE, SR, MemoryPlan, Placer
 from magihuman.runtime.model import DiT, TextEncoder, TurboVAE
 from magihuman.runtime.parallel import Team, share
 from magihuman.runtime.pipeline import Components
@@ -27,8 +28,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("magihuman")
 
 
-def assemble(components: Components, blueprint: Blueprint, team: Team | None = None) -> Engine:
-    """The engine of these components. team: of which this process is one.
+def assemble(
+    components: Components,
+    blueprint: Blueprint,
+    team: Team | None = None,
+    plans: Sequence[MemoryPlan] = (),
+) -> Engine:
+    """The engine of these components. team: of which this process is one. plans: those of all its
+    processes.
 
     Raises:
         CheckpointError: the text encoder and the transformer belong to different models.
@@ -50,6 +57,7 @@ def assemble(components: Components, blueprint: Blueprint, team: Team | None = N
         kernels=target_of(options.kernels, device).kernels if is_compiled else None,
         memory_plan=blueprint.placer.plan,
         model=options.name,
+        rank_plans=tuple(plans),
     )
     shared = None
     if team is not None:
@@ -110,7 +118,7 @@ def with_compiled_decoder(components: Components, blueprint: Blueprint) -> Compo
         vae.decoder,
         vae.config,
         capturing=components.encoding,
-        replays=blueprint.placer.replays,
+        replays=blueprint.placer.replays_frames,
     )
     captured = (*components.captured, decoder)
     return dataclasses.replace(components, decoder=decoder, captured=captured)

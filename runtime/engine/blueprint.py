@@ -71,11 +71,16 @@ class Blueprint:
 
 
 def draw(
-    options: LoadOptions, device: torch.device, limit_bytes: int | None, follows: bool
+    options: LoadOptions,
+    device: torch.device,
+    limit_bytes: int | None,
+    follows: bool,
+    captures: bool = True,
 ) -> Blueprint:
     """Find a model's files, check their headers, and plan where the weights will be.
 
     limit_bytes: of everything that the process holds on the device; None on a CPU.
+    captures: whether graphs may be captured.
 
     Raises:
         InvalidRequestError: the transformers cannot be held as asked.
@@ -102,7 +107,8 @@ def draw(
 
     limit_gb = options.memory_limit_gb
     transformers = options.for_transformers(device)
-    memory = plan_placement(others, base, sr, limit_bytes, limit_gb is not None, transformers)
+    is_asked = limit_gb is not None
+    memory = plan_placement(others, base, sr, limit_bytes, is_asked, transformers, captures)
     cap = None if limit_gb is None else Cap(device, int(limit_gb * GIB))
     placer = Placer(memory, device, Residency(cap))
     trained = None if isinstance(options.model, Synthetic) else learnt(options.model)

@@ -67,6 +67,7 @@ class EngineInfo:
         kernels: where it does, the set that they come from, "hopper" or "portable".
         memory_plan: where weights are in each stage; None on a CPU.
         model: its name.
+        rank_plans: with `context_parallel`, the plans of all processes.
     """
 
     variant: config.Variant
@@ -77,6 +78,7 @@ class EngineInfo:
     kernels: KernelSet | None = None
     memory_plan: MemoryPlan | None = None
     model: str = ""
+    rank_plans: tuple[MemoryPlan, ...] = ()
 
 
 class Engine:
@@ -95,6 +97,8 @@ class Engine:
         rank: of this process among those of `context_parallel`; only rank 0 takes requests.
         hooks: that are told of requests and stages.
         memory_plan: what is on the GPU in each stage, and what rests in host memory; None on a CPU.
+        rank_plans: the same of every GPU that works on a request, in the order of ranks; empty on a
+            CPU and without `context_parallel`.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class Engine:
         """shared: what this process does together with others, where it is one of a team."""
         self.memory_plan = info.memory_plan
         self.model = info.model
+        self.rank_plans = info.rank_plans
         self.variant = info.variant.name
         self.sr = info.sr
         self.precision = info.precision

@@ -15,13 +15,14 @@ from magihuman.runtime import config
 from magihuman.runtime.device import neutral, pick_device
 from magihuman.runtime.engine import blueprint
 from magihuman.runtime.engine.assemble import assemble
+from magihuman.runtime.engine.blueprint import Blueprint
 from magihuman.runtime.engine.build import build
 from magihuman.runtime.engine.callers import check_can_load
 from magihuman.runtime.engine.engine import Engine
 from magihuman.runtime.engine.options import LoadOptions, OnLoad
 from magihuman.runtime.errors import DeviceError, InvalidRequestError, MagiHumanError
 from magihuman.runtime.hooks import Hooks
-from magihuman.runtime.memory import limit_of
+from magihuman.runtime.memory import MemoryPlan, limit_of
 from magihuman.runtime.parallel import PeerFailed, Team
 from magihuman.runtime.weights import PathLike, Synthetic
 
@@ -158,23 +159,32 @@ def check_on(options: LoadOptions, device: torch.device) -> int | None:
     return limit_bytes
 
 
-def load_here(options: LoadOptions, device: torch.device, team: Team | None = None) -> Engine:
-    """The engine of this process. team: of which it is one, whose rank 0 takes the requests.
+def load_here(options: LoadOptions, device: torch.device) -> Engine:
+    """The engine of this process alone.
 
     Raises:
         InvalidRequestError, CheckpointError, DeviceError: as `load`.
     """
-    limit_bytes = check_on(options, device)
-    follows = team is not None and team.rank > 0
+    return built(blueprint.draw(options, device, check_on(options, device), follows=False))
+
+
+def built(drawn: Blueprint, team: Team | None = None, plans: Sequence[MemoryPlan] = ()) -> Engine:
+    """The engine of a blueprint.
+
+    team: of which this process is one, whose rank 0 takes the requests. plans: of all of them.
+
+    Raises:
+        CheckpointError, DeviceError: as `load`.
+    """
+    device = drawn.device
     try:
-        drawn = blueprint.draw(options, device, limit_bytes, follows)
         components = build(drawn)
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceError(
             f"{device} ran out of memory while loading; free it, or load without sr: {error}"
         ) from error
-    return assemble(components, drawn, team)
+    return assemble(components, drawn, team, plans)
 
 
 def load_together(options: LoadOptions, first: torch.device) -> Engine:
@@ -199,12 +209,33 @@ def load_in(team: Team, options: LoadOptions) -> Engine:
         DeviceError: another process could not load.
     """
     try:
-        return team.agree(lambda: load_here(options, team.device, team))
+        drawn, plans = draw_in(team, options)
+        return team.agree(lambda: built(drawn, team, plans))
     except BaseException as error:
         team.close(tell=False)  # all of them raise
         if isinstance(error, PeerFailed):
             raise DeviceError(f"another process could not load: {error}") from error
         raise
+
+
+def draw_in(team: Team, options: LoadOptions) -> tuple[Blueprint, list[MemoryPlan]]:
+    """This process's blueprint, and the plans of all. Either all capture graphs, or none does."""
+
+    def draw(captures: bool) -> Blueprint:
+        device = team.device
+        limit_bytes = check_on(options, device)
+        return blueprint.draw(options, device, limit_bytes, team.rank > 0, captures)
+
+    drawn = team.agree(lambda: draw(True))
+    plans = team.gather(drawn.placer.plan)
+    if len({plan is None or plan.replays for plan in plans}) > 1:
+        drawn = team.agree(lambda: draw(False))
+        plans = team.gather(drawn.placer.plan)
+    made = [plan for plan in plans if plan is not None]
+    for rank, plan in enumerate(made):
+        if team.rank == 0:
+            log.info("rank %d holds %s", rank, plan.held)
+    return drawn, made
 
 
 def follow(team: Team, options: LoadOptions) -> None:

@@ -20,6 +20,9 @@ from magihuman.runtime.request import MIN_SECONDS, Request
 # for those of 1920x1088. Compiled: 1.3 and, for 65706 tokens, 6.8 GiB; 4.5 and 19.7 GiB.
 BYTES_PER_TOKEN_ROW = 18
 BYTES_PER_TOKEN_ROW_COMPILED = 4.5
+# Of inputs and velocities of the whole sequence, which every process of a team has: 192 channels of
+# video and of its velocities, and a rotary table of 128, in fp32, as sent and where they are read.
+BYTES_PER_SHARED_TOKEN = 2 * 4 * (192 + 192 + 128)
 BYTES_PER_PIXEL = 35 * 2**9
 BYTES_PER_PIXEL_COMPILED = 10 * 2**10
 # Estimates from the shapes: of an image's encoder at its widest; of the sound's decoder, whose last
@@ -57,10 +60,15 @@ def working_bytes(request: Request, variant: config.Variant, sr: str | None, row
     return max(denoising_bytes(tokens, rows), decoding_bytes(*plan.size_px))
 
 
-def denoising_bytes(tokens: int, rows: int, is_compiled: bool = False) -> int:
-    """Bytes of activations in one forward of the transformer. rows: as for `working_bytes`."""
+def denoising_bytes(tokens: int, rows: int, is_compiled: bool = False, ranks: int = 1) -> int:
+    """Bytes of activations in one forward of the transformer.
+
+    rows: as for `working_bytes`. ranks: processes that share it, of which one's bytes are meant: it
+    has its own tokens in every layer, and as many rows of the heads that it attends with.
+    """
     per_row = BYTES_PER_TOKEN_ROW_COMPILED if is_compiled else BYTES_PER_TOKEN_ROW
-    return int(tokens * rows * per_row)
+    shared = 0 if ranks == 1 else tokens * BYTES_PER_SHARED_TOKEN
+    return int(-(-tokens // ranks) * rows * per_row) + shared
 
 
 def decoding_bytes(width: int, height: int, is_compiled: bool = False) -> int:

@@ -64,6 +64,8 @@ def plan_memory(
     *,
     is_compiled: bool,
     share: float = 1.0,
+    ranks: int = 1,
+    captures: bool = True,
 ) -> MemoryPlan:
     """The plan for clips of the default sizes.
 
@@ -74,23 +76,28 @@ def plan_memory(
         limit_bytes: of everything that the process holds on the device.
         is_compiled: whether the transformers and the video decoder run as captured graphs.
         share: of the activations of such clips, for smaller ones.
+        ranks: processes that share each forward, and then all hold the transformers; the plan is
+            that of one of them, which has `others`.
+        captures: whether graphs may be captured.
 
     Raises:
         NoPlanError: there is none.
     """
-    parts = [*others, dit_part(BASE, base)]
-    if sr is not None:
-        parts.append(dit_part(SR, sr))
     specs = [base] if sr is None else [base, sr]
+    transformers = [dit_part(*named) for named in zip((BASE, SR), specs, strict=False)]
+    if ranks > 1:
+        transformers = [dataclasses.replace(part, can_move=False) for part in transformers]
+    parts = [*others, *transformers]
     stages = [
         dataclasses.replace(
             stage,
             working_bytes=int(share * stage.working_bytes),
             graph_bytes=int(share * stage.graph_bytes),
         )
-        for stage in stages_of(specs, {part.name for part in parts}, is_compiled)
+        for stage in stages_of(specs, {part.name for part in parts}, is_compiled, ranks)
     ]
-    return make_plan(parts, stages, limit_bytes, max(reading_bytes(spec) for spec in specs))
+    reading = max(reading_bytes(spec) for spec in specs)
+    return make_plan(parts, stages, limit_bytes, reading, captures)
 
 
 def plan_placement(
@@ -100,9 +107,14 @@ def plan_placement(
     limit_bytes: int | None,
     is_limit_asked: bool,
     options: TransformerOptions,
+    captures: bool = True,
 ) -> MemoryPlan | None:
     """Where weights will be; None on a CPU. Without a limit that was asked for, what is free may
     be too little for clips of the default sizes: there are smaller ones.
+
+    Raises:
+        NoPlanError: there is no plan.
+        DeviceError: weights that are to rest in host memory have no room there.
     """
     if limit_bytes is None:
         return None
@@ -112,19 +124,28 @@ def plan_placement(
     parts, plan, share = [*others(), *already], None, 1.0
     while plan is None:
         try:
-            plan = plan_memory(parts, base, sr, limit_bytes, is_compiled=is_compiled, share=share)
+            plan = plan_memory(
+                parts,
+                base,
+                sr,
+                limit_bytes,
+                is_compiled=is_compiled,
+                share=share,
+                ranks=options.ranks,
+                captures=captures,
+            )
         except NoPlanError as error:
+            if options.ranks > 1 and share < 0.2:
+                raise NoPlanError(
+                    f"GPUs that work together must each hold the transformers, and {error.found}",
+                    "free memory, use context_parallel=1, load without sr or with a smaller one, or"
+                    " use precision='fp8'",
+                ) from error
             if is_limit_asked or share < 0.2:
                 raise
             if share == 1.0:
                 log.warning("clips of the default size have no room, smaller ones may: %s", error)
             share -= 0.1
-    if plan.streamed and options.ranks > 1:
-        raise DeviceError(
-            f"GPUs that work together must each hold all weights, and {limit_bytes / GIB:.1f} GiB"
-            f" have no room for {', '.join(plan.streamed)}; free memory, use context_parallel=1, or"
-            " load without sr or with precision='fp8'"
-        )
     check_host(plan)
     if plan.streamed:
         log.info("resting in host memory between stages: %s", ", ".join(plan.streamed))
@@ -295,9 +316,13 @@ def synthetic_parts(dtype: torch.dtype) -> list[Part]:
     return [*small, text]
 
 
-def stages_of(specs: Sequence[TransformerSpec], parts: set[str], is_compiled: bool) -> list[Stage]:
+def stages_of(
+    specs: Sequence[TransformerSpec], parts: set[str], is_compiled: bool, ranks: int = 1
+) -> list[Stage]:
     """What a request of default size goes through, as far as the parts are there: text, sound,
     image, denoising with the first of `specs`, super-resolution with the second, decoding.
+
+    ranks: processes that share each forward, of which one's bytes are counted.
     """
     base = specs[0]
     sr = specs[1] if len(specs) > 1 else None
@@ -321,21 +346,22 @@ def stages_of(specs: Sequence[TransformerSpec], parts: set[str], is_compiled: bo
     for (name, part), one, size in zip(names, specs, sizes, strict=False):
         layout = Layout(plan.frames, *size, plan.audio, config.MAX_TEXT_TOKENS)
         rows = max(one.config.mlp_widths(layer)[0] for layer in range(one.config.num_layers))
-        working = estimate.denoising_bytes(layout.tokens, rows, is_compiled)
+        working = estimate.denoising_bytes(layout.tokens, rows, is_compiled, ranks)
         stages.append(
             Stage(
                 name,
                 (part,),
                 working,
                 forwards=one.variant.steps * (1 if one.variant.guidance is None else 2),
-                forward_s=forward_s(one, layout),
+                forward_s=forward_s(one, layout) / ranks,
                 graph_bytes=working if is_compiled else 0,
             )
         )
     window = estimate.decoding_bytes(width, height, is_compiled)
     decoders = tuple(name for name in (VIDEO, AUDIO) if name in parts)
     kept = window if is_compiled else 0
-    return [*stages, Stage("decode", decoders, window + sound, graph_bytes=kept)]
+    frames = Stage("decode", decoders, window + sound, graph_bytes=kept, spares_graphs=True)
+    return [*stages, frames]
 
 
 def forward_s(spec: TransformerSpec, layout: Layout) -> float:
@@ -371,6 +397,11 @@ class Placer:
         """Whether graphs of the text encoder are among those captured."""
         spares = self.plan is not None and "text" in self.plan.spared
         return self.replays and not spares and not self.moves(TEXT)
+
+    @property
+    def replays_frames(self) -> bool:
+        """Whether graphs of the video decoder are among those captured."""
+        return self.replays and not (self.plan is not None and "decode" in self.plan.spared)
 
     def moves(self, name: str) -> bool:
         """Whether the part rests in host memory."""

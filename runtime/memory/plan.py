@@ -35,7 +35,15 @@ LIKE = 1.1  # layers up to so many times the size of a class's smallest share it
 
 
 class NoPlanError(DeviceError):
-    """There is no plan within a limit; the message tells the smallest for which there is one."""
+    """There is no plan within a limit; the message tells the smallest for which there is one.
+
+    Attributes:
+        found: the message without its remedy.
+    """
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"{found}; {remedy}")
+        self.found = found
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,17 @@ class MemoryPlan:
         return max(stage.total_bytes for stage in self.stages)
 
     @property
+    def held(self) -> str:
+        """What the process holds, for people: parts that stay, and bytes in the fullest stage."""
+        stay = ", ".join(
+            f"{name} {size / GIB:.1f}" for name, size in self.stages[0].weights.items()
+        )
+        return (
+            f"{stay} GiB, and at most {self.peak_bytes / GIB:.1f} of {self.limit_bytes / GIB:.1f}"
+            f" GiB{'' if self.replays else ', without captured graphs'}"
+        )
+
+    @property
     def extra_s(self) -> float:
         """Seconds that moving is expected to add to a request."""
         return sum(stage.extra_s for stage in self.stages)
@@ -171,6 +190,7 @@ class _Problem:
     stages: Sequence[Stage]
     loading_bytes: int
     limit_bytes: int = field(default=0)
+    captures: bool = True
 
     def solve(self, moving: Collection[str], captured: frozenset[str]) -> MemoryPlan | None:
         """The plan in which these parts move and these stages are captured, as far as their parts
@@ -203,11 +223,13 @@ class _Problem:
         return MemoryPlan(self.limit_bytes, streamed, bool(captured), laid_out, host_bytes, spared)
 
     def capturings(self) -> list[frozenset[str]]:
-        """Names of the stages to capture: all, all but those that spare their graphs, and none."""
-        every = [stage for stage in self.stages if stage.graph_bytes]
-        needed = [stage for stage in every if not stage.spares_graphs]
-        choices = (frozenset(stage.name for stage in stages) for stages in (every, needed, ()))
-        return list(dict.fromkeys(choices))
+        """Names of the stages to capture: all, all but some that spare their graphs, and none."""
+        if not self.captures:
+            return [frozenset()]
+        every = {stage.name for stage in self.stages if stage.graph_bytes}
+        spare = [stage.name for stage in self.stages if stage.name in every and stage.spares_graphs]
+        choices = [frozenset(every.difference(spared)) for spared in _subsets(spare)]
+        return list(dict.fromkeys([*choices, frozenset()]))
 
     def lay_out(
         self,
@@ -276,7 +298,11 @@ class _Problem:
 
 
 def make_plan(
-    parts: Sequence[Part], stages: Sequence[Stage], limit_bytes: int, loading_bytes: int = 0
+    parts: Sequence[Part],
+    stages: Sequence[Stage],
+    limit_bytes: int,
+    loading_bytes: int = 0,
+    captures: bool = True,
 ) -> MemoryPlan:
     """The plan that is expected to cost least time within the limit.
 
@@ -285,11 +311,13 @@ def make_plan(
         stages: in their order.
         limit_bytes: of everything that the process holds on the device.
         loading_bytes: working memory while parts are read.
+        captures: whether any stage may run as captured graphs.
 
     Raises:
         NoPlanError: there is none.
     """
-    problem = _Problem({part.name: part for part in parts}, stages, loading_bytes, limit_bytes)
+    named = {part.name: part for part in parts}
+    problem = _Problem(named, stages, loading_bytes, limit_bytes, captures)
     plans = [
         plan
         for moving in _subsets([part.name for part in parts if part.can_move])
@@ -297,10 +325,13 @@ def make_plan(
         if (plan := problem.solve(moving, captured)) is not None
     ]
     if plans:
-        return min(
-            plans,
-            key=lambda plan: (plan.cost_s, len(plan.streamed), len(plan.spared), plan.peak_bytes),
-        )
+        kept = {stage.name: stage.graph_bytes for stage in stages}
+
+        def order(plan: MemoryPlan) -> tuple[float, ...]:
+            given_up = sum(kept[name] for name in plan.spared)
+            return plan.cost_s, len(plan.streamed), given_up, plan.peak_bytes
+
+        return min(plans, key=order)
     least = _least(parts, stages, loading_bytes)
     worst = max(least, key=lambda stage: stage.total_bytes)
     raise NoPlanError(
@@ -308,9 +339,9 @@ def make_plan(
         f" memory resting there, the stage {worst.name} takes {worst.total_bytes / GIB:.1f} GiB,"
         f" of which {sum(worst.weights.values()) / GIB:.1f} are weights,"
         f" {(worst.working_bytes + SLACK_BYTES) / GIB:.1f} activations and"
-        f" {CONTEXT_BYTES / GIB:.1f} the driver's; give"
-        f" memory_limit_gb={_ceil_gb(worst.total_bytes):g} or more, load without sr or with a"
-        " smaller one, or use precision='fp8'"
+        f" {CONTEXT_BYTES / GIB:.1f} the driver's",
+        f"give memory_limit_gb={_ceil_gb(worst.total_bytes):g} or more, load without sr or with a"
+        " smaller one, or use precision='fp8'",
     )
 
 

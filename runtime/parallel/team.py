@@ -205,6 +205,13 @@ class Team:
                 raise kind(f"rank {rank}: {other[1]}")
         return result
 
+    def gather(self, value: Result) -> list[Result]:
+        """The value of every process, in the order of ranks; each is what pickle takes."""
+        every: list[Any] = [None] * self.ranks
+        with self.together():
+            dist.all_gather_object(every, value, self._calls)
+        return every
+
     def check(self) -> None:
         """Raise `PeerLost` where the team is lost: what a GPU has computed since means nothing."""
         if self.lost is not None:

@@ -486,12 +486,30 @@ def test_doctor_plans_for_the_published_sizes():
     assert "streamed)" in shown and "rest in host memory" in shown
 
 
+def test_doctor_plans_for_each_of_several_gpus():
+    options = ("--sr", "1080p", "--precision", "fp8", "--memory-limit-gb", 76.6)
+    facts = json.loads(run("doctor", *options, "--context-parallel", 4, "--json").stdout)
+    first, others = facts["memory_plan"], facts["memory_plan_of_others"]
+    assert not first["moves"] and not others["moves"] and first["replays"] and others["replays"]
+    held = [set(plan["stages"][0]["weights"]) for plan in (first, others)]
+    shared = {"video decoder", "transformer", "super-resolution transformer"}
+    assert held[1] == shared < held[0]
+    shown = run("doctor", *options, "--context-parallel", 4).stdout
+    assert shown.index("the first GPU:") < shown.index("each other GPU:")
+    assert "memory_plan_of_others" not in json.loads(run("doctor", *options, "--json").stdout)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--variant", "turbo"), "variant must be one of 'base', 'distill', got 'turbo'"),
         (("--sr", "720p"), "sr must be one of None, '540p', '1080p', got '720p'"),
         (("--memory-limit-gb", -1), "memory_limit_gb must be a number of GiB above 0, got -1.0"),
+        (
+            ("--memory-limit-gb", 40, "--context-parallel", 3),
+            "context_parallel must divide the transformer's key/value heads, 8, got 3; use 1 or 2"
+            " or 4 or 8",
+        ),
     ],
 )
 def test_a_plan_of_what_is_not_there_is_refused(options, message):

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from magihuman import runtime
 from magihuman.runtime import CheckpointError, DeviceError, InvalidRequestError
 from magihuman.runtime.engine import LoadOptions, loading
+from magihuman.runtime.memory import GIB, MemoryPlan
 from magihuman.runtime.weights import locate, random_weights
 from magihuman.runtime.weights.locate import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.weights.tiny import DIT
@@ -93,6 +94,32 @@ def test_options_for_other_processes_leave_device_and_callbacks_behind(tiny_dir)
     assert sent == expected
     with pytest.raises((pickle.PicklingError, AttributeError)):
         pickle.dumps(given)
+
+
+def test_either_all_processes_capture_graphs_or_none_does(tiny_dir, monkeypatch):
+    """One that launches its kernels one by one would have the others wait for it."""
+    asked = []
+
+    class Drawn:
+        def __init__(self, options, device, limit, follows, captures):
+            asked.append(captures)
+            self.placer = self
+            self.plan = MemoryPlan(GIB, {}, captures and not follows, (), 0)
+
+    class OneOf:
+        rank, device = 0, torch.device("cpu")
+
+        def agree(self, work):
+            return work()
+
+        def gather(self, plan):
+            return [plan, Drawn(None, None, None, True, asked[-1]).plan]
+
+    monkeypatch.setattr(MemoryPlan, "held", "")
+    monkeypatch.setattr(loading.blueprint, "draw", Drawn)
+    drawn, plans = loading.draw_in(OneOf(), LoadOptions(tiny_dir, context_parallel=2))
+    assert not drawn.plan.replays and [plan.replays for plan in plans] == [False, False]
+    assert asked == [True, True, False, False]
 
 
 def test_components_stay_as_they_were_built(tiny_dir):
