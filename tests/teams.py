@@ -24,7 +24,7 @@ from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.parallel.context_parallel import ContextParallel, Transformer
 from magihuman.runtime.parallel.team import Team
-from magihuman.runtime.weights import random_weights
+from magihuman.runtime.weights import random_weights, tiny
 
 # By name: whether it has frame-local layers, dtype of its linears, and whether it is rewritten,
 # with which attention.
@@ -36,8 +36,14 @@ FORMS = {
     "fp8": (False, torch.bfloat16, "fp8"),
     "fp8-attn frame-local": (True, torch.bfloat16, "fp8-attn"),
 }
+# Of the model with the published number of key/value heads, which four processes can share.
+GROUPED_FORMS = {
+    "grouped fp32": (False, torch.float32, None),
+    "grouped fp8-attn frame-local": (True, torch.bfloat16, "fp8-attn"),
+}
 BROKEN = "cannot be prepared on rank 1"
 DYING = "ends the process of rank 1"
+GROUPED_DYING = "grouped, and ends the process of rank 1"
 FAILING = "fails on rank 1 amid an exchange, where something keeps the process from ending"
 LAUNCHED = "rewritten, and launched kernel by kernel"
 
@@ -103,17 +109,44 @@ class Launched(CompiledForward):
         super().__init__(model, model.config, torch.bfloat16, cpu, options)
 
 
-OTHERS = {BROKEN: Broken, DYING: Dying, FAILING: Failing, LAUNCHED: Launched}
+# As small as the golden architecture, with the published number of key/value heads.
+GROUPED = dataclasses.replace(
+    tiny.DIT, num_layers=3, hidden_size=512, kv_heads=8, modality_layers=(0, 2), frame_reach=1
+)
+
+
+def small(ranks: int, is_local: bool) -> DiT:
+    """The golden model where its key/value heads can be shared by so many; else a random one."""
+    model = golden.dit(local=is_local)
+    if model.config.kv_heads % ranks == 0:
+        return model
+    layers = (1,) if is_local else ()
+    arch = dataclasses.replace(GROUPED, local_attention_layers=layers)
+    return random_weights.dit(arch, 0, torch.device("cpu"), torch.bfloat16, "grouped")
+
+
+OTHERS = {
+    BROKEN: Broken,
+    DYING: Dying,
+    GROUPED_DYING: Dying,
+    FAILING: Failing,
+    LAUNCHED: Launched,
+}
+
+
+def form_of(name: str) -> tuple[bool, torch.dtype, str | None]:
+    return (FORMS | GROUPED_FORMS).get(name, FORMS["rewritten"])
 
 
 def model_of(name: str) -> DiT:
-    local, dtype, attention = FORMS["rewritten" if name in OTHERS else name]
-    model = golden.dit(local=local)
+    local, dtype, attention = form_of(name)
+    ranks = 8 if name.startswith("grouped") else 1
+    model = small(ranks, local)
     for layer in model.block.layers:
         layer.dtype = dtype
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype if parameter.ndim == 2 else torch.float32)
-    for name, parameter in golden.dit(local=local).named_parameters():  # outside the blocks
+    for name, parameter in small(ranks, local).named_parameters():  # outside the blocks
         if not name.startswith("block."):
             model.get_parameter(name).data = parameter.data
     if attention is not None and attention != "bf16":
@@ -124,7 +157,7 @@ def model_of(name: str) -> DiT:
 
 def transformer(name: str, rank: int, ranks: int, cache: Path) -> Transformer:
     model = model_of(name)
-    kind, attention = OTHERS.get(name, Rewritten), FORMS.get(name, FORMS["rewritten"])[2]
+    kind, (_, _, attention) = OTHERS.get(name, Rewritten), form_of(name)
     if attention is None:
         return Transformer(model)
     return Transformer(model, kind(model, attention, rank, ranks, cache))
@@ -157,12 +190,15 @@ COMPILED = [
 WIDE = dataclasses.replace(DiTConfig(), num_layers=4, modality_layers=(0, 3), gelu7_layers=(0,))
 
 
-def compiled(name: str, device: torch.device, rank: int = 0, ranks: int = 1) -> Transformer:
+def compiled(
+    name: str, device: torch.device, rank: int = 0, ranks: int = 1, total: int = 0
+) -> Transformer:
+    """total: processes of the team whose model it is, where that is not `ranks`."""
     kind, _, size = name.partition(" ")
     if size == "wide":
         model = random_weights.dit(WIDE, 0, device, torch.bfloat16, "wide")
     else:
-        model = golden.dit(local=size == "frame-local").to(device)
+        model = small(total or ranks, size == "frame-local").to(device)
     if kind != "bf16":
         quantization.quantize_model(model, quantization.quantized_linears(model.config))
     narrow = kind == "fp8-attn"
