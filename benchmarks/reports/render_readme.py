@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import team_tables
+
 import history
 import power_tables
 import process_tables
@@ -27,7 +29,7 @@ from magihuman.runtime.evaluate.model_score import LEAST
 ROOT = Path(__file__).parents[2]
 PRECISIONS = ("bf16", "fp8", "fp8-attn")
 FILES = {  # which tables each has
-    "README.md": ("headline",),
+    "README.md": ("headline", "headline-gpus"),
     "docs/performance.md": (
         "denoising",
         "fp8",
@@ -37,6 +39,7 @@ FILES = {  # which tables each has
         "super-resolution",
         "memory",
         "request",
+        "several-gpus",
         "loading",
         "kernels",
         "checks",
@@ -60,6 +63,8 @@ def tables(folder: Path) -> dict[str, str]:
     decoding = result("vae_decode")
     parts = {
         "headline": headline_table(folder),
+        "headline-gpus": team_tables.headline_lines(folder),
+        "several-gpus": team_tables.lines(folder),
         "denoising": denoising_table(result("compiled_forward")),
         "fp8": fp8_table(result("fp8")),
         "fp8-errors": error_table(result("fp8_errors")),

@@ -38,7 +38,9 @@ TINY: dict[str, list[str]] = {
     "compiled_forward": ["--baseline"],
     "fp8": [],
     "super_resolution": ["--plain"],
-    "context_parallel": ["--precision", "bf16"],
+    "context_parallel": [
+        *("--ranks", "2", "--precision", "bf16", "--sizes", "256p", "1080p", "--requests", "256p")
+    ],
     "full_size": ["--scratch", "{scratch}"],
     "load_artifact": ["{artifacts}"],
     "memory_limit": ["--case", "540p fp8 in 24", "--sr-steps", "1"],
@@ -181,6 +183,15 @@ def test_the_readme_is_rendered_from_these_results(results):
     steps_s = json.loads((folder / "fp8.json").read_text())["fp8"]["8_steps_ms"] / 1e3
     assert f"| fp8 | {steps_s:.3f} |" in section
     assert "nan" not in re.findall(r"[a-z]+", section)
+    figures = json.loads((folder / "context_parallel.json").read_text())
+    own = figures["forwards"]["256p"]["bf16"]
+    ratio = own["1"]["ms"] / own["2"]["ms"]
+    for page in ("README.md", "docs/performance.md"):
+        text = (folder.parent / "out" / page).read_text()
+        cells = f"{own['1']['ms']:.1f} ms | {own['2']['ms']:.1f} ms ({ratio:.2f}x)"
+        assert f"| a forward, 480x256, bf16 | {cells} |" in text
+        assert "| prompt to frames, 480x256, bf16 |" in text
+    text = (folder.parent / "out" / "docs" / "performance.md").read_text()
     section = text.split("<!-- power:start -->")[1].split("<!-- power:end -->")[0]
     assert section.strip() == render_readme.tables(folder)["power"].strip()
     for picture in ("latency.png", "power.png"):
