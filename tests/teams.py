@@ -20,10 +20,11 @@ from magihuman.graphs.transformer.options import CompileOptions, ReplayOptions
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import reference as ref
+from magihuman.kernels.parallel import exchange
 from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.parallel.context_parallel import ContextParallel, Transformer
-from magihuman.runtime.parallel.team import Team
+from magihuman.runtime.parallel.team import CLOSE, Team
 from magihuman.runtime.weights import random_weights, tiny
 
 # By name: whether it has frame-local layers, dtype of its linears, and whether it is rewritten,
@@ -220,3 +221,45 @@ def follow_on_gpus(team: Team, names: Sequence[str]) -> None:
     own = shared_on_gpus(team, names)
     own.follow()
     own.close()
+
+
+# Heads, key/value heads, their width, dtype and rows of each process.
+EXCHANGED = [
+    (40, 8, 128, torch.bfloat16, 1072),
+    (40, 8, 128, torch.bfloat16, 1),
+    (24, 8, 32, torch.bfloat16, 37),
+    (8, 8, 12, torch.float32, 61),
+    (16, 8, 6, torch.bfloat16, 5),
+]
+
+
+def exchange_both_ways(team: Team, _: object = None) -> list[bool]:
+    """On every process: whether exchanges by stores and through NCCL give the same, twice over."""
+    same = []
+    for heads, kv_heads, dim, dtype, rows in EXCHANGED:
+        ranks = team.ranks
+        columns = (heads + 2 * kv_heads) * dim + heads
+        width = -(-columns // ranks // ref.PACKED_COLUMNS) * ref.PACKED_COLUMNS
+        size = dtype.itemsize
+        team.reserve(rows * ranks * width * size, rows * heads * dim * size)
+        for seed in range(2):
+            made = []
+            for peers in (team._peers, None):
+                exchange.connect(peers)
+                torch.manual_seed(100 * seed + team.rank)
+                # Rows further apart than they are long, as a padded projection's.
+                qkv = torch.randn(rows, columns + 8, device=team.device).to(dtype)[:, :columns]
+                there = exchange.rows_to_heads(qkv, heads, kv_heads, ranks)
+                back = exchange.heads_to_rows(there[:, : heads // ranks * dim], ranks)
+                made.append((there.clone(), back.clone()))
+            exchange.connect(team._peers)
+            same.append(all(torch.equal(a, b) for a, b in zip(*made, strict=True)))
+            same.append(torch.equal(made[0][1], qkv[:, : heads * dim]))
+    return same
+
+
+def follow_exchanges(team: Team, payload: object) -> None:
+    assert all(exchange_both_ways(team, payload))
+    while team.listen()[0] != CLOSE:
+        pass
+    team.close()

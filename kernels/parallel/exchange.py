@@ -1,13 +1,15 @@
 """Rows for heads and back, between the processes that share a sequence: `torch.ops.magihuman.*`.
 
-Each operator is one copy and one all-to-all of torch.distributed's default group, on the current
-stream, so that both can be captured. On a GPU that is NCCL; on the CPU, where the copy is the
-reference, gloo.
+Between GPUs that can write to each other's memory, each operator is one kernel of `peers`.
+Elsewhere it is one copy and one all-to-all of torch.distributed's default group: NCCL or, on the
+CPU, where the copy is the reference, gloo. All are launched on the current stream and can be
+captured.
 
 Bytes of a process, for S rows in bf16 and the published 40 and 8 heads of 128 over P processes:
 7208 S 2 to the projection's way out, of which (P - 1) / P leave the device, and 5120 S 2 on the way
-back. At P = 2 and S = 7381 (896x512, 5 s) that is 53 MB and 38 MB over the link for each layer, and
-the two copies read and write 364 MB of the device's memory.
+back. At P = 2 and S = 7381 (896x512, 5 s) that is 53 MB and 38 MB over the link for each layer.
+Where a copy and an all-to-all do it, the two copies also read and write 364 MB of the device's
+memory.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,7 +25,17 @@ from torch import Tensor
 
 from magihuman.kernels import reference as ref
 
+if TYPE_CHECKING:
+    from magihuman.kernels.parallel.peers import Peers
+
 _is_apart: ContextVar[bool] = ContextVar("apart", default=False)
+_peers: Peers | None = None  # of this process's team
+
+
+def connect(peers: Peers | None) -> None:
+    """Exchange by stores between GPUs from now on; None: by torch.distributed."""
+    global _peers
+    _peers = peers
 
 
 @contextmanager
@@ -54,6 +67,8 @@ def rows_to_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
     qkv: [S, C], rows [Q | K | V | gate] of so many heads. Returns [ranks S, C / ranks], rows
     [Q | K | V | gate] of the heads of this process.
     """
+    if qkv.is_cuda and _peers is not None:
+        return _peers.rows_to_heads(qkv, heads, kv_heads, ranks, _is_apart.get())
     if qkv.is_cuda:
         from magihuman.kernels.parallel import head_pack
 
@@ -75,6 +90,8 @@ def heads_to_rows(x: Tensor, ranks: int) -> Tensor:
     """Give all rows of this process's heads, [ranks S, C / ranks], for its rows of all heads,
     [S, C].
     """
+    if x.is_cuda and _peers is not None:
+        return _peers.heads_to_rows(x.contiguous(), ranks, _is_apart.get())
     received = _all_to_all(x.contiguous().unflatten(0, (ranks, -1)))
     if x.is_cuda:
         from magihuman.kernels.parallel import head_pack

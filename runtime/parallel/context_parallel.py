@@ -213,6 +213,7 @@ class ContextParallel:
                 return torch.empty(sum(sizes), dtype=torch.float32, device=team.device)
             return torch.cat([tensor.flatten() for tensor in inputs])
 
+        team.reserve(*_exchanged_bytes(transformer.model, sharding))
         flat = team.agree(prepare)
         with team.together():
             dist.broadcast(flat, 0)
@@ -274,6 +275,17 @@ class ContextParallel:
         every = tensor.new_empty(self.team.ranks, *tensor.shape)
         dist.gather(tensor, list(every.unbind()), dst=0)
         return every
+
+
+def _exchanged_bytes(model: DiT, sharding: ref.Sharding) -> tuple[int, int]:
+    """The most that a process is sent in one exchange of rows for heads, and in one back."""
+    config, ranks = model.config, sharding.ranks
+    weights = model.block.named_parameters()
+    size = next(w.element_size() for name, w in weights if name.endswith("linear_qkv.weight"))
+    size = max(2, size)  # of activations, where weights have a byte
+    width = -(-config.qkv_rows // ranks // ref.PACKED_COLUMNS) * ref.PACKED_COLUMNS
+    heads_bytes = sharding.rows * ranks * width * size
+    return heads_bytes, sharding.rows * config.heads * config.head_dim * size
 
 
 def _plain(

@@ -8,6 +8,7 @@ bytes, through gloo. A follower only ever acts on a call, so that whatever ends 
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import socket
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,11 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from magihuman.kernels.parallel import exchange
 from magihuman.runtime.device import PeerLost, is_out_of_memory
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from magihuman.kernels.parallel.peers import Peers
+
+log = logging.getLogger("magihuman")
 
 Result = TypeVar("Result")
 Call = tuple[str, tuple[Any, ...]]  # what to do, with which arguments
@@ -70,11 +76,13 @@ class Team:
         ranks: int | None = None,
         store: Store | None = None,
         workers: Sequence[subprocess.Popen[bytes]] = (),
+        by_stores: bool = True,
     ) -> None:
         """Wait for the other processes, and connect to them.
 
         rank, ranks, store: by default as torchrun's environment variables say. workers: processes
-        that this one has started, which `close` ends.
+        that this one has started, which `close` ends. by_stores: exchange by stores to the other
+        GPUs' memory where all can; in every process alike.
         """
         self.device = device
         self.lost: str | None = None
@@ -102,6 +110,9 @@ class Team:
                 rows = torch.zeros(self.ranks, 8, dtype=torch.float32, device=device)
                 exchange.heads_to_rows(rows, self.ranks)
                 torch.cuda.synchronize()
+        self._peers: Peers | None = None
+        if is_gpu and by_stores:
+            self._connect_peers()
         for number, worker in enumerate(self._workers, 1):
             threading.Thread(target=self._watch, args=(number, worker), daemon=True).start()
 
@@ -125,11 +136,17 @@ class Team:
         return team
 
     @classmethod
-    def start(cls, devices: Sequence[torch.device], target: str, payload: object) -> Self:
+    def start(
+        cls,
+        devices: Sequence[torch.device],
+        target: str,
+        payload: object,
+        by_stores: bool = True,
+    ) -> Self:
         """Start a team on these devices, the first of which is this process's.
 
         target: "module:function", called in each other process with its team and `payload`, which
-        must be what pickle takes.
+        must be what pickle takes. by_stores: as of `Team`.
 
         Raises:
             DeviceError: a process has ended before it has come here.
@@ -147,16 +164,47 @@ class Team:
                     start_new_session=True,  # an interrupt from the terminal is rank 0's to handle
                 )
                 workers.append(worker)
-                part = (rank, len(devices), str(device), store.port, target, payload)
+                part = (rank, len(devices), str(device), store.port, by_stores, target, payload)
                 assert worker.stdin is not None
                 with suppress(BrokenPipeError):  # it has ended, which is seen below
                     worker.stdin.write(pickle.dumps(sys.path) + pickle.dumps(part))
                     worker.stdin.flush()
             _wait_for(store, workers)
-            return cls(devices[0], 0, len(devices), store, workers)
+            return cls(devices[0], 0, len(devices), store, workers, by_stores)
         except BaseException:
             _end(workers)
             raise
+
+    @property
+    def exchange(self) -> str:
+        """How rows travel: "stores" to the memory of other GPUs, "nccl" or "gloo"."""
+        if self._peers is not None:
+            return "stores"
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def reserve(self, heads_bytes: int, rows_bytes: int) -> None:
+        """Have room for exchanges of so many bytes a process; all processes call it alike.
+
+        Raises as `agree` does, where a GPU has no room.
+        """
+        peers = self._peers
+        if peers is None or peers.has_room(heads_bytes, rows_bytes):
+            return
+        made = False
+
+        def allocate() -> None:
+            nonlocal made
+            peers.allocate(heads_bytes, rows_bytes)
+            made = True
+
+        try:
+            self.agree(allocate)
+        except Exception:
+            if made:
+                peers.forget()
+            raise
+        with self.together():
+            peers.meet(self._of_all)
 
     def call(self, name: str, *arguments: object) -> None:
         """On rank 0: have every other process do this next."""
@@ -237,6 +285,8 @@ class Team:
             if self.lost is not None or self._is_closing:
                 return
             self.lost = why
+        if self._peers is not None:
+            self._peers.give_up()
         _end(self._workers)
         if self.device.type == "cuda":
             # Stops the kernels that wait for another GPU; returns once the last captured graph with
@@ -255,9 +305,48 @@ class Team:
         if tell and self.rank == 0:
             with suppress(PeerLost):
                 self.call(CLOSE)
+        exchange.connect(None)
+        if self._peers is not None and self.lost is None:
+            self._peers.close()
+        self._peers = None
         if self.lost is None or self.device.type != "cuda":  # NCCL's end is an exchange, too
             dist.destroy_process_group()
         _end(self._workers, 0 if self.lost else END_S)
+
+    def _of_all(self, given: bytes) -> list[bytes]:
+        """What every process gives, by rank."""
+        told: list[Any] = [None] * self.ranks
+        dist.all_gather_object(told, given, self._calls)
+        return told
+
+    def _connect_peers(self) -> None:
+        """Exchange by stores if every process can: a first, small room is met in."""
+        from magihuman.kernels.parallel.peers import Peers
+
+        def make() -> Peers:
+            peers = Peers(self.rank, self.ranks, self.device)
+            peers.allocate(1, 1)
+            return peers
+
+        def meet() -> None:
+            if failure is not None:
+                raise failure
+
+        failure: Exception | None = None
+        try:
+            peers = self.agree(make)
+            try:
+                peers.meet(self._of_all)
+            except Exception as error:  # in this process perhaps alone, so all are asked
+                failure = error
+            self.agree(meet)
+        except PeerLost:
+            raise
+        except Exception as error:
+            log.info("GPUs exchange through NCCL, since stores are not possible: %s", error)
+            return
+        self._peers = peers
+        exchange.connect(peers)
 
     def _watch(self, rank: int, worker: subprocess.Popen[bytes]) -> None:
         self.lose(f"the process of rank {rank} ended with code {worker.wait()}")
@@ -324,7 +413,8 @@ def _end(workers: Sequence[subprocess.Popen[bytes]], patience_s: float = 0) -> N
 
 def serve() -> None:
     """Entry of a process that `Team.start` has started."""
-    rank, ranks, device, port, target, payload = pickle.load(sys.stdin.buffer)  # noqa: S301 - ours
+    part = pickle.load(sys.stdin.buffer)  # noqa: S301 - ours
+    rank, ranks, device, port, by_stores, target, payload = part
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
@@ -332,7 +422,7 @@ def serve() -> None:
         torch.cuda.set_device(device)
     store = TCPStore(HOST, port, is_master=False)
     store.set(f"here {rank}", "")
-    team = Team(torch.device(device), rank, ranks, store)
+    team = Team(torch.device(device), rank, ranks, store, by_stores=by_stores)
     module, function = target.split(":")
     try:
         getattr(import_module(module), function)(team, payload)

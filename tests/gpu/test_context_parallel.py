@@ -88,6 +88,19 @@ def velocities(
         return [denoise.velocity_of(model, layout, text, "v2", f)(video, sound) for f in forwards]
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_exchanges_by_stores_are_those_of_nccl(ranks: int) -> None:
+    """Of rows that fill no vector, or no warp, too; there and back gives what was sent."""
+    devices = [torch.device("cuda", rank) for rank in range(ranks)]
+    team = Team.start(devices, "teams:follow_exchanges", None)
+    try:
+        if team.exchange != "stores":
+            pytest.skip("these GPUs cannot write to each other's memory")
+        assert all(teams.exchange_both_ways(team))
+    finally:
+        team.close()
+
+
 class TestForwards:
     """Of a team that is there for these tests alone: an engine of several GPUs has its own."""
 
