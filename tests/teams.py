@@ -177,6 +177,19 @@ def follow(team: Team, payload: tuple[Sequence[str], Path]) -> None:
     own.close()
 
 
+def decoding(team: Team) -> ContextParallel:
+    """Of frames alone."""
+    torch.set_num_threads(1)
+    vae = random_weights.turbo_vae(tiny.TURBO_VAE, 0, torch.device("cpu"), torch.float32)
+    return ContextParallel(team, {}, vae)
+
+
+def follow_decoding(team: Team, payload: None) -> None:
+    own = decoding(team)
+    own.follow()
+    own.close()
+
+
 # On GPUs, by precision and size. "wide": few layers of the published width, so that all kernels run
 # as they do at full size; else the golden architecture. "launched": without capturing anything.
 COMPILED = [

@@ -17,10 +17,12 @@ from torch import Tensor, fx, nn
 
 from magihuman.graphs.cuda_graphs import Captures
 from magihuman.graphs.decoder.compile import compile_decoder
+from magihuman.graphs.decoder.passes.crop import crop
 from magihuman.graphs.decoder.passes.magnitude import with_magnitude
 from magihuman.graphs.decoder.passes.trim import trim
 from magihuman.graphs.decoder.peak import peak_bytes, reserve
 from magihuman.graphs.rewrite import CompileReport
+from magihuman.kernels.decoder.bands import AXES, Band, Reach, cut_latents, cuts
 
 log = logging.getLogger("magihuman")
 Call = tuple[Sequence[int], bool, int, int]  # a decoder's arguments, the shape alone of the latents
@@ -36,7 +38,7 @@ ROOM = 1.03  # of the memory that a graph's tensors take, since they leave gaps
 
 class Size(NamedTuple):
     """A kind of window: latents of a batch of clips, whether each is a clip's first, and the frames
-    kept of those that a window gives.
+    kept of those that a window gives; and of these pictures the band that is decoded, if not all.
     """
 
     batch: int
@@ -46,6 +48,7 @@ class Size(NamedTuple):
     is_first: bool
     skip: int
     kept: int
+    band: Band | None = None
 
     @property
     def latents(self) -> int:
@@ -55,7 +58,16 @@ class Size(NamedTuple):
     @property
     def pixels(self) -> tuple[int, ...]:
         """The shape of the pixels that are kept: [batch, kept, 16 rows, 16 columns, 3]."""
-        return self.batch, self.kept, STRIDE * self.rows, STRIDE * self.columns, COLORS
+        sides = [self.rows, self.columns]
+        if self.band is not None:
+            sides[AXES.index(self.band.axis)] = self.band.end - self.band.begin
+        return self.batch, self.kept, STRIDE * sides[0], STRIDE * sides[1], COLORS
+
+    @property
+    def length(self) -> int:
+        """Latents along the axis of the band."""
+        assert self.band is not None
+        return (self.rows, self.columns)[AXES.index(self.band.axis)]
 
 
 @dataclass
@@ -107,6 +119,7 @@ class CompiledDecoder:
                 freed as it goes, and windows are decoded one at a time.
         """
         self._batch, self._replays = batch if replays else 1, replays
+        self._reach = Reach.of(config)
         self._device = next(decoder.parameters()).device
         self._dtype = dtype
         self.magnitude = torch.zeros((), dtype=torch.float32, device=self._device)
@@ -119,17 +132,20 @@ class CompiledDecoder:
         self._captures = Captures[Size, _Captured](self._device, budget_bytes, capturing)
         self._uncaptured: dict[Size, tuple[fx.GraphModule, int]] = {}  # and bytes of its tensors
 
-    def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor:
-        """Decode a batch of windows of one kind.
+    def __call__(
+        self, latents: Tensor, is_first: bool, skip: int, kept: int, band: Band | None = None
+    ) -> Tensor:
+        """Decode a batch of windows of one kind, or a band of them.
 
         latents: [B, 48, T, H, W], of any strides; skip, kept: frames of each window that are not
-        wanted at its start, and wanted after that. Returns [B, kept, 16 H, 16 W, 3], which the next
-        call of the same size may overwrite.
+        wanted at its start, and wanted after that. Returns [B, kept, 16 H, 16 W, 3], of a band its
+        own rows or columns; the next call of the same size may overwrite it.
 
         Raises:
             torch.OutOfMemoryError: a new size has no room, even with every other graph given up.
         """
-        size = _size(latents.shape, is_first, skip, kept)
+        size = _size(latents.shape, is_first, skip, kept, band)
+        latents = self._needed(latents, size)
         if not self._replays:
             return self._launch(latents, size)
         captured = self._prepare(size)
@@ -191,17 +207,24 @@ class CompiledDecoder:
     def _trimmed(self, size: Size) -> fx.GraphModule:
         """The graph of this size's frames and their magnitude."""
         module = trim(self._modules[size.is_first], size.frames, size.skip, size.kept)
+        if size.band is not None:
+            module = crop(module, size.band.axis, cuts(size.band, size.length, self._reach))
         return with_magnitude(module)
+
+    def _needed(self, latents: Tensor, size: Size) -> Tensor:
+        """The latents that a size's pixels come from, of those of whole pictures."""
+        if size.band is None:
+            return latents
+        part = cut_latents(size.band, size.length, self._reach)
+        return latents.narrow(size.band.axis, part.begin, part.end - part.begin)
 
     def _capture(self, size: Size) -> _Captured:
         module = self._trimmed(size)
         start = time.perf_counter()
         weight: Tensor = module.get_buffer("conv_in.conv.weight")
-        latents = torch.zeros(
-            (size.batch, weight.shape[1], size.frames, size.rows, size.columns),
-            dtype=weight.dtype,
-            device=self._device,
-        ).contiguous(memory_format=torch.channels_last_3d)
+        shape = size.batch, weight.shape[1], size.frames, size.rows, size.columns
+        whole = torch.zeros((), dtype=weight.dtype, device=self._device).expand(shape)
+        latents = self._needed(whole, size).contiguous(memory_format=torch.channels_last_3d)
         # Outside the pool, which is whole again for the next size when this one's graph is done.
         pixels = torch.empty(size.pixels, dtype=self._dtype, device=self._device)
         magnitude = torch.zeros((), dtype=torch.float32, device=self._device)
@@ -224,9 +247,11 @@ class CompiledDecoder:
         return _Captured(graph, latents, pixels, magnitude)
 
 
-def _size(shape: Sequence[int], is_first: bool, skip: int, kept: int) -> Size:
+def _size(
+    shape: Sequence[int], is_first: bool, skip: int, kept: int, band: Band | None = None
+) -> Size:
     batch, _, frames, rows, columns = shape
-    return Size(batch, frames, rows, columns, is_first, skip, kept)
+    return Size(batch, frames, rows, columns, is_first, skip, kept, band)
 
 
 def _share_buffers(owner: nn.Module, other: nn.Module) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from magihuman.graphs.cuda_graphs import pool
+from magihuman.kernels.decoder.bands import LARGE_PIXELS
 from magihuman.runtime import config
+from magihuman.runtime.config import VIDEO_STRIDE
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model import Layout
 from magihuman.runtime.request import MIN_SECONDS, Request
@@ -24,6 +26,8 @@ BYTES_PER_TOKEN_ROW_COMPILED = 4.5
 # video and of its velocities, and a rotary table of 128, in fp32, as sent and where they are read.
 BYTES_PER_SHARED_TOKEN = 2 * 4 * (192 + 192 + 128)
 BYTES_PER_PIXEL = 35 * 2**9
+BYTES_PER_DECODED_PIXEL = 28 * 3  # of the frames of a window
+BESIDE_BAND = 8
 BYTES_PER_PIXEL_COMPILED = 10 * 2**10
 # Estimates from the shapes: of an image's encoder at its widest; of the sound's decoder, whose last
 # blocks hold 128 channels of 51,200 samples a second in fp32, about eight times over; of the text
@@ -71,9 +75,21 @@ def denoising_bytes(tokens: int, rows: int, is_compiled: bool = False, ranks: in
     return int(-(-tokens // ranks) * rows * per_row) + shared
 
 
-def decoding_bytes(width: int, height: int, is_compiled: bool = False) -> int:
-    """Bytes that decoding one window of frames of this many pixels takes."""
-    return width * height * (BYTES_PER_PIXEL_COMPILED if is_compiled else BYTES_PER_PIXEL)
+def decoding_bytes(width: int, height: int, is_compiled: bool = False, ranks: int = 1) -> int:
+    """Bytes that decoding one window of frames of this many pixels takes.
+
+    ranks: processes that share it, of which the first's bytes are meant. Each decodes a window, or
+    where that is large a band, and the first holds what all have made.
+    """
+    whole = width * height * (BYTES_PER_PIXEL_COMPILED if is_compiled else BYTES_PER_PIXEL)
+    if ranks == 1:
+        return whole
+    frames = width * height * BYTES_PER_DECODED_PIXEL
+    if width * height <= LARGE_PIXELS:
+        return whole + (ranks + 1) * frames
+    # What is beside a band, of latents, where the most memory is taken.
+    part = 1 / ranks + BESIDE_BAND * VIDEO_STRIDE[1] / max(width, height)
+    return int(min(1.0, part) * whole) + 3 * frames
 
 
 def free_bytes(device: torch.device) -> int:

@@ -357,7 +357,7 @@ def stages_of(
                 graph_bytes=working if is_compiled else 0,
             )
         )
-    window = estimate.decoding_bytes(width, height, is_compiled)
+    window = estimate.decoding_bytes(width, height, is_compiled, ranks)
     decoders = tuple(name for name in (VIDEO, AUDIO) if name in parts)
     kept = window if is_compiled else 0
     frames = Stage("decode", decoders, window + sound, graph_bytes=kept, spares_graphs=True)

@@ -15,6 +15,7 @@ from magihuman.runtime.model.turbo_vae import (
     Decoder,
     TurboVAE,
     Window,
+    decode_band,
     decode_windows,
     window_kinds,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "TextEncoder",
     "TurboVAE",
     "Window",
+    "decode_band",
     "decode_windows",
     "is_panic",
     "tokens",

@@ -6,14 +6,15 @@ channel norms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magihuman.kernels.decoder import reference as ref
+from magihuman.kernels.decoder.bands import Band, Range, Reach, cut_latents, cuts
 from magihuman.runtime.config import LATENT_MEAN, LATENT_STD, TurboVAEConfig
 
 NORM_EPS = 1e-8
@@ -132,6 +133,32 @@ class Decoder(nn.Module):
             x = block(x, first_window)
         x = self.conv_out(F.silu(ref.channel_norm(x, NORM_EPS)))
         return ref.unpatchify(x, self.patch)
+
+
+def decode_band(
+    decoder: Decoder, x: Tensor, first_window: bool, band: Band, reach: Reach
+) -> Tensor:
+    """The rows or columns of a band, of what `Decoder.forward` makes of the whole picture.
+
+    x: latents of the whole picture, [B, 48, T, H, W]. reach: of the decoder's architecture. Returns
+    [B, 3, frames, 16 H, 16 W], as long along the band's axis as the band.
+    """
+
+    def cut(y: Tensor, part: Range) -> Tensor:
+        return y.narrow(band.axis, part.begin, part.end - part.begin)
+
+    length = x.shape[band.axis]
+    kept = iter(cuts(band, length, reach))
+    x = decoder.mid_block(decoder.conv_in(cut(x, cut_latents(band, length, reach))))
+    for block in cast(Iterable[UpBlock], decoder.up_blocks):
+        if block.conv_in is not None:
+            x = block.conv_in(x)
+        for upsampler in block.upsamplers:
+            x = upsampler(cut(x, next(kept)), first_window)
+        for resnet in block.resnets:
+            x = resnet(x)
+    x = decoder.conv_out(F.silu(ref.channel_norm(x, NORM_EPS)))
+    return ref.unpatchify(cut(x, next(kept)), decoder.patch)
 
 
 class Window(NamedTuple):

@@ -1,5 +1,5 @@
-"""One request on several devices: the transformers' sequence is split, and so are the decoder's
-windows.
+"""One request on several devices: the transformers' sequence is split, and so are the windows of
+frames, and their pictures.
 
 Every process has all weights. Rank 0 runs the loops of `pipeline/denoise.py`; for each forward it
 calls the others, sends them what the model takes, and gets all velocities. Around attention the
@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magihuman.kernels import reference as ref
+from magihuman.kernels.decoder.bands import AXES, LARGE_PIXELS, Turn, schedule
+from magihuman.runtime.config import VIDEO_STRIDE
 from magihuman.runtime.device import PeerLost, is_cuda_error
-from magihuman.runtime.model import DiT, TurboVAE, Window
+from magihuman.runtime.model import DiT, TurboVAE
 from magihuman.runtime.parallel.team import CLOSE, Team
 from magihuman.runtime.pipeline import (
     Components,
@@ -123,15 +125,20 @@ class ContextParallel:
         """
         assert self._vae is not None
         x, size = self._vae.denormalize(latent), frames_shape(latent)[1:]
-        windows = self._vae.plan(latent.shape[2])
-        for first in range(0, len(windows), self.team.ranks):
-            turn = windows[first : first + self.team.ranks]
+        rows, columns = latent.shape[3:]
+        is_large = size[0] * size[1] > LARGE_PIXELS
+        turns = schedule(
+            self._vae.plan(latent.shape[2]),
+            (rows, columns),
+            self.team.ranks,
+            self._vae.config,
+            is_large,
+        )
+        for turn in turns:
             self.team.call("decode", turn, size, tuple(x.shape), x.dtype)
             decoded = self._decode(turn, size, tuple(x.shape), x.dtype, x)
             assert decoded is not None
-            # The last turn may have fewer windows.
-            for frames, magnitude, window in zip(*decoded, turn, strict=False):
-                yield frames[: window.frames], magnitude
+            yield from _in_order(turn, size, *decoded)
 
     def release(self) -> None:
         """On rank 0: have every process give up its captured graphs."""
@@ -232,31 +239,36 @@ class ContextParallel:
 
     def _decode(
         self,
-        turn: Sequence[Window],
+        turn: Turn,
         size: tuple[int, int, int],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         x: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Decode a window on each process; rank 0 alone has the latents `x`, and gets the frames.
+        """Decode a window, or a band of one, on each process; rank 0 alone has the latents `x`, and
+        gets the frames.
 
         size: (height, width, channels) of a frame. shape, dtype: of x, by which the others make
-        room for it. Returns uint8 [ranks, frames of the longest window, *size], and [ranks] fp32,
-        the magnitude behind each window.
+        room for it. Returns uint8 [ranks, bytes of the largest part], each part as it is in memory
+        and then unset, and [ranks] fp32, the magnitude behind each.
         """
         team, decoder = self.team, self._decoder
         assert decoder is not None
-        most = max(window.frames for window in turn)
+        parts = _parts(turn, size)
 
         def prepare() -> tuple[Tensor, Tensor]:
-            frames = torch.empty((most, *size), dtype=torch.uint8, device=team.device)
+            most = max(math.prod(part) for part in parts)
+            frames = torch.empty(most, dtype=torch.uint8, device=team.device)
             return torch.empty(shape, dtype=dtype, device=team.device) if x is None else x, frames
 
         def decode() -> None:
-            if team.rank < len(turn):
-                window, largest = decode_group(decoder, latents, turn[team.rank : team.rank + 1])
-                frames[: len(window)] = window
-                magnitude.copy_(largest)
+            if team.rank >= len(parts):  # the last turn may have fewer windows
+                return
+            window = turn.windows[0 if turn.bands else team.rank]
+            band = turn.bands[team.rank] if turn.bands else None
+            pixels, largest = decode_group(decoder, latents, [window], band)
+            frames[: pixels.numel()] = pixels.flatten()
+            magnitude.copy_(largest)
 
         magnitude = torch.zeros((), dtype=torch.float32, device=team.device)
         latents, frames = team.agree(prepare)
@@ -321,6 +333,35 @@ def _side_by_side(velocities: tuple[Tensor, Tensor], rows: int) -> Tensor:
     out[: len(video), : video.shape[1]] = video
     out[len(video) : len(video) + len(audio), : audio.shape[1]] = audio
     return out
+
+
+def _parts(turn: Turn, size: tuple[int, int, int]) -> list[tuple[int, ...]]:
+    """The shape of what each process of a turn makes: frames, height, width, channels."""
+    if not turn.bands:
+        return [(window.frames, *size) for window in turn.windows]
+    (window,) = turn.windows
+    shapes = []
+    for band in turn.bands:
+        shape = [window.frames, *size]
+        side = AXES.index(band.axis)
+        shape[1 + side] = (band.end - band.begin) * VIDEO_STRIDE[1 + side]
+        shapes.append(tuple(shape))
+    return shapes
+
+
+def _in_order(
+    turn: Turn, size: tuple[int, int, int], every: Tensor, magnitudes: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The windows of a turn, uint8 [frames, *size], each with its magnitude."""
+    shapes = _parts(turn, size)
+    parts = [
+        flat[: math.prod(shape)].view(shape) for flat, shape in zip(every, shapes, strict=False)
+    ]
+    if not turn.bands:
+        yield from zip(parts, magnitudes, strict=False)
+    else:
+        # The largest, and NaN where one is: what `finite.largest` says of all.
+        yield torch.cat(parts, dim=1 + AXES.index(turn.bands[0].axis)), magnitudes.max()
 
 
 def share(parts: Components, team: Team) -> tuple[Components, ContextParallel]:

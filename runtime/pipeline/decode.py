@@ -13,8 +13,9 @@ from torch import Tensor
 
 from magihuman.kernels.decoder import ops as decoder_ops
 from magihuman.kernels.decoder import reference as ref
+from magihuman.kernels.decoder.bands import Band, Reach
 from magihuman.runtime.config import VIDEO_STRIDE, video_frames
-from magihuman.runtime.model import TurboVAE, Window
+from magihuman.runtime.model import TurboVAE, Window, decode_band
 from magihuman.runtime.pipeline.finite import VIDEO_DECODER, check, largest
 
 Frames = npt.NDArray[np.uint8]
@@ -36,7 +37,8 @@ class VideoDecoder(Protocol):
 class Decoder(Protocol):
     """Windows of latents [B, 48, T, H, W] to uint8 [B, kept, 16 H, 16 W, 3], without waiting.
 
-    A call decodes whole windows, skips the first `skip` frames of each and keeps the next `kept`.
+    A call decodes whole windows, skips the first `skip` frames of each and keeps the next `kept`;
+    with a band, the rows or columns of that alone are decoded.
 
     Attributes:
         magnitude: of what the last call's bytes were made from, a scalar that is NaN or infinite
@@ -51,7 +53,9 @@ class Decoder(Protocol):
     def prepare(self, calls: Iterable[tuple[Sequence[int], bool, int, int]]) -> None:
         """Make ready for calls with these arguments, of the latents the shape alone."""
 
-    def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor: ...
+    def __call__(
+        self, latents: Tensor, is_first: bool, skip: int, kept: int, band: Band | None = None
+    ) -> Tensor: ...
 
 
 class DistributedDecoder(Protocol):
@@ -198,15 +202,17 @@ def _grouped(vae: TurboVAE, latent: Tensor, decoder: Decoder) -> Iterator[Made]:
         yield decode_group(decoder, x, group)
 
 
-def decode_group(decoder: Decoder, x: Tensor, group: Sequence[Window]) -> Made:
-    """The frames kept of windows of one kind and size, uint8 [frames, 16 H, 16 W, 3], and their
-    magnitude.
+def decode_group(
+    decoder: Decoder, x: Tensor, group: Sequence[Window], band: Band | None = None
+) -> Made:
+    """The frames kept of windows of one kind and size, uint8 [frames, 16 H, 16 W, 3], of a band its
+    own rows or columns; and their magnitude.
 
     x: from `TurboVAE.denormalize`.
     """
     latents = torch.cat([x[:, :, window.begin : window.end] for window in group])
     # Copies: the next window may overwrite the decoder's own.
-    pixels = decoder(latents, *_kind(group[0])).flatten(0, 1).clone()
+    pixels = decoder(latents, *_kind(group[0]), band=band).flatten(0, 1).clone()
     return pixels, decoder.magnitude.clone()
 
 
@@ -214,7 +220,7 @@ class PlainDecoder:
     """The `Decoder` that a `TurboVAE` has, one window at a time."""
 
     def __init__(self, vae: TurboVAE) -> None:
-        self._decoder = vae.decoder
+        self._decoder, self._reach = vae.decoder, Reach.of(vae.config)
         self.magnitude = torch.zeros((), dtype=torch.float32, device=vae.mean.device)
 
     def batch_of(self, rows: int, columns: int) -> int:
@@ -223,8 +229,14 @@ class PlainDecoder:
     def prepare(self, calls: Iterable[tuple[Sequence[int], bool, int, int]]) -> None:
         pass
 
-    def __call__(self, latents: Tensor, is_first: bool, skip: int, kept: int) -> Tensor:
-        values = self._decoder(latents, is_first)[:, :, skip : skip + kept]
+    def __call__(
+        self, latents: Tensor, is_first: bool, skip: int, kept: int, band: Band | None = None
+    ) -> Tensor:
+        if band is None:
+            values = self._decoder(latents, is_first)
+        else:
+            values = decode_band(self._decoder, latents, is_first, band, self._reach)
+        values = values[:, :, skip : skip + kept]
         self.magnitude = largest(values)
         return ref.to_uint8(values)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import golden
 from magihuman.kernels.decoder import reference as ref
+from magihuman.kernels.decoder.bands import Band
 from magihuman.runtime.config import TurboVAEConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
 from magihuman.runtime.pipeline.decode import Frames, decode_frames
@@ -206,3 +207,20 @@ def test_windows_arrive_in_order_and_whole(full: tuple[TurboVAE, TurboVAE]) -> N
             # a window in another's place would be off by tens.
             difference = abs(whole.astype(int) - plain.astype(int))
             assert difference.mean() <= 2 and whole.shape == plain.shape
+
+
+@torch.inference_mode()
+def test_bands_are_parts_of_whole_windows(full: tuple[TurboVAE, TurboVAE]) -> None:
+    """Captured, each a size of its own, within the rounding of sums in another order."""
+    vae, exact_vae = full
+    decoder = CompiledDecoder(vae.decoder, vae.config, dtype=torch.float32)
+    z = torch.randn(1, 48, 9, 2, 44, device=DEVICE)
+    whole = decoder(z.bfloat16(), False, 4, 28).clone()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        exact = exact_vae.decoder(z.bfloat16().float(), False)[:, :, 4:32]
+    exact = exact.permute(0, 2, 3, 4, 1)
+    for _ in range(2):
+        bands = [Band(4, 0, 18), Band(4, 18, 26), Band(4, 26, 44)]
+        pieces = [decoder(z.bfloat16(), False, 4, 28, band).clone() for band in bands]
+        assert [piece.shape[3] for piece in pieces] == [288, 128, 288]
+        assert_close(torch.cat(pieces, dim=3), whole, exact)

@@ -12,10 +12,12 @@ from torch import Tensor, fx
 import golden
 from magihuman.graphs.decoder import replay
 from magihuman.graphs.decoder.compile import compile_decoder
+from magihuman.graphs.decoder.passes.crop import crop
 from magihuman.graphs.decoder.passes.trim import trim
 from magihuman.graphs.decoder.replay import CompiledDecoder, _share_buffers
 from magihuman.graphs.rewrite import arguments
 from magihuman.graphs.rewrite.report import CompileError, CompileReport
+from magihuman.kernels.decoder import bands
 from magihuman.kernels.decoder import reference as ref
 from magihuman.runtime.config import TurboVAEConfig
 from magihuman.runtime.model.turbo_vae import TurboVAE
@@ -110,6 +112,36 @@ def test_no_pixels_are_repeated_before_a_convolution(graphs: Graphs) -> None:
     norms = [n for n in module.graph.nodes if str(n.target).startswith("magihuman.join_norm")]
     assert [arguments(norm)["phases"] for norm in norms].count([True, False]) == 3
     assert [arguments(norm)["phases"] for norm in norms].count([False, True]) == 3
+
+
+@pytest.mark.parametrize("axis", bands.AXES)
+def test_bands_are_parts_of_whole_windows(vae: TurboVAE, graphs: Graphs, axis: int) -> None:
+    """Those at the ends, one between, and one so wide that nothing is cut off."""
+    module, _ = graphs[False]
+    length, reach = 40, bands.Reach.of(vae.config)
+    shape = [1, 48, 2, 2, 2]
+    shape[axis] = length
+    x = torch.randn(shape)
+    whole = run(module, x)[:, :, 4:]
+    for begin, end in ((0, 6), (17, 19), (34, 40), (1, 39)):
+        band = bands.Band(axis, begin, end)
+        part = bands.cut_latents(band, length, reach)
+        cropped = crop(trim(module, 2, 4, 4), axis, bands.cuts(band, length, reach))
+        ours = run(cropped, x.narrow(axis, part.begin, part.end - part.begin))
+        assert golden.error(ours, whole.narrow(axis, 16 * begin, 16 * (end - begin))) <= FP32
+
+
+def test_a_compiled_decoder_decodes_bands(vae: TurboVAE) -> None:
+    """As bytes, with a magnitude of the band's own values; each band is a size of its own."""
+    decoder = CompiledDecoder(vae.decoder, vae.config, replays=False, budget_bytes=0)
+    x = torch.randn(1, 48, 2, 1, 40)
+    whole, most = decoder(x, False, 4, 4).clone(), float(decoder.magnitude)
+    pieces, magnitudes = [], []
+    for begin, end in ((0, 21), (21, 40)):
+        pieces.append(decoder(x, False, 4, 4, bands.Band(4, begin, end)).clone())
+        magnitudes.append(float(decoder.magnitude))
+    assert (torch.cat(pieces, dim=3).int() - whole.int()).abs().max() <= 1
+    assert max(magnitudes) == pytest.approx(most, rel=1e-4) and min(magnitudes) <= most
 
 
 @pytest.mark.parametrize("first", [True, False])

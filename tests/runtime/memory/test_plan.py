@@ -134,7 +134,7 @@ def compiles(monkeypatch):
 
 @pytest.mark.parametrize(
     ("precision", "sr", "ranks"),
-    [("fp8", "1080p", 4), ("fp8", "540p", 4), ("bf16", "540p", 2), ("fp8", "1080p", 2)],
+    [("fp8", "1080p", 4), ("bf16", "1080p", 4), ("bf16", "540p", 2), ("fp8", "1080p", 2)],
 )
 def test_gpus_that_work_together_hold_the_transformers(compiles, others, precision, sr, ranks):
     """Where these fit, whatever would be a little faster with one of them elsewhere. Only what the
@@ -165,6 +165,19 @@ def test_gpus_that_work_together_share_activations(others):
         whole, part = alone["denoise"], stages["denoise"]
         assert whole.working_bytes / ranks < part.working_bytes < 1.2 * whole.working_bytes / ranks
         assert part.forward_s == whole.forward_s / ranks
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(2, 0.62), (4, 0.37), (8, 0.24)])
+def test_gpus_that_work_together_share_large_frames(others, ranks, most):
+    """In bands of the picture; small ones are whole windows, of which the first has all bytes."""
+    whole, part = (
+        estimate.decoding_bytes(1920, 1088, is_compiled=True, ranks=n) for n in (1, ranks)
+    )
+    assert 1 / ranks < part / whole < most
+    small, aside = (
+        estimate.decoding_bytes(480, 256, is_compiled=True, ranks=n) for n in (1, ranks)
+    )
+    assert aside - small == (ranks + 1) * 480 * 256 * 3 * 28
 
 
 def test_without_captures_no_stage_keeps_a_graph(compiles, others):

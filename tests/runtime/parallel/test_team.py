@@ -12,10 +12,13 @@ import golden
 import teams
 from magihuman import runtime
 from magihuman.runtime.device import PeerLost
+from magihuman.runtime.errors import NonFiniteError
 from magihuman.runtime.model import tokens
+from magihuman.runtime.parallel import context_parallel
 from magihuman.runtime.parallel.context_parallel import ContextParallel
 from magihuman.runtime.parallel.team import Team, _listening_store
 from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.pipeline.decode import decode_frames
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -83,6 +86,35 @@ def test_four_processes(cache: Path) -> None:
         for _ in range(2):
             with pytest.raises(PeerLost, match="the process of rank 1 ended with code 7"):
                 velocities("grouped fp32", LAYOUTS[0], shared.forward(teams.GROUPED_DYING))
+    finally:
+        shared.close()
+
+
+def test_frames_are_decoded_in_turns_and_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two windows; those of one process, but where a sum in another order moves a byte."""
+    shared = teams.decoding(Team.start([CPU] * 2, "teams:follow_decoding", None))
+    calls = []
+    call = shared.team.call
+    monkeypatch.setattr(shared.team, "call", lambda *given: (calls.append(given), call(*given)))
+    vae = shared._vae
+    assert vae is not None
+    try:
+        for size, large in (((1, 40), 0), ((40, 1), 2**20), ((2, 2), 2**20)):
+            monkeypatch.setattr(context_parallel, "LARGE_PIXELS", large)
+            latent = torch.randn(1, 48, 10, *size)
+            with torch.inference_mode():
+                whole = decode_frames(vae, latent)
+            ours = decode_frames(vae, latent, distributed=shared)
+            assert abs(ours.astype(int) - whole.astype(int)).max() <= 1
+        turns = [given[1] for given in calls if given[0] == "decode"]
+        # Each window in bands, along either axis; two side by side, too small for bands.
+        assert [bool(turn.bands) for turn in turns] == [True] * 4 + [False]
+        assert [turn.bands[0].axis for turn in turns[:4]] == [4, 4, 3, 3]
+        broken = torch.randn(1, 48, 10, 1, 40)
+        broken[0, 0, 2, 0, 39] = torch.nan  # in the band of the other process
+        monkeypatch.setattr(context_parallel, "LARGE_PIXELS", 0)
+        with pytest.raises(NonFiniteError):
+            decode_frames(vae, broken, distributed=shared)
     finally:
         shared.close()
 
