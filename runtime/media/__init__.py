@@ -3,9 +3,8 @@
 `image` and `sound` read what a request names, `voice` a sound as a driving voice. `colour`,
 `orientation`, `png` and `jpeg` are parts of the one, `downmix` and `ogg` of the other,
 `guard` of both; `apart` does it in processes of their own. `mp4` writes films and reads them back,
-over `clip`; `fragments` writes them so that they play while they are made; `output` has all formats,
-and stills.
-`quality` says how far two clips are apart.
+over `clip`; `fragments` writes them so that they play while they are made; `output` has all
+formats, and stills. `quality` says how far two clips are apart.
 """
 
 from magihuman.runtime.media import quality

@@ -18,7 +18,7 @@ from magihuman.runtime.media.clip import NOTHING_KNOWN, ClipWriter, Origin, Outp
 from magihuman.runtime.media.clip import Frames as _Frames
 from magihuman.runtime.media.clip import GivenUpError as _GivenUpError
 from magihuman.runtime.media.clip import Sound as _Sound
-from magihuman.runtime.media.guard import readable, tolerant
+from magihuman.runtime.media.guard import freed, readable, tolerant
 
 ENCODER = {
     "preset": "veryfast",
@@ -77,6 +77,7 @@ class FilmWriter(ClipWriter):
     def _keyframe_distance(self) -> str:
         return str(KEYFRAME_S * self._fps)
 
+    @freed()
     def _write(self, temporary: Path) -> None:
         import av
 
@@ -203,6 +204,7 @@ def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
     return np.stack(frames), round(rate)
 
 
+@freed()
 def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
     """Frames a second, and frames, each [H, W, 3] RGB."""
     import av

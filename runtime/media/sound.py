@@ -14,7 +14,7 @@ import numpy as np
 
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.media.downmix import MAX_CHANNELS, Wave, mix, samples_of
-from magihuman.runtime.media.guard import checked_file, readable, tolerant
+from magihuman.runtime.media.guard import checked_file, freed, readable, tolerant
 from magihuman.runtime.media.ogg import Span, links
 
 MAX_BLOCK_VALUES = 2**26  # 256 MiB of floats; what is recorded has some 10,000 in a block
@@ -59,6 +59,7 @@ def read_audio(
     return samples
 
 
+@freed()
 def _read_part(
     wave: _Wave,
     source: Path,

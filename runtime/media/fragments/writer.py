@@ -19,6 +19,7 @@ from magihuman.runtime.media.fragments.boxes import (
     init_segment,
     length_prefixed,
 )
+from magihuman.runtime.media.guard import freed
 
 # Nothing is kept for later: no pictures that refer to later ones, and no looking ahead.
 ENCODER = {"preset": "superfast", "tune": "zerolatency", "crf": "20"}
@@ -120,7 +121,9 @@ class _Encoders:
 
     def close(self) -> None:
         """Free what they hold."""
-        self._container.close()
+        with freed():
+            self._container.close()
+            self._container = self._picture = self._sound = None
 
     def runs(
         self, frames: npt.NDArray[np.uint8], audio: npt.NDArray[np.float32], is_last: bool

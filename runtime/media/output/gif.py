@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from magihuman.runtime.media.clip import XMP, ClipWriter, Frames
+from magihuman.runtime.media.guard import freed
 
 COLOURS = 256
 TRAILER = b"\x3b"
@@ -26,6 +27,7 @@ class GifWriter(ClipWriter):
 
     bits_per_pixel = 8
 
+    @freed()
     def _write(self, temporary: Path) -> None:
         import av
 

@@ -14,7 +14,7 @@ from PIL import Image
 from magihuman.runtime.errors import InvalidRequestError, OutputError
 from magihuman.runtime.files import atomic_path
 from magihuman.runtime.media.clip import XMP, check_place
-from magihuman.runtime.media.guard import readable, tolerant
+from magihuman.runtime.media.guard import freed, readable, tolerant
 from magihuman.runtime.media.output.folder import png_info
 
 LONGEST_PX = 512
@@ -75,6 +75,7 @@ def check_thumbnail(path: Path) -> None:
     check_place(path.absolute(), "thumbnail")
 
 
+@freed()
 def _stills(clip: Path, count: int, longest_px: int) -> list[Image.Image]:
     """So many frames from the middles of equal parts of a clip, scaled down."""
     import av
