@@ -64,7 +64,9 @@ def bare(model: DiT, layout: Layout, fp8_attention: bool) -> list[Callable[[], o
         norms = (torch.zeros(dim, device=device) for _ in "qk")
         rope = torch.zeros(rows, 6 * config.rope_bands, device=device)
         parts = ops.qkv_fp8(qkv, *norms, rope, length, [], heads, kv_heads)
-        attend: Callable[[], Tensor] = partial(ops.gated_attention_fp8, *parts, gate, length, [])
+        attend: Callable[[], Tensor] = partial(
+            ops.gated_attention_fp8, *parts, gate, length, [], "gluon"
+        )
     else:
         q, k, v, _ = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim, heads], dim=1)
         q, k, v = (x.unflatten(1, (-1, dim)).contiguous() for x in (q, k, v))

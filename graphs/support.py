@@ -9,7 +9,9 @@ import torch
 
 from magihuman.kernels.jit import nvrtc
 from magihuman.kernels.target import (
+    E4M3_FROM,
     HOPPER_CAPABILITY,
+    PORTABLE_FROM,
     Capability,
     Kernels,
     Target,
@@ -17,7 +19,6 @@ from magihuman.kernels.target import (
     target_of,
 )
 
-MIN_CAPABILITY = (9, 0)  # the fused kernels are written and measured for Hopper
 HEAD_DIMS = (32, 64, 128)
 
 
@@ -42,16 +43,10 @@ def why_not(
         return f"the kernels compute in bf16, not {str(dtype).removeprefix('torch.')}"
     if config.head_dim not in HEAD_DIMS:
         return f"the kernels take heads of 32, 64 or 128, not {config.head_dim}"
-    target = target_of(kernels, device)
-    if fp8:
-        reason = _why_no_fp8_products(target, torch.cuda.get_device_capability(device))
-    if reason is None and (fp8_attention or config.local_attention_layers):
-        from magihuman.kernels.attention import backends
-
-        what = "fp8" if fp8_attention else "frame-local"
-        reason = backends.why_not(backends.local_for(target), config.head_dim, device)
-        return None if reason is None else f"{what} attention has one kernel, and {reason}"
-    return reason
+    capability = torch.cuda.get_device_capability(device)
+    if fp8_attention and capability < E4M3_FROM:
+        return f"fp8 attention needs sm_89 or newer, this GPU is {name_of(capability)}"
+    return _why_no_fp8_products(target_of(kernels, device), capability) if fp8 else None
 
 
 def _why_no_fp8_products(target: Target, capability: Capability) -> str | None:
@@ -82,8 +77,8 @@ def _why_no_kernels(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "there is no GPU"
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f"the kernels need sm_90 or newer, this GPU is {name_of(capability)}"
+    if capability < PORTABLE_FROM:
+        return f"the kernels need sm_80 or newer, this GPU is {name_of(capability)}"
     if util.find_spec("triton") is None:
         return "triton is not installed"
     return None

@@ -196,17 +196,19 @@ def gated_attention_fp8(
     gate: Tensor,
     length: Tensor,
     local: list[int],
+    backend: str = UNSET,
 ) -> Tensor:
-    """Compute `reference.attention_fp8` over the first `length` keys, contiguous.
+    """Compute `reference.attention_fp8` over the first `length` keys, contiguous, by this backend.
 
     local: the fields of `reference.LocalAttention`, or empty.
     """
-    arguments = (q, k, v, qk_scale, v_scale, gate, length, _local(local))
     if q.is_cuda:
-        from magihuman.kernels.attention import fp8 as attention_fp8
+        from magihuman.kernels.attention import backends
 
-        return attention_fp8.attention(*arguments)
-    return ref.attention_fp8(*arguments).contiguous()
+        scales = qk_scale, v_scale
+        return backends.run_fp8(backend, q, k, v, scales, gate, length, _local(local))
+    out = ref.attention_fp8(q, k, v, qk_scale, v_scale, gate, length, _local(local))
+    return out.contiguous()
 
 
 @gated_attention_fp8.register_fake
@@ -219,6 +221,7 @@ def _(
     gate: Tensor,
     length: Tensor,
     local: list[int],
+    backend: str = UNSET,
 ) -> Tensor:
     return torch.empty_like(q, dtype=gate.dtype)
 

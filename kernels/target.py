@@ -6,6 +6,7 @@ the arguments `route` and `backend`, and these names are chosen for a `Target`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -85,6 +86,27 @@ def target_of(
     capability = torch.cuda.get_device_capability(device)
     is_hopper = kernels == "auto" and capability == HOPPER_CAPABILITY
     return Target(HOPPER if is_hopper else PORTABLE, tiles_for or capability)
+
+
+def nearest(capability: Capability, listed: Collection[Capability]) -> Capability:
+    """The last of the listed capabilities up to this one that has no more shared memory.
+
+    So what is made for one of them fits: sm_87 takes what is made for sm_80, and an unlisted
+    capability what is made for one with the least.
+
+    Raises `ValueError` where there is none.
+    """
+
+    def shared(one: Capability) -> int:
+        return Target(PORTABLE, one).shared_bytes
+
+    fitting = [one for one in listed if one <= capability and shared(one) <= shared(capability)]
+    if not fitting:
+        names = ", ".join(map(name_of, sorted(listed)))
+        raise ValueError(
+            f"there are tiles for {names} and later, and none that fit {name_of(capability)}"
+        )
+    return max(fitting)
 
 
 def name_of(capability: Capability) -> str:

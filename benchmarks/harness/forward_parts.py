@@ -192,7 +192,9 @@ def attentions(
         given = _projected(config, rows, tokens, device)
         gate, length = given.qkv[:, -config.heads :], given.length
         if name == "fp8":
-            return partial(ops.gated_attention_fp8, *given.in_fp8(config), gate, length, [])
+            return partial(
+                ops.gated_attention_fp8, *given.in_fp8(config), gate, length, [], "gluon"
+            )
         return partial(ops.gated_attention, *given.in_bf16(config), gate, length, [], name)
 
     names = backends.usable(config.head_dim, device) if device.type == "cuda" else ["reference"]

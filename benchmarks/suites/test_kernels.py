@@ -198,7 +198,7 @@ def test_attention_of_super_resolution(
         gate = qkv[:, -heads:]
         if precision == "fp8":
             parts = ops.qkv_fp8(qkv, *norms, rope, length, [], heads, kv_heads)
-            return partial(ops.gated_attention_fp8, *parts, gate, length, fields)
+            return partial(ops.gated_attention_fp8, *parts, gate, length, fields, backends.LOCAL)
         parts = ops.qk_norm_rope(qkv, *norms, rope, [], heads, kv_heads)
         backend = backends.LOCAL
         return partial(ops.gated_attention, *parts, gate, length, fields, backend)

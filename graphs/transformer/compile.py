@@ -105,15 +105,17 @@ def compile_forward(
     if device.type == "cuda":
         target = target_of(options.kernels, device, options.tiles_for)
         report.kernels = target.kernels
-    backend = options.attention_backend or UNSET
-    if has_choice and target is not None and backend == UNSET:
-        shape = (sum(context.attended_rows), *context.heads, config.head_dim)
+    backend = other = options.attention_backend or UNSET
+    if target is not None:
         from magihuman.kernels.attention import backends
 
-        backend = backends.fastest(*shape, device, target)
+        other = backends.local_for(target, config.head_dim, device)
+        if has_choice and backend == UNSET:
+            shape = (sum(context.attended_rows), *context.heads, config.head_dim)
+            backend = backends.fastest(*shape, device, target)
     report.attention = backend if has_choice else ONE_KERNEL
     report.seconds["choose attention"] = time.perf_counter() - start
-    specialize(module, context.modality_rows, backend, context.local, context.sharding)
+    specialize(module, context.modality_rows, backend, context.local, context.sharding, other)
     start = time.perf_counter()
     report.linears = route_linears(module, context.tokens, options.linear_route, target)
     report.seconds["choose linears"] = time.perf_counter() - start
@@ -195,6 +197,7 @@ def specialize(
     attention_backend: str,
     local: LocalAttention | None = None,
     sharding: Sharding | None = None,
+    other_backend: str | None = None,
 ) -> None:
     """Put rows by modality, the shape of frame-local attention and the attention backend into a
     graph rewritten at `TRACE_ROWS` and `TRACE_LOCAL`, in place.
@@ -202,7 +205,7 @@ def specialize(
     Once rewritten, a graph holds them only as arguments of these names of the project's operators;
     an empty list says that an operator groups no rows, or attends to all, and stays. So one capture
     serves every length and size. Where processes share a sequence, `attended_rows` are those of all
-    of it.
+    of it. other_backend: of attention that is frame-local or over e4m3, by default the same.
     """
     attended = modality_rows if sharding is None else sharding.counts
     symbols = {
@@ -215,6 +218,8 @@ def specialize(
         if getattr(node.target, "namespace", None) == OPS.name:
             given = arguments(node)
             changes = {name: value for name, value in symbols.items() if given.get(name)}
+            if node.target is OPS.gated_attention_fp8.default or given.get("local"):
+                changes["backend"] = other_backend or attention_backend
             with_arguments(node, **changes)
     module.recompile()
 

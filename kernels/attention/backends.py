@@ -2,7 +2,8 @@
 
 `gluon` and `triton` belong to this project and have the head gate in their epilogue. `fa3` is
 FlashAttention-3 from the distribution `fa3-fwd`, `cudnn` PyTorch's binding of cuDNN; both are
-followed by a gate kernel.
+followed by a gate kernel. These four are tried on Hopper. `portable sm_86` and its like are the
+portable kernel with the tiles of that architecture, which every GPU from sm_80 on can run.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from magihuman.kernels.attention import portable
 from magihuman.kernels.jit import UNSET
 from magihuman.kernels.jit.measured import Measurements
 from magihuman.kernels.reference import LocalAttention
-from magihuman.kernels.target import Target
+from magihuman.kernels.target import PORTABLE_FROM, Capability, Target, name_of, nearest
 
 NAMES = ("gluon", "triton", "fa3", "cudnn")
-LOCAL = "gluon"  # the backend of frame-local attention
+LOCAL = "gluon"  # the backend of frame-local attention, and of that over e4m3, on Hopper
+PORTABLE = tuple(f"portable {name_of(one)}" for one in portable.ARCHITECTURES)
 GLUON_TRITON = "3.6"  # others up to 3.9 compile the kernels, but none of them has run one
 REPEATS, CALLS = 5, 4
 LONG_ROWS = 2**15  # a call takes a tenth of a second, and a few tell
@@ -30,18 +33,20 @@ LONG_ROWS = 2**15  # a call takes a tenth of a second, and a few tell
 
 def why_not(name: str, dim: int, device: torch.device) -> str | None:
     """Why a backend cannot run heads of `dim` on this device; None where it can."""
-    if name not in NAMES:
-        return f"there is no backend {name!r}; there are {', '.join(NAMES)}"
+    if name not in (*NAMES, *PORTABLE):
+        return f"there is no backend {name!r}; there are {', '.join((*NAMES, *PORTABLE))}"
     if device.type != "cuda":
         return "it needs a GPU"
     capability = torch.cuda.get_device_capability(device)
-    if name in ("gluon", "triton"):
+    if name in ("gluon", "triton", *PORTABLE):
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         if dim not in (32, 64, 128):
             return f"it takes heads of 32, 64 or 128, not {dim}"
-        if capability[0] != 9 if name == "gluon" else capability < (9, 0):
-            return f"it is written for sm_90, this GPU is sm_{capability[0]}{capability[1]}"
+        if name in PORTABLE and capability < PORTABLE_FROM:
+            return f"it needs sm_80 or newer, this GPU is {name_of(capability)}"
+        if capability[0] != 9 if name == "gluon" else name == "triton" and capability < (9, 0):
+            return f"it is written for sm_90, this GPU is {name_of(capability)}"
         version = importlib.metadata.version("triton")
         if name == "gluon" and not version.startswith(f"{GLUON_TRITON}."):
             return f"it is written for triton {GLUON_TRITON}, whose Gluon changes, not {version}"
@@ -56,12 +61,22 @@ def why_not(name: str, dim: int, device: torch.device) -> str | None:
 
 def names_for(target: Target) -> tuple[str, ...]:
     """The backends of a set of kernels."""
-    return ("triton",) if target.is_portable else NAMES
+    return (portable_for(target.capability),) if target.is_portable else NAMES
 
 
-def local_for(target: Target) -> str:
-    """The backend of attention that is frame-local, or over e4m3."""
-    return LOCAL
+def portable_for(capability: Capability) -> str:
+    """The portable backend with the tiles of a GPU of this capability."""
+    return f"portable {name_of(nearest(capability, portable.ARCHITECTURES))}"
+
+
+def local_for(target: Target, dim: int, device: torch.device) -> str:
+    """The backend of attention that is frame-local, or over e4m3: that for Hopper where it can run.
+
+    dim: of a head.
+    """
+    if not target.is_portable and why_not(LOCAL, dim, device) is None:
+        return LOCAL
+    return portable_for(target.capability)
 
 
 def usable(dim: int, device: torch.device) -> list[str]:
@@ -80,10 +95,10 @@ def run(
 ) -> Tensor:
     """`reference.gated_attention` over the first `length` keys, by the backend `name`.
 
-    Frame-local attention has one kernel, whichever backend is asked for.
+    Of the backends for Hopper one computes frame-local attention, whichever is asked for.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `NAMES` or `PORTABLE`.
         q: [N, heads, D] bf16 contiguous, on a GPU.
         k, v: [N, kv_heads, D] bf16 contiguous.
         gate: [N, heads] of a float dtype, any row stride.
@@ -95,6 +110,9 @@ def run(
 
     Raises `ValueError` where `name` is no backend, or not chosen yet.
     """
+    if name in PORTABLE:
+        tile = portable.tile_of(_capability_of(name), q.dtype)
+        return portable.attention(q, k, v, gate, length, local, tile)
     if name == LOCAL or local is not None:
         from magihuman.kernels.attention import gluon as attention_gluon
 
@@ -110,12 +128,46 @@ def run(
         )
     if name not in NAMES:
         raise ValueError(
-            f"the backend of attention must be one of {', '.join(NAMES)}, got {name!r}"
+            f"the backend of attention must be one of {', '.join(NAMES)}, got {name!r}, which is"
+            f" none of {', '.join(PORTABLE)} either"
         )
     from magihuman.kernels.attention.head_gate import head_gate
 
     library: Callable[..., Tensor] = {"fa3": _fa3, "cudnn": _cudnn}[name]
     return head_gate(library(q, k, v, length), gate)
+
+
+def run_fp8(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor],
+    gate: Tensor,
+    length: Tensor,
+    local: LocalAttention | None,
+) -> Tensor:
+    """`reference.attention_fp8`, on a GPU, by the backend `name`.
+
+    name: `LOCAL` or one of `PORTABLE`; scales: of q times k, and of v; the others as those of
+    `gated_attention_fp8`. Raises `ValueError` where `name` is no such backend, or not chosen yet.
+    """
+    if name in PORTABLE:
+        tile = portable.tile_of(_capability_of(name), q.dtype)
+        return portable.attention(q, k, v, gate, length, local, tile, scales)
+    if name != LOCAL:
+        raise ValueError(
+            f"the backend of attention over e4m3 must be chosen before it runs on a GPU, {LOCAL} or"
+            f" one of {', '.join(PORTABLE)}, got {name!r}"
+        )
+    from magihuman.kernels.attention import fp8 as attention_fp8
+
+    return attention_fp8.attention(q, k, v, *scales, gate, length, local)
+
+
+def _capability_of(name: str) -> Capability:
+    """The capability in the name of a portable backend."""
+    return portable.ARCHITECTURES[PORTABLE.index(name)]
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class GenerateOptions(
     vae: Annotated[
         str | None,
         typer.Option(
-            help="Decoder of frames: fast (needs a Hopper GPU), plain, or tensorrt, with"
+            help="Decoder of frames: fast (on a GPU from sm_80 on), plain, or tensorrt, with"
             " --turbo-vae, a folder of engines."
         ),
     ] = None

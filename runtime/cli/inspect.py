@@ -275,9 +275,8 @@ def _transformer_on(device: torch.device, kernels: Kernels) -> dict[str, str]:
         "transformer": "compiled: one captured graph of fused kernels, replayed",
         "kernels": f"{target.kernels}, as kernels={kernels!r} chooses on {target.architecture}",
     }
-    local = dataclasses.replace(config, local_attention_layers=(0,))
-    missing = why_not(local, torch.bfloat16, device, kernels=kernels)
-    facts["super-resolution to 1080p"] = "compiled" if missing is None else f"plain: {missing}"
+    local = backends.local_for(target, config.head_dim, device)
+    facts["super-resolution to 1080p"] = f"compiled, attention by {local}"
     for name in backends.names_for(target):
         missing = backends.why_not(name, config.head_dim, device)
         facts[f"attention by {name}"] = "usable" if missing is None else f"not used: {missing}"

@@ -72,9 +72,10 @@ def load(
             (`magihuman doctor` says); False runs the plain model.
         kernels: of the compiled transformers: "auto", those for Hopper on Hopper and the portable
             ones on every other GPU, or "portable", the latter everywhere. `Engine.kernels` tells.
-        vae: how frames are decoded: "fast", by fused kernels and captured graphs, which needs a
-            Hopper GPU, "plain", or "tensorrt", on the engines of a folder that `magihuman export`
-            wrote, which turbo_vae names. By default "fast" where this machine can, else "plain".
+        vae: how frames are decoded: "fast", by fused kernels and captured graphs, which needs an
+            NVIDIA GPU from sm_80 on, "plain", or "tensorrt", on the engines of a folder that
+            `magihuman export` wrote, which turbo_vae names. By default "fast" where this machine
+            can, else "plain".
         device: a torch device; by default the first GPU, else the CPU.
         revision: of the hub repository.
         transformer, sr_transformer: folders of transformers that lie elsewhere than in `model`, in
@@ -153,8 +154,8 @@ def check_on(options: LoadOptions, device: torch.device) -> int | None:
     reason = why_not_decode(options.vae_dtype(device), device)
     if options.vae == "fast" and reason is not None:
         raise InvalidRequestError(
-            f"vae='fast' needs a Hopper GPU and bf16, and here {reason}; use vae='plain', or leave"
-            " it out"
+            f"vae='fast' needs a GPU from sm_80 on and bf16, and here {reason}; use vae='plain', or"
+            " leave it out"
         )
     return limit_bytes
 

@@ -120,7 +120,7 @@ CASES: dict[str, Callable[[], list[Arguments]]] = {
     ],
     "qkv_fp8": lambda: [(*projection(), LENGTH, ROWS, HEADS, KV_HEADS)],
     "gated_attention": lambda: [(*attended(), []), (*attended(), [2, 2, 1], "gluon")],
-    "gated_attention_fp8": lambda: [(*attended_fp8(), []), (*attended_fp8(), [2, 2, 1])],
+    "gated_attention_fp8": lambda: [(*attended_fp8(), []), (*attended_fp8(), [2, 2, 1], "gluon")],
     "activation": lambda: [
         (torch.randn(6, 10).bfloat16(), "swiglu7", 16),
         (torch.randn(6, 16), "gelu7", 16),

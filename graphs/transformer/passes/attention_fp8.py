@@ -9,6 +9,7 @@ from torch import fx
 
 from magihuman.graphs.rewrite import arguments, call
 from magihuman.kernels import ops  # noqa: F401 - register torch.ops.magihuman
+from magihuman.kernels.jit import UNSET
 from magihuman.kernels.parallel import exchange  # noqa: F401 - register torch.ops.magihuman
 
 OPS = torch.ops.magihuman
@@ -58,6 +59,7 @@ def _replace(graph: fx.Graph, attention: fx.Node, split: fx.Node) -> None:
             v=v,
             qk_scale=qk_scale,
             v_scale=v_scale,
+            backend=UNSET,
             **{name: attended[name] for name in ATTENTION},
         )
     attention.replace_all_uses_with(out)

@@ -152,6 +152,8 @@ def test_values_like_those_of_the_trace_stay() -> None:
     assert (arguments(near)["local"], arguments(near)["backend"]) == ([4, 25, 2], "gluon")
     assert (arguments(far)["local"], arguments(far)["backend"]) == ([], "gluon")
     assert [node.args for node in others] == before
+    compiling.specialize(module, (64, 0, 0), "triton", local, sharding, "gluon")
+    assert (arguments(near)["backend"], arguments(far)["backend"]) == ("gluon", "triton")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

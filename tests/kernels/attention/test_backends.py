@@ -16,6 +16,7 @@ from magihuman.kernels import ops
 from magihuman.kernels.jit import cache, measured
 from magihuman.kernels.linear import routes
 from magihuman.kernels.linear.matmul_sm90 import Epilogue
+from magihuman.kernels.target import HOPPER, PORTABLE, Target
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -36,7 +37,9 @@ def test_without_a_gpu_there_is_none() -> None:
         ((9, 0), 128, "3.7.1", {"gluon": "triton 3.6, whose Gluon changes", "triton": None}),
         ((10, 0), 128, "3.6.0", {"gluon": "sm_90, this GPU is sm_100", "triton": None}),
         ((8, 0), 128, "3.6.0", {"gluon": "sm_80", "triton": "sm_80", "cudnn": None}),
-        ((7, 5), 128, "3.6.0", {"cudnn": "sm_80"}),
+        ((7, 5), 128, "3.6.0", {"cudnn": "sm_80", "portable sm_80": "sm_80 or newer"}),
+        ((12, 0), 128, "3.9.0", {"gluon": "sm_90", "portable sm_120": None}),
+        ((8, 6), 96, "3.6.0", {"portable sm_86": "not 96"}),
     ],
 )
 def test_reasons(
@@ -53,6 +56,36 @@ def test_reasons(
         reason_given = backends.why_not(name, dim, GPU)
         assert reason_given is None if reason is None else reason in str(reason_given)
     assert "fa3-fwd is not installed" in str(backends.why_not("fa3", dim, GPU))
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "target", "everywhere", "narrow"),
+    [
+        ((9, 0), "3.6.0", Target(HOPPER, (9, 0)), backends.NAMES, "gluon"),
+        ((9, 0), "3.7.0", Target(HOPPER, (9, 0)), backends.NAMES, "portable sm_90"),
+        ((9, 0), "3.6.0", Target(PORTABLE, (9, 0)), ("portable sm_90",), "portable sm_90"),
+        ((9, 0), "3.6.0", Target(PORTABLE, (8, 6)), ("portable sm_86",), "portable sm_86"),
+        ((8, 7), "3.6.0", Target(PORTABLE, (8, 7)), ("portable sm_86",), "portable sm_86"),
+        ((8, 0), "3.6.0", Target(PORTABLE, (8, 0)), ("portable sm_80",), "portable sm_80"),
+        ((12, 1), "3.9.0", Target(PORTABLE, (12, 1)), ("portable sm_120",), "portable sm_120"),
+    ],
+)
+def test_every_gpu_has_attention_of_each_kind(
+    capability: tuple[int, int],
+    triton: str,
+    target: Target,
+    everywhere: tuple[str, ...],
+    narrow: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Frame-local attention, and that over e4m3, too: where Gluon's cannot run, by the portable
+    kernel.
+    """
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: triton)
+    assert backends.names_for(target) == everywhere
+    assert backends.local_for(target, 128, GPU) == narrow
+    assert backends.why_not(narrow, 128, GPU) is None
 
 
 def test_a_kernel_without_room_is_not_measured(
@@ -171,3 +204,6 @@ def test_what_is_unset_is_refused_on_a_gpu() -> None:
         backends.run(ops.UNSET, q, q, q, gate, length)
     with pytest.raises(ValueError, match="one of gluon, triton, fa3, cudnn, got 'any'"):
         backends.run("any", q, q, q, gate, length)
+    for name in (ops.UNSET, "any", "triton"):
+        with pytest.raises(ValueError, match=f"must be chosen .*gluon or one of .*got '{name}'"):
+            backends.run_fp8(name, q, q, q, (gate, gate), gate, length, None)
