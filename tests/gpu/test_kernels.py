@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attending import exact_attention, gated_blockwise
 from torch import Tensor
 
 import golden
@@ -208,14 +209,6 @@ def test_frame_local_attention(heads: int, kv_heads: int, dim: int, is_fp8: bool
                 assert_close(out, plain, exact)
 
 
-def gated_blockwise(
-    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, local: ref.LocalAttention, length: Tensor
-) -> Tensor:
-    valid = torch.arange(len(k), device=DEVICE) < length
-    parts = (x.transpose(0, 1) for x in (q, k, v))
-    return ref.head_gate(ref._ranges(*parts, local, valid, ref._blockwise_attention), gate)
-
-
 def codes_of(values: Tensor) -> Tensor:
     """Numbers of e4m3 values in their order; both zeros are 0."""
     codes = values.view(torch.uint8).int()
@@ -228,17 +221,6 @@ def cut(counts: ref.Counts | None, length: int) -> ref.Counts | None:
         return None
     video, audio = min(counts[0], length), min(counts[0] + counts[1], length)
     return video, audio - video, length - audio
-
-
-def exact_attention(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-    """fp32, a head at a time."""
-    group = q.shape[1] // k.shape[1]
-    out = torch.empty_like(q, dtype=torch.float32)
-    for head in range(q.shape[1]):
-        keys, values = (x[:, head // group].float() for x in (k, v))
-        scores = q[:, head].float() @ keys.T * q.shape[2] ** -0.5
-        out[:, head] = scores.softmax(-1) @ values
-    return out * gate.float().sigmoid()[..., None]
 
 
 @pytest.mark.parametrize("rows", [1, 63, 4266])
