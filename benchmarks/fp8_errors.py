@@ -35,7 +35,7 @@ from magihuman.graphs.transformer.passes.context import Context
 from magihuman.graphs.transformer.replay import CompiledForward
 from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
-from magihuman.runtime.evaluate.simulated_fp8 import Mode, SimulatedFp8
+from magihuman.runtime.evaluate.simulated import Mode, Simulated
 from magihuman.runtime.evaluate.verify_report import Report
 from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT, Layer
@@ -249,7 +249,7 @@ def loops(
     names = quantization.quantized_linears(model.config)
     plain = denoise.velocity_of(model, layout, text, "v2")
     bf16 = distilled_steps(plain, *latents)
-    with SimulatedFp8(model, names) as simulation, simulation.running(Mode.FP8):
+    with Simulated(model, names) as simulation, simulation.running(Mode.NARROW):
         simulated = distilled_steps(plain, *latents)
     quantization.quantize_model(model, names)
     release()

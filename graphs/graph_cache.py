@@ -13,7 +13,7 @@ import json
 import logging
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from keyword import iskeyword
 from pathlib import Path
@@ -52,13 +52,13 @@ def key_of(
     config: Any,
     dtype: torch.dtype,
     model: nn.Module,
-    quantized: Sequence[str] = (),
+    quantized: Mapping[str, torch.dtype] | None = None,
     fp8_attention: bool = False,
     ranks: int = 1,
 ) -> str:
-    """A name for all that a rewritten graph depends on: architecture, dtype, the linears with e4m3
-    weights, the attention beside them, the processes that share a sequence, torch, and the sources
-    of the passes, of the operators and of the model.
+    """A name for all that a rewritten graph depends on: architecture, dtype, the linears with
+    weights in 8 bits and their dtype, the attention beside them, the processes that share a
+    sequence, torch, and the sources of the passes, of the operators and of the model.
     """
     sources = [
         *sorted(Path(magihuman.graphs.__file__).parent.rglob("*.py")),
@@ -68,7 +68,8 @@ def key_of(
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.read_bytes())
-    facts = (VERSION, torch.__version__, str(dtype), list(quantized), fp8_attention, ranks)
+    narrow = {name: str(own) for name, own in (quantized or {}).items()}
+    facts = (VERSION, torch.__version__, str(dtype), narrow, fp8_attention, ranks)
     digest.update(json.dumps([*facts, dataclasses.asdict(config)], sort_keys=True).encode())
     return digest.hexdigest()[:32]
 

@@ -1,8 +1,8 @@
-"""Which linears of the blocks are held in fp8, and how a model's weights get there and back.
+"""Which linears of the blocks are held in 8 bits, and how a model's weights get there and back.
 
-A quantised linear has, in place of its bf16 weight, `weight` in e4m3, of the same shape but in rows
-padded with zeros to whole tiles, and beside it `weight_scale`, fp32, one for each row. Nothing else
-says that a linear is quantised.
+A quantised linear has, in place of its bf16 weight, `weight` in e4m3 or int8, of the same shape but
+in rows padded with zeros to whole tiles, and beside it `weight_scale`, fp32, one for each row.
+Nothing else says that a linear is quantised.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def linears(config: Any) -> list[str]:
 
 
 def quantized_linears(config: Any, keep_bf16: KeepBf16 = KEEP_NONE) -> list[str]:
-    """Names of the linears to hold in fp8, in the model's order.
+    """Names of the linears to hold in 8 bits, in the model's order.
 
     Args:
         config: the architecture, anything with the fields of `magihuman.runtime`'s `DiTConfig`.
@@ -63,14 +63,17 @@ def quantized_linears(config: Any, keep_bf16: KeepBf16 = KEEP_NONE) -> list[str]
     return chosen
 
 
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [M, K] as e4m3, its rows padded with zeros to whole tiles, and scales [M] fp32."""
+def quantize(weight: Tensor, dtype: torch.dtype = ref.FP8) -> tuple[Tensor, Tensor]:
+    """A weight [M, K] in 8 bits, its rows padded with zeros to whole tiles, and scales [M] fp32.
+
+    dtype: float8_e4m3fn or int8.
+    """
     rows, width = weight.shape
-    values = weight.new_zeros(rows, ref.padded_width(width), dtype=ref.FP8)
+    values = weight.new_zeros(rows, ref.padded_width(width), dtype=dtype)
     scale = weight.new_empty(rows, dtype=torch.float32)
     for start in range(0, rows, BLOCK_ROWS):
         block = slice(start, start + BLOCK_ROWS)
-        values[block, :width], scale[block] = ref.quantize_rows(weight[block])
+        values[block, :width], scale[block] = ref.quantize_rows(weight[block], dtype)
     return values[:, :width], scale
 
 
@@ -83,15 +86,21 @@ def dequantize(values: Tensor, scale: Tensor) -> Tensor:
     return weight
 
 
-def quantize_linear(linear: nn.Module, weight: Tensor, rest: torch.device | None = None) -> None:
-    """Give a linear this weight in fp8, and let go of the one it had.
+def quantize_linear(
+    linear: nn.Module,
+    weight: Tensor,
+    rest: torch.device | None = None,
+    dtype: torch.dtype = ref.FP8,
+) -> None:
+    """Give a linear this weight in 8 bits, and let go of the one it had.
 
     Args:
         linear: a module with a `weight`, changed in place.
         weight: [M, K], of a float dtype, on the device where it is to be quantised.
-        rest: where the fp8 weight is to be, if not on that device.
+        rest: where the weight in 8 bits is to be, if not on that device.
+        dtype: float8_e4m3fn or int8.
     """
-    values, scale = quantize(weight)
+    values, scale = quantize(weight, dtype)
     if rest is not None:  # with the zeros behind its rows, which a plain copy leaves out
         whole = values.as_strided((len(values), values.stride(0)), values.stride())
         values, scale = whole.to(rest)[:, : values.shape[1]], scale.to(rest)
@@ -100,11 +109,11 @@ def quantize_linear(linear: nn.Module, weight: Tensor, rest: torch.device | None
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, names: Iterable[str]) -> None:
+def quantize_model(model: nn.Module, names: Iterable[str], dtype: torch.dtype = ref.FP8) -> None:
     """Quantise linears in place, one after another: at no time is there more than one twice."""
     for name in names:
         linear = model.get_submodule(name)
-        quantize_linear(linear, linear.get_parameter("weight"))
+        quantize_linear(linear, linear.get_parameter("weight"), dtype=dtype)
 
 
 @torch.no_grad()
@@ -117,6 +126,15 @@ def dequantize_model(model: nn.Module) -> None:
             del linear.weight_scale
 
 
+def quantized_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype of every weight in 8 bits, by the name of its linear."""
+    return {
+        name: linear.get_parameter("weight").dtype
+        for name, linear in model.named_modules()
+        if is_quantized(linear)
+    }
+
+
 def is_quantized(linear: nn.Module) -> bool:
-    """Whether this module's weight is in fp8."""
+    """Whether this module's weight is in 8 bits."""
     return "weight_scale" in linear._buffers

@@ -29,12 +29,14 @@ def why_not(
     *,
     fp8: bool = False,
     fp8_attention: bool = False,
+    int8: bool = False,
     kernels: Kernels = "auto",
 ) -> str | None:
     """Why the fused kernels cannot serve this architecture here; None where they can.
 
     fp8: whether linears have fp8 weights; those left have weights in `dtype`. fp8_attention:
-    whether attention is over fp8 q, k and v. kernels: of which set, as of `target_of`.
+    whether attention is over fp8 q, k and v. int8: whether linears have int8 weights. kernels: of
+    which set, as of `target_of`.
     """
     reason = _why_no_kernels(device)
     if reason is not None:
@@ -43,6 +45,8 @@ def why_not(
         return f"the kernels compute in bf16, not {str(dtype).removeprefix('torch.')}"
     if config.head_dim not in HEAD_DIMS:
         return f"the kernels take heads of 32, 64 or 128, not {config.head_dim}"
+    if int8:
+        return "there is no product of int8"
     capability = torch.cuda.get_device_capability(device)
     if fp8_attention and capability < E4M3_FROM:
         return f"fp8 attention needs sm_89 or newer, this GPU is {name_of(capability)}"

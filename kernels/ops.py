@@ -1,6 +1,7 @@
 """Fused kernels as PyTorch operators, `torch.ops.magihuman.*`.
 
-A kernel that is added now declares its operator in its own file, as `head_norm.py` does.
+A kernel that is added now declares its operator in its own file, as `head_norm.py` does. Those
+over int8 operands are in `int8.py`.
 
 On a GPU an operator launches its kernel; on the CPU it computes the reference, so that a rewritten
 graph runs, and can be tested, anywhere.
@@ -21,12 +22,8 @@ from torch import Tensor
 
 from magihuman.kernels import reference as ref
 from magihuman.kernels.jit import UNSET
-
-BF16_ROW = 8  # columns of bf16 in 16 bytes
-
-
-def _runs(rows: list[int]) -> ref.Counts | None:
-    return (rows[0], rows[1], rows[2]) if rows else None
+from magihuman.kernels.linear import scaled
+from magihuman.kernels.linear.scaled import runs_of as _runs
 
 
 def _local(local: list[int]) -> ref.LocalAttention | None:
@@ -68,45 +65,29 @@ def _(x: Tensor, weight: Tensor, modality_rows: list[int], dtype: torch.dtype) -
     return torch.empty_like(x, dtype=dtype)
 
 
-def _fp8_rows(x: Tensor) -> Tensor:
-    """Zeros in e4m3 of x's shape, in the rows that `quantize` writes."""
-    rows, columns = x.shape
-    stride = -(-columns // ref.FP8_ROW_BYTES) * ref.FP8_ROW_BYTES
-    return x.new_zeros((rows, stride), dtype=ref.FP8)[:, :columns]
-
-
 @torch.library.custom_op("magihuman::quantize_fp8", mutates_args=())
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Compute `reference.quantize_rows` of x [N, C].
 
     Rows of values start at multiples of 16 bytes, with zeros between them.
     """
-    if x.is_cuda:
-        from magihuman.kernels.linear.quantize import quantize_rows
-
-        return quantize_rows(x)
-    values, scale = ref.quantize_rows(x)
-    return _fp8_rows(x).copy_(values), scale
+    return scaled.quantize(x, ref.FP8)
 
 
 @quantize_fp8.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _fp8_rows(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    return scaled.empty_rows(x, ref.FP8)
 
 
 @torch.library.custom_op("magihuman::norm_fp8", mutates_args=())
 def norm_fp8(x: Tensor, weight: Tensor, modality_rows: list[int]) -> tuple[Tensor, Tensor]:
     """Compute `quantize_fp8` of `reference.rms_norm` of x [N, C] fp32, not rounded between."""
-    if x.is_cuda:
-        from magihuman.kernels.linear.quantize import norm_rows
-
-        return norm_rows(x, weight, _runs(modality_rows))
-    return quantize_fp8(ref.rms_norm(x, weight, _runs(modality_rows)))
+    return scaled.norm(x, weight, modality_rows, ref.FP8)
 
 
 @norm_fp8.register_fake
 def _(x: Tensor, weight: Tensor, modality_rows: list[int]) -> tuple[Tensor, Tensor]:
-    return _fp8_rows(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    return scaled.empty_rows(x, ref.FP8)
 
 
 @torch.library.custom_op("magihuman::qk_norm_rope", mutates_args=())
@@ -293,7 +274,7 @@ def linear(x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNS
 
 @linear.register_fake
 def _(x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0] // (3 if modality_rows else 1))
+    return x.new_empty(x.shape[0], scaled.columns_of(weight, modality_rows))
 
 
 @torch.library.custom_op("magihuman::linear_activation", mutates_args=())
@@ -347,12 +328,6 @@ def _(
     return stream
 
 
-def _bf16_rows(x: Tensor, columns: int) -> Tensor:
-    """Room in bf16 for a product of x, in rows that start at multiples of 16 bytes."""
-    stride = -(-columns // BF16_ROW) * BF16_ROW
-    return x.new_empty((x.shape[0], stride), dtype=torch.bfloat16)[:, :columns]
-
-
 @torch.library.custom_op("magihuman::linear_fp8", mutates_args=())
 def linear_fp8(
     x: Tensor,
@@ -365,13 +340,7 @@ def linear_fp8(
     """Compute `reference.scaled_linear` by this route, in bf16 rows that start at multiples of 16
     bytes.
     """
-    if x.is_cuda:
-        from magihuman.kernels.linear import routes
-
-        operands = routes.Quantized(x, x_scale), routes.Quantized(weight, weight_scale)
-        return routes.linear_fp8(*operands, _runs(modality_rows), route)
-    product = ref.scaled_linear(x, x_scale, weight, weight_scale, _runs(modality_rows))
-    return _bf16_rows(x, product.shape[1]).copy_(product)
+    return scaled.linear(x, x_scale, weight, weight_scale, modality_rows, route)
 
 
 @linear_fp8.register_fake
@@ -383,7 +352,7 @@ def _(
     modality_rows: list[int],
     route: str = UNSET,
 ) -> Tensor:
-    return _bf16_rows(x, weight.shape[0] // (3 if modality_rows else 1))
+    return scaled.empty_product(x, scaled.columns_of(weight, modality_rows))
 
 
 @torch.library.custom_op("magihuman::linear_activation_fp8", mutates_args=())
@@ -399,18 +368,9 @@ def linear_activation_fp8(
     route: str = UNSET,
 ) -> Tensor:
     """Compute `activation` of `linear_fp8`, in bf16, or in e4m3 over `reference.STATIC_SCALES`."""
-    if x.is_cuda:
-        from magihuman.kernels.linear import routes
-
-        operands = routes.Quantized(x, x_scale), routes.Quantized(weight, weight_scale)
-        return routes.linear_activation_fp8(
-            *operands, _runs(modality_rows), kind, padded, out_dtype, route
-        )
-    product = ref.scaled_linear(x, x_scale, weight, weight_scale, _runs(modality_rows))
-    out = activation(product, kind, padded)
-    if out_dtype == torch.bfloat16:
-        return out
-    return (out.float() / ref.STATIC_SCALES[kind]).to(out_dtype)
+    return scaled.linear_activation(
+        x, x_scale, weight, weight_scale, modality_rows, kind, padded, out_dtype, route
+    )
 
 
 @linear_activation_fp8.register_fake
@@ -450,19 +410,9 @@ def linear_add_fp8_(
 
     Without x_scale all rows of x have one scale, `scale_of_all`.
     """
-    if x.is_cuda:
-        from magihuman.kernels.linear import routes
-
-        rows = routes.Quantized(x, scale_of_all if x_scale is None else x_scale)
-        scaled_weight = routes.Quantized(weight, weight_scale)
-        routes.linear_add_fp8(stream, rows, scaled_weight, _runs(modality_rows), route)
-        return stream
-    if x_scale is None:
-        x_scale = torch.full((x.shape[0],), scale_of_all, dtype=torch.float32, device=x.device)
-    values = x[:, : weight.shape[1]]
-    return stream.add_(
-        ref.scaled_linear(values, x_scale, weight, weight_scale, _runs(modality_rows))
-    )
+    scale = scale_of_all if x_scale is None else x_scale
+    scaled.linear_add_(stream, x, scale, weight, weight_scale, modality_rows, route)
+    return stream
 
 
 @torch.library.register_fake("magihuman::linear_add_fp8_")

@@ -28,8 +28,12 @@ ACTIVATION_ALPHA = 1.702
 QUERY_BLOCK = 512  # queries at a time in the CPU's attention
 FP8 = torch.float8_e4m3fn
 FP8_LIMIT = 448.0  # largest magnitude of e4m3: OCP 8-bit floating point specification, table 1
+INT8 = torch.int8
+INT8_LIMIT = 127.0  # -128 is not used, so that both signs have the same range
+LIMITS = {FP8: FP8_LIMIT, INT8: INT8_LIMIT}  # of the dtypes that operands in 8 bits have
 STATIC_SCALES = {"swiglu7": 1 / 8, "gelu7": 1 / 64}  # their ends, 56 and 7, become the limit
-FP8_ROW_BYTES = 16  # fused kernels start rows at multiples of it, as tensor maps and libraries want
+# Kernels start rows of 8-bit values at multiples of it, as tensor maps and libraries want.
+ROW_BYTES = 16
 ROW_MULTIPLE = 128  # columns; products over rows that are not whole tiles run at a third the rate
 FP8_KEYS = 128  # keys whose values share a scale in e4m3 attention
 SMALLEST_VALUE = 2.0**-40  # what all values of such a block count as at least
@@ -131,27 +135,31 @@ def _matmul(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3 with a scale each: `scale = max |x| / 448`, `values = round(x / scale)`.
+def quantize_rows(x: Tensor, dtype: torch.dtype = FP8) -> tuple[Tensor, Tensor]:
+    """Rows in 8 bits with a scale each: `scale = max |x| / limit`, `values = round(x / scale)`.
 
-    x: [N, C] any float dtype, finite. Returns values [N, C] float8_e4m3fn, rounded to nearest even
-    and never NaN, and scale [N] fp32, positive and normal: a row below 448 * 2^-126 shares that of
-    zeros. e4m3: OCP 8-bit floating point specification, section 5.
+    The limit is that of the dtype in `LIMITS`: 448 of e4m3, 127 of int8.
+
+    x: [N, C] any float dtype, finite. Returns values [N, C] of the dtype, float8_e4m3fn or int8,
+    rounded to nearest even and never NaN, and scale [N] fp32, positive and normal: a row below
+    limit * 2^-126 shares that of zeros. Of a row that is not finite int8 tells by its scale alone,
+    which then is not finite either. e4m3: OCP 8-bit floating point specification, section 5.
     """
     x = x.float()
     # Products with reciprocals: a GPU's division by a number is one too, a CPU's is not.
-    scale = (x.abs().amax(-1) * (1 / FP8_LIMIT)).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (x.abs().amax(-1) * (1 / LIMITS[dtype])).clamp(min=torch.finfo(torch.float32).tiny)
     # Beyond the limit by a rounding of the factor at most, of which some conversions make NaN.
-    return _to_e4m3(x * scale.reciprocal()[:, None]), scale
+    return _narrow(x * scale.reciprocal()[:, None], dtype), scale
 
 
-def _to_e4m3(x: Tensor) -> Tensor:
-    """Values of any shape in e4m3; what is beyond the limit becomes the limit."""
-    return x.clamp(-FP8_LIMIT, FP8_LIMIT).to(FP8)
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of any shape in 8 bits; what is beyond the limit becomes the limit."""
+    x = x.clamp(-LIMITS[dtype], LIMITS[dtype])
+    return x.round().nan_to_num(0.0).to(dtype) if dtype == INT8 else x.to(dtype)
 
 
 def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:
-    """`values * scale` of each row. values: [N, C] float8_e4m3fn; scale: [N]. Returns fp32."""
+    """`values * scale` of each row. values: [N, C] e4m3 or int8; scale: [N]. Returns fp32."""
     return values.float() * scale[:, None]
 
 
@@ -160,8 +168,9 @@ def scaled_linear(
 ) -> Tensor:
     """`values @ weight^T * scale * weight_scale`: `linear` of two operands from `quantize_rows`.
 
-    values: [N, K] and weight: [M, K], or [3 M, K] with `counts`, float8_e4m3fn; scale: [N] and
-    weight_scale: [M] or [3 M], fp32. Returns [N, M] bf16, from sums in fp32 rounded once.
+    values: [N, K] and weight: [M, K], or [3 M, K] with `counts`, both float8_e4m3fn or both int8;
+    scale: [N] and weight_scale: [M] or [3 M], fp32. Returns [N, M] bf16, rounded once from sums in
+    fp32. Of integers those are exact up to 2^24; a kernel's, in int32, always are.
     """
     product = per_modality(lambda x, third: x @ third.T, values.float(), weight.float(), counts)
     product = product * scale[:, None]
@@ -297,13 +306,13 @@ def qkv_fp8(
         ((weight + 1).abs().max() * (root / FP8_LIMIT)).clamp(min=SMALLEST_VALUE)
         for weight in (q_weight, k_weight)
     ]
-    q, k = (_to_e4m3(x * scale.reciprocal()) for x, scale in zip((q, k), scales, strict=True))
+    q, k = (_narrow(x * scale.reciprocal(), FP8) for x, scale in zip((q, k), scales, strict=True))
     rows = len(v)
     v = torch.where(torch.arange(rows, device=v.device)[:, None, None] < length, v, 0)
     v = F.pad(v, (0, 0, 0, 0, 0, -rows % FP8_KEYS)).permute(1, 2, 0)
     blocks = v.unflatten(2, (-1, FP8_KEYS))  # [kv_heads, D, blocks, keys]
     v_scale = blocks.abs().amax((1, 3)).clamp(min=SMALLEST_VALUE) * (1 / FP8_LIMIT)
-    v = _to_e4m3(blocks * v_scale.reciprocal()[:, None, :, None]).flatten(2)
+    v = _narrow(blocks * v_scale.reciprocal()[:, None, :, None], FP8).flatten(2)
     v = _reordered(v, torch.tensor(VALUE_ORDER, device=v.device))
     return q, k, v, (scales[0] * scales[1]).view(1), v_scale
 
@@ -343,7 +352,7 @@ def attention_fp8(
 def _weights_in_e4m3(scores: Tensor) -> Tensor:
     """Softmax of scores [heads, queries, keys] fp32 over weights rounded to e4m3."""
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    return _to_e4m3(weights * 256).float() / (256 * weights.sum(-1, keepdim=True))
+    return _narrow(weights * 256, FP8).float() / (256 * weights.sum(-1, keepdim=True))
 
 
 def gated_attention(

@@ -243,8 +243,8 @@ PASSES = {
 # a profile by layers, kernels of these names count as such.
 OUTSIDE = {"head_norm": 1}
 
-# Calls of operators, by the linears whose weights are e4m3. Up and down projections read and write
-# each other's type, whichever of them is not.
+# Calls of operators, by the linears whose weights are in 8 bits: e4m3, or int8. Up and down
+# projections read and write each other's type, whichever of them is not.
 OPERATORS = {
     "none": {
         "norm": 10, "qk_norm_rope": 5, "gated_attention": 5, "linear": 5, "linear_activation": 5,
@@ -261,6 +261,14 @@ OPERATORS = {
     "all but up_gate_proj": {
         "norm_fp8": 5, "norm": 5, "qk_norm_rope": 5, "gated_attention": 5, "quantize_fp8": 10,
         "linear_fp8": 5, "linear_activation": 5, "linear_add_fp8_": 10, **OUTSIDE,
+    },
+    "all in int8": {
+        "norm_int8": 10, "qk_norm_rope": 5, "gated_attention": 5, "quantize_int8": 10,
+        "linear_int8": 5, "linear_activation_int8": 5, "linear_add_int8_": 10, **OUTSIDE,
+    },
+    "all but up_gate_proj in int8": {
+        "norm_int8": 5, "norm": 5, "qk_norm_rope": 5, "gated_attention": 5, "quantize_int8": 10,
+        "linear_int8": 5, "linear_activation": 5, "linear_add_int8_": 10, **OUTSIDE,
     },
 }  # fmt: skip
 

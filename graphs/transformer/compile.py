@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from magihuman.graphs import graph_cache
-from magihuman.graphs.quantization import is_quantized
+from magihuman.graphs.quantization import quantized_dtypes
 from magihuman.graphs.rewrite import CompileError, CompileReport, arguments, with_arguments
 from magihuman.graphs.trace import capture
 from magihuman.graphs.transformer.options import CompileOptions
@@ -30,7 +30,15 @@ from magihuman.graphs.transformer.passes import (
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.kernels.jit import UNSET
 from magihuman.kernels.parallel import exchange  # noqa: F401 - registers torch.ops.magihuman, as ops do
-from magihuman.kernels.reference import FP8, Counts, LocalAttention, Sharding, padded_width
+from magihuman.kernels.reference import (
+    FP8,
+    INT8,
+    LIMITS,
+    Counts,
+    LocalAttention,
+    Sharding,
+    padded_width,
+)
 from magihuman.kernels.target import Target, target_of
 
 OPS = torch.ops.magihuman
@@ -80,7 +88,7 @@ def compile_forward(
     report = CompileReport()
     start = time.perf_counter()
     config, device = context.config, context.device
-    quantized = [name for name, module in model.named_modules() if is_quantized(module)]
+    quantized = quantized_dtypes(model)
     narrow = options.fp8_attention
     key = graph_cache.key_of(config, context.dtype, model, quantized, narrow, context.ranks)
     inputs = tuple(example_inputs(dataclasses.replace(context, device=META)))
@@ -127,7 +135,7 @@ def rewrite(
     model: nn.Module,
     context: Context,
     report: CompileReport,
-    quantized: Sequence[str] = (),
+    quantized: Mapping[str, torch.dtype] | None = None,
     fp8_attention: bool = False,
 ) -> fx.GraphModule:
     """Capture the whole forward and run every pass on it, at the context's sizes.
@@ -136,7 +144,7 @@ def rewrite(
         model: as of `compile_forward`.
         context: with the sizes to trace at, `TRACE_ROWS` and `TRACE_LOCAL` for `specialize`.
         report: that steps and matches are added to.
-        quantized: names of the linears whose weights are e4m3.
+        quantized: the dtype of the weights in 8 bits, by the name of the linear.
         fp8_attention: as of `CompileOptions`.
 
     Raises:
@@ -145,8 +153,8 @@ def rewrite(
     """
     start = time.perf_counter()
     source = model
-    # The forward knows nothing of e4m3 weights, and a capture nothing of weights that share memory:
-    # it is made over others, of no size.
+    # The forward knows nothing of weights in 8 bits, and a capture nothing of those that share
+    # memory: it is made over others, of no size.
     stands_in = bool(quantized) or _shares_memory(model)
     if stands_in:
         context = dataclasses.replace(context, device=META)
@@ -172,7 +180,7 @@ def rewrite(
         report.seconds["precision"] = time.perf_counter() - start
         if report.matches["precision"] != len(quantized):
             raise CompileError(
-                f"{len(quantized)} linears have e4m3 weights, the graph has"
+                f"{len(quantized)} linears have weights in 8 bits, the graph has"
                 f" {report.matches['precision']} of them"
             )
         if fp8_attention:
@@ -248,7 +256,7 @@ def route_linears(
         weight, scale, runs = given["weight"], given.get("weight_scale"), given["modality_rows"]
         after = given["kind"] if ROUTED[node.target] == "kind" else ROUTED[node.target]
         values, scales = _attribute(module, weight), _attribute(module, scale)
-        kind = f"{after} {tuple(values.shape)}{' fp8' if scale else ''}"
+        kind = f"{after} {tuple(values.shape)}{PRECISIONS[values.dtype] if scale else ''}"
         kind += " by modality" if runs else ""
         if kind not in chosen:
             chosen[kind] = route or _fastest(
@@ -259,15 +267,20 @@ def route_linears(
     return chosen
 
 
+PRECISIONS = {FP8: " fp8", INT8: " int8"}
+
 # The operators that have a route, and what follows the product of each; their argument `kind`
 # names the activation.
 ROUTED: dict[Any, str] = {
     OPS.linear.default: "store",
     OPS.linear_fp8.default: "store",
+    OPS.linear_int8.default: "store",
     OPS.linear_add_.default: "add",
     OPS.linear_add_fp8_.default: "add",
+    OPS.linear_add_int8_.default: "add",
     OPS.linear_activation.default: "kind",
     OPS.linear_activation_fp8.default: "kind",
+    OPS.linear_activation_int8.default: "kind",
 }
 
 
@@ -316,7 +329,7 @@ def pad_weights(model: nn.Module, config: Any) -> None:
         padded = padded_width(width)
         if (
             name.endswith("down_proj.weight")
-            and parameter.dtype != FP8
+            and parameter.dtype not in LIMITS
             and parameter.stride(0) == width != padded
         ):
             storage = parameter.new_zeros(parameter.shape[0], padded)

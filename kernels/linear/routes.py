@@ -116,7 +116,7 @@ def linear_add(
             torch.addmm(result, rows, part.t(), out_dtype=torch.float32, out=result)
 
 
-def linear_fp8(x: Quantized, weight: Quantized, counts: Counts | None, route: str) -> Tensor:
+def scaled_linear(x: Quantized, weight: Quantized, counts: Counts | None, route: str) -> Tensor:
     """`reference.scaled_linear`, on a GPU: [N, M] bf16, rows at multiples of 16 bytes."""
     rows, columns = x.values.shape[0], columns_of(weight.values, counts)
     out = torch.empty(rows, -(-columns // 8) * 8, dtype=torch.bfloat16, device=x.values.device)
@@ -125,7 +125,7 @@ def linear_fp8(x: Quantized, weight: Quantized, counts: Counts | None, route: st
     return out
 
 
-def linear_activation_fp8(
+def scaled_linear_activation(
     x: Quantized,
     weight: Quantized,
     counts: Counts | None,
@@ -134,7 +134,7 @@ def linear_activation_fp8(
     out_dtype: torch.dtype,
     route: str,
 ) -> Tensor:
-    """`reference.swiglu7` or `gelu7`, by `kind`, of `linear_fp8`.
+    """`reference.swiglu7` or `gelu7`, by `kind`, of `scaled_linear`.
 
     Returns [N, padded] in bf16, columns beyond the activation's zeros, or in e4m3 divided by
     `STATIC_SCALES`, where those columns mean nothing: what reads e4m3 stops before them.
@@ -147,10 +147,10 @@ def linear_activation_fp8(
     return out
 
 
-def linear_add_fp8(
+def scaled_linear_add(
     stream: Tensor, x: Quantized, weight: Quantized, counts: Counts | None, route: str
 ) -> None:
-    """`stream += linear_fp8(x, weight)`, stream [N, M] fp32."""
+    """`stream += scaled_linear(x, weight)`, stream [N, M] fp32."""
     _matmul_fp8(x, weight, stream, counts, "add", route)
 
 
@@ -278,10 +278,10 @@ def _runner(
     values = Quantized(*quantize_rows(x))
     narrow_weight = Quantized(weight, scale)
     if epilogue == "store":
-        return lambda route: linear_fp8(values, narrow_weight, counts, route)
+        return lambda route: scaled_linear(values, narrow_weight, counts, route)
     if epilogue == "add":
-        return lambda route: linear_add_fp8(stream, values, narrow_weight, counts, route)
-    return lambda route: linear_activation_fp8(
+        return lambda route: scaled_linear_add(stream, values, narrow_weight, counts, route)
+    return lambda route: scaled_linear_activation(
         values, narrow_weight, counts, epilogue, padded, FP8, route
     )
 

@@ -27,7 +27,7 @@ class ConvertOptions(PrecisionOptions, JsonOptions):
         str, typer.Option("--model", "-m", envvar="MAGIHUMAN_MODEL", help="Model directory.")
     ]
     variant: Annotated[str, typer.Option(help="distill, base, 540p_sr or 1080p_sr.")] = "distill"
-    precision: Annotated[str, typer.Option(help="fp8 or bf16.")] = "fp8"
+    precision: Annotated[str, typer.Option(help="fp8, int8 or bf16.")] = "fp8"
 
 
 @takes_options

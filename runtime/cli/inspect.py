@@ -47,7 +47,7 @@ from magihuman.runtime.weights import (
     TransformerSpec,
     checkpoint,
     diffusers_key,
-    linears_in_fp8,
+    linears_in_8_bits,
     load_image_vae,
     plan,
     random_weights,
@@ -188,7 +188,9 @@ class PlanAsked:
         if self.precision is None:
             return spec
         precision = PrecisionPolicy(self.precision)
-        names = linears_in_fp8(spec.config, "none") if precision.is_fp8 else spec.quantized
+        names = spec.quantized
+        if precision.narrow is not None:
+            names = linears_in_8_bits(spec.config, "none")
         return dataclasses.replace(spec, precision=precision, quantized=names)
 
     def _plan(self, specs: list[TransformerSpec], others: Callable[[], list[Part]]) -> Answer:

@@ -28,7 +28,8 @@ SrOption = Annotated[str | None, typer.Option(help="Super-resolution: 540p or 10
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
-        help="bf16, fp32, fp8 or fp8-attn; by default that of a converted transformer, else bf16."
+        help="bf16, fp32, fp8, fp8-attn or int8; by default that of a converted transformer, else"
+        " bf16."
     ),
 ]
 KernelsOption = Annotated[
@@ -90,13 +91,13 @@ class DeviceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions:
-    """The precision of a transformer, and the linears that stay bf16 where the others are fp8."""
+    """The precision of a transformer, and the linears that stay bf16 beside those in 8 bits."""
 
     precision: PrecisionOption = None
     keep_bf16: Annotated[
         str | None,
         typer.Option(
-            help="With fp8, what stays bf16: none, modality, or names and patterns, by commas."
+            help="With 8 bits, what stays bf16: none, modality, or names and patterns, by commas."
         ),
     ] = None
 

@@ -36,7 +36,7 @@ class VerifyOptions(PrecisionOptions, DeviceOptions, JsonOptions):
         list[str] | None, typer.Option("--prompt", "-p", help="One clip each; may be repeated.")
     ] = None
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None
-    precision: Annotated[str, typer.Option(help="fp8, or fp8-attn: attention too.")] = "fp8"
+    precision: Annotated[str, typer.Option(help="fp8, fp8-attn: attention too, or int8.")] = "fp8"
     variant: Annotated[str, typer.Option(help="distill or base.")] = "distill"
     transformer: Annotated[
         str | None, typer.Option(help="Folder of a transformer that lies elsewhere.")
@@ -60,7 +60,7 @@ class VerifyOptions(PrecisionOptions, DeviceOptions, JsonOptions):
 
 @takes_options
 def verify(options: VerifyOptions) -> None:
-    """Compare fp8, simulated on any device, with bf16, on your weights and prompts.
+    """Compare fp8 or int8, simulated on any device, with bf16, on your weights and prompts.
 
     Errors of linears, layers and latents, PSNR and SSIM of frames, SNR of the sound; exit code 1
     where a threshold is not met, with the linears to keep in bf16.
@@ -150,6 +150,7 @@ def _print(report: Report) -> None:
         quality = (f"{clip.psnr_db:.1f} dB", f"{clip.ssim:.3f}", f"{clip.snr_db:.1f} dB")
         table.add_row(clip.prompt[:40], *errors, *quality)
     out.print(table)
+    precision = report.settings["precision"]
     for clip in report.clips:
         if clip.scores is not None:
             figures = " and ".join(
@@ -157,7 +158,7 @@ def _print(report: Report) -> None:
                 f" {score.synchrony.correlation:.3f}"
                 for score in clip.scores
             )
-            out.print(f"{clip.prompt[:40]}: bf16 and fp8 have {figures}")
+            out.print(f"{clip.prompt[:40]}: bf16 and {precision} have {figures}")
     for sentence in report.broken:
         err.print(sentence, style="red")
     if report.suggested_keep_bf16:

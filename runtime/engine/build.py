@@ -170,7 +170,12 @@ class AtRandom:
     def dit(self, spec: TransformerSpec, part: str) -> DiT:
         """A transformer; part: its name in the memory plan."""
         model, layers = random_weights.dit_by_layer(
-            spec.config, self._seed, self._device, spec.linear, spec.variant.name, spec.quantized
+            spec.config,
+            self._seed,
+            self._device,
+            spec.linear,
+            spec.variant.name,
+            spec.quantized_dtypes,
         )
         return _placed_dit(self._placer, part, model, layers)
 

@@ -64,8 +64,9 @@ def load(
         sr: None, "540p" or "1080p": super-resolve every clip.
         precision: of the linears in the transformers: "bf16" as published, "fp32", or "fp8", which
             needs a Hopper GPU; "fp8-attn" is "fp8" with attention over fp8 queries, keys and values
-            too. By default that of a converted transformer, else "bf16".
-        keep_bf16: with fp8, the linears that stay bf16: "none" (default), "modality" (the layers
+            too; "int8" is 8 bits of integers. By default that of a converted transformer, else
+            "bf16".
+        keep_bf16: with 8 bits, the linears that stay bf16: "none" (default), "modality" (the layers
             with weights for each modality), or names and patterns such as "block.layers.7.*". A
             layer whose `linear_qkv` is kept has attention in bf16.
         compile: run the transformers as captured graphs of fused kernels where this machine can

@@ -169,9 +169,9 @@ class LoadOptions:
             )
 
     def _check_precision(self) -> None:
-        is_fp8 = self._policy is not None and self._policy.is_fp8
-        if not is_fp8 and self.keep_bf16 not in (None, KEEP_NONE):
+        is_narrow = self._policy is not None and self._policy.narrow is not None
+        if not is_narrow and self.keep_bf16 not in (None, KEEP_NONE):
             raise InvalidRequestError(
-                f"keep_bf16 must go with precision='fp8' or 'fp8-attn', got {self.keep_bf16!r} with"
-                f" {self.precision!r}"
+                f"keep_bf16 must go with precision='fp8', 'fp8-attn' or 'int8', got"
+                f" {self.keep_bf16!r} with {self.precision!r}"
             )

@@ -1,7 +1,7 @@
 """How good clips are.
 
 `clip_score` measures a clip of the nano world, `model_score` a model by many of them. `verify_runs`
-compares fp8, which `simulated_fp8` computes on any device, with bf16 from the same noise.
+compares fp8 or int8, which `simulated` computes on any device, with bf16 from the same noise.
 `verify_report` has the figures and the verdict, `verify_page` shows them.
 """
 

@@ -32,23 +32,24 @@ def write_page(report: Report, path: Path) -> None:
 
 def to_html(report: Report) -> str:
     """The page."""
+    precision = html.escape(str(report.settings["precision"]))
     parts = [
-        "<!doctype html><meta charset=utf-8><title>fp8 against bf16</title>",
+        f"<!doctype html><meta charset=utf-8><title>{precision} against bf16</title>",
         f"<style>{STYLE}</style>",
-        f"<h1 class={report.verdict}>fp8 against bf16: {report.verdict}</h1>",
+        f"<h1 class={report.verdict}>{precision} against bf16: {report.verdict}</h1>",
         _list("Thresholds not met", report.broken),
         _list("Keep in bf16, to try next", report.suggested_keep_bf16),
         "<p>" + html.escape(", ".join(f"{k} {v}" for k, v in report.settings.items())),
-        "<p>Errors are relative, ||fp8 - bf16|| / ||bf16||, from the same seed and noise.",
+        f"<p>Errors are relative, ||{precision} - bf16|| / ||bf16||, from the same seed and noise.",
         "<h2>Linears, each by itself, at the worse of the first and the last step</h2>",
         _linears(report),
         _attentions(report),
-        "<h2>Residual stream after each layer, all before it in fp8</h2>",
+        f"<h2>Residual stream after each layer, all before it in {precision}</h2>",
         _lines({s: [getattr(e, s) for e in report.per_layer] for s in ("first", "last")}, 0),
         "<h2>Latents after each step</h2>",
         _lines(_latents(report.clips), 1),
     ]
-    return "".join(parts + [_clip(clip) for clip in report.clips])
+    return "".join(parts + [_clip(clip, precision) for clip in report.clips])
 
 
 def _list(title: str, lines: Sequence[str]) -> str:
@@ -145,10 +146,10 @@ def _svg(shapes: Sequence[str], legend: Sequence[str]) -> str:
     return f"<p>{names}</p><svg viewBox='{box}'>{''.join(shapes)}</svg>"
 
 
-def _clip(clip: Clip) -> str:
+def _clip(clip: Clip, precision: str) -> str:
     rows = "".join(
         f"<tr><th>{label}<td>{''.join(map(_image, frames))}</tr>"
-        for label, frames in zip(("bf16", "fp8"), clip.shown, strict=True)
+        for label, frames in zip(("bf16", precision), clip.shown, strict=True)
     )
     return (
         f"<h2>{html.escape(clip.prompt)}</h2><p>frames: PSNR {clip.psnr_db:.1f} dB, SSIM"

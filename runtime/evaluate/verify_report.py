@@ -15,11 +15,12 @@ from magihuman.runtime.media import Frames
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What fp8 may change. Relative errors are `||fp8 - bf16|| / ||bf16||`; None: no verdict.
+    """What 8 bits may change. Relative errors are `||narrow - bf16|| / ||bf16||`; None: no verdict.
 
     Attributes:
         max_linear_error: of any linear's product. Rounding two normally distributed operands to
-            e4m3 costs 0.037; twice that says that the scales do not fit the values.
+            e4m3 costs 0.037, to int8 0.013; twice the former says that the scales do not fit the
+            values.
         max_attention_error: of any layer's, with its gates. Of random weights it is 0.058.
         max_video_error, max_audio_error: of the latents after the last step. Random weights at
             full size are 0.037 apart after 8 steps; four times that is not rounding alone.
@@ -54,13 +55,13 @@ class AtSteps:
 
 @dataclass(frozen=True)
 class Clip:
-    """One prompt in fp8 against bf16.
+    """One prompt in 8 bits against bf16.
 
     Attributes:
         video_error, audio_error: relative error of the latents after each step.
         psnr_db, ssim: of the frames. snr_db: of the sound.
-        shown: some frames in bf16, and the same in fp8.
-        scores: of the clip in bf16 and in fp8, where that was asked for.
+        shown: some frames in bf16, and the same in 8 bits.
+        scores: of the clip in bf16 and in 8 bits, where that was asked for.
     """
 
     prompt: str
@@ -82,8 +83,8 @@ class Report:
         per_linear: error of each linear's product, by name, from the input that it has in bf16.
         per_attention: error of each layer's attention over fp8 q, k and v, by the name of the
             projection to them; empty where attention is bf16.
-        per_layer: error of the residual stream after each layer, all layers before it in fp8, from
-            the latents of bf16.
+        per_layer: error of the residual stream after each layer, all layers before it in 8 bits,
+            from the latents of bf16.
         broken: the thresholds not met, a sentence each; empty for a pass.
         suggested_keep_bf16: where it fails, what to give `keep_bf16` next: what stayed bf16 here
             and every linear over its threshold, or whose attention is, or, with none over, the
@@ -167,11 +168,11 @@ def broken(
 def _score_lost(clip: Clip, thresholds: Thresholds) -> list[str]:
     if clip.scores is None:
         return []
-    bf16, fp8 = clip.scores
+    bf16, narrow = clip.scores
     sentences = []
-    if fp8.right < bf16.right:
-        sentences.append(f"colours right {fp8.right}, at least {bf16.right} wanted, as in bf16")
-    lost = bf16.synchrony.correlation - fp8.synchrony.correlation
+    if narrow.right < bf16.right:
+        sentences.append(f"colours right {narrow.right}, at least {bf16.right} wanted, as in bf16")
+    lost = bf16.synchrony.correlation - narrow.synchrony.correlation
     if not lost <= thresholds.max_synchrony_loss:
         limit = thresholds.max_synchrony_loss
         sentences.append(

@@ -1,6 +1,6 @@
-"""fp8 against bf16 on one's own weights and prompts, from the same seed and noise.
+"""8 bits against bf16 on one's own weights and prompts, from the same seed and noise.
 
-fp8 is simulated (`simulated_fp8.py`), so that it runs on any device and needs no kernels. Only the
+They are simulated (`simulated.py`), so that it runs on any device and needs no kernels. Only the
 base transformer is judged, in the plain model.
 """
 
@@ -22,7 +22,7 @@ from magihuman.runtime.device import pick_device
 from magihuman.runtime.engine import Engine, OnLoad, loading
 from magihuman.runtime.errors import InvalidRequestError, one_of
 from magihuman.runtime.evaluate import clip_score
-from magihuman.runtime.evaluate.simulated_fp8 import QKV, Mode, SimulatedFp8, relative_error
+from magihuman.runtime.evaluate.simulated import QKV, Mode, Simulated, relative_error
 from magihuman.runtime.evaluate.verify_report import (
     AtSteps,
     Clip,
@@ -39,7 +39,7 @@ from magihuman.runtime.request import Progress, ProgressCallback, Request
 from magihuman.runtime.weights import (
     PrecisionPolicy,
     TransformerOptions,
-    linears_in_fp8,
+    linears_in_8_bits,
     locate,
     plan,
 )
@@ -52,7 +52,7 @@ class VerifyOptions(TypedDict, total=False):
     """What `verify` takes as keywords; each may be left out.
 
     Attributes:
-        precision: to judge: "fp8" by default, or "fp8-attn" with attention too.
+        precision: to judge: "fp8" by default, "fp8-attn" with attention too, or "int8".
         keep_bf16: as for `load`.
         seconds, width, height, steps, seed: as for `Request`.
         thresholds: for the verdict, by default those of `Thresholds()`.
@@ -112,10 +112,10 @@ class _Settings:
 def verify(
     model: Engine | locate.PathLike, prompts: Sequence[str], **options: Unpack[VerifyOptions]
 ) -> Report:
-    """Compare fp8, simulated, with bf16: each linear, each layer, latents, frames and sound.
+    """Compare 8 bits, simulated, with bf16: each linear, each layer, latents, frames and sound.
 
-    Takes one run in bf16 and one in fp8 per prompt, in the plain model, and half the transformer's
-    memory for its weights in 8 bits.
+    Takes one run in bf16 and one in 8 bits per prompt, in the plain model, and half the memory of
+    the transformer for its weights in 8 bits.
 
     Args:
         model: a loaded engine in bf16, or what `load` takes.
@@ -131,9 +131,9 @@ def verify(
         raise InvalidRequestError(f"prompts must be a list of one at least, got {prompts!r}")
     requests = [settings.request(prompt) for prompt in prompts]
     policy = PrecisionPolicy.of(settings.precision)
-    if not policy.is_fp8:
+    if policy.narrow is None:
         raise InvalidRequestError(
-            "precision must be 'fp8' or 'fp8-attn' to be compared with bf16, got"
+            "precision must be 'fp8', 'fp8-attn' or 'int8' to be compared with bf16, got"
             f" {settings.precision!r}"
         )
     if isinstance(model, Engine):
@@ -159,7 +159,7 @@ def _check_keep(model: locate.PathLike, settings: _Settings) -> None:
     paths = locate.find(model, chosen, None, {variant: settings.transformer})
     device = pick_device(settings.device)
     options = TransformerOptions(device, PrecisionPolicy.BF16, None, compile=False)
-    linears_in_fp8(plan(chosen, paths.dit, options).config, settings.keep_bf16)
+    linears_in_8_bits(plan(chosen, paths.dit, options).config, settings.keep_bf16)
 
 
 @torch.inference_mode()
@@ -179,12 +179,11 @@ def _verify(engine: Engine, requests: list[Request], settings: _Settings) -> Rep
     clips, measured = [], []
     with engine.hold(requests[0]) as pipeline:
         dit = pipeline.components.dit
-    names = linears_in_fp8(dit.config, keep_bf16)
-    with SimulatedFp8(
-        dit, names, PrecisionPolicy.of(settings.precision).is_fp8_attention
-    ) as simulation:
+    names = linears_in_8_bits(dit.config, keep_bf16)
+    with _simulated(dit, names, settings.precision) as simulation:
         for i, request in enumerate(requests, 1):
-            probe = _Probe(dit, simulation, f"{i} of {len(requests)}", settings.on_progress)
+            label = f"{i} of {len(requests)}"
+            probe = _Probe(dit, simulation, settings.precision, label, settings.on_progress)
             with engine.hold(request, probe.on_step) as pipeline:
                 clips.append(_clip(pipeline, probe, settings.score))
             measured.append(probe.measured)
@@ -216,6 +215,13 @@ def _verify(engine: Engine, requests: list[Request], settings: _Settings) -> Rep
     return Report(shown, thresholds, per_linear, per_attention, per_layer, clips, failures, keep)
 
 
+def _simulated(dit: DiT, names: Sequence[str], precision: str) -> Simulated:
+    """What a precision computes in these linears."""
+    policy = PrecisionPolicy.of(precision)
+    assert policy.narrow is not None  # `verify` refuses others
+    return Simulated(dit, names, policy.is_fp8_attention, policy.narrow)
+
+
 class _Measured(NamedTuple):
     """Relative errors of one step: by linear, by layer of attention, and of each layer in order."""
 
@@ -235,27 +241,28 @@ class _Probe:
     def __init__(
         self,
         model: DiT,
-        simulation: SimulatedFp8,
+        simulation: Simulated,
+        precision: str,
         label: str,
         on_progress: ProgressCallback | None,
     ) -> None:
-        """label: of the prompt, for `on_progress`."""
+        """precision, label: of the prompt, both for `on_progress`."""
         self.latents: list[Latents] = []
         self.measured: list[_Measured] = []
         self._model, self._simulation = model, simulation
-        self._label, self._on_progress = label, on_progress
+        self._precision, self._label, self._on_progress = precision, label, on_progress
         self._mode, self._at = Mode.BF16, (0, 1)
         self._is_new = False
 
     def start(self, mode: Mode) -> None:
-        """A new clip: MEASURE at its first and last step, and bf16 between, or FP8 throughout."""
+        """A new clip: MEASURE at its first and last step and bf16 between, or NARROW throughout."""
         self._mode, self.latents = mode, []
 
     def on_step(self, progress: Progress) -> None:
         """The sampler begins a step. Guidance calls the model twice in one."""
         self._at, self._is_new = (progress.step, progress.of), True
         if self._on_progress is not None:
-            precision = "fp8" if self._mode is Mode.FP8 else "bf16"
+            precision = self._precision if self._mode is Mode.NARROW else "bf16"
             self._on_progress(dataclasses.replace(progress, stage=f"{precision} {self._label}"))
 
     def __call__(
@@ -281,10 +288,10 @@ class _Probe:
 
 
 def _clip(pipeline: Pipeline, probe: _Probe, is_scored: bool) -> Clip:
-    """One request in bf16 and in fp8, from the same noise."""
+    """One request in bf16 and in 8 bits, from the same noise."""
     request, prepared = pipeline.request, pipeline.prepare()
     trails, frames, waves = [], [], []
-    for mode in (Mode.MEASURE, Mode.FP8):
+    for mode in (Mode.MEASURE, Mode.NARROW):
         probe.start(mode)
         encoded = pipeline.encode(prepared)
         with pipeline.stage("denoise"):
@@ -292,13 +299,13 @@ def _clip(pipeline: Pipeline, probe: _Probe, is_scored: bool) -> Clip:
         trails.append([*probe.latents, (video.cpu(), audio.cpu())])
         frames.append(decode_frames(pipeline.components.turbo_vae, video))
         waves.append(pipeline.audio_vae.decode(audio))
-    bf16, fp8 = frames
+    bf16, narrow = frames
     scores = None
     if is_scored:
         prompt, rate, fps = request.prompt, config.SAMPLE_RATE_HZ, config.FPS
         scores = (
             clip_score.score(bf16, waves[0], rate, fps, prompt),
-            clip_score.score(fp8, waves[1], rate, fps, prompt),
+            clip_score.score(narrow, waves[1], rate, fps, prompt),
         )
     steps = list(zip(*trails, strict=True))
     shown = np.linspace(0, len(bf16) - 1, SHOWN_FRAMES).round().astype(int)
@@ -306,9 +313,9 @@ def _clip(pipeline: Pipeline, probe: _Probe, is_scored: bool) -> Clip:
         prompt=request.prompt,
         video_error=[relative_error(theirs[0], ours[0]) for ours, theirs in steps],
         audio_error=[relative_error(theirs[1], ours[1]) for ours, theirs in steps],
-        psnr_db=quality.psnr_db(fp8, bf16),
-        ssim=quality.ssim(fp8, bf16),
+        psnr_db=quality.psnr_db(narrow, bf16),
+        ssim=quality.ssim(narrow, bf16),
         snr_db=quality.snr_db(waves[1], waves[0]),
-        shown=(bf16[shown], fp8[shown]),
+        shown=(bf16[shown], narrow[shown]),
         scores=scores,
     )

@@ -221,7 +221,7 @@ def dit_part(name: str, spec: TransformerSpec) -> Part:
 
 def reading_bytes(spec: TransformerSpec) -> int:
     """Bytes that reading a transformer takes of the device beside its weights: its largest tensor
-    as it is on disk, in fp32 at most, in bf16 and in fp8.
+    as it is on disk, in fp32 at most, in bf16 and in 8 bits.
     """
     rows, columns = max(
         (spec.config.mlp_widths(layer) for layer in range(spec.config.num_layers)),

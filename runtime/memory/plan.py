@@ -341,7 +341,7 @@ def make_plan(
         f" {(worst.working_bytes + SLACK_BYTES) / GIB:.1f} activations and"
         f" {CONTEXT_BYTES / GIB:.1f} the driver's",
         f"give memory_limit_gb={_ceil_gb(worst.total_bytes):g} or more, load without sr or with a"
-        " smaller one, or use precision='fp8'",
+        " smaller one, or use precision='fp8' or 'int8'",
     )
 
 

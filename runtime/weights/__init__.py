@@ -28,7 +28,7 @@ from magihuman.runtime.weights.transformer import (
     TransformerOptions,
     TransformerSpec,
     layered_bytes,
-    linears_in_fp8,
+    linears_in_8_bits,
     plan,
 )
 from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME, diffusers_key, load_image_vae
@@ -53,7 +53,7 @@ __all__ = [
     "is_file_name",
     "layered_bytes",
     "learnt",
-    "linears_in_fp8",
+    "linears_in_8_bits",
     "load_image_vae",
     "load_text_encoder",
     "locate",

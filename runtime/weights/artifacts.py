@@ -1,13 +1,14 @@
 """Converted transformers: a folder of weights laid out for loading, and the manifest beside them.
 
 The folder takes the place of a published one. Its tensors have the published names, block linears
-in bf16 or, with `.weight_scale` beside them, in fp8; rows are padded as the kernels want them. So
-loading copies bytes.
+in bf16 or, with `.weight_scale` beside them, in 8 bits; rows are padded as the kernels want them.
+So loading copies bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,9 +28,14 @@ from magihuman.runtime.weights.reading import LONGEST_REASON, exists, is_file, i
 MANIFEST_NAME = "manifest.json"
 FORMAT = "magihuman transformer"
 FORMAT_VERSION = 1
-PRECISIONS = (PrecisionPolicy.FP8, PrecisionPolicy.BF16)  # that are written
+PRECISIONS = (PrecisionPolicy.FP8, PrecisionPolicy.INT8, PrecisionPolicy.BF16)  # that are written
 SCALE = ".weight_scale"
-DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F32": torch.float32}
+DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 LONGEST_PATTERN = 100
 AGAIN = "convert the published files again"
 
@@ -41,7 +47,7 @@ class Artifact:
     folder: Path
     config: DiTConfig
     precision: PrecisionPolicy
-    quantized: tuple[str, ...]  # linears in fp8
+    quantized: tuple[str, ...]  # linears in 8 bits
     files: tuple[str, ...]
 
 
@@ -64,8 +70,10 @@ def is_artifact(folder: Path) -> bool:
     return is_file(folder / MANIFEST_NAME) and not any(exists(folder / n) for n in published)
 
 
-def layout(config: DiTConfig, quantized: tuple[str, ...]) -> dict[str, Stored]:
-    """Every tensor of an artifact, in the order of the model."""
+def layout(
+    config: DiTConfig, quantized: Collection[str], narrow: torch.dtype = torch.float8_e4m3fn
+) -> dict[str, Stored]:
+    """Every tensor of an artifact, in the order of the model; narrow: of the linears quantised."""
     with torch.device("meta"):
         state = DiT(config).state_dict()
     stored: dict[str, Stored] = {}
@@ -74,7 +82,7 @@ def layout(config: DiTConfig, quantized: tuple[str, ...]) -> dict[str, Stored]:
         name = key.removesuffix(".weight")
         if name in quantized:
             stored[name + SCALE] = Stored(shape[:1], torch.float32)
-            dtype = torch.float8_e4m3fn
+            dtype = narrow
         if name in quantized or name.endswith("down_proj"):
             shape = (shape[0], padded_width(shape[1]))
         stored[key] = Stored(shape, dtype)
@@ -108,7 +116,7 @@ def read_manifest(folder: Path, variant: str) -> Artifact:
         )
     policy = PrecisionPolicy(precision)
     quantized: tuple[str, ...] = ()
-    if policy.is_fp8:
+    if policy.narrow is not None:
         try:
             quantized = tuple(quantized_linears(config, cast(KeepBf16, keep_bf16)))
         except ValueError as error:
@@ -125,7 +133,8 @@ def scan(artifact: Artifact) -> dict[str, checkpoint.TensorInfo]:
             f"{artifact.folder} does not fit its manifest: num_layers is"
             f" {artifact.config.num_layers}, and its files hold {len(tensors)} tensors"
         )
-    expected = layout(artifact.config, artifact.quantized)
+    narrow = artifact.precision.narrow or torch.float8_e4m3fn
+    expected = layout(artifact.config, artifact.quantized, narrow)
     checkpoint.check_shapes(
         {key: info.shape for key, info in tensors.items()},
         {key: stored.shape for key, stored in expected.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -130,20 +130,21 @@ def load_dit(
     device: torch.device,
     linear_dtype: torch.dtype,
     on_read: OnRead = lambda done, total: None,
-    quantized: Collection[str] = (),
+    quantized: Mapping[str, torch.dtype] | None = None,
     rest: torch.device | None = None,
 ) -> DiT:
     """A DiT on the device. Shards are mapped one at a time and copied tensor by tensor.
 
-    Block linears are converted to `linear_dtype`, and those in `quantized` from there to fp8 before
-    the next tensor is read; everything else is fp32, whatever is on disk. rest: where the weights
-    are to be, if not on the device, which then only quantises.
+    Block linears are converted to `linear_dtype`, and those that `quantized` names from there to
+    its dtype before the next tensor is read; everything else is fp32, whatever is on disk. rest:
+    where the weights are to be, if not on the device, which then only quantises.
     """
     tensors = scan(folder)
     model = sketched(dit_config(folder, variant), tensors, str(folder), linear_dtype)
 
-    fp8 = {f"{name}.weight": model.get_submodule(name) for name in quantized}
-    for linear in fp8.values():
+    dtypes = {f"{name}.weight": dtype for name, dtype in (quantized or {}).items()}
+    narrow = {key: model.get_submodule(key.removesuffix(".weight")) for key in dtypes}
+    for linear in narrow.values():
         del linear.weight  # no room is made for what is never held
     model = model.to_empty(device=rest or device)
     targets = model.state_dict()
@@ -154,8 +155,9 @@ def load_dit(
                 if tensors[key].file != file:  # a second one, which the index does not name
                     continue
                 value = shard.get_tensor(key)
-                if key in fp8:
-                    quantize_linear(fp8[key], value.to(device).to(linear_dtype), rest)
+                if key in narrow:
+                    value = value.to(device).to(linear_dtype)
+                    quantize_linear(narrow[key], value, rest, dtypes[key])
                 else:
                     targets[key].copy_(value if rest is not None else value.to(device))
                 done += tensors[key].size_bytes

@@ -31,7 +31,7 @@ from magihuman.runtime.weights import artifacts, checkpoint
 from magihuman.runtime.weights.artifacts import SCALE, Stored
 from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.shipped import model_folder
-from magihuman.runtime.weights.transformer import linears_in_fp8
+from magihuman.runtime.weights.transformer import linears_in_8_bits
 
 SHARD_BYTES = 4 * 2**30 - 2**20  # of tensors in a file, which also has a header
 
@@ -56,8 +56,8 @@ def convert(
         model: a directory with the published folders.
         folder: to make; must not exist.
         variant: "base", "distill", "540p_sr" or "1080p_sr".
-        precision: of the block linears: "fp8" or "bf16".
-        keep_bf16: with fp8, the linears that stay bf16, as for `load`.
+        precision: of the block linears: "fp8", "int8" or "bf16".
+        keep_bf16: with fp8 or int8, the linears that stay bf16, as for `load`.
         on_progress: called with ("hash" or "convert", bytes done, bytes in all).
 
     Raises:
@@ -68,13 +68,13 @@ def convert(
     one_of("variant", variant, tuple(VARIANTS))
     one_of("precision", precision, artifacts.PRECISIONS)
     policy = PrecisionPolicy(precision)
-    if not policy.is_fp8 and keep_bf16 != KEEP_NONE:
+    if policy.narrow is None and keep_bf16 != KEEP_NONE:
         raise InvalidRequestError(
-            f"keep_bf16 must go with precision='fp8', got {keep_bf16!r} with {precision!r}"
+            "keep_bf16 must go with precision='fp8' or 'int8', got"
+            f" {keep_bf16!r} with {precision!r}"
         )
     source = _Source(model_folder(model) / variant, VARIANTS[variant])
-    quantized = linears_in_fp8(source.config, keep_bf16) if policy.is_fp8 else ()
-    layout = artifacts.layout(source.config, quantized)
+    layout = _layout(source.config, policy, keep_bf16)
     report = on_progress or (lambda stage, done, of: None)
     target = Path(folder).absolute()
     check_new_folder(target, sum(stored.size_bytes for stored in layout.values()))
@@ -115,8 +115,8 @@ def write_artifact(
 
     sources: size and hash of every file that the weights came from.
     """
-    quantized = linears_in_fp8(source.config, keep_bf16) if precision.is_fp8 else ()
-    files = _write_shards(folder, source, artifacts.layout(source.config, quantized), report)
+    layout = _layout(source.config, precision, keep_bf16)
+    files = _write_shards(folder, source, layout, report)
     manifest = {
         "format": artifacts.FORMAT,
         "format_version": artifacts.FORMAT_VERSION,
@@ -131,6 +131,15 @@ def write_artifact(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     write_json(folder / artifacts.MANIFEST_NAME, manifest)
+
+
+def _layout(
+    config: DiTConfig, precision: PrecisionPolicy, keep_bf16: KeepBf16
+) -> dict[str, Stored]:
+    """Every tensor of an artifact in this precision."""
+    if precision.narrow is None:
+        return artifacts.layout(config, ())
+    return artifacts.layout(config, linears_in_8_bits(config, keep_bf16), precision.narrow)
 
 
 class _Source:
@@ -200,7 +209,7 @@ def _stored(key: str, value: Tensor, layout: dict[str, Stored]) -> dict[str, Ten
     """A published tensor as an artifact has it, with its scale where it has one."""
     stored, scale_key = layout[key], key.removesuffix(".weight") + SCALE
     if scale_key in layout:
-        values, scale = quantize(value.to(torch.bfloat16))
+        values, scale = quantize(value.to(torch.bfloat16), stored.dtype)
         rows = values.as_strided(stored.shape, values.stride())  # the padding too
         return {key: rows, scale_key: scale}
     laid_out = value.new_zeros(stored.shape, dtype=stored.dtype)

@@ -1,4 +1,4 @@
-"""What a precision means: which dtypes it has, what of it is in fp8, and what it needs."""
+"""What a precision means: which dtypes it has, what of it is in 8 bits, and what it needs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from enum import StrEnum
 
 import torch
 
+from magihuman.kernels.reference import FP8, INT8
 from magihuman.runtime.errors import one_of
 
 
@@ -20,6 +21,7 @@ class PrecisionPolicy(StrEnum):
     FP32 = "fp32"
     FP8 = "fp8"
     FP8_ATTENTION = "fp8-attn"
+    INT8 = "int8"
 
     @classmethod
     def of(cls, name: str) -> PrecisionPolicy:
@@ -32,9 +34,23 @@ class PrecisionPolicy(StrEnum):
         return cls(name)
 
     @property
+    def narrow(self) -> torch.dtype | None:
+        """Dtype of the block linears in 8 bits, with an fp32 scale for each output row; None where
+        there are none.
+        """
+        if self.is_int8:
+            return INT8
+        return FP8 if self.is_fp8 else None
+
+    @property
     def is_fp8(self) -> bool:
-        """Whether block linears have e4m3 weights, with an fp32 scale for each output row."""
+        """Whether block linears have e4m3 weights."""
         return self in (PrecisionPolicy.FP8, PrecisionPolicy.FP8_ATTENTION)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether block linears have int8 weights."""
+        return self is PrecisionPolicy.INT8
 
     @property
     def is_fp8_attention(self) -> bool:
@@ -43,13 +59,13 @@ class PrecisionPolicy(StrEnum):
 
     @property
     def linear_dtype(self) -> torch.dtype:
-        """Dtype of the block linears that are not in fp8."""
+        """Dtype of the block linears that are not in 8 bits."""
         return torch.float32 if self is PrecisionPolicy.FP32 else torch.bfloat16
 
     @property
-    def needs_hopper(self) -> bool:
-        """Whether it runs by fused kernels alone, which only a Hopper GPU has."""
-        return self.is_fp8
+    def needs_kernels(self) -> bool:
+        """Whether it runs by fused kernels alone, not by the plain model."""
+        return self.narrow is not None
 
     @property
     def weights(self) -> PrecisionPolicy:
@@ -59,7 +75,7 @@ class PrecisionPolicy(StrEnum):
     @property
     def flops(self) -> float:
         """Operations a second of large products on an H100, roughly, for estimates of time."""
-        if self.is_fp8:
+        if self.narrow is not None:
             return 1e15
         return 5e13 if self is PrecisionPolicy.FP32 else 6e14
 

@@ -8,7 +8,7 @@ activations finite through all layers. What comes out of such a model is noise.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -114,10 +114,10 @@ def dit_by_layer(
     device: torch.device,
     linear_dtype: torch.dtype,
     name: str,
-    quantized: Collection[str] = (),
+    quantized: Mapping[str, torch.dtype] | None = None,
 ) -> tuple[DiT, Iterator[nn.Module]]:
-    """As `dit`, with some linears in fp8, and its layers, each of which gets its weights when it is
-    asked for: so it can go elsewhere before the next is made.
+    """As `dit`, with some linears in 8 bits, of the dtypes given by name, and its layers, each of
+    which gets its weights when it is asked for: so it can go elsewhere before the next is made.
     """
     with torch.device("meta"):
         model = DiT(config, linear_dtype)
@@ -131,8 +131,9 @@ def dit_by_layer(
             owner = module.get_submodule(path)
             value = torch.empty_like(owner.get_parameter(last), device=device)
             _fill(value, prefix + key, owner, depth, f"{seed}:{name}")
-            if (prefix + key).removesuffix(".weight") in quantized:
-                quantize_linear(owner, value)
+            dtype = (quantized or {}).get((prefix + key).removesuffix(".weight"))
+            if dtype is not None:
+                quantize_linear(owner, value, dtype=dtype)
             else:
                 setattr(owner, last, nn.Parameter(value, requires_grad=False))
 

@@ -29,7 +29,7 @@ class TransformerOptions:
     Attributes:
         device: that it runs on.
         precision: None for that of its files.
-        keep_bf16: the linears that stay bf16 beside fp8; None for those of its files, else none.
+        keep_bf16: the linears that stay bf16 beside 8 bits; None for those of its files, else none.
         compile: whether it runs as captured graphs of fused kernels, where the device can.
         ranks: processes that share its heads.
         kernels: "auto" or "portable", as of `load`.
@@ -53,8 +53,8 @@ class TransformerSpec:
         folder: its files; None for random weights.
         artifact: what the folder holds where that is no published checkpoint.
         precision: that it runs in.
-        quantized: the linears in fp8, by name.
-        why_bf16: why the fp8 weights of an artifact cannot be used as they are.
+        quantized: the linears in 8 bits, by name.
+        why_bf16: why the 8-bit weights of an artifact cannot be used as they are.
     """
 
     variant: Variant
@@ -67,8 +67,14 @@ class TransformerSpec:
 
     @property
     def linear(self) -> torch.dtype:
-        """Dtype of the block linears that are not in fp8."""
+        """Dtype of the block linears that are not in 8 bits."""
         return self.precision.linear_dtype
+
+    @property
+    def quantized_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each linear in 8 bits, by name."""
+        narrow = self.precision.narrow
+        return {} if narrow is None else dict.fromkeys(self.quantized, narrow)
 
     @property
     def device_bytes(self) -> int:
@@ -94,12 +100,19 @@ class TransformerSpec:
         if self.artifact is None:
             assert self.folder is not None
             return checkpoint.load_dit(
-                self.folder, self.variant, device, self.linear, on_read, self.quantized, rest
+                self.folder,
+                self.variant,
+                device,
+                self.linear,
+                on_read,
+                self.quantized_dtypes,
+                rest,
             )
         model = artifacts.load(self.artifact, rest or device, on_read)
         if self.why_bf16 is not None:
             log.warning(
-                "the fp8 weights of %s run as bf16, rounded as they are: %s",
+                "the %s weights of %s run as bf16, rounded as they are: %s",
+                self.artifact.precision,
                 self.variant.name,
                 self.why_bf16,
             )
@@ -134,7 +147,7 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
             f"precision must be {stored!r}, as the artifact's {artifact.folder}, got {precision!r};"
             " leave it out, or convert the published files to another"
         )
-    if not precision.needs_hopper:
+    if not precision.needs_kernels:
         return TransformerSpec(variant, config, folder, artifact, precision)
 
     quantized = _quantized(config, options.keep_bf16, artifact)
@@ -146,6 +159,7 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
             options.device,
             fp8=precision.is_fp8,
             fp8_attention=precision.is_fp8_attention,
+            int8=precision.is_int8,
             kernels=options.kernels,
         )
     if reason is None:
@@ -163,7 +177,7 @@ def _quantized(
 ) -> tuple[str, ...]:
     if artifact is not None and keep_bf16 is None:
         return artifact.quantized
-    names = linears_in_fp8(config, KEEP_NONE if keep_bf16 is None else keep_bf16)
+    names = linears_in_8_bits(config, KEEP_NONE if keep_bf16 is None else keep_bf16)
     if artifact is not None and set(names) != set(artifact.quantized):
         raise InvalidRequestError(
             f"keep_bf16 must be that of the artifact {artifact.folder}, got {keep_bf16!r}; leave it"
@@ -172,8 +186,8 @@ def _quantized(
     return names
 
 
-def linears_in_fp8(config: DiTConfig, keep_bf16: KeepBf16) -> tuple[str, ...]:
-    """The linears that are in fp8; `InvalidRequestError` where `keep_bf16` names none."""
+def linears_in_8_bits(config: DiTConfig, keep_bf16: KeepBf16) -> tuple[str, ...]:
+    """The linears that are in 8 bits; `InvalidRequestError` where `keep_bf16` names none."""
     try:
         return tuple(quantized_linears(config, keep_bf16))
     except ValueError as error:
@@ -181,7 +195,7 @@ def linears_in_fp8(config: DiTConfig, keep_bf16: KeepBf16) -> tuple[str, ...]:
 
 
 def dit_bytes(config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()) -> int:
-    """Bytes of a DiT: block linears in `linear` or, with their scales, in fp8, the rest fp32."""
+    """Bytes of a DiT: block linears in `linear` or, with their scales, in 8 bits, the rest fp32."""
     outside, layers = layered_bytes(config, linear, quantized)
     return outside + sum(layers)
 

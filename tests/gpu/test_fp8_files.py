@@ -16,7 +16,7 @@ from magihuman import runtime
 from magihuman.graphs import quantization
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import VARIANTS
-from magihuman.runtime.evaluate import simulated_fp8
+from magihuman.runtime.evaluate import simulated
 from magihuman.runtime.weights import checkpoint, tiny
 
 if not torch.cuda.is_available():
@@ -75,7 +75,7 @@ def test_the_simulation_sums_as_the_reference_does(counts: ref.Counts | None) ->
     x = torch.randn(300, 340, device=DEVICE)
     weight = torch.randn(128 * (3 if counts else 1), 340, device=DEVICE)
     operands = (*ref.quantize_rows(x), *quantization.quantize(weight))
-    ours = simulated_fp8.scaled_linear(*operands, counts)
+    ours = simulated.scaled_linear(*operands, counts)
     theirs = ref.scaled_linear(*operands, counts)
     assert ours.dtype == torch.bfloat16
     # Sums in another order cross the middle between two bf16 numbers, 2^-8 apart, now and then.

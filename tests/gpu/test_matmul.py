@@ -144,7 +144,7 @@ def test_fp8_product_of_odd_weights(route: str, counts: ref.Counts | None) -> No
     # What lies behind the last scale is not the weight's.
     scale = F.pad(scale, (0, 1), value=float("nan"))[:-1]
     operands = routes.Quantized(x, x_scale), routes.Quantized(weight, scale)
-    out = routes.linear_fp8(*operands, counts, route)
+    out = routes.scaled_linear(*operands, counts, route)
     whole = ref.dequantize_rows(x, x_scale).double(), ref.dequantize_rows(weight, scale).double()
     exact = ref.per_modality(lambda a, b: a @ b.t(), *whole, counts)
     assert golden.error(out, exact) <= 1.1 * golden.error(exact.to(torch.bfloat16), exact) + 1e-3

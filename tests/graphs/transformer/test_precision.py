@@ -14,6 +14,7 @@ from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
 from magihuman.graphs.transformer.options import CompileOptions
 from magihuman.graphs.transformer.passes.context import Context
+from magihuman.kernels import reference as ref
 from magihuman.runtime.model import tokens
 
 CPU = torch.device("cpu")
@@ -21,18 +22,22 @@ LAYOUT = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7)
 
 
 @pytest.mark.parametrize(
-    ("keep", "quantized"),
+    ("keep", "quantized", "dtype"),
     [
-        ("none", "all"),
-        (["*.down_proj"], "all but down_proj"),
-        (["*.up_gate_proj"], "all but up_gate_proj"),
+        ("none", "all", ref.FP8),
+        (["*.down_proj"], "all but down_proj", ref.FP8),
+        (["*.up_gate_proj"], "all but up_gate_proj", ref.FP8),
+        ("none", "all in int8", ref.INT8),
+        (["*.up_gate_proj"], "all but up_gate_proj in int8", ref.INT8),
     ],
 )
-def test_quantized_linears(keep: str | list[str], quantized: str, tmp_path: Path) -> None:
-    """As near to the bf16 model as operands rounded to e4m3 leave it, from either cache."""
+def test_quantized_linears(
+    keep: str | list[str], quantized: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """As near to the bf16 model as operands rounded to 8 bits leave it, from either cache."""
     plain, model = golden.dit(local=False), golden.dit(local=False)
     names = quantization.quantized_linears(model.config, keep)
-    quantization.quantize_model(model, names)
+    quantization.quantize_model(model, names, dtype)
     compiling.pad_weights(model, model.config)
     torch.manual_seed(0)
     inputs = golden.inputs_of(model, LAYOUT)
@@ -109,6 +114,11 @@ def test_the_graphs_cache_tells_quantized_linears_apart() -> None:
     model = golden.dit(local=False)
     keys = {
         compiling.graph_cache.key_of(model.config, torch.bfloat16, model, names)
-        for names in ([], ["block.layers.0.mlp.down_proj"], ["block.layers.1.mlp.down_proj"])
+        for names in (
+            {},
+            {"block.layers.0.mlp.down_proj": ref.FP8},
+            {"block.layers.1.mlp.down_proj": ref.FP8},
+            {"block.layers.1.mlp.down_proj": ref.INT8},
+        )
     }
-    assert len(keys) == 3
+    assert len(keys) == 4

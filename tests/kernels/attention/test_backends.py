@@ -183,11 +183,13 @@ def test_what_is_unset_is_refused_on_a_gpu() -> None:
         "linear": lambda route: routes.linear(x, weight, None, route),
         "activation": lambda route: routes.linear_activation(x, weight, None, "gelu7", 128, route),
         "add": lambda route: routes.linear_add(torch.ones(3, 32), x, weight, None, route),
-        "fp8": lambda route: routes.linear_fp8(*operands, None, route),
-        "fp8 activation": lambda route: routes.linear_activation_fp8(
+        "fp8": lambda route: routes.scaled_linear(*operands, None, route),
+        "fp8 activation": lambda route: routes.scaled_linear_activation(
             *operands, None, "gelu7", 128, torch.bfloat16, route
         ),
-        "fp8 add": lambda route: routes.linear_add_fp8(torch.ones(3, 32), *operands, None, route),
+        "fp8 add": lambda route: routes.scaled_linear_add(
+            torch.ones(3, 32), *operands, None, route
+        ),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match="must be chosen before it runs on a GPU, got 'unset'"):

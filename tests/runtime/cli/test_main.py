@@ -173,7 +173,10 @@ def test_the_model_may_come_from_the_environment(tiny_dir, tmp_path, monkeypatch
         (["--precision", "fp16"], "precision must be one of 'bf16', 'fp32', 'fp8', 'fp8-attn', g"),
         (["--precision", "fp8", "--device", "cpu"], "precision='fp8' needs the compiled transfo"),
         (["--precision", "fp8", "--keep-bf16", "a,b"], "keep_bf16 must name linears of the blo"),
-        (["--keep-bf16", "modality"], "keep_bf16 must go with precision='fp8' or 'fp8-attn', got"),
+        (
+            ["--keep-bf16", "modality"],
+            "keep_bf16 must go with precision='fp8', 'fp8-attn' or 'int8', got",
+        ),
         (["--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--image", "{}/no.png"], "image must be a readable file, got {}/no.png, which does not"),
         (["--image", "{}/empty"], "image must not be empty, got {}/empty of 0 bytes"),

@@ -27,7 +27,7 @@ from magihuman.graphs.transformer.options import CompileOptions
 from magihuman.graphs.transformer.passes.context import Context
 from magihuman.runtime.cli.main import app
 from magihuman.runtime.evaluate import clip_score, verify_page, verify_report, verify_runs
-from magihuman.runtime.evaluate.simulated_fp8 import Mode, SimulatedFp8
+from magihuman.runtime.evaluate.simulated import Mode, Simulated
 from magihuman.runtime.evaluate.verify_report import Thresholds
 from magihuman.runtime.evaluate.verify_runs import Report, VerifyOptions
 from magihuman.runtime.media import quality
@@ -74,21 +74,23 @@ def broken(broken_dir) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("keep", "attention"),
+    ("keep", "attention", "dtype"),
     [
-        ("none", False),
-        (["*.down_proj"], False),
-        (["*.up_gate_proj"], False),
-        ("none", True),
-        (["block.layers.2.attention.*"], True),
+        ("none", False, torch.float8_e4m3fn),
+        (["*.down_proj"], False, torch.float8_e4m3fn),
+        (["*.up_gate_proj"], False, torch.float8_e4m3fn),
+        ("none", True, torch.float8_e4m3fn),
+        (["block.layers.2.attention.*"], True, torch.float8_e4m3fn),
+        ("none", False, torch.int8),
+        (["*.up_gate_proj"], False, torch.int8),
     ],
 )
-def test_the_simulation_is_the_rewritten_graph(keep, attention, tmp_path):
+def test_the_simulation_is_the_rewritten_graph(keep, attention, dtype, tmp_path):
     """Both compute the reference on the CPU, with the norm's fp32 rounded once."""
     layout = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7)
     model, quantized = golden.dit(local=False), golden.dit(local=False)
     names = quantization.quantized_linears(model.config, keep)
-    quantization.quantize_model(quantized, names)
+    quantization.quantize_model(quantized, names, dtype)
     compiling.pad_weights(quantized, quantized.config)
     torch.manual_seed(0)
     inputs = golden.inputs_of(model, layout)
@@ -98,18 +100,18 @@ def test_the_simulation_is_the_rewritten_graph(keep, attention, tmp_path):
     module, _ = compiling.compile_forward(quantized, context, options)
     graph = module(*inputs.values(), length)
     bf16 = model(**inputs)
-    with SimulatedFp8(model, names, attention) as simulation:
+    with Simulated(model, names, attention, dtype) as simulation:
         for mode in (Mode.BF16, Mode.MEASURE):
             with simulation.running(mode):
                 assert all(map(torch.equal, model(**inputs), bf16))
-        with simulation.running(Mode.FP8):
+        with simulation.running(Mode.NARROW):
             simulated = model(**inputs)
     assert list(simulation.linear_errors) == names
     layers = [i for i in range(5) if f"block.layers.{i}.attention.linear_qkv" in names]
     assert list(simulation.attention_errors) == (layers if attention else [])
     assert len(simulation.layer_errors) == model.config.num_layers
     for ours, theirs, plain in zip(simulated, graph, bf16, strict=True):
-        assert golden.error(ours, theirs) < 1e-5 < 1e-2 < golden.error(theirs, plain)
+        assert golden.error(ours, theirs) < 1e-5 < 4e-3 < golden.error(theirs, plain)
     assert all(map(torch.equal, model(**inputs), bf16))  # nothing is left of it
 
 
@@ -148,9 +150,27 @@ def test_fp8_attention_is_judged_too(engine):
     assert QKV in again.suggested_keep_bf16
     assert any(line.startswith(f"{QKV}, attention after it: error") for line in again.broken)
     with pytest.raises(
-        runtime.InvalidRequestError, match=r"must be 'fp8' or 'fp8-attn' .*got 'fp32'"
+        runtime.InvalidRequestError, match=r"must be 'fp8', 'fp8-attn' or 'int8' .*got 'fp32'"
     ):
         runtime.verify(engine, ["hi"], precision="fp32", **CLIP)
+
+
+def test_healthy_weights_pass_in_int8(engine):
+    report = runtime.verify(engine, ["hi"], precision="int8", **CLIP)
+    assert report.verdict == "pass" and report.settings["precision"] == "int8"
+    assert report.per_attention == {}
+    # Rounding two rows of normally distributed numbers to 127 steps each way: a third of e4m3's.
+    assert all(0.008 < error.worst < 0.025 for error in report.per_linear.values())
+    assert all(0.001 < error.worst < 0.03 for error in report.per_layer)
+    assert "int8 against bf16: pass" in verify_page.to_html(report)
+
+
+def test_broken_weights_fail_in_int8_and_exactly_they_are_named(broken_dir):
+    report = runtime.verify(broken_dir, ["hi"], precision="int8", device="cpu", **CLIP)
+    assert report.verdict == "fail" and report.suggested_keep_bf16 == [QKV, UP]
+    assert all(report.per_linear[name].worst > 0.5 for name in BROKEN)
+    options = {"precision": "int8", "keep_bf16": report.suggested_keep_bf16, "device": "cpu"}
+    assert runtime.verify(broken_dir, ["hi"], **options, **CLIP).verdict == "pass"
 
 
 def test_the_bf16_side_is_what_generate_makes(healthy, engine):

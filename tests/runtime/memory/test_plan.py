@@ -39,19 +39,20 @@ from magihuman.runtime.weights.tiny import DIT
 from magihuman.runtime.weights.transformer import (
     TransformerOptions,
     TransformerSpec,
-    linears_in_fp8,
+    linears_in_8_bits,
     plan,
 )
 
 CPU = torch.device("cpu")
 OUTSIDE = CONTEXT_BYTES + SLACK_BYTES
 BF16 = torch.bfloat16
+FP8 = torch.float8_e4m3fn
 
 
 def spec(name: str, precision: str) -> TransformerSpec:
     variant = config.VARIANTS[name]
     arch = variant.architecture(config.DiTConfig())
-    names = linears_in_fp8(arch, "none") if precision == "fp8" else ()
+    names = () if precision == "bf16" else linears_in_8_bits(arch, "none")
     return TransformerSpec(variant, arch, None, None, PrecisionPolicy(precision), names)
 
 
@@ -77,6 +78,7 @@ def test_the_parts_of_the_published_model(others):
     assert len(base.layer_bytes) == 40 and base.outside_bytes < 0.1 * GIB
     fp8 = placement.dit_part(BASE, spec("distill", "fp8"))
     assert fp8.total_bytes / GIB == pytest.approx(14.3, abs=0.1)
+    assert placement.dit_part(BASE, spec("distill", "int8")) == fp8
 
 
 @pytest.mark.parametrize(
@@ -409,9 +411,9 @@ def test_parts_of_a_folder_are_those_that_are_loaded(tiny_dir):
         )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_bytes_of_a_transformer_by_layer(tiny_dir, precision):
-    names = linears_in_fp8(DIT, "none") if precision == "fp8" else ()
+    names = () if precision == "bf16" else linears_in_8_bits(DIT, "none")
     one = TransformerSpec(
         config.VARIANTS["distill"],
         DIT,
@@ -431,16 +433,18 @@ def test_bytes_of_a_transformer_by_layer(tiny_dir, precision):
     assert part.total_bytes == whole == one.device_bytes
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_weights_that_rest_are_those_that_stay(tiny_dir, quantized, monkeypatch):
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+def test_weights_that_rest_are_those_that_stay(tiny_dir, precision, monkeypatch):
     """Read or made at random; of the device only what quantises is needed, a tensor at a time."""
-    names = tuple(linears_in_fp8(DIT, "none")) if quantized else ()
+    policy = PrecisionPolicy(precision)
+    names = tuple(linears_in_8_bits(DIT, "none")) if policy.narrow else ()
     one = TransformerSpec(
-        config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, PrecisionPolicy.BF16, names
+        config.VARIANTS["distill"], DIT, tiny_dir / "distill", None, policy, names
     )
-    device = CPU if quantized else torch.device("meta")  # holds no values
+    device = CPU if policy.narrow else torch.device("meta")  # holds no values
     read = one.read(device, rest=CPU)
-    made, layers = random_weights.dit_by_layer(DIT, 0, CPU, BF16, "distill", names)
+    quantized = one.quantized_dtypes
+    made, layers = random_weights.dit_by_layer(DIT, 0, CPU, BF16, "distill", quantized)
     assert list(layers) == list(made.block.layers)
     for other in (read, made):
         expected = one.read(CPU).state_dict()
@@ -454,15 +458,16 @@ def test_weights_that_rest_are_those_that_stay(tiny_dir, quantized, monkeypatch)
 def test_quantising_holds_one_tensor_on_the_device(tiny_dir, monkeypatch):
     seen, real = [], checkpoint.quantize_linear
 
-    def watched(linear, weight, rest=None):
-        real(linear, weight, rest)
+    def watched(linear, weight, rest, dtype):
+        real(linear, weight, rest, dtype)
         seen.append(rest)
         assert linear.weight.device == CPU
 
     monkeypatch.setattr(checkpoint, "quantize_linear", watched)
-    names = tuple(linears_in_fp8(DIT, "none"))
+    names = tuple(linears_in_8_bits(DIT, "none"))
+    quantized = dict.fromkeys(names, FP8)
     checkpoint.load_dit(
-        tiny_dir / "distill", config.VARIANTS["distill"], CPU, BF16, quantized=names, rest=CPU
+        tiny_dir / "distill", config.VARIANTS["distill"], CPU, BF16, quantized=quantized, rest=CPU
     )
     assert seen == [CPU] * len(names)
 

@@ -36,6 +36,12 @@ def fp8(tiny_dir, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def int8(tiny_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("int8") / "distill"
+    return runtime.convert(tiny_dir, folder, precision="int8")
+
+
+@pytest.fixture(scope="module")
 def bf16(tiny_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bf16") / "distill"
     return runtime.convert(tiny_dir, folder, precision="bf16")
@@ -77,6 +83,41 @@ def test_fp8_weights_are_those_that_quantising_gives(tiny_dir, fp8):
             parameter.data = parameter.data.contiguous()  # laid out too; the published one is not
     assert_same(model, wanted)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_int8_weights_are_those_that_quantising_gives(tiny_dir, int8):
+    wanted = published(tiny_dir)
+    quantize_model(wanted, quantized_linears(DIT), torch.int8)
+    assert_same(read(int8), wanted)
+    manifest = json.loads((int8 / MANIFEST).read_text())
+    assert (manifest["precision"], manifest["keep_bf16"]) == ("int8", "none")
+    down = load_file(int8 / FIRST)["block.layers.2.mlp.down_proj.weight"]
+    assert down.dtype == torch.int8 and down.shape == (128, 384) and not down[:, 340:].any()
+
+
+def test_int8_weights_are_not_taken_for_those_of_fp8(tiny_dir, int8, tmp_path):
+    """Neither where another precision is asked for, nor where the manifest has the wrong one."""
+    with pytest.raises(InvalidRequestError, match="precision must be 'int8', as the artifact's"):
+        runtime.load(tiny_dir, transformer=int8, precision="fp8", device="cpu")
+    folder = Path(shutil.copytree(int8, tmp_path / "copy"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"precision": "fp8"}))
+    with pytest.raises(CheckpointError, match=r"must be torch.float8_e4m3fn, got I8"):
+        artifacts.scan(artifacts.read_manifest(folder, "distill"))
+
+
+def test_int8_weights_run_as_bf16_where_int8_cannot(tiny_dir, int8, caplog):
+    """Rounded as they are, with a warning that names the precision."""
+    with runtime.load(tiny_dir, transformer=int8, device="cpu") as engine:
+        assert engine.precision == "bf16"
+        own = engine._parts.dit.state_dict()
+    wanted = published(tiny_dir)
+    quantize_model(wanted, quantized_linears(DIT), torch.int8)
+    dequantize_model(wanted)
+    assert all(torch.equal(own[key], value) for key, value in wanted.state_dict().items())
+    assert "the int8 weights of distill run as bf16, rounded as they are: there is no GPU" in (
+        caplog.text
+    )
 
 
 def test_bf16_weights_are_the_published_ones_laid_out(tiny_dir, bf16):
@@ -242,7 +283,7 @@ SCALES = "block.layers.2.mlp.down_proj.weight_scale"
             edit_manifest(architecture=lambda a: {**a, "hidden_size": 256}),
             "does not fit the model: .* misshapen: adapter.video_embedder.weight is",
         ),
-        (edit_manifest(precision="int4"), "precision of fp8 or bf16 .*, got 'int4'"),
+        (edit_manifest(precision="int4"), "precision of fp8 or int8 or bf16 .*, got 'int4'"),
         (edit_manifest(keep_bf16=None), "and a keep_bf16, got 'fp8' and None; convert"),
         (edit_manifest(keep_bf16="some"), "'modality' or a list of names, got 'some'; convert"),
         (edit_manifest(keep_bf16="none"), "does not fit the model: 8 missing: block.layers.0"),
@@ -277,7 +318,7 @@ def test_a_stale_partial_or_foreign_artifact_is_refused(tiny_dir, fp8, tmp_path,
         ({"precision": "fp8", "keep_bf16": "none"}, "keep_bf16 must be that of the artifact .*non"),
         (
             {"keep_bf16": "modality"},
-            "keep_bf16 must go with precision='fp8' or 'fp8-attn', got 'modality' with",
+            "keep_bf16 must go with precision='fp8', 'fp8-attn' or 'int8', got 'modality' with",
         ),
     ],
 )
@@ -300,7 +341,7 @@ def test_published_files_win_over_a_manifest_beside_them(tiny_dir, tmp_path):
     ("options", "message"),
     [
         ({"variant": "720p"}, "variant must be one of 'base', .*, got '720p'"),
-        ({"precision": "fp32"}, "precision must be one of 'fp8', 'bf16', got 'fp32'"),
+        ({"precision": "fp32"}, "precision must be one of 'fp8', 'int8', 'bf16', got 'fp32'"),
         ({"keep_bf16": ["nothing"]}, "keep_bf16 must name linears .*, got 'nothing'"),
         ({"precision": "bf16", "keep_bf16": "modality"}, "keep_bf16 must go with precision='fp8'"),
     ],

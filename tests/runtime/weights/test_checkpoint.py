@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from magihuman.graphs.quantization import linears, quantize_model, quantized_linears
+from magihuman.kernels.reference import FP8, INT8
 from magihuman.runtime import CheckpointError, config
 from magihuman.runtime.config import VARIANTS, DiTConfig
 from magihuman.runtime.model.dit import DiT
@@ -106,14 +107,14 @@ def test_linears_are_quantised_while_they_are_read(tiny_dir, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to_empty", watch)
     names = quantized_linears(DIT, "modality")
-    for variant in ("base", "distill"):  # bf16 and fp32 on disk
+    for variant, dtype in (("base", FP8), ("distill", INT8)):  # bf16 and fp32 on disk
         source = (tiny_dir / variant, VARIANTS[variant], CPU, BF16)
-        model = checkpoint.load_dit(*source, quantized=names)
+        model = checkpoint.load_dit(*source, quantized=dict.fromkeys(names, dtype))
         left = [f"{name}.weight" for name in linears(DIT) if name not in names]
         assert made.pop() == left
         wanted = checkpoint.load_dit(*source)
         made.clear()
-        quantize_model(wanted, names)
+        quantize_model(wanted, names, dtype)
         state = wanted.state_dict()
         assert model.state_dict().keys() == state.keys()
         for key, value in model.state_dict().items():

@@ -35,48 +35,59 @@ def assert_same(actual: torch.nn.Module, wanted: torch.nn.Module) -> None:
 # -- published files --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", ["none", "modality", ["*.down_proj"]])
-def test_published_weights_are_quantised_while_they_are_read(tiny_dir, capable, keep):
+@pytest.mark.parametrize(
+    ("precision", "keep"),
+    [
+        ("fp8", "none"),
+        ("fp8", "modality"),
+        ("fp8", ["*.down_proj"]),
+        ("int8", "none"),
+        ("int8", ["*.down_proj"]),
+    ],
+)
+def test_published_weights_are_quantised_while_they_are_read(tiny_dir, capable, precision, keep):
     """The result is that of quantising the bf16 model."""
-    options = {"precision": "fp8", "keep_bf16": keep, "device": "cpu"}
+    options = {"precision": precision, "keep_bf16": keep, "device": "cpu"}
+    dtype = torch.int8 if precision == "int8" else torch.float8_e4m3fn
     with runtime.load(tiny_dir, variant="base", sr="540p", **options) as loaded:
-        assert loaded.precision == "fp8"
+        assert loaded.precision == precision
         parts = {"base": loaded._parts.dit, "540p_sr": loaded._parts.sr_dit}
     for name, model in parts.items():
         wanted = checkpoint.load_dit(tiny_dir / name, VARIANTS[name], CPU, BF16)
-        quantize_model(wanted, quantized_linears(DIT, keep))
+        quantize_model(wanted, quantized_linears(DIT, keep), dtype)
         assert_same(model, wanted)
         assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("model", ["files", "synthetic"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (
             {},
-            "precision='fp8' needs the compiled transformer, and for distill there is no GPU; use"
+            " needs the compiled transformer, and for distill there is no GPU; use"
             " precision='bf16'",
         ),
         (
             {"compile": False},
-            "precision='fp8' needs the compiled transformer, and for distill compile=False asks for"
+            " needs the compiled transformer, and for distill compile=False asks for"
             " the plain one; use precision='bf16'",
         ),
     ],
 )
-def test_fp8_is_refused_where_it_cannot_run(tiny_dir, model, options, message):
+def test_8_bits_are_refused_where_they_cannot_run(tiny_dir, model, precision, options, message):
     reports: list[str] = []
     source = tiny_dir if model == "files" else runtime.synthetic("distill")
     with pytest.raises(InvalidRequestError) as caught:
         runtime.load(
             source,
-            precision="fp8",
+            precision=precision,
             device="cpu",
             on_load=lambda name, done, of: reports.append(name),
             **options,
         )
-    assert str(caught.value) == message
+    assert str(caught.value) == f"precision={precision!r}{message}"
     assert not reports  # nothing has been read
 
 
@@ -85,10 +96,12 @@ def test_fp8_is_refused_where_it_cannot_run(tiny_dir, model, options, message):
     [
         (
             {"keep_bf16": "modality"},
-            "must go with precision='fp8' or 'fp8-attn', got 'modality' with None$",
+            "must go with precision='fp8', 'fp8-attn' or 'int8', got 'modality' with None$",
         ),
-        ({"keep_bf16": ["a"], "precision": "bf16"}, r"or 'fp8-attn', got \['a'\] with 'bf"),
+        ({"keep_bf16": ["a"], "precision": "bf16"}, r"or 'int8', got \['a'\] with 'bf"),
         ({"keep_bf16": "all", "precision": "fp8"}, "must be 'none', 'modality' or a list of names"),
+        ({"keep_bf16": ["a"], "precision": "int8"}, "must name linears of the blocks .*, got 'a'"),
+        ({"precision": "int4"}, "precision must be one of .*int8.*, got 'int4'"),
         ({"keep_bf16": ["a"], "precision": "fp8"}, "must name linears of the blocks .*, got 'a'"),
         ({"sr_transformer": "x"}, "sr_transformer must go with sr, got 'x' without"),
     ],

@@ -1,9 +1,10 @@
-"""What the fp8 path computes, in plain torch over a bf16 model, on any device.
+"""What the paths in 8 bits compute, in plain torch over a bf16 model, on any device.
 
 The linears chosen get the operands that the rewritten graph would give them
-(`graphs/transformer/passes/precision.py`): weights and input rows in e4m3 with a scale each, the
-down projection's input with the activation's fixed one. Sums are fp32 and rounded to bf16 once.
-With `attention`, layers whose projection to q, k and v is chosen attend over those in e4m3.
+(`graphs/transformer/passes/precision.py`): weights and input rows in 8 bits with a scale each, but
+in e4m3 the down projection's input with the activation's fixed one. Sums are fp32 and rounded to
+bf16 once. With `attention`, layers whose projection to q, k and v is chosen attend over those in
+e4m3.
 
 Two differences are left on a GPU: its kernels add the output and down projections to the residual
 stream in fp32, without that rounding, of 2^-9 at most; and they round the softmax's weights below
@@ -34,36 +35,43 @@ class Mode(Enum):
     """What a forward pass computes while the hooks are on."""
 
     BF16 = "the model's own products"
-    MEASURE = "the model's own products, and beside them those of fp8, whose errors are kept"
-    FP8 = "the products of fp8 in the linears chosen"
+    MEASURE = "the model's own products, and beside them those in 8 bits, whose errors are kept"
+    NARROW = "the products in 8 bits in the linears chosen"
 
 
-class SimulatedFp8:
-    """A context in which a bf16 model computes what `mode` says. Holds the weights in e4m3.
+class Simulated:
+    """A context in which a bf16 model computes what `mode` says. Holds the weights in 8 bits.
 
     Attributes:
         mode: of the next forward pass, BF16 at first.
-        linear_errors: of the last pass in MEASURE, `||fp8 - bf16|| / ||bf16||` of each chosen
+        linear_errors: of the last pass in MEASURE, `||narrow - bf16|| / ||bf16||` of each chosen
             linear's product, both from the input that it has in the bf16 model.
         attention_errors: as that, of attention with its gates in each such layer, by number.
-        layer_errors: of the same pass, that of the residual stream after each layer, in fp8 from
-            the first layer on.
+        layer_errors: of the same pass, that of the residual stream after each layer, in 8 bits
+            from the first layer on.
     """
 
-    def __init__(self, model: DiT, names: Sequence[str], attention: bool = False) -> None:
+    def __init__(
+        self,
+        model: DiT,
+        names: Sequence[str],
+        attention: bool = False,
+        dtype: torch.dtype = ref.FP8,
+    ) -> None:
+        """names: of the linears in 8 bits, dtype: float8_e4m3fn or int8; attention: in e4m3 too."""
         self.mode = Mode.BF16
         self.linear_errors: dict[str, float] = {}
         self.attention_errors: dict[int, float] = {}
         self.layer_errors: list[float] = []
-        self._model = model
+        self._model, self._dtype = model, dtype
         self._weights = {
-            name: quantize(model.get_parameter(f"{name}.weight").detach()) for name in names
+            name: quantize(model.get_parameter(f"{name}.weight").detach(), dtype) for name in names
         }
         self._layers = cast("list[Layer]", list(model.block.layers))
         self._fixed_scales = {
             f"block.layers.{i}.{DOWN}": ref.STATIC_SCALES[layer.mlp.activation.__name__]
             for i, layer in enumerate(self._layers)
-            if f"block.layers.{i}.{UP}" in self._weights
+            if dtype == ref.FP8 and f"block.layers.{i}.{UP}" in self._weights
         }
         self._attentions = {
             i: layer.attention
@@ -71,7 +79,7 @@ class SimulatedFp8:
             if attention and f"block.layers.{i}.{QKV}" in self._weights
         }
         self._hooks: list[RemovableHandle] = []
-        self._shadow: tuple[Any, ...] | None = None  # stream and delta that fp8 has so far
+        self._shadow: tuple[Any, ...] | None = None  # stream and delta in 8 bits so far
 
     def __enter__(self) -> Self:
         for name in self._weights:
@@ -116,7 +124,7 @@ class SimulatedFp8:
         if self.mode is Mode.BF16:
             return None
         narrow = self._product(name, *args)
-        if self.mode is Mode.FP8:
+        if self.mode is Mode.NARROW:
             return narrow
         self.linear_errors[name] = relative_error(narrow, product)
         return None
@@ -135,7 +143,7 @@ class SimulatedFp8:
         heads, kv_heads = attention.heads, attention.kv_heads
         q_weight, k_weight = attention.q_norm.weight, attention.k_norm.weight
         plain = None
-        if self.mode is not Mode.FP8:
+        if self.mode is not Mode.NARROW:
             plain = type(attention).attend(attention, qkv, rope, counts, local, length)
         if plain is not None and self.mode is Mode.BF16:
             return plain
@@ -150,18 +158,18 @@ class SimulatedFp8:
     def _after_layer(
         self, layer: Layer, args: tuple[Any, ...], result: tuple[Tensor, Tensor]
     ) -> None:
-        """Run the layer once more in MEASURE, on what fp8 has made of the layers before."""
+        """Run the layer once more in MEASURE, on what 8 bits have made of the layers before."""
         if self.mode is not Mode.MEASURE:
             return
         before = args[:2] if self._shadow is None else self._shadow
-        with self.running(Mode.FP8):
+        with self.running(Mode.NARROW):
             self._shadow = layer.forward(*before, *args[2:])
         self.layer_errors.append(relative_error(sum(self._shadow), sum(result)))
 
     def _product(self, name: str, x: Tensor, counts: ref.Counts | None) -> Tensor:
         fixed = self._fixed_scales.get(name)
         if fixed is None:
-            values, scale = ref.quantize_rows(x)
+            values, scale = ref.quantize_rows(x, self._dtype)
         else:
             values = (x.float() / fixed).to(torch.float8_e4m3fn)
             scale = x.new_full((len(x),), fixed, dtype=torch.float32)
@@ -171,7 +179,8 @@ class SimulatedFp8:
 def scaled_linear(
     values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: ref.Counts | None
 ) -> Tensor:
-    """`reference.scaled_linear`; on a GPU from bf16, which has every e4m3 number, an order faster.
+    """`reference.scaled_linear`; on a GPU from bf16, which has every number of e4m3 and of int8, an
+    order faster.
 
     Products of two such numbers are exact in fp32 either way, and sums are fp32.
     """
