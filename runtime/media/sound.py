@@ -45,21 +45,25 @@ def read_audio(
     beyond 8 times full scale, or lies outside of these ranges.
     """
     source = checked_file("audio", path)
-    wave = _Wave(sample_rate_hz, limit_s)
     with readable("audio", str(source)):
-        chain = links(source)
-        # A damaged link after the first ends the sound, as the damaged end of a file does.
-        parts = chain if len(chain) > 1 else [None]
-        for index, part in enumerate(parts):
-            if not _read_part(wave, source, part, formats, is_first=index == 0):
-                break
-        samples = wave.finish()
+        samples = _samples(_Wave(sample_rate_hz, limit_s), source, formats)
     if not len(samples):
         raise InvalidRequestError(f"audio must have sound in it, got {source} with no samples")
     return samples
 
 
 @freed()
+def _samples(wave: _Wave, source: Path, formats: Sequence[str] | None) -> Wave:
+    """All links of a file, one after the other."""
+    chain = links(source)
+    # A damaged link after the first ends the sound, as the damaged end of a file does.
+    parts = chain if len(chain) > 1 else [None]
+    for index, part in enumerate(parts):
+        if not _read_part(wave, source, part, formats, is_first=index == 0):
+            break
+    return wave.finish()
+
+
 def _read_part(
     wave: _Wave,
     source: Path,
