@@ -63,7 +63,7 @@ class Case:
     """A compiled forward to time.
 
     Attributes:
-        weights: "bf16", or the precision that its linears are quantised to.
+        weights: "bf16", or one of `DTYPES`, which its linears are quantised to.
         options: of `CompiledForward`.
         against: the case that its time and its error are compared with.
     """
@@ -74,11 +74,13 @@ class Case:
 
 
 PORTABLE = {"kernels": "portable"}
-DTYPES = {"fp8": torch.float8_e4m3fn}
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 CASES = {
     "hopper bf16": Case("bf16", {}, COMPILED),
     "bf16": Case("bf16", PORTABLE, COMPILED),
     "bf16, 99 KiB": Case("bf16", PORTABLE | {"tiles_for": SMALL}, COMPILED),
+    "int8": Case("int8", PORTABLE, "bf16"),
+    "int8, 99 KiB": Case("int8", PORTABLE | {"tiles_for": SMALL}, "bf16"),
     "fp8": Case("fp8", PORTABLE, "bf16"),
     "fp8, 99 KiB": Case("fp8", PORTABLE | {"tiles_for": SMALL_E4M3}, "bf16"),
     "fp8, attention too": Case("fp8", PORTABLE | {"fp8_attention": True}, "bf16"),
@@ -195,7 +197,7 @@ def weights_of(arch: Any, device: torch.device, precision: str) -> DiT:
     model = random_weights.dit(arch, 0, device, torch.bfloat16, "distill")
     if precision != "bf16":
         names = quantization.quantized_linears(arch)
-        quantization.quantize_model(model, names)
+        quantization.quantize_model(model, names, DTYPES[precision])
     release()
     return model
 

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import team_tables
-
 import history
+import portable_tables
 import power_tables
 import process_tables
+import team_tables
 from magihuman.runtime import config
 from magihuman.runtime.evaluate.model_score import LEAST
 
@@ -33,6 +33,7 @@ FILES = {  # which tables each has
     "docs/performance.md": (
         "denoising",
         "fp8",
+        "portable",
         "power",
         "fp8-errors",
         "decoding",
@@ -75,6 +76,7 @@ def tables(folder: Path) -> dict[str, str]:
         "loading": [*reading_lines(result("full_size")), "", *load_lines(result("load_artifact"))],
         "kernels": newest_kernel_table(folder),
         "checks": process_tables.check_lines(folder),
+        "portable": portable_table(folder),
         "power": power_table(folder),
         "flat": process_tables.memory_lines(folder),
         "nano": nano_lines(result("nano_score")),
@@ -435,6 +437,13 @@ def power_table(folder: Path) -> list[str]:
     if not (folder / "power.json").exists():
         return []
     return power_tables.power_lines(read(folder, "power"))
+
+
+def portable_table(folder: Path) -> list[str]:
+    """8 steps on portable kernels; nothing where they were not measured."""
+    if not (folder / "portable.json").exists():
+        return []
+    return portable_tables.portable_lines(read(folder, "portable"))
 
 
 def kernel_table(entry: history.Entry) -> list[str]:

@@ -182,20 +182,29 @@ def test_golden_forwards(name: str, local: bool, options: dict[str, Any]) -> Non
     assert report.attention == backends.portable_for(options.get("tiles_for", HERE))
 
 
+PRECISIONS = {
+    "int8": {"int8": True},
+    "fp8": {"fp8": True},
+    "fp8-attn": {"fp8": True, "fp8_attention": True},
+}
+
+
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("attention", [False, True])
-def test_e4m3_linears(attention: bool, options: dict[str, Any]) -> None:
-    """As near to bf16 as rounding operands to e4m3 leaves it; padding is not seen."""
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_linears_in_8_bits(precision: str, options: dict[str, Any]) -> None:
+    """As near to bf16 as rounding operands to 8 bits leaves it; padding is not seen."""
     layout = tokens.Layout(3, 4, 6, 9, 33)
     reference, model = (golden.dit(local=False).to(DEVICE) for _ in range(2))
-    precision = {"fp8": True, "fp8_attention": attention}
-    reason = support.why_not(model.config, torch.bfloat16, DEVICE, **precision, kernels="portable")
+    reason = support.why_not(
+        model.config, torch.bfloat16, DEVICE, **PRECISIONS[precision], kernels="portable"
+    )
     if reason is not None:
         pytest.skip(reason)
-    if attention and options.get("tiles_for", HERE) < E4M3_FROM:
+    if precision != "int8" and options.get("tiles_for", HERE) < E4M3_FROM:
         pytest.skip("it has no tiles for e4m3")
-    quantization.quantize_model(model, quantization.quantized_linears(model.config))
-    forward = portable_forward(model, fp8_attention=attention, **options)
+    dtype = torch.int8 if precision == "int8" else torch.float8_e4m3fn
+    quantization.quantize_model(model, quantization.quantized_linears(model.config), dtype)
+    forward = portable_forward(model, fp8_attention=precision == "fp8-attn", **options)
     text = randn(layout.text, model.config.text_channels, dtype=torch.float32)
     with torch.inference_mode():
         streams = streams_of(layout)
