@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import history
 import portable_tables
+import team_tables
+
+import history
 import power_tables
 import process_tables
-import team_tables
 from magihuman.runtime import config
 from magihuman.runtime.evaluate.model_score import LEAST
 

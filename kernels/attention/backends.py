@@ -79,9 +79,10 @@ def local_for(target: Target, dim: int, device: torch.device) -> str:
     return portable_for(target.capability)
 
 
-def usable(dim: int, device: torch.device) -> list[str]:
-    """The backends that can run heads of `dim` on this device."""
-    return [name for name in NAMES if why_not(name, dim, device) is None]
+def usable(dim: int, device: torch.device, target: Target | None = None) -> list[str]:
+    """The backends of a set of kernels, by default Hopper's, that can run heads of `dim` here."""
+    names = NAMES if target is None else names_for(target)
+    return [name for name in names if why_not(name, dim, device) is None]
 
 
 def run(
@@ -203,14 +204,13 @@ def fastest(
     """The backend that measured fastest for this shape on this GPU; measured once, then kept.
 
     rows: tokens; heads, kv_heads: of queries and of keys; dim: of a head; target: whose backends
-    are tried, by default all. Raises `RuntimeError` where no backend can run,
+    are tried, by default Hopper's. Raises `RuntimeError` where no backend can run,
     `torch.OutOfMemoryError` where there is memory for none.
     """
-    names = usable(dim, device)
-    if target is not None:
-        names = [name for name in names if name in names_for(target)]
+    names = usable(dim, device, target)
     if not names:
-        reasons = "; ".join(f"{name}: {why_not(name, dim, device)}" for name in NAMES)
+        asked = NAMES if target is None else names_for(target)
+        reasons = "; ".join(f"{name}: {why_not(name, dim, device)}" for name in asked)
         raise RuntimeError(f"no attention kernel can run here: {reasons}")
     if rows >= LONG_ROWS and len(names) > 1:
         # Its mask is rows x rows: 8 GiB at 1080p, for one that the others beat at 14,762 rows.
