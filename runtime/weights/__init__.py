@@ -21,7 +21,14 @@ from magihuman.runtime.weights.locate import (
 from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.random_weights import Synthetic
 from magihuman.runtime.weights.reading import is_file, is_file_name
-from magihuman.runtime.weights.shipped import learnt, model_folder, prompts, sized, suited
+from magihuman.runtime.weights.shipped import (
+    largest,
+    learnt,
+    model_folder,
+    prompts,
+    sized,
+    suited,
+)
 from magihuman.runtime.weights.t5gemma import load_text_encoder, token_counter
 from magihuman.runtime.weights.tiny import write_tiny
 from magihuman.runtime.weights.transformer import (
@@ -51,6 +58,7 @@ __all__ = [
     "find",
     "is_file",
     "is_file_name",
+    "largest",
     "layered_bytes",
     "learnt",
     "linears_in_8_bits",

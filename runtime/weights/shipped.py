@@ -8,7 +8,13 @@ from typing import Any
 
 from magihuman.runtime.config import NANO
 from magihuman.runtime.errors import CheckpointError, InvalidRequestError, shown
-from magihuman.runtime.request import STANDARD_SIZE, ClipSize, Request
+from magihuman.runtime.request import (
+    MAX_SECONDS,
+    MAX_SIDE_PX,
+    STANDARD_SIZE,
+    ClipSize,
+    Request,
+)
 from magihuman.runtime.weights.reading import exists, read_json
 
 NANO_FOLDER = Path(__file__).parent / NANO
@@ -23,6 +29,8 @@ EXAMPLES = (
     'A news presenter at her desk says in a calm voice: "Good evening, and welcome."',
 )
 STANDARD = STANDARD_SIZE
+# What it may have beside them: the longest and largest clip that a server is to make.
+MOST = {"seconds": "max_seconds", "width": "max_width", "height": "max_height"}
 
 
 def model_folder(model: str | os.PathLike[str]) -> Path:
@@ -51,21 +59,50 @@ def learnt(model: str | os.PathLike[str]) -> ClipSize | None:
 
     Raises `CheckpointError` where what the folder has cannot be used.
     """
+    return _told(model)[0]
+
+
+def largest(model: str | os.PathLike[str]) -> ClipSize:
+    """Longest and largest clip that a server of the model makes: those its folder tells, or all.
+
+    Raises `CheckpointError` as `learnt` does.
+    """
+    return _told(model)[1]
+
+
+def _told(model: str | os.PathLike[str]) -> tuple[ClipSize | None, ClipSize]:
+    """What a model's folder tells: what it has learnt, and the most that is to be made."""
+    most = ClipSize(seconds=MAX_SECONDS, width=MAX_SIDE_PX, height=MAX_SIDE_PX)
     path = model_folder(model) / SUITED
     if not exists(path):
-        return None
+        return None, most
     values = read_json(path)
     values.pop(PROMPTS, None)
-    if set(values) != set(STANDARD) or not all(type(v) in (int, float) for v in values.values()):
+    known = {*STANDARD, *MOST.values()}
+    if not set(STANDARD) <= set(values) <= known or not all(map(_is_number, values.values())):
         raise CheckpointError(
-            f"{path} must hold a number for each of {', '.join(STANDARD)}, got {shown(values)}"
+            f"{path} must hold a number for each of {', '.join(STANDARD)}, and may for"
+            f" {', '.join(MOST.values())}, got {shown(values)}"
         )
-    size = ClipSize(**values)  # type: ignore[typeddict-item]  # its keys were looked at
+    size = ClipSize(**{name: values[name] for name in STANDARD})  # type: ignore[typeddict-item]
+    told = {name: values[key] for name, key in MOST.items() if key in values}
+    most.update(told)  # type: ignore[typeddict-item]  # its keys were looked at
     try:
-        Request("-", **size)
+        for each in (size, most):
+            Request("-", **each)
     except InvalidRequestError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return size
+    for name in STANDARD:
+        if most[name] < size[name]:  # type: ignore[literal-required]
+            raise CheckpointError(
+                f"{path}: {MOST[name]} must be no less than {name}, {values[name]}, got"
+                f" {values[MOST[name]]}"
+            )
+    return size, most
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 def prompts(model: str | os.PathLike[str]) -> tuple[str, ...]:
