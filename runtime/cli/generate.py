@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,27 +15,11 @@ from magihuman.runtime.cli.options import (
     DeviceOption,
     EngineOptions,
     JsonOptions,
-    LimitOptions,
     ModelOption,
     SrOption,
     takes_options,
 )
 from magihuman.runtime.config import NANO
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComponentOptions:
-    """Where the components beside the transformers are, if not with the model."""
-
-    text_encoder: Annotated[
-        str | None, typer.Option(help="Path or hub id of the text encoder.")
-    ] = None
-    audio_vae: Annotated[
-        str | None, typer.Option(help="Path or hub id of the audio autoencoder.")
-    ] = None
-    image_vae: Annotated[str | None, typer.Option(help="Path or hub id of the image encoder.")] = (
-        None
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +46,7 @@ class FileFormatOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(
-    EngineOptions, ComponentOptions, LimitOptions, FileFormatOptions, JsonOptions
-):
+class GenerateOptions(EngineOptions, FileFormatOptions, JsonOptions):
     """A clip and the engine that makes it."""
 
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is seen and said.")]
@@ -113,9 +95,6 @@ class GenerateOptions(
         ),
     ] = None
     device: DeviceOption = None
-    context_parallel: Annotated[
-        int, typer.Option(help="GPUs, from --device on, that make the clip together.")
-    ] = 1
 
     @property
     def output(self) -> runtime.Output:
@@ -143,18 +122,6 @@ class GenerateOptions(
             sr_guidance=self.sr_guidance,
             **values,
         )
-
-    def load_arguments(self) -> dict[str, Any]:
-        """Return these options as arguments of `runtime.load`."""
-        return {
-            **super().load_arguments(),
-            "device": self.device,
-            "context_parallel": self.context_parallel,
-            "text_encoder": self.text_encoder,
-            "audio_vae": self.audio_vae,
-            "image_vae": self.image_vae,
-            "memory_limit_gb": self.memory_limit_gb,
-        }
 
 
 @takes_options

@@ -136,30 +136,41 @@ class FileOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions(PrecisionOptions, FileOptions):
-    """The model of an engine, in which precision it is held, and where its weights are."""
+class ComponentOptions:
+    """Where the components beside the transformers are, if not with the model."""
+
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Path or hub id of the text encoder.")
+    ] = None
+    audio_vae: Annotated[
+        str | None, typer.Option(help="Path or hub id of the audio autoencoder.")
+    ] = None
+    image_vae: Annotated[str | None, typer.Option(help="Path or hub id of the image encoder.")] = (
+        None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(PrecisionOptions, FileOptions, ComponentOptions, LimitOptions):
+    """What an engine is loaded as: all of `load` that a command can say."""
 
     model: ModelOption
     variant: Annotated[str, typer.Option(help="distill or base.")] = "distill"
     sr: SrOption = None
     kernels: KernelsOption = "auto"
     vae: Annotated[str | None, typer.Option(help="fast, plain or tensorrt.")] = None
+    device: DeviceOption = None
+    context_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs, from --device on, that make a clip together.")
+    ] = 1
 
     def load_arguments(self) -> dict[str, Any]:
-        """Return these options as arguments of `runtime.load`."""
-        return {
-            "model": self.model,
-            "variant": self.variant,
-            "sr": self.sr,
-            "precision": self.precision,
-            "kernels": self.kernels,
-            "keep_bf16": self.kept_names,
-            "vae": self.vae,
-            "revision": self.revision,
-            "transformer": self.transformer,
-            "sr_transformer": self.sr_transformer,
-            "turbo_vae": self.turbo_vae,
-        }
+        """Return these options as arguments of `runtime.load`: each field that has such a name."""
+        from magihuman.runtime.engine import LoadOptions
+
+        known = {field.name for field in fields(LoadOptions)}
+        names = [field.name for field in fields(EngineOptions) if field.name in known]
+        return {**{name: getattr(self, name) for name in names}, "keep_bf16": self.kept_names}
 
 
 @dataclass(frozen=True, kw_only=True)

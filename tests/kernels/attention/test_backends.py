@@ -103,7 +103,9 @@ def test_a_kernel_without_room_is_not_measured(
 
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
     monkeypatch.setattr(measured, "machine_key", lambda device: {"gpu": "one"})
-    monkeypatch.setattr(backends, "usable", lambda dim, device: ["gluon", "triton", "cudnn"])
+    monkeypatch.setattr(
+        backends, "usable", lambda dim, device, target: ["gluon", "triton", "cudnn"]
+    )
     monkeypatch.setattr(backends, "_milliseconds", milliseconds)
     assert backends.fastest(30_000, 40, 8, 128, GPU) == "triton"
     times.clear()
@@ -125,7 +127,7 @@ def test_cudnn_is_not_tried_on_long_sequences(
     monkeypatch.setattr(measured, "machine_key", lambda device: {"gpu": "one"})
     monkeypatch.setattr(backends, "_milliseconds", milliseconds)
     can: list[str] = ["gluon", "triton", "cudnn"]
-    monkeypatch.setattr(backends, "usable", lambda dim, device: list(can))
+    monkeypatch.setattr(backends, "usable", lambda dim, device, target: list(can))
     assert backends.fastest(backends.LONG_ROWS, 40, 8, 128, GPU) == "gluon"
     assert backends.fastest(backends.LONG_ROWS - 1, 40, 8, 128, GPU) == "gluon"
     assert asked == ["gluon", "triton", *can]
