@@ -160,6 +160,14 @@ class MemoryPlan:
         )
 
     @property
+    def room_bytes(self) -> dict[str, int]:
+        """Bytes that each stage has to work in, beside the weights that are there with it."""
+        return {
+            stage.name: self.limit_bytes - (stage.total_bytes - stage.working_bytes)
+            for stage in self.stages
+        }
+
+    @property
     def extra_s(self) -> float:
         """Seconds that moving is expected to add to a request."""
         return sum(stage.extra_s for stage in self.stages)
