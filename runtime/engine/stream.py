@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import functools
-import os
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
@@ -18,41 +15,11 @@ from magihuman.runtime.config import FPS, SAMPLE_RATE_HZ
 from magihuman.runtime.engine.callers import Callers
 from magihuman.runtime.pipeline import Frames, Limits, Waveform
 from magihuman.runtime.request import Chunk, Video
+from magihuman.runtime.threads import spawn
 
 Result = TypeVar("Result")
 Emit = Callable[[Chunk], None]
 Part = Chunk | BaseException | None  # a piece, why there are no more, or that it was the last
-
-MOST_THREADS = 4096  # requests of a process that wait or run; beyond, they wait for these
-
-
-def spawn(work: Callable[[], Result]) -> Future[Result]:
-    """Run work in another thread, in the caller's context; the future has its result."""
-    future: Future[Result] = Future()
-    context = contextvars.copy_context()
-
-    def run() -> None:
-        future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-        try:
-            result = context.run(work)
-        except BaseException as error:  # raised where the result is taken
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    _threads(os.getpid()).submit(run)
-    return future
-
-
-@functools.cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """The threads of this process, which wait for the next work once they have done theirs.
-
-    The memory that a thread frees stays in an arena of the C library, one of up to eight for each
-    processor, and each new thread takes any of them: with a thread for each clip, more and more of
-    them hold a clip's worth.
-    """
-    return ThreadPoolExecutor(MOST_THREADS, "magihuman")
 
 
 def awaited(limits: Limits, work: Callable[[], Result]) -> Awaitable[Result]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from magihuman.runtime.media.clip import Frames as _Frames
 from magihuman.runtime.media.clip import GivenUpError as _GivenUpError
 from magihuman.runtime.media.clip import Sound as _Sound
 from magihuman.runtime.media.guard import freed, readable, tolerant
+from magihuman.runtime.threads import spawn
 
 ENCODER = {
     "preset": "veryfast",
@@ -96,11 +98,13 @@ class FilmWriter(ClipWriter):
         container.start_encoding()  # before two threads use what it opens
 
         muxing = threading.Lock()
-        encoding, done = None, 0
-        with ThreadPoolExecutor(1, "sound") as pool:
+        encoding: Future[None] | None = None
+        done = 0
+        try:
             for part in self._whole():
                 if isinstance(part, _Sound):
-                    encoding = pool.submit(self._add_sound, container, sound, part, muxing)
+                    add = partial(self._add_sound, container, sound, part, muxing)
+                    encoding = spawn(add, "encoder")
                     continue
                 for frame in _pictures(part):
                     if self._is_given_up:
@@ -111,6 +115,9 @@ class FilmWriter(ClipWriter):
                     _mux(container, picture.encode(None), muxing)
             assert encoding is not None  # or it would not be whole
             encoding.result()
+        finally:
+            if encoding is not None:
+                wait([encoding])
 
     def _add_sound(self, container: Any, stream: Any, part: _Sound, muxing: threading.Lock) -> None:
         packets = [packet for samples in self._blocks(part) for packet in stream.encode(samples)]

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ from magihuman.runtime.pipeline.finite import (
 )
 from magihuman.runtime.pipeline.limits import Limits
 from magihuman.runtime.request import Progress, ProgressCallback, Request
+from magihuman.runtime.threads import spawn
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -339,12 +340,13 @@ class Pipeline:
                 wave = sound()
             return frames(video, lambda: wave), wave
         components.sound_stream.wait_stream(torch.cuda.current_stream(self.device))
-        # Leaving the pool waits for the sound, also where decoding frames raises.
-        with ThreadPoolExecutor(1, "sound") as pool:
-            decoding = pool.submit(sound)
+        decoding = spawn(sound, "sound")
+        try:
             pictures = frames(video, decoding.result)
             with self.stage("decode_audio"):
                 return pictures, decoding.result()
+        finally:  # also where decoding frames raises
+            wait([decoding])
 
     def velocity(
         self,
