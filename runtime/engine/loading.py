@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,10 +27,13 @@ from magihuman.runtime.engine.options import LoadOptions, OnLoad
 from magihuman.runtime.errors import DeviceError, InvalidRequestError, MagiHumanError
 from magihuman.runtime.hooks import Hooks
 from magihuman.runtime.memory import MemoryPlan, limit_of
-from magihuman.runtime.parallel import PeerFailed, Team
+from magihuman.runtime.parallel import PeerFailed, Team, refuse_second
+from magihuman.runtime.pipeline import Components
 from magihuman.runtime.weights import PathLike, Synthetic
 
 log = logging.getLogger("magihuman")
+
+TEAM_BYTES = 2**30  # of each GPU, that connections of several take once they are made
 
 
 def load(
@@ -170,23 +177,29 @@ def load_here(options: LoadOptions, device: torch.device) -> Engine:
     return built(blueprint.draw(options, device, check_on(options, device), follows=False))
 
 
-def built(drawn: Blueprint, team: Team | None = None, plans: Sequence[MemoryPlan] = ()) -> Engine:
-    """The engine of a blueprint.
-
-    team: of which this process is one, whose rank 0 takes the requests. plans: of all of them.
+def built(drawn: Blueprint) -> Engine:
+    """The engine of a blueprint, of this process alone.
 
     Raises:
         CheckpointError, DeviceError: as `load`.
     """
-    device = drawn.device
+    return assemble(read(drawn), drawn)
+
+
+def read(drawn: Blueprint) -> Components:
+    """The components of a blueprint.
+
+    Raises:
+        CheckpointError: a file is damaged, or is not what it should be.
+        DeviceError: the device has no memory left.
+    """
     try:
-        components = build(drawn)
+        return build(drawn)
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise DeviceError(
-            f"{device} ran out of memory while loading; free it, or load without sr: {error}"
+            f"{drawn.device} ran out of memory while loading; free it, or load without sr: {error}"
         ) from error
-    return assemble(components, drawn, team, plans)
 
 
 def load_together(options: LoadOptions, first: torch.device) -> Engine:
@@ -195,13 +208,53 @@ def load_together(options: LoadOptions, first: torch.device) -> Engine:
     def device(rank: int) -> torch.device:
         return first if first.type == "cpu" else pick_device(f"cuda:{(first.index or 0) + rank}")
 
+    refuse_second()
     ranks = options.context_parallel
     if dist.is_torchelastic_launched():
-        team = Team.join(ranks, device(dist.get_node_local_rank()))
-    else:
-        devices = [device(rank) for rank in range(ranks)]
+        return load_in(Team.join(ranks, device(dist.get_node_local_rank())), options)
+    return load_meanwhile([device(rank) for rank in range(ranks)], options)
+
+
+def load_meanwhile(devices: Sequence[torch.device], options: LoadOptions) -> Engine:
+    """The engine of rank 0, which reads its components while the other processes start.
+
+    Raises:
+        CheckpointError, DeviceError, InvalidRequestError: as `load`.
+    """
+    limit_bytes = check_on(options, devices[0])
+    if limit_bytes is not None:
+        limit_bytes -= TEAM_BYTES
+
+    def draw(captures: bool) -> Blueprint:
+        return blueprint.draw(options, devices[0], limit_bytes, False, captures)
+
+    def meet() -> Drawn:
         team = Team.start(devices, f"{__name__}:{follow.__name__}", options.for_others())
-    return load_in(team, options)
+        with leaving(team):
+            return draw_in(team, lambda captures: first if captures else draw(False))
+
+    first = draw(True)
+    with ThreadPoolExecutor(1) as thread:
+        meeting = thread.submit(meet)
+        try:
+            parts: Components | Exception = read(first)
+        except Exception as error:  # told to all, once they are there
+            parts = error
+        except BaseException:
+            meeting.result().team.lose("rank 0 was stopped")
+            meeting.result().team.close()
+            raise
+        drawn = meeting.result()
+
+    def engine() -> Engine:
+        if isinstance(parts, Exception):
+            raise parts
+        # What was read is where the first blueprint has it.
+        components = parts if drawn.blueprint is first else read(drawn.blueprint)
+        return assemble(components, drawn.blueprint, drawn.team, drawn.plans)
+
+    with leaving(drawn.team):
+        return drawn.team.agree(engine)
 
 
 def load_in(team: Team, options: LoadOptions) -> Engine:
@@ -210,24 +263,47 @@ def load_in(team: Team, options: LoadOptions) -> Engine:
     Raises:
         DeviceError: another process could not load.
     """
+
+    def draw(captures: bool) -> Blueprint:
+        limit_bytes = check_on(options, team.device)
+        return blueprint.draw(options, team.device, limit_bytes, team.rank > 0, captures)
+
+    with leaving(team):
+        drawn = draw_in(team, draw)
+        components = partial(read, drawn.blueprint)
+        return team.agree(lambda: assemble(components(), drawn.blueprint, team, drawn.plans))
+
+
+@contextmanager
+def leaving(team: Team) -> Iterator[None]:
+    """A context that leaves the team where it fails, as every process of it does.
+
+    Raises:
+        DeviceError: another process could not do its part.
+    """
     try:
-        drawn, plans = draw_in(team, options)
-        return team.agree(lambda: built(drawn, team, plans))
+        yield
     except BaseException as error:
-        team.close(tell=False)  # all of them raise
+        team.close(tell=False)
         if isinstance(error, PeerFailed):
             raise DeviceError(f"another process could not load: {error}") from error
         raise
 
 
-def draw_in(team: Team, options: LoadOptions) -> tuple[Blueprint, list[MemoryPlan]]:
-    """This process's blueprint, and the plans of all. Either all capture graphs, or none does."""
+@dataclass(frozen=True)
+class Drawn:
+    """This process's blueprint, and the memory plans of all of a team; none on a CPU."""
 
-    def draw(captures: bool) -> Blueprint:
-        device = team.device
-        limit_bytes = check_on(options, device)
-        return blueprint.draw(options, device, limit_bytes, team.rank > 0, captures)
+    team: Team
+    blueprint: Blueprint
+    plans: list[MemoryPlan]
 
+
+def draw_in(team: Team, draw: Callable[[bool], Blueprint]) -> Drawn:
+    """What all processes of a team will load. Either all capture graphs, or none does.
+
+    draw: gives this process's blueprint, with captures or without.
+    """
     drawn = team.agree(lambda: draw(True))
     plans = team.gather(drawn.placer.plan)
     if len({plan is None or plan.replays for plan in plans}) > 1:
@@ -237,7 +313,7 @@ def draw_in(team: Team, options: LoadOptions) -> tuple[Blueprint, list[MemoryPla
     for rank, plan in enumerate(made):
         if team.rank == 0:
             log.info("rank %d holds %s", rank, plan.held)
-    return drawn, made
+    return Drawn(team, drawn, made)
 
 
 def follow(team: Team, options: LoadOptions) -> None:

@@ -5,11 +5,12 @@ shares the transformers' rows (Ulysses) and the windows of frames.
 """
 
 from magihuman.runtime.parallel.context_parallel import ContextParallel, share
-from magihuman.runtime.parallel.team import PeerFailed, Team
+from magihuman.runtime.parallel.team import PeerFailed, Team, refuse_second
 
 __all__ = [
     "ContextParallel",
     "PeerFailed",
     "Team",
+    "refuse_second",
     "share",
 ]

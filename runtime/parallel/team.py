@@ -123,7 +123,7 @@ class Team:
         Raises:
             InvalidRequestError: there are not as many as `ranks`, or torch.distributed is in use.
         """
-        _refuse_second()
+        refuse_second()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what loading launches goes there, as in `serve`
         team = cls(device)
@@ -152,7 +152,7 @@ class Team:
             DeviceError: a process has ended before it has come here.
             InvalidRequestError: torch.distributed is in use.
         """
-        _refuse_second()
+        refuse_second()
         store = _listening_store()
         workers = []
         try:
@@ -358,7 +358,8 @@ class Team:
             time.sleep(LOOK_S)
 
 
-def _refuse_second() -> None:
+def refuse_second() -> None:
+    """Raise `InvalidRequestError` where this process has a team, or uses torch.distributed."""
     if dist.is_initialized():
         raise InvalidRequestError(
             "context_parallel must be the only use of torch.distributed in a process, and its"

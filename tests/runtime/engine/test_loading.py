@@ -96,7 +96,7 @@ def test_options_for_other_processes_leave_device_and_callbacks_behind(tiny_dir)
         pickle.dumps(given)
 
 
-def test_either_all_processes_capture_graphs_or_none_does(tiny_dir, monkeypatch):
+def test_either_all_processes_capture_graphs_or_none_does(monkeypatch):
     """One that launches its kernels one by one would have the others wait for it."""
     asked = []
 
@@ -116,9 +116,9 @@ def test_either_all_processes_capture_graphs_or_none_does(tiny_dir, monkeypatch)
             return [plan, Drawn(None, None, None, True, asked[-1]).plan]
 
     monkeypatch.setattr(MemoryPlan, "held", "")
-    monkeypatch.setattr(loading.blueprint, "draw", Drawn)
-    drawn, plans = loading.draw_in(OneOf(), LoadOptions(tiny_dir, context_parallel=2))
-    assert not drawn.plan.replays and [plan.replays for plan in plans] == [False, False]
+    drawn = loading.draw_in(OneOf(), lambda captures: Drawn(None, None, None, False, captures))
+    assert not drawn.blueprint.plan.replays
+    assert [plan.replays for plan in drawn.plans] == [False, False]
     assert asked == [True, True, False, False]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 
 from magihuman import runtime
+from magihuman.runtime.parallel import Team
+from magihuman.runtime.weights import AUDIO_FOLDER
 
 OPTIONS = {"seconds": 1.2, "width": 32, "height": 32, "steps": 2, "seed": 3}  # two windows
 MODEL = {"variant": "base", "sr": "1080p", "precision": "fp32", "device": "cpu"}
@@ -155,6 +158,34 @@ def test_an_engine_whose_other_process_was_killed_says_so(shared) -> None:
 def test_what_cannot_be_shared_is_refused(tiny_dir, options, message) -> None:
     with pytest.raises(runtime.InvalidRequestError, match=message):
         runtime.load(tiny_dir, device="cpu", **options)
+
+
+def test_rank_0_reads_while_the_others_start(tiny_dir, monkeypatch) -> None:
+    reading, start = threading.Event(), Team.start
+
+    def late(*given: object) -> Team:
+        assert reading.wait(60)
+        return start(*given)
+
+    monkeypatch.setattr(Team, "start", late)
+    with runtime.load(
+        tiny_dir, device="cpu", context_parallel=2, on_load=lambda *read: reading.set()
+    ) as engine:
+        assert engine.generate("a", **OPTIONS).frames.any()
+
+
+def test_what_rank_0_alone_cannot_read_ends_all(tiny_dir, tmp_path) -> None:
+    """While the others start; it has the error, and nothing is left of the team."""
+    started, start = [], Team.start
+    shutil.copytree(tiny_dir, tmp_path / "model")
+    (file,) = (tmp_path / "model" / AUDIO_FOLDER).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Team, "start", lambda *given: started.append(start(*given)) or started[0])
+        with pytest.raises(runtime.CheckpointError, match=AUDIO_FOLDER):
+            runtime.load(tmp_path / "model", device="cpu", context_parallel=2)
+    assert [worker.poll() is not None for worker in started[0]._workers] == [True]
+    assert not torch.distributed.is_initialized()
 
 
 def test_under_torchrun(tiny_dir, tmp_path) -> None:
