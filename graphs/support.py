@@ -10,7 +10,6 @@ import torch
 from magihuman.kernels.jit import nvrtc
 from magihuman.kernels.target import (
     E4M3_FROM,
-    HOPPER_CAPABILITY,
     PORTABLE_FROM,
     Capability,
     Kernels,
@@ -29,14 +28,13 @@ def why_not(
     *,
     fp8: bool = False,
     fp8_attention: bool = False,
-    int8: bool = False,
     kernels: Kernels = "auto",
 ) -> str | None:
     """Why the fused kernels cannot serve this architecture here; None where they can.
 
     fp8: whether linears have fp8 weights; those left have weights in `dtype`. fp8_attention:
-    whether attention is over fp8 q, k and v. int8: whether linears have int8 weights. kernels: of
-    which set, as of `target_of`.
+    whether attention is over fp8 q, k and v. kernels: of which set, as of `target_of`. Weights in
+    int8 need nothing that those in bf16 do not.
     """
     reason = _why_no_kernels(device)
     if reason is not None:
@@ -45,8 +43,6 @@ def why_not(
         return f"the kernels compute in bf16, not {str(dtype).removeprefix('torch.')}"
     if config.head_dim not in HEAD_DIMS:
         return f"the kernels take heads of 32, 64 or 128, not {config.head_dim}"
-    if int8:
-        return "there is no product of int8"
     capability = torch.cuda.get_device_capability(device)
     if fp8_attention and capability < E4M3_FROM:
         return f"fp8 attention needs sm_89 or newer, this GPU is {name_of(capability)}"
@@ -55,12 +51,13 @@ def why_not(
 
 def _why_no_fp8_products(target: Target, capability: Capability) -> str | None:
     """Why linears cannot have fp8 weights on a GPU of this capability."""
-    if capability != HOPPER_CAPABILITY:
-        return f"the fp8 kernels need sm_90, this GPU is {name_of(capability)}"
-    if target.is_portable:
-        return "there is no portable product of e4m3"
-    if not nvrtc.is_available():
-        return "the fp8 kernels need cuda-bindings: pip install 'magihuman[cuda]'"
+    if capability < E4M3_FROM:
+        return f"the fp8 kernels need sm_89 or newer, this GPU is {name_of(capability)}"
+    if not target.is_portable and not nvrtc.is_available():
+        return (
+            "the fp8 kernels need cuda-bindings: pip install 'magihuman[cuda]', or use"
+            " kernels='portable'"
+        )
     return None
 
 

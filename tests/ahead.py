@@ -26,15 +26,15 @@ from harness import kernel_cases
 from magihuman.kernels import add_rms_norm
 from magihuman.kernels.attention import head_gate, portable, qkv_fp8
 from magihuman.kernels.decoder import channel_norm, frames
-from magihuman.kernels.linear import activations, quantize
+from magihuman.kernels.linear import activations, matmul_portable, quantize
 from magihuman.kernels.parallel import head_pack
 from magihuman.kernels.reference import FP8_KEYS
 from magihuman.kernels.target import E4M3_FROM, PORTABLE_FROM, Capability
 from magihuman.runtime.config import DiTConfig
 
 BF16, FP32, I32, U8 = torch.bfloat16, torch.float32, torch.int32, torch.uint8
-E4M3 = torch.float8_e4m3fn
-TYPES = {BF16: "bf16", FP32: "fp32", I32: "i32", U8: "u8", E4M3: "fp8e4nv"}
+E4M3, I8 = torch.float8_e4m3fn, torch.int8
+TYPES = {BF16: "bf16", FP32: "fp32", I32: "i32", U8: "u8", E4M3: "fp8e4nv", I8: "i8"}
 COUNTS = (3860, 126, 300)
 ROWS = sum(COUNTS)
 
@@ -296,6 +296,22 @@ def quantized_qkv(capability: Capability) -> object:
     return qkv_fp8.qkv_fp8(full_size_qkv(), *norms, rope, length, COUNTS, 40, 8)
 
 
+def multiply(capability: Capability, dtype: torch.dtype, epilogue: str, at: int) -> None:
+    """A portable product at full size, by the tile at this place among the capability's."""
+    tile = matmul_portable.TILES[matmul_portable.names_for(capability)[at]]
+    scales: tuple[Any, ...] = ()
+    if epilogue == "add":
+        x, weight = empty(ROWS, 13696, dtype=dtype), empty(3 * 5120, 13696, dtype=dtype)[:, :13652]
+        out = empty(ROWS, 5120, dtype=FP32)
+    else:
+        x, weight = empty(ROWS, 5120, dtype=dtype), empty(3 * 27304, 5120, dtype=dtype)
+        out = empty(ROWS, 13696, dtype=E4M3 if dtype == E4M3 else BF16)
+    if dtype != BF16:
+        is_static = epilogue == "add" and dtype == E4M3
+        scales = 1.0 if is_static else empty(ROWS, dtype=FP32), empty(len(weight), dtype=FP32)
+    matmul_portable.matmul(x, weight, out, COUNTS, epilogue, tile, *scales)
+
+
 PORTABLE: dict[str, Portable] = {
     name: Portable(
         module,
@@ -309,6 +325,19 @@ PORTABLE |= {
     "attention": Portable(portable, "_attention", lambda one: attend(one, BF16)),
     "attention over e4m3": Portable(
         portable, "_attention", lambda one: attend(one, E4M3), E4M3_FROM
+    ),
+    "product, bf16": Portable(
+        matmul_portable, "_product", lambda one: multiply(one, BF16, "swiglu7", 0)
+    ),
+    "sum, int8": Portable(matmul_portable, "_product", lambda one: multiply(one, I8, "add", 0)),
+    "product, int8": Portable(
+        matmul_portable, "_product", lambda one: multiply(one, I8, "swiglu7", -1)
+    ),
+    "product, e4m3": Portable(
+        matmul_portable, "_product", lambda one: multiply(one, E4M3, "swiglu7", 0), E4M3_FROM
+    ),
+    "sum, e4m3": Portable(
+        matmul_portable, "_product", lambda one: multiply(one, E4M3, "add", -1), E4M3_FROM
     ),
     "qkv_fp8": Portable(qkv_fp8, "_qkv_fp8", quantized_qkv, E4M3_FROM),
     "pixels": Portable(

@@ -1,7 +1,7 @@
 """The ways to compute a linear and what follows it, and which of them is fastest for a shape.
 
-`library` is PyTorch's product with a kernel after it; the other routes are tiles of `matmul_sm90`,
-which does the rest in its epilogue.
+`library` is PyTorch's product with a kernel after it; the other routes are tiles of `matmul_sm90`
+or, on other GPUs and over int8, of `matmul_portable`, which do the rest in their epilogue.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from magihuman.kernels.jit import UNSET, nvrtc
 from magihuman.kernels.jit.measured import Measurements
+from magihuman.kernels.linear import matmul_portable
 from magihuman.kernels.linear.matmul_sm90 import (
     Epilogue,
     Tile,
@@ -24,8 +25,8 @@ from magihuman.kernels.linear.matmul_sm90 import (
     out_dtypes,
 )
 from magihuman.kernels.linear.quantize import quantize_rows
-from magihuman.kernels.reference import FP8, STATIC_SCALES, Counts
-from magihuman.kernels.target import Target
+from magihuman.kernels.reference import FP8, INT8, LIMITS, STATIC_SCALES, Counts
+from magihuman.kernels.target import HOPPER_CAPABILITY, Target
 
 LIBRARY = "library"
 TILES = {
@@ -40,14 +41,14 @@ HEAT_MS, WARM_MS, TIMED_MS = 300, 60, 90
 
 
 class Quantized(NamedTuple):
-    """A matrix in e4m3 whose rows have a scale each, as `reference.quantize_rows` gives it."""
+    """A matrix in 8 bits whose rows have a scale each, as `reference.quantize_rows` gives it."""
 
-    values: Tensor  # [rows, K] e4m3, rows at multiples of 16 bytes
+    values: Tensor  # [rows, K] e4m3 or int8, rows at multiples of 16 bytes
     scale: Tensor | float  # [rows] fp32, or one number for all rows
 
 
 def why_not(x: Tensor, weight: Tensor, epilogue: Epilogue, counts: Counts | None) -> str | None:
-    """Why `matmul` cannot take these operands; None where it can.
+    """Why Hopper's `matmul` cannot take these operands; None where it can.
 
     x: [N, K]; weight: [M, K], or [3 M, K] with `counts`.
     """
@@ -73,7 +74,7 @@ def linear(x: Tensor, weight: Tensor, counts: Counts | None, route: str) -> Tens
         for rows, part, result in _runs(x, weight, counts, out):
             torch.mm(rows, part.t(), out=result)
     else:
-        matmul(x, weight, out, counts, "store", _tile(route))
+        _matmul(x, weight, out, counts, "store", route)
     return out
 
 
@@ -91,10 +92,10 @@ def linear_activation(
         return {"swiglu7": activations.swiglu7, "gelu7": activations.gelu7}[kind](product, padded)
     width = columns_of(weight, counts) // (2 if kind == "swiglu7" else 1)
     out = x.new_empty(x.shape[0], padded)
-    if counts is None:
-        matmul(x, weight, out, None, cast(Epilogue, kind), _tile(route))
+    if counts is None or route in matmul_portable.TILES:
+        _matmul(x, weight, out, counts, cast(Epilogue, kind), route)
     else:
-        matmul(x, weight, out[:, :width], counts, cast(Epilogue, kind), _tile(route))
+        _matmul(x, weight, out[:, :width], counts, cast(Epilogue, kind), route)
         out[:, width:].zero_()  # where the next run's weight has left something
     return out
 
@@ -107,7 +108,7 @@ def linear_add(
     The library adds the product in fp32, the tiles round it to bf16 first, as the plain model does.
     """
     if route != LIBRARY:
-        matmul(x, weight, stream, counts, "add", _tile(route))
+        _matmul(x, weight, stream, counts, "add", route)
         return
     for rows, part, result in _runs(x, weight, counts, stream):
         if x.dtype == torch.float32:
@@ -121,7 +122,7 @@ def scaled_linear(x: Quantized, weight: Quantized, counts: Counts | None, route:
     rows, columns = x.values.shape[0], columns_of(weight.values, counts)
     out = torch.empty(rows, -(-columns // 8) * 8, dtype=torch.bfloat16, device=x.values.device)
     out = out[:, :columns]
-    _matmul_fp8(x, weight, out, counts, "store", route)
+    _scaled_matmul(x, weight, out, counts, "store", route)
     return out
 
 
@@ -137,11 +138,15 @@ def scaled_linear_activation(
     """`reference.swiglu7` or `gelu7`, by `kind`, of `scaled_linear`.
 
     Returns [N, padded] in bf16, columns beyond the activation's zeros, or in e4m3 divided by
-    `STATIC_SCALES`, where those columns mean nothing: what reads e4m3 stops before them.
+    `STATIC_SCALES`, where those columns mean nothing: what reads e4m3 stops before them. After
+    int8 only bf16 is possible.
     """
     width = columns_of(weight.values, counts) // (2 if kind == "swiglu7" else 1)
     out = torch.empty(x.values.shape[0], padded, dtype=out_dtype, device=x.values.device)
-    _matmul_fp8(x, weight, out[:, :width], counts, cast(Epilogue, kind), route)
+    if route in matmul_portable.TILES:  # which writes the zeros too
+        _scaled_matmul(x, weight, out, counts, cast(Epilogue, kind), route)
+        return out
+    _scaled_matmul(x, weight, out[:, :width], counts, cast(Epilogue, kind), route)
     if out_dtype != FP8:
         out[:, width:].zero_()
     return out
@@ -151,10 +156,10 @@ def scaled_linear_add(
     stream: Tensor, x: Quantized, weight: Quantized, counts: Counts | None, route: str
 ) -> None:
     """`stream += scaled_linear(x, weight)`, stream [N, M] fp32."""
-    _matmul_fp8(x, weight, stream, counts, "add", route)
+    _scaled_matmul(x, weight, stream, counts, "add", route)
 
 
-def _matmul_fp8(
+def _scaled_matmul(
     x: Quantized,
     weight: Quantized,
     out: Tensor,
@@ -162,28 +167,43 @@ def _matmul_fp8(
     epilogue: Epilogue,
     route: str,
 ) -> None:
-    """`matmul` of two e4m3 matrices; the weight's scale is a tensor."""
-    tile, scale = _tile(route), cast(Tensor, weight.scale)
-    matmul(x.values, weight.values, out, counts, epilogue, tile, x.scale, scale)
+    """`_matmul` of two matrices in 8 bits; the weight's scale is a tensor."""
+    scale = cast(Tensor, weight.scale)
+    _matmul(x.values, weight.values, out, counts, epilogue, route, x.scale, scale)
 
 
-def _tile(route: str) -> Tile:
-    """The tile of a route; raises `ValueError` for the library's, or for what is no route."""
+def _matmul(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    counts: Counts | None,
+    epilogue: Epilogue,
+    route: str,
+    x_scale: Tensor | float | None = None,
+    weight_scale: Tensor | None = None,
+) -> None:
+    """The product by the tile of a route, of either kind.
+
+    Raises `ValueError` for the library's, or for what is no route of these operands.
+    """
     if route == UNSET:
         raise ValueError(
             f"a linear's route must be chosen before it runs on a GPU, got {UNSET!r}; give the"
             " graph to compile.route_linears first"
         )
-    if route == LIBRARY:
+    if route in matmul_portable.TILES:
+        tile = matmul_portable.TILES[route]
+        matmul_portable.matmul(x, weight, out, counts, epilogue, tile, x_scale, weight_scale)
+    elif route in TILES and x.dtype != INT8:
+        matmul(x, weight, out, counts, epilogue, TILES[route], x_scale, weight_scale)
+    else:
+        library = [] if weight_scale is not None else [LIBRARY]
+        names = [*library, *([] if x.dtype == INT8 else TILES), *matmul_portable.TILES]
+        kind = "bf16" if weight_scale is None else "int8" if x.dtype == INT8 else "e4m3"
         raise ValueError(
-            f"the route of a linear over e4m3 must be one of {', '.join(TILES)}, got {LIBRARY!r},"
-            " which has none; leave the choice to `fastest`"
+            f"the route of a linear over {kind} must be one of {', '.join(names)}, got {route!r};"
+            " leave the choice to `fastest`"
         )
-    if route not in TILES:
-        raise ValueError(
-            f"a linear's route must be one of {', '.join((LIBRARY, *TILES))}, got {route!r}"
-        )
-    return TILES[route]
 
 
 def _runs(
@@ -198,11 +218,15 @@ def _runs(
     return [part for part in parts if part[0].shape[0]]
 
 
-def names_for(target: Target | None, is_quantized: bool) -> list[str]:
-    """The routes of a set of kernels, by default Hopper's, for weights quantised or not."""
-    if target is not None and target.is_portable:
-        return [LIBRARY]
-    return list(TILES) if is_quantized else [LIBRARY, *TILES]
+def names_for(target: Target | None, dtype: torch.dtype) -> list[str]:
+    """The routes of a set of kernels, by default Hopper's, for weights of a dtype."""
+    library = [] if dtype in LIMITS else [LIBRARY]
+    if (target is None or not target.is_portable) and dtype != INT8:
+        return [*library, *TILES]
+    return [
+        *library,
+        *matmul_portable.names_for(target.capability if target else HOPPER_CAPABILITY),
+    ]
 
 
 def fastest(
@@ -223,12 +247,12 @@ def fastest(
         counts: rows of each run, or None.
         rows: of the other operand.
         padded: columns of the output of an activation.
-        scale: of the weight's rows, [M] or [3 M] fp32, where it is e4m3. The library has no such
-            route.
+        scale: of the weight's rows, [M] or [3 M] fp32, where it is in 8 bits. The library has no
+            such route.
         target: whose routes are tried; by default Hopper's.
     """
     device = weight.device
-    names = names_for(target, scale is not None)
+    names = names_for(target, weight.dtype)
     if len(names) == 1 or not weight.is_cuda or 2 * rows * weight.numel() < SMALL_FLOPS:
         return names[0]
     # Not by the process's generator, which stays as it is.
@@ -237,17 +261,19 @@ def fastest(
         rows, weight.stride(0), generator=generator, device=device, dtype=torch.bfloat16
     )
     x[:, weight.shape[1] :] = 0
-    if scale is None and why_not(x, weight, epilogue, counts) is not None:
+    is_hopper = names[-1] in TILES
+    if is_hopper and scale is None and why_not(x, weight, epilogue, counts) is not None:
         return LIBRARY
 
     def measure() -> dict[str, float]:
         is_activation = epilogue in STATIC_SCALES
         out_dtype = FP8 if is_activation and scale is not None else out_dtypes(epilogue)[0]
-        compile_tiles(TILES.values(), epilogue, scale is not None, out_dtype)
+        if is_hopper:
+            compile_tiles(TILES.values(), epilogue, scale is not None, out_dtype)
         run = _runner(epilogue, x, weight, counts, padded, scale)
         return _milliseconds(run, names, device)
 
-    precision = "" if scale is None else " fp8"
+    precision = {FP8: " fp8", INT8: " int8"}.get(weight.dtype, "")
     key = f"linear{precision} {epilogue} {counts or rows} {tuple(weight.shape)} of {names}"
     return Measurements(device).fastest(key, measure, names)
 
@@ -275,14 +301,15 @@ def _runner(
         if epilogue == "store":
             return lambda route: linear(narrow, weight, counts, route)
         return lambda route: linear_activation(narrow, weight, counts, epilogue, padded, route)
-    values = Quantized(*quantize_rows(x))
+    values = Quantized(*quantize_rows(x, weight.dtype))
     narrow_weight = Quantized(weight, scale)
+    out_dtype = FP8 if weight.dtype == FP8 else torch.bfloat16
     if epilogue == "store":
         return lambda route: scaled_linear(values, narrow_weight, counts, route)
     if epilogue == "add":
         return lambda route: scaled_linear_add(stream, values, narrow_weight, counts, route)
     return lambda route: scaled_linear_activation(
-        values, narrow_weight, counts, epilogue, padded, FP8, route
+        values, narrow_weight, counts, epilogue, padded, out_dtype, route
     )
 
 

@@ -38,7 +38,7 @@ class PrecisionPolicy(StrEnum):
         """Dtype of the block linears in 8 bits, with an fp32 scale for each output row; None where
         there are none.
         """
-        if self.is_int8:
+        if self is PrecisionPolicy.INT8:
             return INT8
         return FP8 if self.is_fp8 else None
 
@@ -46,11 +46,6 @@ class PrecisionPolicy(StrEnum):
     def is_fp8(self) -> bool:
         """Whether block linears have e4m3 weights."""
         return self in (PrecisionPolicy.FP8, PrecisionPolicy.FP8_ATTENTION)
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether block linears have int8 weights."""
-        return self is PrecisionPolicy.INT8
 
     @property
     def is_fp8_attention(self) -> bool:

@@ -159,7 +159,6 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
             options.device,
             fp8=precision.is_fp8,
             fp8_attention=precision.is_fp8_attention,
-            int8=precision.is_int8,
             kernels=options.kernels,
         )
     if reason is None:

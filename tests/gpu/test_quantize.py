@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from magihuman.kernels import ops
+from magihuman.kernels import int8, ops
 from magihuman.kernels import reference as ref
 
 if not torch.cuda.is_available():
@@ -44,6 +44,11 @@ def bits(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8).int()
 
 
+def codes(values: Tensor) -> Tensor:
+    """`bits`, or the integers themselves."""
+    return values.int() if values.dtype == ref.INT8 else bits(values)
+
+
 def assert_padded_with_zeros(values: Tensor) -> None:
     rows, columns = values.shape
     stride = -(-columns // 16) * 16
@@ -54,11 +59,12 @@ def assert_padded_with_zeros(values: Tensor) -> None:
 
 
 def assert_same_bits(x: Tensor) -> None:
-    values, scale = quantize_rows(x)
-    expected, expected_scale = ref.quantize_rows(x)
-    assert torch.equal(scale, expected_scale)
-    assert torch.equal(bits(values), bits(expected))
-    assert_padded_with_zeros(values)
+    for dtype in (ref.FP8, ref.INT8):
+        values, scale = quantize_rows(x, dtype)
+        expected, expected_scale = ref.quantize_rows(x, dtype)
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(bits(values), bits(expected))
+        assert_padded_with_zeros(values)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -83,7 +89,7 @@ def test_every_magnitude(dtype: torch.dtype) -> None:
 
 
 def test_ties_and_both_ends() -> None:
-    """Every bf16 number within the limit, at scale 1: halfway cases and e4m3's subnormals too."""
+    """Every bf16 number within e4m3's limit, at scale 1: halfway cases and subnormals too."""
     codes = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device=DEVICE)
     x = codes.view(torch.bfloat16)
     x = x[x.float().abs() <= ref.FP8_LIMIT]
@@ -94,19 +100,38 @@ def test_ties_and_both_ends() -> None:
     assert_same_bits(rows)
 
 
+def test_halves_in_int8() -> None:
+    """At scale 1: to the nearest even."""
+    halves = torch.arange(-254, 255, device=DEVICE) / 2
+    rows = torch.cat((halves, halves.new_full((1,), ref.INT8_LIMIT)))[None].repeat(3, 1)
+    assert_same_bits(rows)
+    assert quantize_rows(rows, ref.INT8)[1].eq(1).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("channels", [100, 5120])
+def test_a_row_that_is_not_finite_has_no_scale_in_int8(bad: float, channels: int) -> None:
+    x = randn(63, channels, dtype=torch.float32)
+    x[5, 3] = x[62, channels - 1] = bad
+    weight = 0.1 * randn(channels, dtype=torch.float32)
+    for _, scale in (quantize_rows(x, ref.INT8), norm_rows(x, weight, None, ref.INT8)):
+        assert (~scale.isfinite()).nonzero().flatten().tolist() == [5, 62]
+
+
+@pytest.mark.parametrize("dtype", [ref.FP8, ref.INT8])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("channels", [*CHANNELS, 100, 13652])
-def test_norm_rows(rows: int, channels: int) -> None:
+def test_norm_rows(rows: int, channels: int, dtype: torch.dtype) -> None:
     for counts in groupings(rows):
         x = 3 * randn(rows, channels, dtype=torch.float32)
         x[rows // 2] = 0.0
         weight = 0.1 * randn(channels * (3 if counts else 1), dtype=torch.float32)
-        values, scale = norm_rows(x, weight, counts)
-        expected, expected_scale = ref.quantize_rows(ref.rms_norm(x, weight, counts))
+        values, scale = norm_rows(x, weight, counts, dtype)
+        expected, expected_scale = ref.quantize_rows(ref.rms_norm(x, weight, counts), dtype)
         # Sums in another order and an approximate rsqrt: a few units in the last place.
         torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
-        # Such a unit moves a value over the middle between two e4m3 numbers once in 1e5.
-        steps = (bits(values) - bits(expected)).abs()
+        # Such a unit moves a value over the middle between two numbers once in 1e5.
+        steps = (codes(values) - codes(expected)).abs()
         assert steps.max() <= 1
         assert (steps != 0).sum() <= max(1, 1e-3 * steps.numel())
         assert_padded_with_zeros(values)
@@ -119,6 +144,8 @@ def test_operators(columns: int) -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.norm_fp8, (x, 0.1 * weight, [40, 20, 3]), test_utils=checks)
     torch.library.opcheck(ops.quantize_fp8, (wide,), test_utils=checks)
+    torch.library.opcheck(int8.norm_int8, (x, 0.1 * weight, [40, 20, 3]), test_utils=checks)
+    torch.library.opcheck(int8.quantize_int8, (wide,), test_utils=checks)
 
 
 def test_no_rows_and_rows_too_long() -> None:

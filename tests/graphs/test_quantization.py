@@ -186,9 +186,15 @@ def test_no_bf16_weight_outlives_its_turn(model, monkeypatch):
     [
         ((9, 0), True, None),
         ((7, 5), True, "the kernels need sm_80 or newer, this GPU is sm_75"),
-        ((8, 0), True, "the fp8 kernels need sm_90, this GPU is sm_80"),
-        ((10, 0), True, "the fp8 kernels need sm_90, this GPU is sm_100"),
-        ((9, 0), False, "the fp8 kernels need cuda-bindings: pip install 'magihuman[cuda]'"),
+        ((8, 6), True, "the fp8 kernels need sm_89 or newer, this GPU is sm_86"),
+        ((8, 9), False, None),
+        ((10, 0), False, None),
+        (
+            (9, 0),
+            False,
+            "the fp8 kernels need cuda-bindings: pip install 'magihuman[cuda]', or use"
+            " kernels='portable'",
+        ),
     ],
 )
 def test_what_fp8_needs(monkeypatch, capability, bindings, reason):
@@ -197,6 +203,9 @@ def test_what_fp8_needs(monkeypatch, capability, bindings, reason):
     monkeypatch.setattr(nvrtc, "is_available", lambda: bindings)
     gpu = torch.device("cuda:0")
     assert support.why_not(DiTConfig(), torch.bfloat16, gpu, fp8=True) == reason
+    assert support.why_not(DiTConfig(), torch.bfloat16, gpu, fp8=True, kernels="portable") == (
+        None if capability >= (8, 9) else reason
+    )
     if capability >= (8, 0):
         assert support.why_not(DiTConfig(), torch.bfloat16, gpu) is None
     assert support.why_not(DiTConfig(), torch.bfloat16, CPU, fp8=True) == "there is no GPU"

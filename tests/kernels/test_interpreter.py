@@ -72,6 +72,40 @@ def check_case(case: KernelCase) -> None:
             assert_close(mine, right)
 
 
+def check_portable_products() -> None:
+    """Of every epilogue and dtype of operands, over runs, odd sizes and a depth of whole blocks.
+
+    Results in bf16 are truncated here, up to 2^-7 of each, where a GPU rounds them.
+    """
+    from magihuman.kernels.linear.matmul_portable import Tile, matmul
+
+    tile = Tile(rows=16, columns=32, depth_bytes=64, stages=2, warps=4, group=2)
+    shapes = [(37, 72, 50, None), (37, 128, 48, (20, 1, 16)), (20, 100, 70, (0, 20, 0))]
+    functions = {"store": None, "gelu7": ref.gelu7, "swiglu7": ref.swiglu7, "add": None}
+    dtypes = (torch.float32, torch.int8, torch.float8_e4m3fn)
+    for (rows, depth, columns, counts), dtype in itertools.product(shapes, dtypes):
+        x = torch.randn(rows, depth)
+        weight = torch.randn(columns * (3 if counts else 1), depth) * 2 * depth**-0.5
+        scales: tuple[Tensor, ...] = ()
+        values = x, weight
+        if dtype != torch.float32:
+            (x, x_scale), (weight, scale) = (ref.quantize_rows(own, dtype) for own in values)
+            scales = x_scale, scale
+            values = ref.dequantize_rows(x, x_scale), ref.dequantize_rows(weight, scale)
+        product = ref.per_modality(lambda a, b: a @ b.t(), *values, counts)
+        for epilogue, function in functions.items():
+            exact = product if function is None else function(product)
+            before = torch.randn(exact.shape)
+            if epilogue == "add":
+                out = before.clone()
+            else:  # wider: what is beyond the product becomes zeros
+                out = torch.full((rows, exact.shape[1] + 7), float("nan"), dtype=torch.bfloat16)
+            matmul(x, weight, out, counts, epilogue, tile, *scales)
+            ours = out.float() - before if epilogue == "add" else out[:, : exact.shape[1]].float()
+            assert float((ours - exact).norm() / exact.norm()) < 0.012
+            assert not out[:, exact.shape[1] :].any()
+
+
 def check_activations() -> None:
     from magihuman.kernels.linear.activations import gelu7, swiglu7
 
@@ -125,6 +159,34 @@ def check_quantize() -> None:
             check((values, scale), expected)
             stored = values.as_strided((ROWS, values.stride(0)), (values.stride(0), 1))
             assert (stored[:, channels:].float() == 0).all()
+
+
+def check_quantize_int8() -> None:
+    """Bit for bit, ties among the values; a row that is not finite has no scale."""
+    from magihuman.kernels.linear.quantize import norm_rows, quantize_rows
+
+    for x in itertools.chain.from_iterable(map(in_wider_rows, (5, 100, 128, 200))):
+        x[2] = torch.arange(x.shape[1]) % 128 - 0.5  # halves, if the scale is 1
+        x[2, 0], x[3] = ref.INT8_LIMIT, 0.0
+        values, scale = quantize_rows(x, ref.INT8)
+        expected, expected_scale = ref.quantize_rows(x, ref.INT8)
+        assert torch.equal(values, expected) and torch.equal(scale, expected_scale)
+        stored = values.as_strided((ROWS, values.stride(0)), (values.stride(0), 1))
+        assert not stored[:, x.shape[1] :].any()
+        for counts in COUNTS:
+            rows, weight = x.contiguous(), weight_of(x.shape[1], counts)
+            expected, expected_scale = ref.quantize_rows(
+                ref.rms_norm(rows, weight, counts), ref.INT8
+            )
+            values, scale = norm_rows(rows, weight, counts, ref.INT8)
+            assert_close(scale, expected_scale)
+            assert (values.int() - expected.int()).abs().max() <= 1
+    for bad in ("nan", "inf"):
+        x = torch.randn(ROWS, 200)
+        x[1, 3] = x[4, 150] = float(bad)
+        scale = quantize_rows(x, ref.INT8)[1]
+        assert (~scale.isfinite()).nonzero().flatten().tolist() == [1, 4]
+        assert not ref.quantize_rows(x, ref.INT8)[1][[1, 4]].isfinite().any()
 
 
 def check_qkv_fp8() -> None:
@@ -248,9 +310,11 @@ if __name__ == "__main__":
     for case in CASES.values():
         check_case(case)
     check_add_rms_norm()
+    check_portable_products()
     check_activations()
     check_nan_stays()
     check_quantize()
+    check_quantize_int8()
     check_qkv_fp8()
     check_portable_attention()
     check_channel_norm()

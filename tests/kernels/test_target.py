@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from magihuman.kernels import target
-from magihuman.kernels.linear import routes
+from magihuman.kernels.linear import matmul_portable, routes
 from magihuman.kernels.target import Target, target_of
 
 GPU = torch.device("cuda:0")
@@ -58,8 +58,28 @@ def test_shared_memory(capability: tuple[int, int], kib: int, name: str) -> None
 
 
 def test_portable_products_know_no_tile_of_hopper() -> None:
-    for is_quantized in (False, True):
-        portable = routes.names_for(Target(target.PORTABLE, (9, 0)), is_quantized)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        portable = routes.names_for(Target(target.PORTABLE, (9, 0)), dtype)
         assert not set(portable) & set(routes.TILES)
-        hopper = routes.names_for(Target(target.HOPPER, (9, 0)), is_quantized)
-        assert set(routes.TILES) <= set(hopper) and hopper == routes.names_for(None, is_quantized)
+        hopper = routes.names_for(Target(target.HOPPER, (9, 0)), dtype)
+        assert set(routes.TILES) <= set(hopper) and hopper == routes.names_for(None, dtype)
+
+
+def test_int8_runs_by_portable_tiles_on_hopper_too() -> None:
+    hopper = routes.names_for(Target(target.HOPPER, (9, 0)), torch.int8)
+    assert hopper == routes.names_for(Target(target.PORTABLE, (9, 0)), torch.int8)
+    assert hopper and set(hopper) <= set(matmul_portable.TILES)
+
+
+@pytest.mark.parametrize("capability", [*target.SHARED_KIB, (13, 7)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_every_architecture_has_tiles_of_products(
+    capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """That fit it; and PyTorch's product where operands are bf16."""
+    given = Target(target.PORTABLE, capability)
+    names = routes.names_for(given, dtype)
+    assert (names[0] == routes.LIBRARY) == (dtype == torch.bfloat16)
+    tiles = [matmul_portable.TILES[name] for name in names if name != routes.LIBRARY]
+    assert len(tiles) > 1
+    assert all(tile.shared_bytes <= given.shared_bytes for tile in tiles)

@@ -147,7 +147,7 @@ def test_measuring_a_product_takes_no_more_than_it_computes(
         torch, "zeros", lambda *shape, **options: sizes.append(prod(shape)) or zeros(*shape)
     )
     monkeypatch.setattr(
-        routes, "quantize_rows", lambda x: (x.to(torch.float8_e4m3fn), x.float()[:, 0])
+        routes, "quantize_rows", lambda x, dtype: (x.to(torch.float8_e4m3fn), x.float()[:, 0])
     )
     x, weight = torch.ones(3, 16, dtype=torch.bfloat16), torch.ones(32, 16)
     scale = torch.ones(32) if fp8 else None
@@ -198,13 +198,15 @@ def test_what_is_unset_is_refused_on_a_gpu() -> None:
     for name, call in calls.items():
         with pytest.raises(ValueError, match="must be chosen before it runs on a GPU, got 'unset'"):
             call(ops.UNSET)
-        with pytest.raises(
-            ValueError, match=r"route must be one of library, 128x192, .* got 'any'"
-        ):
+        kind = "e4m3 must be one of" if name.startswith("fp8") else "bf16 must be one of library,"
+        with pytest.raises(ValueError, match=rf"{kind} 128x192, .*portable 128x.* got 'any'"):
             call("any")
         if name.startswith("fp8"):
             with pytest.raises(ValueError, match=r"e4m3 must be one of 128x192, .* got 'library'"):
                 call(routes.LIBRARY)
+    integers = (routes.Quantized(one.values.to(torch.int8), one.scale) for one in operands)
+    with pytest.raises(ValueError, match=r"int8 must be one of portable 128x.*got '128x192'"):
+        routes.scaled_linear(*integers, None, "128x192")
     q, gate, length = torch.ones(3, 1, 16), torch.ones(3, 1), torch.tensor(3)
     with pytest.raises(ValueError, match="must be chosen before it runs on a GPU, got 'unset'"):
         backends.run(ops.UNSET, q, q, q, gate, length)
