@@ -65,6 +65,7 @@ NARROW = {
 }
 TILES = WIDE | NARROW
 WIDE_MAJORS = (9, 10)  # compute capabilities
+SUMMED_AT_ONCE = tl.constexpr(128)  # columns: more of a stream have no registers beside the sums
 
 
 def names_for(capability: Capability) -> list[str]:
@@ -141,6 +142,20 @@ def _activated(
     return result
 
 
+@triton.jit
+def _halves(product, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _add(product, out, row, stop, column, out_stride, out_columns):
+    """Add a piece of the product to what `out` has there."""
+    target = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    mask = (row < stop)[:, None] & (column < out_columns)[None, :]
+    tl.store(target, tl.load(target, mask=mask, other=0.0) + product, mask=mask)
+
+
 @triton.jit(
     do_not_specialize=["video_tiles", "sound_tiles", "row_tiles", "video_end", "audio_end", "end"]
 )
@@ -190,11 +205,20 @@ def _product(
     at = column_tile * (COLUMNS // per_out) + tl.arange(0, COLUMNS // per_out)
     if PADDED:
         product = tl.where((at < columns // per_out)[None, :], product, 0.0)
-    target = out + row.to(tl.int64)[:, None] * out_stride + at[None, :]
-    mask = (row < stop)[:, None] & (at < out_columns)[None, :]
-    if EPILOGUE == "add":
-        product += tl.load(target, mask=mask, other=0.0)
-    tl.store(target, product.to(out.dtype.element_ty), mask=mask)
+    if EPILOGUE != "add":
+        target = out + row.to(tl.int64)[:, None] * out_stride + at[None, :]
+        mask = (row < stop)[:, None] & (at < out_columns)[None, :]
+        tl.store(target, product.to(out.dtype.element_ty), mask=mask)
+    elif COLUMNS <= SUMMED_AT_ONCE:
+        _add(product, out, row, stop, at, out_stride, out_columns)
+    else:
+        left, right = _halves(product, ROWS, COLUMNS)
+        at = column_tile * COLUMNS + tl.arange(0, COLUMNS // 4)
+        for half in tl.static_range(2):
+            first, second = _halves(left if half == 0 else right, ROWS, COLUMNS // 2)
+            begin = at + half * (COLUMNS // 2)
+            _add(first, out, row, stop, begin, out_stride, out_columns)
+            _add(second, out, row, stop, begin + COLUMNS // 4, out_stride, out_columns)
 
 
 def matmul(
