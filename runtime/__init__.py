@@ -32,7 +32,9 @@ from magihuman.runtime.prompts import (
     Prompt,
     PromptReport,
     PromptWarning,
+    Scene,
     enhance,
+    read_script,
 )
 from magihuman.runtime.prompts import check as check_prompt
 from magihuman.runtime.request import Chunk, Plan, Progress, Request, Video
@@ -70,11 +72,13 @@ __all__ = [
     "PromptWarning",
     "QueueFull",
     "Request",
+    "Scene",
     "Video",
     "check_prompt",
     "convert",
     "enhance",
     "load",
+    "read_script",
     "synthetic",
     "verify",
     "write_tiny",

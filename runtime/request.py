@@ -63,6 +63,13 @@ class ClipSize(TypedDict):
     height: int
 
 
+class FrameSize(TypedDict):
+    """Size of a clip, by the names of `Request`."""
+
+    width: int
+    height: int
+
+
 # Of the published model: sizes that are made as they are asked for.
 STANDARD_SIZE = ClipSize(seconds=5.0, width=480, height=256)
 
@@ -77,7 +84,8 @@ class Request:
     Attributes:
         prompt: what is seen and said; not empty. Beyond 640 tokens it is cut, with a warning.
         image: reference face (path or PIL image); becomes the first frame.
-        audio: driving voice (path); becomes the sound, and the clip ends with it, or up to 0.16 s
+        audio: driving voice, a path or mono float32 samples at 51.2 kHz, which are taken whole;
+            becomes the sound, and the clip ends with it, or up to 0.16 s
             later, in silence.
         seconds: length asked for, 0.2 to 60; what is made is a whole number of latent frames (4 n
             + 1 frames at 25/s).
@@ -90,11 +98,12 @@ class Request:
         guidance: video guidance of the base model (5.0 by default; 1.0 turns it off). Not for
             distilled models.
         sr_guidance: guidance of super-resolution; off by default, 3.5 as published.
+        continue_from: a clip, or the path of one, whose last frame becomes the first frame of this.
     """
 
     prompt: str
     image: str | os.PathLike[str] | Image | None = None
-    audio: str | os.PathLike[str] | None = None
+    audio: str | os.PathLike[str] | npt.NDArray[np.float32] | None = None
     seconds: float = STANDARD_SIZE["seconds"]
     width: int = STANDARD_SIZE["width"]
     height: int = STANDARD_SIZE["height"]
@@ -106,6 +115,7 @@ class Request:
     sr_steps: int | None = None
     guidance: float | None = None
     sr_guidance: float | None = None
+    continue_from: Video | str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -117,6 +127,10 @@ class Request:
                 raise InvalidRequestError(
                     f"{name} must be valid Unicode, got {getattr(self, name)!r}"
                 )
+        if self.continue_from is not None:
+            _check_continued(self.continue_from, self.image)
+        if isinstance(self.audio, np.ndarray):
+            _check_samples(self.audio)
         _number("seconds", self.seconds, MIN_SECONDS, MAX_SECONDS)
         _whole("seed", self.seed, 0, MAX_SEED)
         for name in ("width", "height"):
@@ -195,7 +209,7 @@ class RequestOptions(TypedDict, total=False):
     """The fields of `Request` beside the prompt, as keywords."""
 
     image: str | os.PathLike[str] | Image | None
-    audio: str | os.PathLike[str] | None
+    audio: str | os.PathLike[str] | npt.NDArray[np.float32] | None
     seconds: float
     width: int
     height: int
@@ -207,6 +221,7 @@ class RequestOptions(TypedDict, total=False):
     sr_steps: int | None
     guidance: float | None
     sr_guidance: float | None
+    continue_from: Video | str | os.PathLike[str] | None
 
 
 def request_of(
@@ -220,6 +235,9 @@ def request_of(
     """
     if not isinstance(prompt, Request):
         filled: RequestOptions = options if suited is None else {**suited, **options}
+        before = options.get("continue_from")
+        if isinstance(before, Video) and not {"width", "height"} & options.keys():
+            filled = {**filled, **before.made_at}
         text = str(prompt) if isinstance(prompt, Prompt) else prompt
         return Request(prompt=text, **filled)
     if options:
@@ -346,6 +364,27 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """The end of a clip as the engine made it, so that the next goes on without encoding it again.
+
+    Attributes:
+        maker: of the engine, whose latents mean nothing to another.
+        video: float32 [1, 48, n, H, W], the last latents, before super-resolution.
+        sr_video: the same after super-resolution, where there was one.
+        audio: float32 [1, n, 64], the last latents of the sound.
+        look: float32 [48], mean of each channel in the first clip of a row of them.
+        drift: float32 [48], how far this clip's mean is from that.
+    """
+
+    maker: str
+    video: npt.NDArray[np.float32]
+    sr_video: npt.NDArray[np.float32] | None
+    audio: npt.NDArray[np.float32]
+    look: npt.NDArray[np.float32]
+    drift: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Video:
     """A finished clip.
 
@@ -359,6 +398,7 @@ class Video:
         warnings: where the clip differs from what was asked for, and why.
         prompt: the request's.
         model: the name of the model that has made it.
+        tail: what a clip that goes on from this begins with; None where no engine made it.
     """
 
     frames: npt.NDArray[np.uint8]
@@ -377,6 +417,17 @@ class Video:
             f"<Video of {len(self.frames)} frames of {width}x{height}, {self.duration_s:.2f} s,"
             f" seed {self.seed}>"
         )
+
+    tail: Tail | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def made_at(self) -> FrameSize:
+        """Width and height in pixels, before super-resolution where that is known."""
+        stride = config.VIDEO_STRIDE[1]
+        if self.tail is not None:
+            rows, columns = self.tail.video.shape[3:]
+            return FrameSize(width=columns * stride, height=rows * stride)
+        return FrameSize(width=self.frames.shape[2], height=self.frames.shape[1])
 
     @property
     def duration_s(self) -> float:
@@ -422,6 +473,31 @@ class Video:
         from magihuman.runtime.media import write_thumbnail
 
         return write_thumbnail(Path(path), self.frames)
+
+
+def _check_samples(audio: npt.NDArray[np.float32]) -> None:
+    shortest = int(MIN_SECONDS * config.LATENT_AUDIO_RATE_HZ)
+    longest = int(MAX_SECONDS * config.LATENT_AUDIO_RATE_HZ)
+    if audio.ndim != 1 or audio.dtype != np.float32 or not shortest <= len(audio) <= longest:
+        raise InvalidRequestError(
+            f"audio must be a path, or {shortest} to {longest} mono float32 samples at 51.2 kHz,"
+            f" got {audio.dtype} of shape {audio.shape}"
+        )
+    if not np.isfinite(audio).all():
+        raise InvalidRequestError("audio must have finite samples, got NaN or infinity")
+
+
+def _check_continued(before: object, image: object) -> None:
+    if not isinstance(before, (Video, str, os.PathLike)):
+        raise InvalidRequestError(
+            f"continue_from must be a Video or the path of a clip, got {shown(before)}"
+        )
+    if image is not None:
+        raise InvalidRequestError(
+            "continue_from and image both give the first frame: leave one of them out"
+        )
+    if isinstance(before, Video) and not len(before.frames):
+        raise InvalidRequestError("continue_from must have frames, got a Video without any")
 
 
 def _is_unicode(text: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,11 +96,31 @@ class Bar:
             err.print(f"{name} {note}".rstrip())
 
 
-def print_result(
-    path: Path, video: runtime.Video, timings: dict[str, float], as_json: bool
-) -> None:
+@dataclass(frozen=True)
+class Made:
+    """What is said of a clip.
+
+    Attributes:
+        frames, height, width: of the clip.
+        last: the clip, or the last chunk of it.
+    """
+
+    frames: int
+    height: int
+    width: int
+    last: runtime.Video | runtime.Chunk
+
+    @classmethod
+    def of(cls, video: runtime.Video) -> Made:
+        """Return what is said of a clip that is there whole."""
+        frames, height, width = video.frames.shape[:3]
+        return cls(frames, height, width, video)
+
+
+def print_result(path: Path, made: Made, timings: dict[str, float], as_json: bool) -> None:
     """Say what was written and how long each stage took."""
-    frames, height, width = video.frames.shape[:3]
+    frames, height, width, video = made.frames, made.height, made.width, made.last
+    duration_s = frames / video.fps
     if as_json:
         print(
             json.dumps(
@@ -109,7 +130,7 @@ def print_result(
                     "width": width,
                     "height": height,
                     "fps": video.fps,
-                    "duration_s": video.duration_s,
+                    "duration_s": duration_s,
                     "sample_rate_hz": video.sample_rate_hz,
                     "seed": video.seed,
                     "warnings": list(video.warnings),
@@ -123,9 +144,7 @@ def print_result(
         table.add_row(name, f"{seconds:.3f}")
     table.add_row("total", f"{sum(timings.values()):.3f}")
     out.print(table)
-    out.print(
-        f"{path}: {frames} frames of {width}x{height}, {video.duration_s:.2f} s, seed {video.seed}"
-    )
+    out.print(f"{path}: {frames} frames of {width}x{height}, {duration_s:.2f} s, seed {video.seed}")
 
 
 def print_plan(plan: MemoryPlan) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
@@ -20,6 +21,7 @@ from magihuman.runtime import config
 from magihuman.runtime.device import forget, neutral
 from magihuman.runtime.engine.callers import Callers
 from magihuman.runtime.engine.failures import Failures, advice
+from magihuman.runtime.engine.long import LongOptions, checked_window_s, chunks, long_request
 from magihuman.runtime.engine.queue import QueueStage, RequestQueue, Ticket
 from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, awaited
 from magihuman.runtime.engine.warmup import Size, requests_of, warm
@@ -30,9 +32,10 @@ from magihuman.runtime.media import ClipWriter, Output, check_output
 from magihuman.runtime.memory import MemoryPlan
 from magihuman.runtime.parallel import ContextParallel
 from magihuman.runtime.pipeline import Components, Limits, Pipeline
-from magihuman.runtime.prompts import Prompt
+from magihuman.runtime.prompts import Prompt, Scene
 from magihuman.runtime.request import (
     STANDARD_SIZE,
+    Chunk,
     ClipSize,
     ProgressCallback,
     Request,
@@ -253,6 +256,41 @@ class Engine:
             lambda: Stream(limits, lambda emit: self._serve(call, emit), self._callers)
         )
 
+    def generate_long(
+        self,
+        prompt: str | Prompt | Sequence[Scene],
+        *,
+        window_seconds: float | None = None,
+        save: str | os.PathLike[str] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        deadline_s: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Iterator[Chunk]:
+        """Make a clip of any length, window by window, and yield each as a `Chunk`.
+
+        Each window goes on from the last frame of the one before, and is a request of its own,
+        between which others have their turn. Memory is that of one window, and of the voice.
+
+        Args:
+            prompt: or `Scene`s, whose seconds stand for `seconds`.
+            window_seconds: of a window at most; by default what suits the model.
+            save: the mp4 to write. It is fragmented: it grows with each window, in its place, and
+                what is there can be played, whatever ends it.
+            on_progress: as `generate` says, of each window.
+            cancel, deadline_s: of all of it.
+            options: as of `generate`. `audio` may last up to an hour, and is cut at its pauses;
+                the clip ends with it, or after `seconds` where these are given. The seed counts up
+                by one with each window.
+
+        Raises `InvalidRequestError` here, and what `generate` raises where a chunk is taken.
+        """
+        scenes, voice, values = long_request(prompt, options, self._suited)
+        window_s = checked_window_s(window_seconds, self.defaults)
+        path = None if save is None else Path(save)
+        made = LongOptions(window_s, path, on_progress, cancel, deadline_s, values)
+        return chunks(self.generate, scenes, voice, made)
+
     async def agenerate(
         self,
         prompt: str | Prompt | Request,
@@ -420,7 +458,7 @@ class Engine:
                 if call.save is not None:
                     file = files.enter_context(pipeline.writer(call.save, self.model, video))
                 on_window = None if chunker is None else chunker.add
-                frames, wave = pipeline.decode(video, audio, file, on_window)
+                frames, wave = pipeline.decode(video, audio, file, on_window, encoded.tail)
             del encoded, video, audio, pipeline.components  # not held while the file is finished
             ticket.leave()
             if file is not None:
@@ -436,6 +474,7 @@ class Engine:
                 warnings=plan.warnings,
                 prompt=call.request.prompt,
                 model=self.model,
+                tail=pipeline.tail,
             )
             if chunker is not None:
                 chunker.finish(clip)

@@ -12,7 +12,7 @@ from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
 from magihuman.runtime.media.clip import ClipWriter, Origin, Output
 from magihuman.runtime.media.fragments import FragmentWriter
 from magihuman.runtime.media.image import fit, open_image
-from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, write_mp4
+from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, read_last_frame, write_mp4
 from magihuman.runtime.media.output import (
     check_output,
     check_thumbnail,
@@ -45,6 +45,7 @@ __all__ = [
     "quality",
     "read_audio",
     "read_frames",
+    "read_last_frame",
     "spritesheet",
     "thumbnail",
     "write_clip",

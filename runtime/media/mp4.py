@@ -212,6 +212,28 @@ def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
 
 
 @freed()
+def read_last_frame(path: Path) -> npt.NDArray[np.uint8]:
+    """The last frame of a video file, [H, W, 3] RGB, however long it is.
+
+    Raises `InvalidRequestError` for what is missing, damaged or no video.
+    """
+    import av
+
+    if not path.is_file():
+        raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
+    last = None
+    with readable("the clip", str(path)):
+        file = f"file:{path.absolute()}"
+        with av.open(file, container_options=LOCAL, **tolerant()) as container:
+            if container.streams.video:
+                for frame in container.decode(video=0):
+                    last = frame
+        if last is None:
+            raise InvalidRequestError(f"the clip must have frames, got {path} without one")
+        return _rgb(last)
+
+
+@freed()
 def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
     """Frames a second, and frames, each [H, W, 3] RGB."""
     import av
@@ -223,20 +245,22 @@ def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
             if not container.streams.video:
                 raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
             rate = float(container.streams.video[0].average_rate)  # no Fraction since PyAV 19
-            frames = [
-                frame.reformat(
-                    format="rgb24",
-                    src_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
-                    src_color_range="MPEG",
-                    dst_color_range="JPEG",
-                ).to_ndarray()
-                for frame in container.decode(video=0)
-            ]
+            frames = [_rgb(frame) for frame in container.decode(video=0)]
     except av.FFmpegError as error:
         raise InvalidRequestError(
             f"the clip must be in a format FFmpeg reads, got {path}: {error.strerror}"
         ) from error
     return rate, frames
+
+
+def _rgb(frame: Any) -> npt.NDArray[np.uint8]:
+    pixels: npt.NDArray[np.uint8] = frame.reformat(
+        format="rgb24",
+        src_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
+        src_color_range="MPEG",
+        dst_color_range="JPEG",
+    ).to_ndarray()
+    return pixels
 
 
 def check_output(path: Path, frames: int = 0, width_px: int = 0, height_px: int = 0) -> None:

@@ -18,14 +18,17 @@ LOUD = 1.25  # of full scale: lossy formats go 2 dB beyond what they were made f
 
 
 def open_driving_audio(
-    path: str | os.PathLike[str], seconds: float, *, formats: Sequence[str] | None = None
+    path: str | os.PathLike[str] | Wave, seconds: float, *, formats: Sequence[str] | None = None
 ) -> tuple[Wave, str | None]:
     """Mono float32 samples at 51.2 kHz, cut to `seconds`, and a note on what may surprise.
 
     The note says where lengths differ, and where samples are so far beyond full scale that they may
-    clip. formats, and what is read: see `read_audio`; little beyond `seconds` is. Raises
-    `InvalidRequestError` for what cannot be decoded or is shorter than 0.2 s.
+    clip. path: or such samples, which are taken as they are. formats, and what is read: see
+    `read_audio`; little beyond `seconds` is. Raises `InvalidRequestError` for what cannot be
+    decoded or is shorter than 0.2 s.
     """
+    if isinstance(path, np.ndarray):
+        return path, None
     rate = config.LATENT_AUDIO_RATE_HZ
     samples = read_audio(path, rate, seconds + SPARE_S, formats)
     duration_s = len(samples) / rate

@@ -2,11 +2,18 @@
 
 `pipeline` has the stages, `components` the models they use and what they hand on. `denoise` has the
 loops over `schedulers`, `decode` makes frames, `audio` sound, `limits` ends a request early, and
-`finite` one that would make a wrong clip.
+`finite` one that would make a wrong clip. `continuing` has one clip go on from another.
 """
 
-from magihuman.runtime.pipeline.audio import AudioVAE, Waveform, resample
+from magihuman.runtime.pipeline.audio import (
+    LATENT_SAMPLES,
+    AudioVAE,
+    Waveform,
+    resample,
+    whole_frames,
+)
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
+from magihuman.runtime.pipeline.continuing import joined
 from magihuman.runtime.pipeline.decode import (
     Decoder,
     Frames,
@@ -21,6 +28,7 @@ from magihuman.runtime.pipeline.limits import Limits
 from magihuman.runtime.pipeline.pipeline import Pipeline
 
 __all__ = [
+    "LATENT_SAMPLES",
     "AudioVAE",
     "Components",
     "Decoder",
@@ -37,5 +45,7 @@ __all__ = [
     "decode_frames",
     "decode_group",
     "frames_shape",
+    "joined",
     "resample",
+    "whole_frames",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from magihuman.runtime.model import DiT, ImageVAE, TextEncoder
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.audio import AudioVAE, Waveform
 from magihuman.runtime.pipeline.decode import Decoder, DistributedDecoder, VideoDecoder
-from magihuman.runtime.request import ClipSize, Plan
+from magihuman.runtime.request import ClipSize, Plan, Tail
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +47,7 @@ class Components:
         encoding: held while anything is encoded, and while a graph is captured: kernels are timed
             then, and the encoders keep state.
         learnt: longest and largest clip that the model was trained on, where it tells.
+        maker: names this engine in what it keeps of a clip's end.
         encode_stream, sound_stream: on a GPU, where encoders and the audio decoder are launched.
     """
 
@@ -63,6 +65,7 @@ class Components:
     residency: Residency = field(default_factory=Residency)
     encoding: threading.Lock = field(default_factory=threading.Lock)
     learnt: ClipSize | None = None
+    maker: str = field(default_factory=lambda: secrets.token_hex(8))
     encode_stream: torch.cuda.Stream | None = None
     sound_stream: torch.cuda.Stream | None = None
 
@@ -76,12 +79,14 @@ class Prepared:
         image: the reference, RGB and upright.
         samples: the driving voice, mono float32 at 51.2 kHz.
         ids: the prompt's tokens, int64 [1, L].
+        tail: what the clip goes on from in latent space.
     """
 
     plan: Plan
     image: Image | None
     samples: Waveform | None
     ids: Tensor
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Encoded:
         video: noise [1, 48, T, H, W].
         image, sr_image: latents [1, 48, 1, H, W] of the reference image, at the size of the base
             model and of super-resolution.
+        tail: what the clip goes on from in latent space.
     """
 
     plan: Plan
@@ -104,6 +110,7 @@ class Encoded:
     video: Tensor
     image: Tensor | None
     sr_image: Tensor | None
+    tail: Tail | None = None
 
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that are there, in order."""

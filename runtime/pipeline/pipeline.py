@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +29,7 @@ from magihuman.runtime.media import (
     Output,
     open_driving_audio,
     open_image,
+    read_last_frame,
     writer_type,
 )
 from magihuman.runtime.memory import AUDIO, BASE, IMAGE, SR, TEXT, VIDEO, estimate
@@ -34,6 +37,15 @@ from magihuman.runtime.model import DiT, Layout, TextEncoder
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.pipeline.audio import LATENT_SAMPLES, AudioVAE, Waveform, whole_frames
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
+from magihuman.runtime.pipeline.continuing import (
+    Skipping,
+    context_frames,
+    context_samples,
+    first_latent,
+    new_tail,
+    tail_of,
+    with_context,
+)
 from magihuman.runtime.pipeline.decode import Frames, decode_frames, frames_shape
 from magihuman.runtime.pipeline.finite import (
     AUDIO_ENCODER,
@@ -44,7 +56,7 @@ from magihuman.runtime.pipeline.finite import (
     Finite,
 )
 from magihuman.runtime.pipeline.limits import Limits
-from magihuman.runtime.request import Progress, ProgressCallback, Request
+from magihuman.runtime.request import Progress, ProgressCallback, Request, Tail, Video
 from magihuman.runtime.threads import spawn
 
 if TYPE_CHECKING:
@@ -72,6 +84,7 @@ class Pipeline:
         start_s: when the request began, by `time.perf_counter`.
         generator: the only source of random numbers, on `device`.
         finite: what is checked at the end of the stage that runs.
+        tail: what a clip can go on with from this, once `sample` has returned.
     """
 
     def __init__(
@@ -90,6 +103,7 @@ class Pipeline:
         self.timings_s: dict[str, float] = {}
         self.start_s = time.perf_counter()
         self.finite = Finite()
+        self.tail: Tail | None = None
         self.generator = torch.Generator(device)
         self.generator.manual_seed(request.seed)
 
@@ -117,14 +131,18 @@ class Pipeline:
             rows, columns = (side // config.VIDEO_STRIDE[1] for side in plan.size_px[::-1])
             self.components.turbo_vae.exported.check_size(rows, columns)
         image = samples = None
-        if request.image is not None:
+        tail = tail_of(request, plan, self.components.maker)
+        first = request.image
+        if request.continue_from is not None and tail is None:
+            first = last_frame(request.continue_from)
+        if first is not None:
             if self.components.image_vae is None:
                 raise InvalidRequestError(
-                    "image needs the Wan 2.2 image encoder, which this engine was loaded"
-                    " without; put Wan2.2-TI2V-5B into the model directory or give load(...,"
-                    " image_vae=PATH)"
+                    "image, and continue_from of a clip that this engine has not made, need the Wan"
+                    " 2.2 image encoder, which this engine was loaded without; put Wan2.2-TI2V-5B"
+                    " into the model directory or give load(..., image_vae=PATH)"
                 )
-            image = open_image(request.image)
+            image = open_image(first)
         if request.audio is not None:
             samples, note = open_driving_audio(request.audio, request.seconds)
             samples = whole_frames(samples)
@@ -137,7 +155,7 @@ class Pipeline:
         plan = plan.with_note(note)
         for warning in plan.warnings:
             log.warning(warning)
-        return Prepared(plan, image, samples, ids)
+        return Prepared(plan, image, samples, ids, tail)
 
     @torch.inference_mode()
     def encode(self, prepared: Prepared) -> Encoded:
@@ -173,7 +191,13 @@ class Pipeline:
             if plan.sr_rows is not None and plan.sr_columns is not None:
                 with self.stage("image_sr", *pictured):
                     sr_image = self.encode_image(prepared.image, plan.sr_rows, plan.sr_columns)
-        encoded = Encoded(plan, text, null_text, audio, video, image, sr_image)
+        tail = prepared.tail
+        if tail is not None:
+            image = first_latent(tail, tail.video, self.device)
+            sr_image = (
+                None if tail.sr_video is None else first_latent(tail, tail.sr_video, self.device)
+            )
+        encoded = Encoded(plan, text, null_text, audio, video, image, sr_image, tail)
         if self.device.type == "cuda":
             for tensor in encoded.tensors():  # made on another stream than that of the loops
                 tensor.record_stream(torch.cuda.current_stream(self.device))
@@ -205,10 +229,13 @@ class Pipeline:
             video, audio = self.run_base(encoded)
             self.finite.watch(video, TRANSFORMER)
             self.finite.watch(audio, TRANSFORMER)
+        base = video
         if self.sr is not None:
             with self.stage("super_resolve", SR):
                 video = self.run_sr(encoded, video, audio)
                 self.finite.watch(video, SR_TRANSFORMER)
+        sr = None if self.sr is None else video
+        self.tail = new_tail(self.components.maker, base, sr, audio, encoded.tail)
         return video, audio
 
     @torch.inference_mode()
@@ -288,15 +315,17 @@ class Pipeline:
         audio: Tensor,
         file: ClipWriter | None = None,
         on_window: Callable[[Frames, Waveform], None] | None = None,
+        before: Tail | None = None,
     ) -> tuple[Frames, Waveform]:
         """Frames uint8 [frames, height, width, 3] and sound float32 [samples, 2] of clean latents.
 
         On a GPU the sound is decoded on a stream and a thread of its own meanwhile. video: [1, 48,
         T, H, W]. audio: [1, A, 64]. file: takes frames and sound as they come. on_window: called
-        with the next frames, as they come, and the whole sound.
+        with the next frames, as they come, and the whole sound. before: context for both decoders,
+        of the clip that this goes on from.
         """
         with self.components.residency.present(VIDEO, AUDIO):
-            return self.decode_both(video, audio, file, on_window)
+            return self.decode_both(video, audio, file, on_window, before)
 
     def decode_both(
         self,
@@ -304,13 +333,25 @@ class Pipeline:
         audio: Tensor,
         file: ClipWriter | None,
         on_window: Callable[[Frames, Waveform], None] | None,
+        before: Tail | None,
     ) -> tuple[Frames, Waveform]:
         """Do what `decode` says, once both decoders are on the device."""
         components = self.components
+        skipped = skipped_samples = 0
+        if before is not None:
+            latents = before.video if before.sr_video is None else before.sr_video
+            video, audio = with_context(video, latents, 2), with_context(audio, before.audio, 1)
+            skipped, skipped_samples = context_frames(before), context_samples(before)
+        skip = Skipping(skipped)
 
         # An argument, not closed over: `failures.forget` cannot take that from an error.
         def frames(latents: Tensor, heard: Callable[[], Waveform]) -> Frames:
-            def add(window: Frames, planes: Frames | None) -> None:
+            def add(decoded: Frames, decoded_planes: Frames | None) -> None:
+                kept = skip(decoded, decoded_planes)
+                if kept is None:
+                    return
+                window, planes = kept
+                assert window is not None
                 if file is not None:
                     file.add(window, planes)
                 if on_window is not None:
@@ -325,12 +366,12 @@ class Pipeline:
                     components.decoder,
                     add if is_heard else None,
                     components.distributed,
-                )
+                )[skipped:]
 
         @torch.inference_mode()
         def sound() -> Waveform:
             with self.on_stream(components.sound_stream):
-                wave = self.audio_vae.decode(audio)
+                wave = self.audio_vae.decode(audio)[skipped_samples:]
             if file is not None:
                 file.add_sound(wave)
             return wave
@@ -451,3 +492,11 @@ class Pipeline:
             magnitudes.check(name)
         elapsed_s = time.perf_counter() - start
         self.timings_s[name] = self.timings_s.get(name, 0.0) + elapsed_s
+
+
+def last_frame(before: Video | str | os.PathLike[str]) -> Image:
+    """The last frame of a clip, as a picture. Raises `InvalidRequestError` for no clip."""
+    from PIL import Image
+
+    pixels = before.frames[-1] if isinstance(before, Video) else read_last_frame(Path(before))
+    return Image.fromarray(pixels)

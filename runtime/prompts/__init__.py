@@ -1,9 +1,10 @@
 """Prompts in the form that the model was trained on.
 
-`form` writes and reads them, with characters put apart by `spacing`. `check` says what a text lacks
-and what of it will not fit, by the languages of `speech`. `enhance` has a text rewritten by a
-language model elsewhere, through `chat`, where somebody asks for that; nothing else here sends
-anything. Imports neither numpy nor torch.
+`form` has its marks and `prompt` writes and reads it, characters put apart by `spacing`. `check`
+says what a text lacks, by `rules`, and what of it will not fit, by the languages of `speech`.
+`script` reads prompts for the parts of a long clip. `enhance` has a text rewritten by a language
+model elsewhere, through `chat`, where somebody asks for that; nothing else here sends anything.
+Imports neither numpy nor torch.
 """
 
 from magihuman.runtime.prompts.chat import Endpoint
@@ -12,9 +13,11 @@ from magihuman.runtime.prompts.enhance import TIMEOUT_S, Enhancement, Enhancer, 
 from magihuman.runtime.prompts.form import Line
 from magihuman.runtime.prompts.prompt import Prompt
 from magihuman.runtime.prompts.rules import PromptWarning
+from magihuman.runtime.prompts.script import MAX_SCENE_S, Scene, read_script
 from magihuman.runtime.prompts.spacing import spaced
 
 __all__ = [
+    "MAX_SCENE_S",
     "TIMEOUT_S",
     "Endpoint",
     "Enhancement",
@@ -23,9 +26,11 @@ __all__ = [
     "Prompt",
     "PromptReport",
     "PromptWarning",
+    "Scene",
     "TokenCount",
     "check",
     "enhance",
     "picture",
+    "read_script",
     "spaced",
 ]

@@ -176,7 +176,7 @@ def _is_error(value: object) -> bool:
     )
 
 
-OPTIONS = RequestOptions.__annotations__.keys() - {"image", "audio"}
+OPTIONS = RequestOptions.__annotations__.keys() - {"image", "audio", "continue_from"}
 # What each field must be, and whether it is; the values of options are `Request`'s to check.
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "prompt": ("text", _is_text),
