@@ -23,7 +23,7 @@ from magihuman.runtime.cli.console import err, user_errors
 from magihuman.runtime.cli.ending import noted_signals
 from magihuman.runtime.cli.options import EngineOptions, ModelOption, takes_options
 from magihuman.runtime.cli.prompt import EnhanceOptions, enhancer_of
-from magihuman.runtime.request import MAX_SECONDS, MAX_SIDE_PX, MIN_SECONDS, MIN_SIDE_PX
+from magihuman.runtime.request import MAX_SECONDS, MIN_SECONDS, MIN_SIDE_PX
 from magihuman.runtime.serving.cluster.isolation import isolate
 
 if TYPE_CHECKING:
@@ -60,10 +60,29 @@ class ServeOptions(EngineOptions, EnhanceOptions):
     max_prompt_chars: Annotated[
         int, typer.Option(min=1, max=MAX_PROMPT_CHARS, help="Of a prompt.")
     ] = 10_000
-    max_seconds: Annotated[float, typer.Option(help="Of a clip.")] = MAX_SECONDS
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Of a clip; by default the model's, or 60.")
+    ] = None
     max_pixels: Annotated[
-        int, typer.Option(min=MIN_SIDE_PX**2, help="Of a frame, before super-resolution.")
-    ] = MAX_SIDE_PX**2
+        int | None,
+        typer.Option(
+            min=MIN_SIDE_PX**2,
+            help="Of a frame, before super-resolution; by default the model's, or 4096x4096.",
+        ),
+    ] = None
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What clients call the model; may be repeated, the first is answered."),
+    ] = None
+    strict_model: Annotated[
+        bool, typer.Option("--strict-model", help="Refuse other names, in place of a warning.")
+    ] = False
+    allow_fetch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="Fetch files from addresses of this host; may be repeated."
+        ),
+    ] = None
     timeout_seconds: Annotated[
         float | None, typer.Option(help="A video that takes an engine longer fails.")
     ] = None
@@ -75,7 +94,10 @@ class ServeOptions(EngineOptions, EnhanceOptions):
         list[str] | None,
         typer.Option(metavar="WxHxS", help="Compile for clips like 480x256x5; may be repeated."),
     ] = None
-    device: Annotated[str | None, typer.Option(help="cpu, or cuda, one GPU an engine.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda.")] = None
+    context_parallel: Annotated[
+        int, typer.Option(min=1, help="GPUs of an engine, which make a video together.")
+    ] = 1
 
     @property
     def place(self) -> str:
@@ -95,7 +117,7 @@ def serve(options: ServeOptions) -> None:
         isolate()
         _check_extra()
         gpus = _gpus(options.device)
-        max_replicas = _max_replicas(options, gpus)
+        max_replicas = _max_replicas(options, gpus // options.context_parallel)
         # Of the GPUs, an engine's process sees its own alone.
         arguments = {**options.load_arguments(), "device": "cuda:0" if gpus else "cpu"}
         rows = _check_model(arguments, sizes)
@@ -123,7 +145,7 @@ def _check_numbers(options: ServeOptions) -> None:
     ):
         if not 0 <= value <= 1e6:
             raise runtime.InvalidRequestError(f"{name} must be 0 to 1000000, got {value:g}")
-    if not MIN_SECONDS <= options.max_seconds <= MAX_SECONDS:
+    if options.max_seconds is not None and not MIN_SECONDS <= options.max_seconds <= MAX_SECONDS:
         raise runtime.InvalidRequestError(
             f"--max-seconds must be {MIN_SECONDS:g} to {MAX_SECONDS:g}, got {options.max_seconds:g}"
         )
@@ -138,7 +160,7 @@ def _max_replicas(options: ServeOptions, gpus: int) -> int:
     if not options.min_replicas <= most <= (gpus or most):
         raise runtime.InvalidRequestError(
             f"--max-replicas must be from --min-replicas, {options.min_replicas}, to the number of"
-            f" GPUs, {gpus}, got {most}"
+            f" engines that the GPUs have room for, {gpus}, got {most}"
         )
     return most
 
@@ -160,12 +182,20 @@ def _settings(
     """
     from magihuman.runtime.memory import estimate
     from magihuman.runtime.serving.settings import Capacity, Limits, Settings
-    from magihuman.runtime.weights import prompts, suited
+    from magihuman.runtime.weights import largest, prompts, suited
 
     model = options.model
+    name = Path(model).absolute().name if Path(model).exists() else model
+    names = tuple(dict.fromkeys(options.served_model_name or [name]))
+    if options.memory_limit_gb is not None:
+        memory_bytes = min(memory_bytes, int(options.memory_limit_gb * 2**30))
+    most = largest(model)
     return Settings(
         folder=options.folder.absolute(),
-        model=Path(model).absolute().name if Path(model).exists() else model,
+        model=names[0],
+        aliases=names[1:],
+        is_model_strict=options.strict_model,
+        fetched_hosts=tuple(options.allow_fetch or ()),
         variant=options.variant,
         sr=options.sr,
         keep_s=options.keep_hours * 3600,
@@ -176,8 +206,8 @@ def _settings(
             body_bytes=options.max_upload_mib * 2**20,
             prompt_chars=options.max_prompt_chars,
             queued=options.queue_limit,
-            seconds=options.max_seconds,
-            pixels=options.max_pixels,
+            seconds=options.max_seconds or most["seconds"],
+            pixels=options.max_pixels or most["width"] * most["height"],
         ),
         suited=suited(model),
         enhancer=enhancer,
@@ -259,36 +289,35 @@ def _gpu_bytes(index: int) -> int:
     return torch.cuda.get_device_properties(index).total_memory
 
 
-def _check_model(options: dict[str, Any], sizes: Sequence[tuple[int, int, float]]) -> int:
-    """Refuse before processes are started what can be: sizes, files that are missing or damaged.
+def _check_model(arguments: dict[str, Any], sizes: Sequence[tuple[int, int, float]]) -> int:
+    """Refuse before processes are started what can be: options, sizes, missing or damaged files.
 
     Returns:
         Output rows of the widest linear of the transformers.
     """
     import torch
 
-    from magihuman.runtime import config
-    from magihuman.runtime.errors import one_of
-    from magihuman.runtime.weights import TURBO_FOLDER, TransformerOptions, find, plan
+    from magihuman.runtime.engine import LoadOptions
+    from magihuman.runtime.memory import limit_of
+    from magihuman.runtime.weights import TransformerOptions, find, plan
 
-    variant, sr = options["variant"], options["sr"]
-    one_of("--variant", variant, config.BASE_VARIANTS)
-    if sr is not None:
-        one_of("--sr", sr, tuple(config.SR_SIZES))
+    options = LoadOptions(**arguments)
+    options.check()
+    if options.context_parallel > 1:
+        options.check_together()
+    if options.device == "cpu":
+        limit_of(options.memory_limit_gb, torch.device("cpu"))
     for width, height, seconds in sizes:
         request = runtime.Request("-", width=width, height=height, seconds=seconds)
-        request.plan(config.VARIANTS[variant], sr)
-    overrides = {variant: options["transformer"], TURBO_FOLDER: options["turbo_vae"]}
-    upscaler = None if sr is None else config.upscaler(sr)
-    if upscaler is not None:
-        overrides[upscaler.name] = options["sr_transformer"]
-    chosen = config.VARIANTS[variant]
-    paths = find(options["model"], chosen, upscaler, overrides, options["revision"])
+        request.plan(options.base, options.sr)
+    paths = find(
+        arguments["model"], options.base, options.upscaler, options.overrides, options.revision
+    )
     # Headers alone are read, and no GPU is touched: its memory belongs to the engines.
     headers = TransformerOptions(torch.device("cpu"), None, None, False)
-    specs = [plan(chosen, paths.dit, headers)]
-    if upscaler is not None:
-        specs.append(plan(upscaler, paths.sr, headers))
+    specs = [plan(options.base, paths.dit, headers)]
+    if options.upscaler is not None:
+        specs.append(plan(options.upscaler, paths.sr, headers))
     for spec in specs:
         spec.scan()
     return max(

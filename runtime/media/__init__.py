@@ -8,7 +8,7 @@ formats, and stills. `quality` says how far two clips are apart.
 """
 
 from magihuman.runtime.media import quality
-from magihuman.runtime.media.apart import Decoders, ImageTask, SoundTask
+from magihuman.runtime.media.apart import Decoders, FrameTask, ImageTask, SoundTask, StillTask
 from magihuman.runtime.media.clip import ClipWriter, Origin, Output
 from magihuman.runtime.media.fragments import FragmentWriter
 from magihuman.runtime.media.image import fit, open_image
@@ -16,6 +16,7 @@ from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, read_last_frame,
 from magihuman.runtime.media.output import (
     check_output,
     check_thumbnail,
+    is_video,
     spritesheet,
     thumbnail,
     write_clip,
@@ -30,15 +31,18 @@ __all__ = [
     "ClipWriter",
     "Decoders",
     "FragmentWriter",
+    "FrameTask",
     "Frames",
     "ImageTask",
     "Mp4Writer",
     "Origin",
     "Output",
     "SoundTask",
+    "StillTask",
     "check_output",
     "check_thumbnail",
     "fit",
+    "is_video",
     "open_driving_audio",
     "open_image",
     "psnr_db",

@@ -21,7 +21,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
@@ -38,6 +38,7 @@ TASKS = 100  # of one process: what a file may have damaged in it does not stay 
 VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 Answer = dict[str, str | int | None]  # what is wrong with the file, and `errno` of writing
+SAID = {"image": "image", "sound": "audio", "frame": "a video", "still": "a video"}
 READY: Answer = {"error": None, "errno": None}
 
 
@@ -90,8 +91,45 @@ class SoundTask:
         Path(self.target).write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
 
 
-Task = ImageTask | SoundTask
-TASK_TYPES: dict[str, type[ImageTask | SoundTask]] = {"image": ImageTask, "sound": SoundTask}
+@dataclass(frozen=True)
+class FrameTask:
+    """Decode the last frame of a video to an RGB bitmap file. max_pixels, formats: `last_frame`."""
+
+    source: str
+    target: str
+    max_pixels: int
+    formats: tuple[str, ...]
+
+    def run(self) -> None:
+        """Raises `InvalidRequestError`."""
+        from magihuman.runtime.media.output import last_frame
+
+        last_frame(self.source, self.max_pixels, self.formats).save(self.target, "BMP")
+
+
+@dataclass(frozen=True)
+class StillTask:
+    """Make a WebP file of a clip: a frame of it, or a sheet of several."""
+
+    source: str
+    target: str
+    which: Literal["thumbnail", "spritesheet"]
+
+    def run(self) -> None:
+        """Raises `InvalidRequestError`."""
+        from magihuman.runtime.media.output import spritesheet, thumbnail
+
+        make = thumbnail if self.which == "thumbnail" else spritesheet
+        Path(self.target).write_bytes(make(Path(self.source)))
+
+
+Task = ImageTask | SoundTask | FrameTask | StillTask
+TASK_TYPES: dict[str, type[Task]] = {
+    "image": ImageTask,
+    "sound": SoundTask,
+    "frame": FrameTask,
+    "still": StillTask,
+}
 
 
 class Decoders:
@@ -112,17 +150,17 @@ class Decoders:
     def run(self, kind: str, task: Task) -> None:
         """Do a task in a process of its own; what it writes is there when this returns.
 
-        kind: "image" or "sound". Raises `InvalidRequestError` where the file cannot be used, also
-        where it ends its process, fills the memory or takes too long, `OSError` where the disk does
-        not take what is written, and `MagiHumanError` where no process can be started.
+        kind: of `TASK_TYPES`. Raises `InvalidRequestError` where the file cannot be
+        used, also where it ends its process, fills the memory or takes too long, `OSError` where
+        the disk does not take what is written, and `MagiHumanError` where no process can be
+        started.
         """
         process = self._take()
         try:
             error = process.ask(kind, task, self._deadline_s)
         except _EndedError as ended:
             raise InvalidRequestError(
-                f"{'image' if kind == 'image' else 'audio'} must be a file that can be decoded, got"
-                f" one {ended}; save it again"
+                f"{SAID[kind]} must be a file that can be decoded, got one {ended}; save it again"
             ) from None
         finally:
             if process.is_worn:

@@ -17,7 +17,8 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from magihuman.runtime.files import version
-from magihuman.runtime.serving.errors import ApiError, invalid, too_large
+from magihuman.runtime.serving.asked.rules import refusal
+from magihuman.runtime.serving.errors import ApiError, too_large
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.live.routes import LiveRoutes
 from magihuman.runtime.serving.metrics import Metrics
@@ -25,9 +26,19 @@ from magihuman.runtime.serving.routes import ServerRoutes, VideoRoutes
 from magihuman.runtime.serving.schema import ErrorBody
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.transfer.spool import Budget
+from magihuman.runtime.serving.views.listing import MAX_PAGE, ListRoutes
+from magihuman.runtime.serving.views.models import ModelRoutes
+from magihuman.runtime.serving.views.sync import SyncRoute
 
 # A header Host, whole: what follows an address could make a name of it.
 HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9.]+))(?::[0-9]{1,5})?")
+# What is after the question mark of an address, and what to do where it is something else.
+QUERY_RULES = {
+    "limit": (f"a whole number from 1 to {MAX_PAGE}", "ask for the rest by after"),
+    "order": ("asc or desc", "leave it out for the newest first"),
+    "after": ("the id of a video", "leave it out for the first page"),
+    "variant": ("video, thumbnail or spritesheet", "leave it out for the mp4"),
+}
 BEARER = HTTPBearer(auto_error=False, description="The server's token, where it has one.")
 
 
@@ -56,7 +67,11 @@ def create_app(
     check = _token_check(settings.token_sha256)
     ServerRoutes(settings, jobs, is_ready, metrics).add_to(app, check)
     budget = Budget(settings.limits.bodies * settings.limits.body_bytes)
-    VideoRoutes(settings, jobs, budget).add_to(app, check)
+    videos = VideoRoutes(settings, jobs, budget)
+    videos.add_to(app, check)
+    ListRoutes(settings, jobs).add_to(app, check)
+    ModelRoutes(settings).add_to(app, check)
+    SyncRoute(videos).add_to(app, check)
     LiveRoutes(jobs).add_to(app, check)
     return app
 
@@ -191,7 +206,11 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def of_fastapi(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return invalid(first["msg"], ".".join(map(str, first["loc"][1:]))).response()
+        name = ".".join(map(str, first["loc"][1:]))
+        rule, remedy = QUERY_RULES.get(
+            name, (f"as described ({first['msg']})", "see /openapi.json")
+        )
+        return refusal(name, rule, first.get("input"), remedy).response()
 
     @app.exception_handler(Exception)
     async def of_nobody(request: Request, error: Exception) -> Response:
@@ -201,10 +220,14 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _allowed(request: Request) -> set[str]:
-    """Return the methods of all routes of a path; Starlette names those of the first alone."""
-    return {
-        method
+    """Return the methods of all routes of a path; Starlette names those of the first alone.
+
+    A path that is one's own, as `/v1/videos/sync`, is no id of a video.
+    """
+    matching = [
+        route
         for route in request.app.routes
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
-        for method in route.methods or ()
-    }
+    ]
+    own = [route for route in matching if route.path == request.scope["path"]]
+    return {method for route in own or matching for method in route.methods or ()}

@@ -111,6 +111,7 @@ class Api:
         self._lock.enter_context(locked(settings.folder, LOCK_WAIT_S))
         self.jobs = Jobs(settings, _remote(engines), slots)
         self._figures = EngineFigures()
+        self._capacity = settings.capacity
         self.metrics = Metrics(self.jobs, self._figures.text)
         self._asked_s, self._is_ready = -STATUS_AGE_S, False
         self.jobs.start()
@@ -127,6 +128,8 @@ class Api:
     async def note(self, figures: Figures) -> None:
         """Take the figures of an engine."""
         self._figures.note(figures)
+        if self._capacity is not None:
+            self._capacity.plan(figures.room_bytes)
 
     async def is_ready(self) -> bool:
         """Whether an engine runs. Serve is asked once a second at most."""
@@ -144,7 +147,7 @@ def application(settings: Settings, engines: Engines, address: Address) -> serve
         name=ENGINE,
         ray_actor_options={
             "num_cpus": 0,
-            "num_gpus": 1 if engines.on_gpu else 0,
+            "num_gpus": engines.options.get("context_parallel", 1) if engines.on_gpu else 0,
             "runtime_env": {"env_vars": variables},
         },
         max_ongoing_requests=REQUESTS_PER_ENGINE,

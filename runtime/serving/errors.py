@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 
 MAX_SHOWN = 100  # characters of what a client chose, where it comes back to it
 MAX_NAME = 256  # characters of a field's name
+DECODER_RETRY_S = 30  # for a process that decodes to start
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -68,6 +69,13 @@ def too_large(limit_bytes: int) -> ApiError:
         "body_too_large",
         f"the body must have no more than {limit_bytes} bytes; send a smaller image or sound",
     )
+
+
+def no_decoder() -> ApiError:
+    """Return the error of a server that can start no process to decode a file."""
+    headers = {"Retry-After": str(DECODER_RETRY_S)}
+    message = "no process that decodes files can be started; try again later"
+    return ApiError(503, "decoder", message, headers=headers)
 
 
 def _whole(text: str) -> str:

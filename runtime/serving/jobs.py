@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
+import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +121,26 @@ class Jobs:
         """Count the jobs of each status."""
         jobs = self._store.jobs.values()
         return {status: sum(job.status is status for job in jobs) for status in Status}
+
+    def page(self, after: Job | None, limit: int, newest_first: bool) -> tuple[list[Job], bool]:
+        """Return so many jobs, in the order they were asked for, and whether there are more.
+
+        after: the one before the first; None begins at the beginning.
+        """
+        key = operator.attrgetter("created_at", "id")
+        jobs: Iterable[Job] = self._store.jobs.values()
+        if after is not None:
+            edge = key(after)
+            jobs = [job for job in jobs if (key(job) < edge if newest_first else key(job) > edge)]
+        pick = heapq.nlargest if newest_first else heapq.nsmallest
+        found = pick(limit + 1, jobs, key)
+        return found[:limit], len(found) > limit
+
+    async def ended(self, job: Job) -> None:
+        """Return once nothing more is done for a job, be it that the server stops."""
+        task = self._tasks.get(job.id)
+        if task is not None:
+            await asyncio.wait([task])
 
     def get(self, name: str) -> Job | None:
         """Return the job of this id, or None."""
@@ -289,6 +311,7 @@ class Jobs:
                         self._note(job, event)
                     case Made():
                         self._last_s = time.monotonic() - start
+                        job.peak_memory_mb = event.peak_memory_mb
                         store.complete(job, event.timings_s, event.warnings)
                         self._start_over(job)
                         return

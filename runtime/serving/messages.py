@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,10 +53,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Made:
-    """The file is there."""
+    """The file is there.
+
+    Attributes:
+        peak_memory_mb: that the engine has held meanwhile, MB of 10^6 bytes, where it is known.
+    """
 
     timings_s: dict[str, float]
     warnings: tuple[str, ...]
+    peak_memory_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,14 @@ class Figures:
         process: its number.
         order: higher in later ones of this engine.
         families: the figures, as a registry collects them.
+        room_bytes: what its memory plan leaves each stage to work in; none on a CPU.
     """
 
     engine: str
     process: int
     order: int
     families: list[Metric]
+    room_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 class EngineLost(Exception):  # noqa: N818 - a state, not a fault of this request

@@ -43,6 +43,8 @@ class Job:
         options: fields of `Request` beside the prompt and the files.
         attempts: how often an engine has begun it.
         error: `code` and `message`, where it has failed.
+        model: the name that was asked for, where it is one of the server's.
+        peak_memory_mb: that the engine has held while it made it, MB of 10^6 bytes.
         stage, progress: what an engine is doing, and how much is done, in percent; not kept.
     """
 
@@ -58,6 +60,8 @@ class Job:
     timings_s: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     error: dict[str, str] | None = None
+    model: str | None = None
+    peak_memory_mb: float | None = None
     stage: str | None = None
     progress: int = 0
 
@@ -65,6 +69,13 @@ class Job:
     def is_running(self) -> bool:
         """Whether an engine has it."""
         return self.status is Status.IN_PROGRESS
+
+    @property
+    def inference_time_s(self) -> float | None:
+        """Seconds that an engine has taken for it, once it has ended."""
+        if self.started_at is None or self.completed_at is None:
+            return None
+        return round(max(0.0, self.completed_at - self.started_at), 3)
 
     @property
     def has_ended(self) -> bool:
@@ -206,4 +217,6 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, list) and all(map(_is_text, value)),
     ),
     "error": ("code and message, or null", _is_error),
+    "model": ("a text or null", lambda value: value is None or _is_text(value)),
+    "peak_memory_mb": ("a number or null", _is_time_or_null),
 }

@@ -6,12 +6,14 @@ import asyncio
 import itertools
 import logging
 import os
+import resource
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from prometheus_client import CollectorRegistry
 
 from magihuman import runtime
@@ -63,6 +65,7 @@ class EngineReplica:
             EngineLost: the engine has failed for good.
         """
         yield Report("prepare", 0, 0)
+        _count_memory()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -107,7 +110,10 @@ class EngineReplica:
     def figures(self) -> Figures:
         """Return what the engine has counted up to now."""
         order = next(self._order)
-        return Figures(self._name, os.getpid(), order, list(self.registry.collect()))
+        plan = self._engine.memory_plan
+        room_bytes = {} if plan is None else plan.room_bytes
+        families = list(self.registry.collect())
+        return Figures(self._name, os.getpid(), order, families, room_bytes)
 
     def close(self) -> None:
         """Free the memory."""
@@ -155,7 +161,20 @@ async def _outcome(making: asyncio.Task[runtime.Chunk], path: Path) -> Made | Fa
         log.exception("%s has failed", path.parent.name)
         message = "something went wrong in the engine; the server's log has the details"
         return Failed("internal_error", message)
-    return Made(last.timings_s, last.warnings)
+    return Made(last.timings_s, last.warnings, _peak_memory_mb())
+
+
+def _count_memory() -> None:
+    """Let what a GPU holds at most be counted from now on."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory_mb() -> float:
+    """Return what a GPU has held at most since `_count_memory`; on a CPU, the process ever."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def _code(error: runtime.MagiHumanError) -> str:

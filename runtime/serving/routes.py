@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
@@ -20,15 +20,16 @@ from magihuman.runtime.serving.jobs import Draining, Jobs, LineFull
 from magihuman.runtime.serving.metrics import Metrics
 from magihuman.runtime.serving.schema import (
     Deleted,
-    ErrorBody,
     Health,
     VideoObject,
     body_schema,
+    errors_of,
 )
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import Job, Status
 from magihuman.runtime.serving.transfer.download import Download
 from magihuman.runtime.serving.transfer.spool import Budget
+from magihuman.runtime.serving.transfer.stills import Stills
 
 # The page is one file, loads nothing, and may ask this server alone.
 PAGE_POLICY = (
@@ -39,6 +40,7 @@ PAGE_POLICY = (
 DRAIN_RETRY_S, DISK_RETRY_S = 30, 60
 BODY_S = 300.0  # for a body, which has a place in line meanwhile; 32 MiB at 0.9 Mbit/s
 
+Variant = Literal["video", "thumbnail", "spritesheet"]
 Check = Callable[..., Awaitable[None]]  # a dependency of FastAPI's, which raises `ApiError`
 
 
@@ -74,7 +76,7 @@ class ServerRoutes:
         app.get(
             "/metrics",
             response_class=Response,
-            responses={200: {"content": {"text/plain": {}}}, **_errors(401)},
+            responses={200: {"content": {"text/plain": {}}}, **errors_of(401)},
             tags=["server"],
             dependencies=[Depends(check)],
         )(self.prometheus)
@@ -121,11 +123,13 @@ class VideoRoutes:
     Attributes:
         jobs: asked at each request, since the application can be made before them.
         budget: of what is being uploaded.
+        stills: images of finished videos.
     """
 
     settings: Settings
     jobs: Callable[[], Jobs]
     budget: Budget
+    stills: Stills = field(default_factory=lambda: Stills(uploads.DECODERS))
 
     def add_to(self, app: FastAPI, check: Check) -> None:
         """Bind the routes, all behind the token's check."""
@@ -133,36 +137,42 @@ class VideoRoutes:
         app.post(
             "/v1/videos",
             response_model=VideoObject,
-            responses=_errors(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
+            responses=errors_of(400, 401, 403, 404, 408, 413, 415, 422, 429, 503),
             openapi_extra={"requestBody": body_schema(self.settings)},
             **closed,
         )(self.create)
         app.get(
             "/v1/videos/{video_id}",
             response_model=VideoObject,
-            responses=_errors(401, 404, 422),
+            responses=errors_of(401, 404, 422),
             **closed,
         )(self.retrieve)
-        mp4: dict[str, Any] = {"content": {"video/mp4": {}}}
+        mp4: dict[str, Any] = {"video/mp4": {}}
+        webp: dict[str, Any] = {"image/webp": {}}
         app.get(
             "/v1/videos/{video_id}/content",
             response_class=FileResponse,
             responses={
-                200: {**mp4, "description": "The mp4."},
-                206: {**mp4, "description": "A part of it, by the header Range."},
-                **_errors(401, 404, 409, 422),
+                200: {"content": {**mp4, **webp}, "description": "The mp4, or an image of it."},
+                206: {"content": {**mp4, **webp}, "description": "A part, by the header Range."},
+                **errors_of(401, 404, 409, 422, 503),
             },
             **closed,
         )(self.content)
+        app.head("/v1/videos/{video_id}/content", include_in_schema=False, **closed)(self.content)
         app.delete(
             "/v1/videos/{video_id}",
             response_model=Deleted,
-            responses=_errors(401, 403, 404, 422, 503),
+            responses=errors_of(401, 403, 404, 422, 503),
             **closed,
         )(self.delete)
 
     async def create(self, request: Request) -> VideoObject:
         """Ask for a video; it waits in line."""
+        return VideoObject.of(await self.added(request), self.settings.model)
+
+    async def added(self, request: Request) -> Job:
+        """Put what a body asks for in line. Raises `ApiError` where it cannot be."""
         with _disk_taken():
             with _place_in_line(self.jobs()):
                 new = await _read(request, self.settings, self.budget)
@@ -171,24 +181,38 @@ class VideoRoutes:
             except Exception:  # where the client has gone, it is added all the same
                 new.close()
                 raise
-        return VideoObject.of(new.job, self.settings.model)
+        return new.job
 
     async def retrieve(self, video_id: str) -> VideoObject:
         """A video's status and progress."""
         return VideoObject.of(self._job(video_id), self.settings.model)
 
-    async def content(self, video_id: str) -> Download:
-        """The finished mp4, whole or in ranges."""
+    async def content(
+        self,
+        video_id: str,
+        variant: Annotated[
+            Variant, Query(description="The mp4, a frame of it, or sixteen.")
+        ] = "video",
+    ) -> Download:
+        """The finished mp4, whole or in ranges; or an image of it, as WebP."""
         job = self._job(video_id)
         if job.status is not Status.COMPLETED:
+            wait = None if job.has_ended else retry(self.jobs().retry_after_s)
             raise ApiError(
                 409,
                 "not_completed",
                 f"the video must be completed, and is {job.status.value}",
                 "video_id",
+                headers=wait,
             )
+        video = self.jobs().video(job)
         try:
-            return Download(self.jobs().video(job), "video/mp4", f"{job.id}.mp4")
+            if variant == "video":
+                return Download(video, "video/mp4", f"{job.id}.mp4")
+            video.lstat()
+            with _disk_taken():
+                image = await self.stills.of(video, variant)
+            return Download(image, "image/webp", f"{job.id}-{variant}.webp")
         except FileNotFoundError:  # removed by hand
             raise _not_found() from None
 
@@ -253,14 +277,10 @@ def _place_in_line(jobs: Jobs) -> Iterator[None]:
         wait = retry(jobs.retry_after_s)
         raise ApiError(429, "queue_full", message, headers=wait) from None
     except Draining:
-        raise ApiError(
-            503,
-            "draining",
-            "the server is about to stop and takes no more; try again later",
-            headers=retry(DRAIN_RETRY_S),
-        ) from None
+        raise draining() from None
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Describe answers of these statuses, as OpenAPI has it."""
-    return {status: {"model": ErrorBody} for status in statuses}
+def draining() -> ApiError:
+    """Return the error of a server that is about to stop."""
+    message = "the server is about to stop and takes no more; try again later"
+    return ApiError(503, "draining", message, headers=retry(DRAIN_RETRY_S))

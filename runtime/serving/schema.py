@@ -2,81 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, Field, WithJsonSchema, create_model
 
-from magihuman.runtime.request import MAX_SECONDS, MAX_SEED, MAX_STEPS, MIN_SECONDS
+from magihuman.runtime.serving.asked.names import AUDIO_FIELD, EXTRAS, IMAGE_FIELD, REFERENCES
+from magihuman.runtime.serving.asked.rules import FIELDS, PROMPT
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import Job, Status
 
-SIDE = "(?:3[2-9]|[4-9][0-9]|[1-9][0-9]{2}|[1-3][0-9]{3}|40[0-8][0-9]|409[0-6])"  # 32 to 4096
-NUMBER = "^[0-9]{1,3}([.][0-9]{1,6})?$"
-IMAGE_FIELD, AUDIO_FIELD = "input_reference", "audio"
 FILES = {
-    IMAGE_FIELD: "Reference image, PNG, JPEG or WebP; becomes the first frame.",
+    IMAGE_FIELD: "Reference image, PNG, JPEG or WebP; of a video, the last frame is taken.",
     AUDIO_FIELD: "Driving voice, WAV, MP3, FLAC, Ogg, AAC or MP4; becomes the sound.",
 }
 
 
-def _seconds(value: object) -> object:
-    """Turn text into a number, since OpenAI's clients send text; what is none is checked later."""
-    return float(value) if isinstance(value, str) and re.fullmatch(NUMBER, value) else value
-
-
-Seconds = Annotated[
-    float,
-    BeforeValidator(_seconds),
-    Field(ge=MIN_SECONDS, le=MAX_SECONDS, allow_inf_nan=False),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "number", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
-                {"type": "string", "pattern": NUMBER},
-            ],
-            "description": "Of the clip.",
-        }
-    ),
-]
-
-
-class VideoOptions(BaseModel):
-    """A video to make, but for its files. What is not named here is refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str = Field(pattern=r"\S", description="What is seen and said.")
-    model: str | None = Field(None, description="The served model's name, or nothing.")
-    seconds: Seconds  # this and `size` are the server's where they are left out
-    size: str = Field(
-        pattern=f"^{SIDE}x{SIDE}$",
-        description="Width and height in pixels, before super-resolution.",
-    )
-    seed: int = Field(42, ge=0, le=MAX_SEED, description="Same seed, same clip.")
-    negative_prompt: str | None = Field(None, description="What guidance moves away from.")
-    num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    enhance: bool = Field(
-        False,
-        description="Have the prompt rewritten first, by the endpoint of this server's operator.",
-    )
-    guidance_scale: float | None = Field(
-        None, ge=1, le=100, allow_inf_nan=False, description="Of the base model; 1 turns it off."
-    )
-
-    def fields(self) -> dict[str, Any]:
-        """Return the options as fields of `Request`, the prompt apart."""
-        width, height = map(int, self.size.split("x"))
-        values = {
-            "seconds": self.seconds,
-            "width": width,
-            "height": height,
-            "seed": self.seed,
-            "negative_prompt": self.negative_prompt,
-            "steps": self.num_inference_steps,
-            "guidance": self.guidance_scale,
-        }
-        return {name: value for name, value in values.items() if value is not None}
+_DEFINITIONS: dict[str, Any] = {
+    name: (Annotated[Any, WithJsonSchema(rule.schema())], None) for name, rule in FIELDS.items()
+}
+VideoOptions = create_model(
+    "VideoOptions",
+    __doc__="A video to make, but for its files. What is not named here is ignored.",
+    **_DEFINITIONS,
+)
 
 
 class JobError(BaseModel):
@@ -104,6 +52,11 @@ class VideoObject(BaseModel):
     size: str
     seed: int
     timings_s: dict[str, float] = Field(description="Seconds of each stage, once completed.")
+    stage_durations: dict[str, float] = Field(description="The same, as vLLM-Omni calls it.")
+    inference_time_s: float | None = Field(description="Seconds from `started_at` to the end.")
+    peak_memory_mb: float | None = Field(
+        description="MB that the engine's GPU, or its process on a CPU, has held at most."
+    )
     warnings: list[str] = Field(description="How the video differs from what was asked for.")
     error: JobError | None
 
@@ -113,7 +66,7 @@ class VideoObject(BaseModel):
         options = job.options
         return cls(
             id=job.id,
-            model=model,
+            model=job.model or model,
             status=job.status,
             progress=job.progress,
             stage=job.stage,
@@ -126,9 +79,47 @@ class VideoObject(BaseModel):
             size=f"{options['width']}x{options['height']}",
             seed=options["seed"],
             timings_s=job.timings_s,
+            stage_durations=job.timings_s,
+            inference_time_s=job.inference_time_s,
+            peak_memory_mb=job.peak_memory_mb,
             warnings=job.warnings,
             error=None if job.error is None else JobError(**job.error),
         )
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = Field(description="Whether there are more after the last.")
+
+
+class Model(BaseModel):
+    """A name of the model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="When the server was started.")
+    owned_by: str = "magihuman"
+    root: str = Field(description="The model's first name.")
+
+
+class ModelList(BaseModel):
+    """All names of the model, and what SGLang's clients ask about it."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+    model_path: str
+    task_type: Literal["TI2V"] = "TI2V"
+    pipeline_name: str = "magihuman"
+    variant: str
+    sr: str | None
+    size: str
+    seconds: float
+    fps: int
 
 
 class Deleted(BaseModel):
@@ -160,33 +151,41 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe answers of these statuses, as OpenAPI has it."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
 def body_schema(settings: Settings) -> dict[str, Any]:
     """Describe the body of a new video for OpenAPI: a form with files, or JSON with data URLs."""
-    limits = settings.limits
-
-    def with_files(files: dict[str, Any]) -> dict[str, Any]:
-        schema = VideoOptions.model_json_schema()
-        for name, default in settings.defaults.items():
-            schema["properties"][name]["default"] = default
-            schema["required"].remove(name)
-        for name in ("prompt", "negative_prompt"):
-            _text(schema["properties"][name])["maxLength"] = limits.prompt_chars
-        schema["properties"]["seconds"]["anyOf"][0]["maximum"] = limits.seconds
-        for name, description in FILES.items():
-            schema["properties"][name] = {**files, "description": description}
-        return schema
-
     data_url = {"type": "string", "pattern": "^data:[^,]*;base64,"}
+    kinds = [data_url, {"type": "object"}, {"type": "null"}]
+    as_form = _fields_schema(settings, {"type": "string", "format": "binary"})
     return {
         "required": True,
         "content": {
-            "multipart/form-data": {"schema": with_files({"type": "string", "format": "binary"})},
-            "application/json": {"schema": with_files(data_url)},
+            "multipart/form-data": {"schema": as_form},
+            "application/json": {"schema": _fields_schema(settings, {"anyOf": kinds})},
         },
     }
 
 
-def _text(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the text among the kinds that a field can have."""
-    kinds = schema.get("anyOf", [schema])
-    return next(kind for kind in kinds if kind.get("type") == "string")
+def _fields_schema(settings: Settings, file: dict[str, Any]) -> dict[str, Any]:
+    """Describe all fields. file: what stands for one."""
+    limits = settings.limits
+    fields = VideoOptions.model_json_schema()["properties"]
+    fields["prompt"] = {
+        **PROMPT.kinds[0],
+        "maxLength": limits.prompt_chars,
+        "description": PROMPT.description,
+    }
+    fields["negative_prompt"]["anyOf"][0] = {"type": "string", "maxLength": limits.prompt_chars}
+    fields["seconds"]["anyOf"][0]["maximum"] = limits.seconds
+    for name, default in settings.defaults.items():
+        fields[name]["default"] = default
+    for name, use in REFERENCES.items():
+        fields[name] = {**file, "description": FILES[use]}
+    for name in EXTRAS:
+        kinds = [{"type": "object"}, {"type": "string"}, {"type": "null"}]
+        fields[name] = {"anyOf": kinds, "description": "More of these fields, as an object."}
+    return {"type": "object", "properties": fields, "required": ["prompt"]}

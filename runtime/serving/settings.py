@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,29 +35,43 @@ class Limits:
     audio_s: float = 300.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Capacity:
-    """What an engine has room for, as an estimate that leaves its weights out.
+    """What an engine has room for.
 
     Attributes:
-        memory_bytes: of the device.
+        memory_bytes: of the device, or its limit, weights included.
         token_bytes: that denoising takes for each token of the picture.
         pixel_bytes: that decoding takes for each pixel of a finished frame.
+        room_bytes: what the engines' memory plan leaves each stage, once one has told.
     """
 
     memory_bytes: int
     token_bytes: float
     pixel_bytes: float
+    room_bytes: Mapping[str, int] = field(default_factory=dict)
 
-    def missing_bytes(self, plan: Plan) -> int | None:
-        """Bytes that a clip takes, where they are more than there are, else None."""
+    def plan(self, room_bytes: Mapping[str, int]) -> None:
+        """Note what an engine has planned for."""
+        self.room_bytes = dict(room_bytes)
+
+    def lacks(self, plan: Plan) -> tuple[int, int] | None:
+        """Bytes that a stage of a clip takes, by the least that it can, and those that it has.
+
+        None where every stage has as many as it takes.
+        """
         width, height = plan.size_px
-        denoising, decoding = (
-            plan.video_tokens * self.token_bytes,
-            width * height * self.pixel_bytes,
-        )
-        needed = int(max(denoising, decoding))
-        return needed if needed > self.memory_bytes else None
+        upscaled = (plan.sr_rows or 0) * (plan.sr_columns or 0)
+        needed = {
+            "denoise": plan.frames * plan.rows * plan.columns * self.token_bytes,
+            "super_resolve": plan.frames * upscaled * self.token_bytes,
+            "decode": width * height * self.pixel_bytes,
+        }
+        for stage, count in needed.items():
+            room = min(self.memory_bytes, self.room_bytes.get(stage, self.memory_bytes))
+            if count > room:
+                return int(count), room
+        return None
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,9 @@ class Settings:
     Attributes:
         folder: where jobs and videos are kept.
         model: the name that clients see.
+        aliases: names that clients may ask for beside it.
+        is_model_strict: whether another name is refused, and not taken with a warning.
+        fetched_hosts: from which addresses in requests are fetched; others are refused.
         variant, sr: of the engines, to check requests before they wait.
         keep_s: how long a finished video is kept.
         timeout_s: a video that takes longer, from when an engine has it, fails.
@@ -92,6 +110,14 @@ class Settings:
     prompts: tuple[str, ...] = ()
     capacity: Capacity | None = None
     enhancer: Enhancer | None = None
+    aliases: tuple[str, ...] = ()
+    is_model_strict: bool = False
+    fetched_hosts: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the model, the one that answers have first."""
+        return self.model, *self.aliases
 
     @property
     def defaults(self) -> dict[str, Any]:

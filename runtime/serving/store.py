@@ -126,7 +126,7 @@ class Store:
         self._save(job)
 
     def complete(self, job: Job, timings_s: dict[str, float], warnings: tuple[str, ...]) -> None:
-        """Note that the video is there."""
+        """Note that the video is there. warnings: beside those that the job has already."""
         with suppress(OSError):
             close_to_others(self.video(job))
         job.status, job.progress = Status.COMPLETED, 100
@@ -250,7 +250,7 @@ class Store:
         is_made = is_file(self.video(job))  # whole, or it would not have its name
         if job.status is Status.IN_PROGRESS and is_made:
             self._forget_live(job)  # the end of it may be missing
-            self.complete(job, job.timings_s, tuple(job.warnings))
+            self.complete(job, job.timings_s, ())
         elif job.status is Status.IN_PROGRESS:
             self.back_in_line(job, is_its_fault=True)
         elif job.status is Status.COMPLETED and not is_made:

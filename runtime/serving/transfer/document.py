@@ -36,16 +36,14 @@ class DocumentReader:
         """Return all fields, in order. Raises `ApiError` where it is no JSON object."""
         try:
             text = self._kept.decode("utf-8-sig")
-            values = json.loads(text, object_pairs_hook=_Members)
+            values = json.loads(text, object_pairs_hook=Members)
         except (ValueError, RecursionError) as error:
             raise malformed(f"the body must be JSON: {error}") from None
-        if not isinstance(values, _Members):
+        if not isinstance(values, Members):
             raise invalid(f"the body must be a JSON object, got a {type(values).__name__}")
         if len(values) > self._shape.fields:
             raise malformed(f"the body must have no more than {self._shape.fields} fields")
-        if any(name in self._long for name, _ in values):
-            raise unnamed()
-        return [(name, self._sent(value)) for name, value in values]
+        return self._members(values)
 
     def close(self) -> None:
         """Remove what is on the disk."""
@@ -106,10 +104,20 @@ class DocumentReader:
         self._string.clear()
         self._spool, self._is_inside = None, False
 
+    def _members(self, values: Members) -> Members:
+        if any(name in self._long for name, _ in values):
+            raise unnamed()
+        return Members((name, self._sent(value)) for name, value in values)
+
     def _sent(self, value: object) -> object:
+        """Return a value with its long strings as what is on the disk of them, at any depth."""
+        if isinstance(value, Members):
+            return self._members(value)
+        if isinstance(value, list):
+            return [self._sent(item) for item in value]
         spool = self._long.get(value) if isinstance(value, str) else None
         return value if spool is None else Sent(spool, "json")
 
 
-class _Members(list[tuple[str, object]]):
+class Members(list[tuple[str, object]]):
     """An object of JSON, with names that are there twice."""

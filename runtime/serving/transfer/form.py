@@ -112,9 +112,9 @@ class FormReader:
             raise malformed("each part of a form must have a name in its Content-Disposition")
         part.name = _text(options[b"name"])
         part.is_file = b"filename" in options
-        if part.is_file or part.name in self._shape.files:
-            if len(self._spools) >= len(self._shape.files):
-                raise malformed(f"the body must have no more than {len(self._shape.files)} files")
+        if part.is_file or part.name.partition("[")[0] in self._shape.files:
+            if len(self._spools) >= self._shape.most_files:
+                raise malformed(f"the body must have no more than {self._shape.most_files} files")
             part.spool = self._shape.spool()
             self._spools.append(part.spool)
 

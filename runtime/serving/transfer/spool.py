@@ -94,16 +94,18 @@ class Shape:
     """What a body may look like, a form as well as JSON.
 
     Attributes:
-        files: the names of fields that may be files.
+        files: the names of fields that may be files, without what may follow in brackets.
         fields: how many fields there may be.
         text_bytes: of one text as it is sent; longer ones are not kept in memory.
         spool: makes a place for a file or a long text.
+        most_files: that a body may have.
     """
 
     files: tuple[str, ...]
     fields: int
     text_bytes: int
     spool: Callable[[], Spool]
+    most_files: int = 2
 
     @property
     def all_text_bytes(self) -> int:

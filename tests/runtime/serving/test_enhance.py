@@ -33,12 +33,23 @@ def test_a_server_without_an_endpoint_refuses(local):
     for answer in (
         local.post({**SMALL, "prompt": ORIGINAL, "enhance": "true"}),
         local.http.post("/v1/videos", json={"prompt": ORIGINAL, "enhance": True}),
+        local.http.post(
+            "/v1/videos", json={"prompt": ORIGINAL, "extra_params": {"enhance": "True"}}
+        ),
     ):
         assert answer.status_code == 422
         error = answer.json()["error"]
         assert error["param"] == "enhance" and "--enhance" in error["message"]
     assert local.post({**SMALL, "prompt": ORIGINAL, "enhance": "false"}).status_code == 200
     assert 'id="enhance-row" class="check" hidden' in local.http.get("/").text
+
+
+@pytest.mark.parametrize("value", ["perhaps", 1, "", []])
+def test_what_is_neither_true_nor_false_is_refused(local, value):
+    answer = local.http.post("/v1/videos", json={"prompt": ORIGINAL, "enhance": value})
+    error = answer.json()["error"]
+    assert answer.status_code == 422 and error["param"] == "enhance"
+    assert "enhance must be true or false, got" in error["message"]
 
 
 def test_the_rewritten_prompt_is_made_with_the_image_shown(settings, replica, serve_here, face):
