@@ -9,7 +9,7 @@ import reprlib
 import secrets
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -96,17 +96,31 @@ def kept(job: Job) -> dict[str, object]:
     return values
 
 
-def read(folder: Path) -> Job:
+def held(folder: Path) -> dict[str, bool]:
+    """Return the names in a job's folder, and of each whether it is a file; a link is none.
+
+    Raises:
+        ValueError: it is no folder.
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISDIR(folder.lstat().st_mode):
+        raise ValueError("it must be a folder")
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+
+
+def read(folder: Path, names: Mapping[str, bool] | None = None) -> Job:
     """Read the job of a folder.
+
+    names: what `held` has found there, where it was asked already.
 
     Raises:
         ValueError: what is there is not what a server has written.
         OSError: it cannot be read.
     """
-    if not stat.S_ISDIR(folder.lstat().st_mode):
-        raise ValueError("it must be a folder")
+    names = held(folder) if names is None else names
     for name in (IMAGE, AUDIO, VIDEO, LIVE):
-        if os.path.lexists(folder / name) and not is_file(folder / name):
+        if not names.get(name, True):
             raise ValueError(f"{name} must be a file")
     try:
         values = json.loads(_content(folder / STATE).decode("utf-8"))

@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -44,7 +44,6 @@ from magihuman.runtime.serving.record import (
     VIDEO,
     Job,
     Status,
-    is_file,
     request_of,
 )
 
@@ -78,16 +77,16 @@ class Store:
         self._removed: set[Path] = set()  # folders of which something is left
         self._folder, self._keep_s = folder, keep_s
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for place in self._folder.iterdir():
-            if place.name.startswith((DRAFT, REMOVED)):
-                self._removed.add(place)
+        names = os.listdir(self._folder)
+        self._removed.update(self._folder / n for n in names if n.startswith((DRAFT, REMOVED)))
         self._clear()
         self._close_to_others()
-        for place in self._folder.glob(f"{PREFIX}*"):
-            job = _read(place)
-            if job is not None:
+        for name in names:
+            found = _read(self._folder / name) if name.startswith(PREFIX) else None
+            if found is not None:
+                job, held = found
                 self.jobs[job.id] = job
-                self._recover(job)
+                self._recover(job, held)
 
     def queued(self) -> list[Job]:
         """Return the jobs that wait, oldest first."""
@@ -211,11 +210,16 @@ class Store:
                 job.expires_at += moved_s
                 self._save(job)
 
-    def _clear_drafts(self, job: Job) -> None:
-        """Remove what a process that has died has left half-written beside the state."""
-        for place in (self._folder / job.id).glob(f"{DRAFT}*"):
-            with suppress(OSError):
-                place.unlink()
+    def _clear_drafts(self, job: Job, names: Iterable[str] | None = None) -> None:
+        """Remove what a process that has died has left half-written beside the state.
+
+        names: what lies there, where it is known.
+        """
+        folder = self._folder / job.id
+        with suppress(OSError):
+            for name in os.listdir(folder) if names is None else names:
+                if name.startswith(DRAFT):
+                    (folder / name).unlink()
 
     def _forget_live(self, job: Job) -> None:
         with suppress(OSError):
@@ -230,11 +234,12 @@ class Store:
 
     def _close_to_others(self) -> None:
         """Let nobody else in, unless other things lie in the folder: others may need those."""
-        jobs = [place for place in self._folder.glob(f"{PREFIX}*") if not place.is_symlink()]
-        closed = [*jobs, *(file for place in jobs for file in place.glob("*"))]
         is_shared = any(not name.startswith((".", PREFIX)) for name in os.listdir(self._folder))
+        place = self._folder
         try:
-            for place in (*closed, *([] if is_shared else [self._folder])):
+            if not is_shared:
+                close_to_others(place)
+            for place in _open_to_others(self._folder):
                 close_to_others(place)
         except OSError as error:
             log.warning("%s could not be closed to other users: %s", place, error.strerror)
@@ -245,9 +250,10 @@ class Store:
                 self._folder,
             )
 
-    def _recover(self, job: Job) -> None:
-        self._clear_drafts(job)
-        is_made = is_file(self.video(job))  # whole, or it would not have its name
+    def _recover(self, job: Job, held: Mapping[str, bool]) -> None:
+        """Go on from how a job was left. held: what lies in its folder."""
+        self._clear_drafts(job, held)
+        is_made = held.get(VIDEO, False)  # whole, or it would not have its name
         if job.status is Status.IN_PROGRESS and is_made:
             self._forget_live(job)  # the end of it may be missing
             self.complete(job, job.timings_s, ())
@@ -341,10 +347,27 @@ def _has_locked(number: int) -> bool:
     return True
 
 
-def _read(place: Path) -> Job | None:
-    """Read the job of a folder; None, and a line in the log, where there is none to be had."""
+def _open_to_others(folder: Path) -> Iterator[Path]:
+    """Yield the jobs' folders, and what lies in them, that others may use. No link is followed."""
+    with os.scandir(folder) as entries:
+        jobs = [entry for entry in entries if entry.name.startswith(PREFIX)]
+    for job in jobs:
+        if job.is_symlink():
+            continue
+        inside = list(os.scandir(job.path)) if job.is_dir() else []
+        for entry in (job, *inside):
+            if not entry.is_symlink() and entry.stat().st_mode & 0o077:
+                yield Path(entry.path)
+
+
+def _read(place: Path) -> tuple[Job, Mapping[str, bool]] | None:
+    """Read the job of a folder, and what lies there, by `record.held`.
+
+    None, and a line in the log, where there is none to be had.
+    """
     try:
-        return record.read(place)
+        held = record.held(place)
+        return record.read(place, held), held
     except (OSError, ValueError) as error:
         log.warning("%s is left alone: its %s cannot be used (%.300s)", place, STATE, error)
         return None

@@ -495,3 +495,43 @@ def test_killed_at_any_moment_no_finished_job_is_lost(tmp_path):
             state = json.loads((place / "job.json").read_text())  # whole, whatever it says
             assert state["id"] == place.name
     assert len(finished) >= 3
+
+
+# -- many of them ---------------------------------------------------------------------------------
+
+READS: list[str] = []  # of files below the folder that is counted in
+COUNTED: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def counting():
+    """Note every file that is opened below a folder of `COUNTED`, and every folder that is read."""
+
+    def note(event: str, arguments: tuple) -> None:
+        if COUNTED and event in ("open", "os.listdir", "os.scandir"):
+            path = os.fspath(arguments[0]) if isinstance(arguments[0], (str, os.PathLike)) else ""
+            if path.startswith(COUNTED[0]):
+                READS.append(os.path.basename(path))
+
+    sys.addaudithook(note)  # for good, and idle but for this module
+    yield READS
+    COUNTED.clear()
+
+
+def test_a_restart_reads_each_finished_one_once(store, counting):
+    """Its state and no more, and writes nothing, so that thousands hold no start up."""
+    jobs = [added(store) for _ in range(20)]
+    for job in jobs:
+        store.begin(job)
+        store.video(job).write_bytes(b"mp4")
+        store.complete(job, {"text": 0.5}, ())
+    counting.clear()
+    COUNTED.append(str(store._folder) + os.sep)
+    found = again(store)
+    reads = sorted(counting)
+    assert len(found.jobs) == 20
+    assert [name for name in reads if not name.startswith("video_")] == ["job.json"] * 20
+    assert len(reads) <= 20 + 2 * 20  # and each folder at most twice: once for its modes
+    counting.clear()
+    asked = found.jobs.values()
+    assert {job.status for job in asked} == {Status.COMPLETED} and counting == []
