@@ -2,6 +2,7 @@
 #   make demo    out/demo.mp4, a drawn head that speaks
 #   make test    lint, types, imports, unit tests
 #   make test-versions   fast tests with the oldest and the newest dependencies
+#   make test-clients    clients of video servers, as they are installed; needs the network
 #   make audit   known vulnerabilities of the dependencies; needs the network
 #   make bench   benchmarks; an entry in benchmarks/results/history
 #   make clean   remove what these made
@@ -31,7 +32,7 @@ SLOW := windows_cover_the_sound or less_than_two_shards or imports_no_model_libr
 # mend. No such archive is read here.
 ACCEPTED := --ignore-vuln CVE-2026-136426 --ignore-vuln CVE-2026-136427
 
-.PHONY: audit bench demo test test-versions test-oldest test-newest install-versions lint types imports unit clean
+.PHONY: audit bench demo test test-clients test-versions test-oldest test-newest install-versions lint types imports unit clean
 
 test: lint types imports unit
 
@@ -60,6 +61,20 @@ test-oldest:
 
 test-newest:
 	+@$(call with_python,3.13,newest,run-newest)
+
+# Clients of others against `magihuman serve` with nano, each in an environment of its own. What
+# cannot be installed is skipped.
+test-clients: $(VENV)/.installed .clients/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:cacheprovider tests/runtime/serving/clients --clients .clients
+
+.clients/.installed:
+	mkdir -p .clients
+	$(PYTHON) -m venv .clients/litellm
+	-.clients/litellm/bin/python -m pip install --quiet 'litellm[proxy]'
+	$(PYTHON) -m venv .clients/aiperf
+	-.clients/aiperf/bin/python -m pip install --quiet aiperf
+	-npm install --silent --prefix .clients openai
+	touch $@
 
 # What takes longest of it, mostly downloads.
 install-versions:
@@ -129,7 +144,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-audit .venv-oldest .venv-newest out build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .clients .venv-audit .venv-oldest .venv-newest out build dist .mypy_cache .pytest_cache .ruff_cache .benchmarks
 
 comma := ,
 SHOWN := accelerate|av|diffusers|fastapi|numpy|pillow|ray|rich|scipy|torch|transformers|typer

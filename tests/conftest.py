@@ -85,6 +85,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="damaged images, and as many sounds, of tests/runtime/media/test_fuzz.py",
     )
     parser.addoption(
+        "--clients",
+        help="folder of the clients that tests/runtime/serving/clients tries",
+    )
+    parser.addoption(
         "--load-jobs",
         type=int,
         default=60,

@@ -43,6 +43,31 @@ def test_all_verbs(server, face, voice):
     assert server.http.get(f"/v1/videos/{name}").status_code == 404
 
 
+def test_openais_client(server, face, tmp_path):
+    """As it is installed; other clients are tried by `make test-clients`."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=TOKEN, max_retries=0) as client:
+        video = client.videos.create(
+            prompt="hi", model="sora-2", size="64x32", seconds="1", input_reference=face,
+            extra_body={"num_inference_steps": 1, "quality": "high"},
+        )  # fmt: skip
+        done = client.videos.poll(video.id, poll_interval_ms=100)
+        assert (done.status, done.size, done.seconds) == ("completed", "64x32", "1")
+        assert [each.id for each in client.videos.list(limit=1)][:1] == [video.id]
+        assert client.videos.retrieve(video.id).id == video.id
+        (model,) = client.models.list()
+        assert client.models.retrieve(model.id) == model
+        starts = {"video": b"ftyp", "thumbnail": b"WEBP", "spritesheet": b"WEBP"}
+        for variant, start in starts.items():
+            content = client.videos.download_content(video.id, variant=variant).read()
+            assert start in content[4:12]
+        assert client.videos.delete(video.id).deleted
+        with pytest.raises(openai.NotFoundError, match="there is no such video"):
+            client.videos.retrieve(video.id)
+        with pytest.raises(openai.UnprocessableEntityError, match="size must be WIDTHxHEIGHT"):
+            client.videos.create(prompt="hi", size="huge")
+
+
 def test_removing_a_running_one_frees_its_engine(server):
     server.when(server.create(), "completed")
     before = made(server)
