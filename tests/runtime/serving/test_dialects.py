@@ -8,7 +8,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import av
@@ -499,11 +499,15 @@ def test_videos_that_are_none(local, settings, clip):
 def web(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterator[tuple[str, list[str]]]:
     """A server on loopback, its place, and the paths that it was asked for."""
     asked: list[str] = []
+    is_over = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
             status, headers, content = answers[self.path]
+            while self.path == "/late" and not is_over.wait(0.05):
+                with suppress(OSError):
+                    self.wfile.write(b" ")  # of a head that does not end
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -517,6 +521,7 @@ def web(answers: dict[str, tuple[int, dict[str, str], bytes]]) -> Iterator[tuple
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"127.0.0.1:{server.server_port}", asked
+        is_over.set()
         server.shutdown()
         thread.join()
 
@@ -527,6 +532,7 @@ def test_addresses_of_named_hosts_are_fetched(settings, replica, serve_here, red
         "/moved": (302, {"Location": "/a.png?x=1"}, b""),
         "/large": (200, {}, bytes(LIMITS.body_bytes + 1)),
         "/cut": (200, {"Content-Length": "1000"}, b"x"),
+        "/late": (200, {}, b""),
     }
     with web(answers) as (place, asked):
         open_one = dataclasses.replace(settings, fetched_hosts=(place,))
@@ -542,13 +548,16 @@ def test_addresses_of_named_hosts_are_fetched(settings, replica, serve_here, red
                 ("/moved", "redirects are not followed"),
                 ("/large", "has more than"),
                 ("/cut", "before its end"),
+                ("/late", "takes longer than 0.5 s"),
             ):
+                if path == "/late":
+                    monkeypatch.setattr("magihuman.runtime.serving.transfer.fetch.DEADLINE_S", 0.5)
                 answer = as_json(local, reference_url=f"http://{place}{path}")
                 assert says in refused(answer, 422, "reference_url")
             assert "/a.png?x=1" in asked and asked.count("/a.png?x=1") == 1
             for other in ("http://localhost/x", f"http://u:p@{place}/x", f"http://x@{place}"):
                 refused(as_json(local, reference_url=other), 422, "reference_url")
-            assert len(asked) == 4 and len(list(settings.folder.iterdir())) == 1
+            assert len(asked) == 5 and len(list(settings.folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
