@@ -82,7 +82,8 @@ def test_every_module_is_in_the_wheel_and_nothing_else(names):
     }
     assert {name for name in names if name.endswith(".py")} == wanted
     assert {"magihuman/kernels/reference.py", "magihuman/export/onnx.py"} <= wanted
-    assert "magihuman/runtime/serving/static/page.html" in names
+    for name in ("page.html", "page.css", "main.js"):
+        assert f"magihuman/runtime/serving/static/{name}" in names
     assert not any("test" in name or "benchmark" in name for name in names)
 
 

@@ -22,6 +22,7 @@ from magihuman.runtime.serving.errors import ApiError, too_large
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.live.routes import LiveRoutes
 from magihuman.runtime.serving.metrics import Metrics
+from magihuman.runtime.serving.page.routes import PageRoutes
 from magihuman.runtime.serving.routes import ServerRoutes, VideoRoutes
 from magihuman.runtime.serving.schema import ErrorBody
 from magihuman.runtime.serving.settings import Settings
@@ -65,7 +66,8 @@ def create_app(
     app.add_middleware(LimitsMiddleware, settings=settings, metrics=metrics)
     _handle_errors(app)
     check = _token_check(settings.token_sha256)
-    ServerRoutes(settings, jobs, is_ready, metrics).add_to(app, check)
+    PageRoutes(settings).add_to(app)
+    ServerRoutes(jobs, is_ready, metrics).add_to(app, check)
     budget = Budget(settings.limits.bodies * settings.limits.body_bytes)
     videos = VideoRoutes(settings, jobs, budget)
     videos.add_to(app, check)

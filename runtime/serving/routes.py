@@ -1,4 +1,4 @@
-"""The routes: the page, how the server is, and videos."""
+"""The routes: how the server is, and videos."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
@@ -31,12 +30,6 @@ from magihuman.runtime.serving.transfer.download import Download
 from magihuman.runtime.serving.transfer.spool import Budget
 from magihuman.runtime.serving.transfer.stills import Stills
 
-# The page is one file, loads nothing, and may ask this server alone.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self';"
-    " img-src 'self' blob: data:; media-src 'self' blob:; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'"
-)
 DRAIN_RETRY_S, DISK_RETRY_S = 30, 60
 BODY_S = 300.0  # for a body, which has a place in line meanwhile; 32 MiB at 0.9 Mbit/s
 
@@ -51,24 +44,21 @@ async def health() -> Health:
 
 @dataclass(frozen=True)
 class ServerRoutes:
-    """The page, and how the server is.
+    """How the server is.
 
     The docstrings of routes are what clients read in the OpenAPI description.
 
     Attributes:
-        settings: have what the page's form begins with.
         jobs, metrics: asked at each request, since the application can be made before them.
         is_ready: whether an engine runs.
     """
 
-    settings: Settings
     jobs: Callable[[], Jobs]
     is_ready: Callable[[], Awaitable[bool]]
     metrics: Callable[[], Metrics]
 
     def add_to(self, app: FastAPI, check: Check) -> None:
         """Bind the routes. check: the token's, of those that are not for everybody."""
-        app.get("/", response_class=HTMLResponse, include_in_schema=False)(self.page)
         app.get("/health", response_model=Health, tags=["server"])(health)
         app.get(
             "/ready", response_model=Health, responses={503: {"model": Health}}, tags=["server"]
@@ -80,24 +70,6 @@ class ServerRoutes:
             tags=["server"],
             dependencies=[Depends(check)],
         )(self.prometheus)
-
-    async def page(self) -> HTMLResponse:
-        """Answer with the page, filled in for the model. It may ask this server alone."""
-        text = (
-            resources.files(__package__).joinpath("static", "page.html").read_text(encoding="utf-8")
-        )
-        suited = self.settings.suited
-        width, height = suited["width"], suited["height"]
-        values = {
-            "seconds": f"{suited['seconds']:g}",
-            "max-seconds": f"{self.settings.limits.seconds:g}",
-            "size": f"{width}x{height}",
-            "turned-size": f"{height}x{width}",
-            "enhance": "hidden" if self.settings.enhancer is None else "",
-        }
-        for name, value in values.items():
-            text = text.replace(f"{{{{{name}}}}}", value)
-        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     async def ready(self, response: Response) -> Health:
         """Whether an engine is loaded and new videos are taken."""

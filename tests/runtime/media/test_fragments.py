@@ -67,7 +67,7 @@ def test_a_clip_in_fragments_is_the_clip(tmp_path):
     pictures, sound = decoded(file)
     frames, audio = clip(sum(WINDOWS))
     assert pictures.shape == frames.shape
-    assert psnr_db(pictures, frames) > 30
+    assert psnr_db(pictures, frames) > 27
     length = sum(WINDOWS) * RATE // FPS
     assert length <= len(sound) < length + 1024  # and not what is longer than the picture
     begin = 2048  # where the encoder's first block, which is not there, is heard no more

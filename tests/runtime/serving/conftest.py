@@ -98,6 +98,15 @@ def replica(tiny_dir) -> Iterator[EngineReplica]:
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """One for all tests, since it takes its time to start."""
+    from browsing import chromium  # not everywhere where other tests run
+
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
 def face(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("face") / "face.png"
     Image.linear_gradient("L").convert("RGB").resize((64, 48)).save(path)
@@ -120,6 +129,32 @@ def local(settings, replica, serve_here):
     """A server in this process, with what the module's `settings` say."""
     with serve_here(settings, replica) as running:
         yield running
+
+
+class Held:
+    """Windows of a decoder, each of which waits to be let through but for the first."""
+
+    def __init__(self, windows: Any) -> None:
+        self.let, self.decoded = threading.Semaphore(0), 0
+        self._windows = windows
+
+    def __call__(self, latent: Any) -> Iterator[Any]:
+        self.decoded = 0
+        for index, window in enumerate(self._windows(latent)):
+            if index:
+                assert self.let.acquire(timeout=120)
+            self.decoded = index + 1
+            yield window
+
+
+@pytest.fixture
+def held(replica, monkeypatch) -> Iterator[Held]:
+    """The windows of the replica's decoder."""
+    decoder = replica._engine._parts.turbo_vae
+    windows = Held(decoder.windows)
+    monkeypatch.setattr(decoder, "windows", windows)
+    yield windows
+    windows.let.release(100)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import dataclasses
 import errno
+import html
 import io
 import json
 import os
@@ -1033,7 +1034,35 @@ def test_the_description(local):
     assert "HTTPValidationError" not in json.dumps(described)
 
 
-def test_the_page_is_one_file(local):
-    page = local.http.get("/")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
+def test_the_page_loads_files_of_its_own_alone(local):
+    page = httpx.get(local.url)
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.text)
+    loaded = re.findall(r"""(?:src|href)="(static/[^"]+)\"""", page.text)
+    assert set(loaded) == {"static/page.css", "static/main.js"}
+    for name, kind in zip(sorted(loaded), ("text/javascript", "text/css"), strict=True):
+        answer = httpx.get(f"{local.url}/{name}")
+        assert answer.headers["content-type"] == f"{kind}; charset=utf-8"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        for other in re.findall(r"""from "\./([^"]+)\"""", answer.text):
+            assert httpx.get(f"{local.url}/static/{other}").status_code == 200
+    for name in ("page.html", "none.js", "..%2fapi.py", "%2e%2e/api.py", ""):
+        assert httpx.get(f"{local.url}/static/{name}").status_code == 404
+
+
+def test_the_page_has_the_models_prompts(settings, replica, serve_here):
+    asked = ('A man says: "</select>{{size}}"', "Two & three")
+    with serve_here(dataclasses.replace(settings, prompts=asked), replica) as local:
+        options = re.findall("<option>(.*?)</option>", local.http.get("/").text)
+    assert tuple(html.unescape(option) for option in options) == asked
+    assert "<" not in "".join(options)
+
+
+@pytest.mark.parametrize("variant", ["base", "distill"])
+def test_the_page_asks_for_guidance_where_the_model_has_it(settings, replica, serve_here, variant):
+    with serve_here(dataclasses.replace(settings, variant=variant), replica) as local:
+        page = local.http.get("/").text
+    for name in ("guidance_scale", "negative_prompt"):
+        label = page[: page.index(f'id="{name}"')].rpartition("<label")[2].partition(">")[0]
+        assert ("hidden" in label) == (variant == "distill")

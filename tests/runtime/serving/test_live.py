@@ -34,31 +34,6 @@ def settings(tmp_path) -> Settings:
     return Settings(tmp_path / "videos", "tiny", token_sha256=TOKEN_SHA256)
 
 
-class Held:
-    """Windows of a decoder, each of which waits to be let through but for the first."""
-
-    def __init__(self, windows) -> None:
-        self.let, self.decoded = threading.Semaphore(0), 0
-        self._windows = windows
-
-    def __call__(self, latent):
-        self.decoded = 0
-        for index, window in enumerate(self._windows(latent)):
-            if index:
-                assert self.let.acquire(timeout=120)
-            self.decoded = index + 1
-            yield window
-
-
-@pytest.fixture
-def held(replica, monkeypatch) -> Iterator[Held]:
-    decoder = replica._engine._parts.turbo_vae
-    windows = Held(decoder.windows)
-    monkeypatch.setattr(decoder, "windows", windows)
-    yield windows
-    windows.let.release(100)
-
-
 def stream_of(name: str) -> str:
     return f"/v1/videos/{name}/stream"
 

@@ -2,89 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-
 import httpx
 import pytest
-from selenium import webdriver
+from browsing import Page, needs_browser
 from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webdriver import WebDriver
 from video_client import TOKEN, until
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None,
-    reason="chromium and chromedriver are not installed (Debian: chromium, chromium-driver)",
-)
-OPTIONS = (
-    "--headless",
-    "--no-sandbox",  # tests may run as root
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--autoplay-policy=no-user-gesture-required",
-    "--window-size=1100,1000",
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[WebDriver]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(DRIVER)
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
-
-
-class Page:
-    """What somebody does with it."""
-
-    def __init__(self, browser: WebDriver) -> None:
-        self.browser = browser
-
-    def at(self, name: str):
-        return self.browser.find_element(By.ID, name)
-
-    def fill(self, **values: object) -> None:
-        for name, value in values.items():
-            element = self.at(name)
-            if element.get_attribute("type") != "file":
-                element.clear()
-            element.send_keys(str(value))
-
-    def is_shown(self, name: str) -> bool:
-        return self.at(name).is_displayed()
-
-    def errors(self) -> list[str]:
-        """Of scripts and of the page's own policy; refusals that a test provokes are none."""
-        lines = [line["message"] for line in self.browser.get_log("browser")]
-        return [line for line in lines if "status of" not in line]
+pytestmark = needs_browser
 
 
 @pytest.fixture
 def page(server, browser) -> Page:
-    browser.get("about:blank")
-    browser.get(server.url)
-    browser.execute_script("sessionStorage.clear()")
-    browser.get(server.url)
-    return Page(browser)
+    return Page(browser, server.url)
 
 
 @pytest.fixture
-def known(page) -> Page:
+def known(server, browser) -> Page:
     """With the token."""
-    page.browser.execute_script("sessionStorage.setItem('token', arguments[0])", TOKEN)
-    page.browser.refresh()
-    return page
+    return Page(browser, server.url, TOKEN)
 
 
 def test_from_a_prompt_to_a_video_that_plays(page, server, face, voice, tmp_path):
@@ -162,8 +97,8 @@ def test_refusals_are_shown(known, tmp_path):
 
 
 def test_a_video_that_is_not_there(known, server):
+    known.browser.get("about:blank")
     known.browser.get(f"{server.url}/#video_{'0' * 32}")
-    known.browser.refresh()
     until(lambda: "no longer on the server" in known.at("refused").text)
     assert not known.is_shown("job")
 
