@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import os
 import resource
 import secrets
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from magihuman import runtime
 from magihuman.runtime.files import sync
-from magihuman.runtime.media import FragmentWriter
+from magihuman.runtime.media import FragmentWriter, check_output
 from magihuman.runtime.serving.messages import (
     EngineLost,
     Event,
@@ -92,7 +94,7 @@ class EngineReplica:
     ) -> runtime.Chunk:
         """Make the clip, and return its last chunk. put: takes a window once it can be read."""
         last: runtime.Chunk | None = None
-        live = _LiveFile(work.live)
+        live = _LiveFile(work)
         chunks = self._engine.agenerate_stream(
             work.request, save=work.save, on_progress=tell, deadline_s=work.deadline_s
         )
@@ -103,7 +105,7 @@ class EngineReplica:
                     written = await asyncio.to_thread(live.add, chunk)
                     put(Window(chunk.first_frame + len(chunk.frames), written))
         finally:
-            live.close()
+            await asyncio.to_thread(live.close)
         assert last is not None  # a clip has a frame
         return last
 
@@ -123,30 +125,40 @@ class EngineReplica:
 class _LiveFile:
     """What can be seen of a clip while it is made. Nothing that becomes of it costs the clip."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, work: Work) -> None:
+        self._path, self._seconds = work.live, work.request.seconds
         self._writer: FragmentWriter | None = None
+        self._using = threading.RLock()  # a task that is cancelled leaves its thread behind
 
     def add(self, chunk: runtime.Chunk) -> int:
         """Write a chunk, and return how many bytes can be read now; 0 where there are none."""
-        if self._path is None:
-            return 0
-        try:
-            if self._writer is None:
-                self._writer = FragmentWriter(self._path, chunk.fps, chunk.sample_rate_hz)
-            return self._writer.add(chunk.frames, chunk.audio, chunk.is_last)
-        except Exception as error:  # of the disk, or of FFmpeg
-            log.warning("%s cannot be watched while it is made: %r", self._path.parent.name, error)
-            self.close()
-            with suppress(OSError):
-                self._path.unlink(missing_ok=True)
-            self._path = None
-            return 0
+        with self._using:
+            if self._path is None:
+                return 0
+            try:
+                return self._write(self._path, chunk)
+            except Exception as error:  # of the disk, or of FFmpeg
+                name = self._path.parent.name
+                log.warning("%s cannot be watched while it is made: %r", name, error)
+                with suppress(OSError):
+                    self._path.unlink(missing_ok=True)
+                self.close()
+                return 0
 
     def close(self) -> None:
-        """Close the file, which stays."""
-        if self._writer is not None:
-            self._writer.close()
+        """Close the file, which stays, and take no more."""
+        with self._using:
+            self._path = None
+            if self._writer is not None:
+                self._writer.close()
+
+    def _write(self, path: Path, chunk: runtime.Chunk) -> int:
+        height, width = chunk.frames.shape[1:3]
+        # What room there is belongs to the clip.
+        check_output(path, math.ceil(self._seconds * chunk.fps), width, height)
+        if self._writer is None:
+            self._writer = FragmentWriter(path, chunk.fps, chunk.sample_rate_hz)
+        return self._writer.add(chunk.frames, chunk.audio, chunk.is_last)
 
 
 async def _outcome(making: asyncio.Task[runtime.Chunk], path: Path) -> Made | Failed:

@@ -19,6 +19,7 @@ import pytest
 from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
 
 from magihuman.runtime.files import close_to_others
+from magihuman.runtime.media import check_output
 from magihuman.runtime.serving.live import events, watching
 from magihuman.runtime.serving.live.stream import media_type
 from magihuman.runtime.serving.messages import EngineLost, Made, Report, Window
@@ -202,8 +203,17 @@ def test_another_attempt_is_another_stream(settings, replica, serve_here):
         assert len(frames_of(local.http.get(stream_of(name)).content)) == FRAMES[-1]
 
 
-@pytest.mark.parametrize("broken", ["disk", "missing"])
+@pytest.mark.parametrize("broken", ["disk", "room", "missing"])
 def test_a_stream_that_cannot_be_kept_costs_no_video(local, settings, monkeypatch, broken):
+    if broken == "room":  # of which there is enough for the video alone
+        size = shutil.disk_usage(settings.folder)
+
+        def check(*arguments) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(shutil, "disk_usage", lambda _: size._replace(free=2**20))
+                check_output(*arguments)
+
+        monkeypatch.setattr("magihuman.runtime.serving.replica.check_output", check)
     if broken == "disk":
         module = "magihuman.runtime.media.fragments.writer.FragmentWriter._write"
 
@@ -213,7 +223,7 @@ def test_a_stream_that_cannot_be_kept_costs_no_video(local, settings, monkeypatc
         monkeypatch.setattr(module, full)
     name = local.create()
     local.when(name, "completed")
-    (settings.folder / name / "live.mp4").unlink(missing_ok=broken == "disk")
+    (settings.folder / name / "live.mp4").unlink(missing_ok=broken != "missing")
     assert local.content(name).status_code == 200
     for answer in (local.http.get(stream_of(name)), local.http.head(stream_of(name))):
         assert answer.status_code == 409

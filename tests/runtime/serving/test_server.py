@@ -68,6 +68,16 @@ def test_openais_client(server, face, tmp_path):
             client.videos.create(prompt="hi", size="huge")
 
 
+def test_a_video_is_seen_while_it_is_made(server):
+    name = server.create({**SMALL, "seconds": "2"})
+    with server.http.stream("GET", f"/v1/videos/{name}/stream", timeout=180) as answer:
+        content = answer.read()
+    assert answer.status_code == 200 and content[4:8] == b"ftyp"
+    server.when(name, "completed")
+    assert content.count(b"moof") == 2 and content == server.http.get(answer.url).content
+    assert server.http.get(f"/v1/videos/{name}/events").text.count("event: completed") == 1
+
+
 def test_removing_a_running_one_frees_its_engine(server):
     server.when(server.create(), "completed")
     before = made(server)
