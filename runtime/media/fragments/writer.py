@@ -77,10 +77,11 @@ class FragmentWriter:
         return self._bytes
 
     def close(self) -> None:
-        """Close the file, which stays as it is."""
+        """Close the file, which stays as it is. May be called again."""
         self._file.close()
-        if self._encoders is not None:
-            self._encoders.close()
+        encoders, self._encoders = self._encoders, None
+        if encoders is not None:
+            encoders.close()
 
     def _write(self, content: bytes) -> None:
         view = memoryview(content)

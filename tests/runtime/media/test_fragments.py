@@ -115,6 +115,7 @@ def test_a_disk_that_is_full_is_said(tmp_path):
         os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
         with pytest.raises(OSError, match="No space left"):
             writer.add(frames, audio, is_last=True)
+        writer.close()  # and once more at the end
 
 
 def test_units_get_their_lengths():
