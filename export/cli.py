@@ -17,9 +17,18 @@ import typer
 from rich.table import Column, Table
 
 from magihuman.runtime.cli import main as cli
-from magihuman.runtime.cli.console import FAILED, Bar, err, out, size_text, user_errors
+from magihuman.runtime.cli.console import (
+    FAILED,
+    Bar,
+    err,
+    need,
+    out,
+    print_table,
+    size_text,
+    user_errors,
+)
 from magihuman.runtime.cli.options import JsonOptions, takes_options
-from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
+from magihuman.runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from magihuman.export.exporting import OnGraph
@@ -87,13 +96,7 @@ def _check(options: ExportOptions) -> None:
 
 def _check_libraries() -> None:
     """Refuse where a library of the export is not installed."""
-    try:
-        from magihuman.export import exporting, verify  # noqa: F401 - all they need is there
-    except ModuleNotFoundError as error:
-        raise MagiHumanError(
-            f"export must have its libraries, and {error.name} is not installed; install them"
-            " with pip install 'magihuman[onnx]'"
-        ) from error
+    need("export", "onnx", "magihuman.export.exporting", "magihuman.export.verify")
 
 
 def _write(options: ExportOptions) -> Verdict | None:
@@ -152,7 +155,7 @@ def _show(folder: Path, verdict: Verdict | None, seconds: float, as_json: bool) 
                 f"{figure.limit:.1e}",
                 "ok" if figure.is_ok else "FAIL",
             )
-    out.print(table)
+    print_table(table)
     if skipped is not None:
         err.print(f"engines not run: {skipped}")
     out.print(f"{folder}: {len(files)} files in {seconds:.0f} s")

@@ -51,6 +51,23 @@ class EngineUnusable(DeviceError):  # noqa: N818 - a state, not a fault of this 
     """The GPU has failed for good in this process; only a new process can load again."""
 
 
+class MissingExtraError(MagiHumanError):
+    """What was asked needs libraries that are not installed; the message has pip's command.
+
+    Attributes:
+        extra: of this package, such as "serve".
+    """
+
+    def __init__(self, what: str, extra: str, missing: str) -> None:
+        super().__init__(
+            f"{what} needs {missing}, which is not installed: pip install 'magihuman[{extra}]'"
+        )
+        self.what, self.extra, self.missing = what, extra, missing
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str, str]]:
+        return type(self), (self.what, self.extra, self.missing)
+
+
 class OutputError(MagiHumanError, OSError):
     """The result could not be written; nothing half-written is left behind."""
 

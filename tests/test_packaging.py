@@ -74,8 +74,11 @@ def test_every_module_is_in_the_wheel_and_nothing_else(names):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages = project["tool"]["scikit-build"]["wheel"]["packages"]
     folders = [name for name in FOLDERS if (ROOT / name).is_dir()]
-    assert packages == {f"magihuman/{name}": name for name in folders}
-    wanted = {
+    assert packages == {
+        "magihuman": "entry/magihuman",
+        **{f"magihuman/{name}": name for name in folders},
+    }
+    wanted = {"magihuman/__main__.py"} | {
         f"magihuman/{file.relative_to(ROOT).as_posix()}"
         for name in folders
         for file in (ROOT / name).rglob("*.py")
@@ -167,7 +170,8 @@ def links(text: str) -> list[tuple[str, str]]:
 def test_the_links_of_an_editable_install_are_the_folders_of_the_wheel():
     links = (ROOT / ".editable" / "magihuman").iterdir()
     assert {link.name: link.readlink().as_posix() for link in links} == {
-        name: f"../../{name}" for name in FOLDERS
+        "__main__.py": "../../entry/magihuman/__main__.py",
+        **{name: f"../../{name}" for name in FOLDERS},
     }
 
 
@@ -212,9 +216,10 @@ def test_the_installed_wheel_works(installed, tmp_path):
     code = "from magihuman import runtime; print(runtime.__file__, runtime.Request('hi').steps)"
     said = python("-c", code, path=[installed], cwd=tmp_path).split()
     assert said == [str(installed / "magihuman" / "runtime" / "__init__.py"), "None"]
-    command = installed / "bin" / "magihuman"
-    help_text = python(str(command), "--help", path=[installed], cwd=tmp_path)
-    assert all(command in help_text for command in ("generate", "inspect", "export"))
+    for command in ((str(installed / "bin" / "magihuman"),), ("-m", "magihuman")):
+        help_text = python(*command, "--help", path=[installed], cwd=tmp_path)
+        assert all(command in help_text for command in ("generate", "inspect", "export"))
+        assert python(*command, "--version", path=[installed], cwd=tmp_path) == "magihuman 0.1.0\n"
 
 
 def test_the_runtime_has_its_commands_without_the_export(installed, tmp_path):
@@ -222,7 +227,7 @@ def test_the_runtime_has_its_commands_without_the_export(installed, tmp_path):
     shutil.rmtree(alone / "magihuman" / "export")
     module = ("-m", "magihuman.runtime.cli", "--help")
     help_text = python(*module, path=[alone], cwd=tmp_path)
-    assert "generate" in help_text and "export" not in help_text
+    assert "generate" in help_text and "export  " not in help_text
 
 
 def test_importing_the_command_imports_nothing_large(installed, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,20 +13,27 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from magihuman import runtime
 
 if TYPE_CHECKING:
-    from magihuman.runtime.memory import MemoryPlan
+    from magihuman.runtime.memory import MemoryPlan, StageMemory
 
 # Names of files are printed as they are, and may look like markup ([red]) or emoji (:sun:).
 out = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 BAD_INPUT, FAILED = 2, 1
-BAD_INPUT_ERRORS = (runtime.InvalidRequestError, runtime.CheckpointError, runtime.OutputError)
+WIDEST = 10_000  # letters of a line, where a terminal sets no bound
+BAD_INPUT_ERRORS = (
+    runtime.InvalidRequestError,
+    runtime.CheckpointError,
+    runtime.OutputError,
+    runtime.MissingExtraError,
+)
 
 
 @contextmanager
@@ -42,6 +50,35 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("interrupted")
         raise typer.Exit(FAILED) from None
+
+
+def need(what: str, extra: str, *modules: str) -> None:
+    """Raise `MissingExtraError` where a module of an extra is not installed."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise runtime.MissingExtraError(
+                what, extra, (error.name or name).partition(".")[0]
+            ) from error
+
+
+def print_table(table: Table) -> None:
+    """Print a table, or a block of lines for each row where the terminal is too narrow for it."""
+    for column in table.columns:
+        column.overflow = "fold"  # nothing is cut
+    narrowest = Measurement.get(out, out.options.update(max_width=WIDEST), table).minimum
+    if narrowest <= out.width:
+        out.print(table)
+        return
+    if table.title:
+        out.print(table.title)
+    titles = [str(column.header) for column in table.columns]
+    for first, *rest in zip(*(column.cells for column in table.columns), strict=True):
+        out.print(first)
+        for title, cell in zip(titles[1:], rest, strict=True):
+            if cell:
+                out.print(f"  {title}: {cell}".replace("\n", "\n    ") if title else f"  {cell}")
 
 
 class Bar:
@@ -143,31 +180,27 @@ def print_result(path: Path, made: Made, timings: dict[str, float], as_json: boo
     for name, seconds in timings.items():
         table.add_row(name, f"{seconds:.3f}")
     table.add_row("total", f"{sum(timings.values()):.3f}")
-    out.print(table)
+    print_table(table)
     out.print(f"{path}: {frames} frames of {width}x{height}, {duration_s:.2f} s, seed {video.seed}")
 
 
 def print_plan(plan: MemoryPlan) -> None:
-    """Print what is on the device in each stage, and what moving is expected to cost."""
+    """Print what comes to the device and leaves it from stage to stage, and what that costs."""
     title = f"memory plan within {size_text(plan.limit_bytes)}, estimated"
     table = Table(Column("stage", no_wrap=True), title=title, title_justify="left")
-    for name in ("on the device", "activations", "sum", "brought over", "extra"):
-        table.add_column(name, justify="left" if name == "on the device" else "right")
+    table.add_column("what changes on the device")
+    for name in ("activations", "sum"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before: StageMemory | None = None
     for stage in plan.stages:
-        parts = [
-            f"{name} {size_text(size)}"
-            + (f" ({count} layers streamed)" if (count := stage.streamed.get(name)) else "")
-            for name, size in stage.weights.items()
-        ]
         table.add_row(
             stage.name,
-            ", ".join(parts),
+            "\n".join(_changes(before, stage)),
             size_text(stage.working_bytes),
             size_text(stage.total_bytes),
-            size_text(stage.copied_bytes) if stage.copied_bytes else "",
-            f"{stage.extra_s:.2f} s" if stage.extra_s >= 0.005 else "",
         )
-    out.print(table)
+        before = stage
+    print_table(table)
     if not plan.streamed:
         out.print("all weights stay on the device")
         return
@@ -175,6 +208,21 @@ def print_plan(plan: MemoryPlan) -> None:
         f"{', '.join(plan.streamed)}: {size_text(plan.host_bytes)} rest in host memory;"
         f" {plan.extra_s:.1f} s more for a clip are expected"
     )
+
+
+def _changes(before: StageMemory | None, stage: StageMemory) -> Iterator[str]:
+    """Say what a stage has on the device that the one before had not, and the other way round."""
+    held = {} if before is None else before.weights
+    for name in held:
+        if name not in stage.weights:
+            yield f"- {name}"
+    for name, size in stage.weights.items():
+        if held.get(name) != size:
+            count = stage.streamed.get(name)
+            yield f"+ {name} {size_text(size)}" + (f" ({count} layers streamed)" if count else "")
+    if stage.copied_bytes:
+        cost = f", {stage.extra_s:.2f} s more" if stage.extra_s >= 0.005 else ""
+        yield f"{size_text(stage.copied_bytes)} brought over{cost}"
 
 
 def size_text(count: int) -> str:

@@ -20,6 +20,7 @@ from magihuman.runtime.cli.console import (
     err,
     out,
     print_plan,
+    print_table,
     size_text,
     user_errors,
 )
@@ -99,7 +100,7 @@ def _print_components(components: Sequence[Component]) -> None:
             size_text(c.disk_bytes),
             size_text(c.device_bytes),
         )
-    out.print(table)
+    print_table(table)
 
 
 @takes_options
@@ -119,7 +120,7 @@ def doctor(options: PlanOptions) -> None:
         table = Table(show_header=False)
         for name, value in facts.items():
             table.add_row(name, value)
-        out.print(table)
+        print_table(table)
         _print_plans(plans)
 
 
@@ -216,7 +217,7 @@ def _print_explanation(explanation: Explanation) -> None:
             label, shown = ("" if row.layers == shown else row.layers), row.layers
             figures = (str(row.calls), str(row.launches), f"{row.gigabytes:.2f}")
             table.add_row(label, row.operation, *figures)
-        out.print(table)
+        print_table(table)
 
 
 def _print_recorded(graph: Recorded) -> None:
@@ -225,4 +226,4 @@ def _print_recorded(graph: Recorded) -> None:
     table = Table("kernel", "nodes", title=f"recorded, one layer of each kind: {nodes}")
     for name, count in graph.by_readable_name().most_common():
         table.add_row(name, str(count))
-    out.print(table)
+    print_table(table)

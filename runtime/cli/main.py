@@ -7,9 +7,11 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from typing import Annotated
 
 import typer
 
+from magihuman.runtime.cli.completion import completion
 from magihuman.runtime.cli.convert import convert, tiny
 from magihuman.runtime.cli.describe import doctor, explain, inspect
 from magihuman.runtime.cli.ending import orderly
@@ -18,6 +20,7 @@ from magihuman.runtime.cli.prompt import prompt
 from magihuman.runtime.cli.score import score
 from magihuman.runtime.cli.serve import serve
 from magihuman.runtime.cli.verify import verify
+from magihuman.runtime.files import version
 
 app = typer.Typer(
     help="Run daVinci-MagiHuman: a prompt in, a video of a person speaking out.",
@@ -25,9 +28,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,  # brackets are no markup: 'magihuman[serve]'
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, verify, score, generate, prompt, convert, tiny, inspect, doctor, explain):
+COMMANDS = (
+    serve, verify, score, generate, prompt, convert, tiny, inspect, doctor, explain,
+    completion,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"magihuman {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    is_asked: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 def main() -> None:

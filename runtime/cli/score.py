@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import FAILED, Bar, err, out, user_errors
+from magihuman.runtime.cli.console import FAILED, Bar, err, print_table, user_errors
 from magihuman.runtime.cli.options import (
     DeviceOptions,
     JsonOptions,
@@ -102,7 +102,7 @@ def _print_total(total: ModelScore) -> None:
     table = Table("figure", "value")
     for name, value in asdict(total).items():
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
-    out.print(table)
+    print_table(table)
     for sentence in total.broken:
         err.print(sentence, style="red")
 
@@ -118,7 +118,7 @@ def _print_clip(figures: ClipScore) -> None:
         table.add_row("mouth with voice", _synchrony_text(figures.voice))
     if figures.first_frame_db is not None:
         table.add_row("first frame with image", f"{figures.first_frame_db:.1f} dB")
-    out.print(table)
+    print_table(table)
 
 
 def _synchrony_text(synchrony: Synchrony) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import math
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import err, user_errors
+from magihuman.runtime.cli.console import err, need, user_errors
 from magihuman.runtime.cli.ending import noted_signals
 from magihuman.runtime.cli.options import EngineOptions, ModelOption, takes_options
 from magihuman.runtime.cli.prompt import EnhanceOptions, enhancer_of
@@ -253,13 +252,7 @@ def _size(text: str) -> tuple[int, int, float]:
 
 def _check_extra() -> None:
     """Refuse where a library of the extra is not installed."""
-    try:
-        for name in ("fastapi", "python_multipart", "prometheus_client", "ray.serve"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise runtime.MagiHumanError(
-            f"serving needs the extra: pip install 'magihuman[serve]' ({error})"
-        ) from error
+    need("serve", "serve", "fastapi", "python_multipart", "prometheus_client", "ray.serve")
 
 
 def _gpus(device: str | None) -> int:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import FAILED, Bar, err, out, user_errors
+from magihuman.runtime.cli.console import FAILED, Bar, err, out, print_table, user_errors
 from magihuman.runtime.cli.options import (
     DeviceOptions,
     JsonOptions,
@@ -140,7 +140,7 @@ def _print(report: Report) -> None:
     table = Table("linear", "first step", "last step", title="largest relative errors")
     for name, error in ranked[:SHOWN_LINEARS]:
         table.add_row(name, f"{error.first:.4f}", f"{error.last:.4f}")
-    out.print(table)
+    print_table(table)
     if report.per_attention:
         worst = max(report.per_attention.items(), key=lambda item: item[1].worst)
         out.print(f"attention: {worst[1].worst:.4f} at most, after {worst[0]}")
@@ -149,7 +149,7 @@ def _print(report: Report) -> None:
         errors = (f"{clip.video_error[-1]:.4f}", f"{clip.audio_error[-1]:.4f}")
         quality = (f"{clip.psnr_db:.1f} dB", f"{clip.ssim:.3f}", f"{clip.snr_db:.1f} dB")
         table.add_row(clip.prompt[:40], *errors, *quality)
-    out.print(table)
+    print_table(table)
     precision = report.settings["precision"]
     for clip in report.clips:
         if clip.scores is not None:

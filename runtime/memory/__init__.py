@@ -27,6 +27,7 @@ from magihuman.runtime.memory.plan import (
     VIDEO,
     MemoryPlan,
     Part,
+    StageMemory,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Part",
     "Placer",
     "Residency",
+    "StageMemory",
     "check_limit",
     "estimate",
     "folder_parts",

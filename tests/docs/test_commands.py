@@ -198,4 +198,6 @@ def run(words: list[str], block: str) -> None:
         raise result.exception
     for option in ("-o", "--out", "--html"):
         if option in words:
-            assert Path(words[words.index(option) + 1]).stat().st_size > 1000
+            path = Path(words[words.index(option) + 1])
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
+            assert sum(file.stat().st_size for file in files) > 1000

@@ -1,0 +1,1 @@
+../../entry/magihuman/__main__.py
