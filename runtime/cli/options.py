@@ -7,13 +7,16 @@ default or its help.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+
+ENVIRONMENT = "MAGIHUMAN_"
 
 ModelOption = Annotated[
     str,
@@ -71,6 +74,28 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
     )
     expanded.__annotations__ = {**{name: annotations[name] for name in names}, "return": None}
     return expanded
+
+
+def from_environment(command: Callable[..., None]) -> Callable[..., None]:
+    """Let each option of what `takes_options` has made come from the environment, too.
+
+    `--queue-limit` is `MAGIHUMAN_QUEUE_LIMIT`, unless it has another variable already. What stands
+    on the command line goes before. An option that may be repeated has its values between spaces.
+    """
+    signature = inspect.signature(command)
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        kind, info = get_args(parameter.annotation)
+        if info.envvar is None:
+            info = copy.copy(info)
+            info.envvar = f"{ENVIRONMENT}{name.upper()}"
+        parameters.append(parameter.replace(annotation=Annotated[kind, info]))
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {
+        **{parameter.name: parameter.annotation for parameter in parameters},
+        "return": None,
+    }
+    return command
 
 
 @dataclass(frozen=True, kw_only=True)

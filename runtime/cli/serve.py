@@ -18,10 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import err, need, user_errors
+from magihuman.runtime.cli.console import need, user_errors
 from magihuman.runtime.cli.ending import noted_signals
-from magihuman.runtime.cli.options import EngineOptions, ModelOption, takes_options
+from magihuman.runtime.cli.options import (
+    EngineOptions,
+    ModelOption,
+    from_environment,
+    takes_options,
+)
 from magihuman.runtime.cli.prompt import EnhanceOptions, enhancer_of
+from magihuman.runtime.errors import one_of
 from magihuman.runtime.request import MAX_SECONDS, MIN_SECONDS, MIN_SIDE_PX
 from magihuman.runtime.serving.cluster.isolation import isolate
 
@@ -97,6 +103,19 @@ class ServeOptions(EngineOptions, EnhanceOptions):
     context_parallel: Annotated[
         int, typer.Option(min=1, help="GPUs of an engine, which make a video together.")
     ] = 1
+    log_format: Annotated[str, typer.Option(help="Of lines on standard error: text or json.")] = (
+        "text"
+    )
+    ray_logs: Annotated[
+        bool, typer.Option("--ray-logs", help="Also print what Ray and its processes say.")
+    ] = False
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send spans of requests to this collector, such as http://localhost:4318.",
+        ),
+    ] = None
 
     @property
     def place(self) -> str:
@@ -105,6 +124,7 @@ class ServeOptions(EngineOptions, EnhanceOptions):
         return f"http://{host}:{self.port}"
 
 
+@from_environment
 @takes_options
 def serve(options: ServeOptions) -> None:
     """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
@@ -115,6 +135,7 @@ def serve(options: ServeOptions) -> None:
         sizes = tuple(_size(text) for text in options.warmup or ())
         isolate()
         _check_extra()
+        _observe(options)
         gpus = _gpus(options.device)
         max_replicas = _max_replicas(options, gpus // options.context_parallel)
         # Of the GPUs, an engine's process sees its own alone.
@@ -133,6 +154,7 @@ def serve(options: ServeOptions) -> None:
             options.drain_seconds,
             is_told,
             lambda: _wait(options.place, is_told),
+            options.ray_logs,
         )
 
 
@@ -255,6 +277,18 @@ def _check_extra() -> None:
     need("serve", "serve", "fastapi", "python_multipart", "prometheus_client", "ray.serve")
 
 
+def _observe(options: ServeOptions) -> None:
+    """Tell all processes, by the environment, how they log and where they send spans."""
+    from magihuman.runtime.serving.observe import lines, tracing
+
+    one_of("--log-format", options.log_format, lines.FORMATS)
+    os.environ[lines.FORMAT_VARIABLE] = options.log_format
+    if options.otlp_endpoint is not None:
+        os.environ[tracing.ENDPOINT_VARIABLE] = options.otlp_endpoint
+    if any(os.environ.get(name) for name in tracing.VARIABLES):
+        need("tracing", "otel", "opentelemetry.sdk.trace", tracing.EXPORTER)
+
+
 def _gpus(device: str | None) -> int:
     """Return how many GPUs there are to use, 0 for the CPU."""
     import torch
@@ -361,4 +395,6 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _say(text: str) -> None:
-    err.print(text)
+    from magihuman.runtime.serving.observe.lines import say
+
+    say(text)

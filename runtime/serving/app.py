@@ -27,6 +27,7 @@ from magihuman.runtime.serving.front.server import Front
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.messages import EngineLost, Event, Figures, Make, Report, Work
 from magihuman.runtime.serving.metrics import FOLDER_VARIABLES, EngineFigures, Metrics
+from magihuman.runtime.serving.observe import relay, tracing
 from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import locked
@@ -71,12 +72,18 @@ class Replica(EngineReplica):
     def __init__(self, options: dict[str, Any], warmup: Sequence[tuple[int, int, float]]) -> None:
         """options, warmup: as of `EngineReplica`."""
         close_replica()
-        super().__init__(options, warmup)
+        relay.set_up()
+        super().__init__(options, warmup, tracing.hooks())
 
-    async def make(self, work: Work) -> AsyncGenerator[Event, None]:
-        """Make a video, as `EngineReplica.make` does; Ray tells the caller if the process ended."""
+    async def make(
+        self, work: Work, carrier: tracing.Carrier | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """Make a video, as `EngineReplica.make` does; Ray tells the caller if the process ended.
+
+        carrier: of the span below which it is made.
+        """
         try:
-            async with aclosing(super().make(work)) as events:
+            async with aclosing(tracing.below(carrier or {}, super().make(work))) as events:
                 async for event in events:
                     if not isinstance(event, Report):  # who is told of the end finds it counted
                         await self._tell()
@@ -84,6 +91,7 @@ class Replica(EngineReplica):
         except EngineLost:
             log.exception("the engine has failed for good, and its process ends")
             await self._tell()
+            relay.finish()
             os._exit(1)
 
     async def check_health(self) -> None:  # type: ignore[override]  # Serve awaits it
@@ -107,6 +115,7 @@ class Api:
         self, engines: DeploymentHandle[Any], settings: Settings, slots: int, address: Address
     ) -> None:
         close_replica()
+        relay.set_up()
         self._lock = ExitStack()  # held until the process ends
         self._lock.enter_context(locked(settings.folder, LOCK_WAIT_S))
         self.jobs = Jobs(settings, _remote(engines), slots)
@@ -117,13 +126,14 @@ class Api:
         self.jobs.start()
         DECODERS.warm()
         app = create_app(settings, lambda: self.jobs, self.is_ready, lambda: self.metrics)
-        self._front = Front(app)
+        self._front = Front(tracing.traced(app))
         await self._front.start(*address)
 
     async def drain(self, bound_s: float) -> None:
         """Take no more jobs, let those end that are being made, then answer no more."""
         await self.jobs.drain(bound_s)
         await self._front.stop()
+        await asyncio.to_thread(tracing.flush)
 
     async def note(self, figures: Figures) -> None:
         """Take the figures of an engine."""
@@ -179,14 +189,16 @@ def run(
     drain_s: float,
     is_told: Callable[[], bool],
     wait: Callable[[], None],
+    is_loud: bool = False,
 ) -> None:
     """Serve until `wait` returns, then let what is being made end.
 
-    is_told: whether to stop while engines load. wait: called once the server is ready.
+    is_told: whether to stop while engines load. wait: called once the server is ready. is_loud:
+    as of `cluster`.
     """
     for name in FOLDER_VARIABLES:  # before Ray's processes inherit it
         os.environ.pop(name, None)
-    with cluster():
+    with cluster(is_loud):
         if is_told():
             return
         handle = _deploy(application(settings, engines, address))
@@ -218,15 +230,17 @@ def _remote(engines: DeploymentHandle[Any]) -> Make:
     streaming = engines.options(stream=True)
 
     async def make(work: Work) -> AsyncGenerator[Event, None]:
-        response = cast("DeploymentResponseGenerator[Event]", streaming.make.remote(work))
-        try:
-            async for event in response:
-                yield event
-        except (RayError, RayServeException) as error:
-            raise EngineLost(str(error)) from error
-        except BaseException:
-            response.cancel()
-            raise
+        with tracing.attempt(work.save.parent.name) as carrier:
+            answer = streaming.make.remote(work, carrier)
+            response = cast("DeploymentResponseGenerator[Event]", answer)
+            try:
+                async for event in response:
+                    yield event
+            except (RayError, RayServeException) as error:
+                raise EngineLost(str(error)) from error
+            except BaseException:
+                response.cancel()
+                raise
 
     return make
 

@@ -21,6 +21,7 @@ from magihuman.runtime.serving.messages import (
     Window,
     Work,
 )
+from magihuman.runtime.serving.observe.lines import log_end
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.store import Job, Status, Store
 
@@ -293,6 +294,7 @@ class Jobs:
                 message = "something went wrong in the server; its log has the details"
                 self._store.fail(job, "internal_error", message)
                 self._start_over(job)
+        log_end(job)
 
     def _start_over(self, job: Job) -> None:
         """Forget an attempt that has ended."""

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from magihuman import runtime
 from magihuman.runtime.files import sync
+from magihuman.runtime.hooks import Hooks
 from magihuman.runtime.media import FragmentWriter, check_output
 from magihuman.runtime.serving.messages import (
     EngineLost,
@@ -46,11 +47,14 @@ class EngineReplica:
         self,
         options: dict[str, Any],
         warmup: Sequence[tuple[int, int, float]],
+        hooks: Sequence[Hooks] = (),
     ) -> None:
-        """options: of `runtime.load`. warmup: sizes as for `Engine.warmup`."""
+        """options: of `runtime.load`. warmup: sizes as for `Engine.warmup`. hooks: beside those
+        that count for Prometheus.
+        """
         self.registry = CollectorRegistry()
         self._name, self._order = secrets.token_hex(8), itertools.count()
-        hooks = [runtime.PrometheusHooks(self.registry)]
+        hooks = [runtime.PrometheusHooks(self.registry), *hooks]
         self._engine = runtime.load(**options, hooks=hooks)
         if warmup:
             self._engine.warmup(warmup)

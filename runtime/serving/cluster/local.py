@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
@@ -19,23 +19,27 @@ from ray.serve.exceptions import RayServeException
 from magihuman.runtime.errors import DeviceError
 from magihuman.runtime.serving.cluster.folder import close_to_others, private_folder, remove
 from magihuman.runtime.serving.cluster.watch import watched
+from magihuman.runtime.serving.observe import relay
 
 OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by the disk
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
+def cluster(is_loud: bool = False) -> Iterator[None]:
     """Run a cluster. `isolation.isolate` must have been called before Ray was imported.
+
+    is_loud: whether what Ray and its processes say is printed, beside the lines of the log.
 
     Signals stay as they are. Where Ray ends, this process ends: see `watch.watched`.
 
     Raises `DeviceError` where Ray cannot run, or would take anybody.
     """
     os.umask(0o077)  # of all its processes, too
-    with private_folder() as folder:
+    with private_folder() as folder, ExitStack() as stack:
         try:
+            stack.enter_context(relay.listening(folder.parent))
             with _signals_kept():
-                _start(folder)
+                _start(folder, is_loud)
             with watched(folder, lambda: remove(folder.parent)):
                 close_to_others(folder)
                 _check(ray.util.get_node_ip_address())
@@ -46,12 +50,16 @@ def cluster() -> Iterator[None]:
             ray.shutdown()  # with all its processes, also those of Serve
 
 
-def _start(folder: Path) -> None:
+def _start(folder: Path, is_loud: bool) -> None:
+    level = logging.WARNING if is_loud else logging.ERROR
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(level)
     ray.init(
         address="local",
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
+        logging_level=level,
+        log_to_driver=is_loud,
         _temp_dir=str(folder),
     )
 

@@ -78,6 +78,20 @@ def test_a_video_is_seen_while_it_is_made(server):
     assert server.http.get(f"/v1/videos/{name}/events").text.count("event: completed") == 1
 
 
+def test_the_log_has_a_line_for_each_video_and_nothing_of_ray(server):
+    before = len(server.log.read_text())
+    names = [server.create({**SMALL, "size": size}) for size in ("64x64", "64x70")]
+    for name in names:
+        server.when(name, "completed")
+    until(lambda: server.log.read_text()[before:].count("\n") >= 2)
+    lines = server.log.read_text()[before:].splitlines()
+    lines.sort(key=lambda line: names[0] not in line)
+    for line, name in zip(lines, names, strict=True):
+        assert re.match(rf"\S+Z INFO {name} completed: [\d.]+ s of 64x", line), line
+    assert "sizes are made in steps of 32 pixels" in lines[1]
+    assert "pid=" not in server.log.read_text()  # as Ray begins what its processes say
+
+
 def test_removing_a_running_one_frees_its_engine(server):
     server.when(server.create(), "completed")
     before = made(server)
