@@ -4,6 +4,7 @@
 #   make test-versions   fast tests with the oldest and the newest dependencies
 #   make test-clients    clients of video servers, as they are installed; needs the network
 #   make audit   known vulnerabilities of the dependencies; needs the network
+#   make dockerfile   the steps of deploy/Dockerfile in clean Debian roots; as root, with debootstrap
 #   make bench   benchmarks; an entry in benchmarks/results/history
 #   make clean   remove what these made
 # PYTHON=python3.12 picks the interpreter, TORCH=torch==2.11.0 another PyTorch; an empty TORCH=
@@ -32,7 +33,7 @@ SLOW := windows_cover_the_sound or less_than_two_shards or imports_no_model_libr
 # mend. No such archive is read here.
 ACCEPTED := --ignore-vuln CVE-2026-136426 --ignore-vuln CVE-2026-136427
 
-.PHONY: audit bench demo test test-clients test-versions test-oldest test-newest install-versions lint types imports unit clean
+.PHONY: audit bench demo dockerfile test test-clients test-versions test-oldest test-newest install-versions lint types imports unit clean
 
 test: lint types imports unit
 
@@ -121,6 +122,10 @@ audit: $(VENV)/.installed .venv-audit/.installed
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip --disable-pip-version-check install pip-audit
 	touch $@
+
+# LENT: files and folders that pip needs in there, such as a mirror.
+dockerfile: $(VENV)/.installed
+	$(BIN)/python .ci/dockerfile.py $(LENT)
 
 demo: $(VENV)/.installed
 	mkdir -p out

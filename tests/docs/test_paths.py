@@ -18,7 +18,7 @@ import pytest
 import pages
 
 PACKAGES = ("runtime", "graphs", "kernels", "export")
-TOP = (*PACKAGES, "tests", "benchmarks", "docs", "examples")
+TOP = (*PACKAGES, "tests", "benchmarks", "deploy", "docs", "examples")
 PAGES = (*pages.DOCUMENTED, "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md")
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*\.(?:py|cu|md|json)|(?:[\w.-]+/)*[\w.-]+/")
 BELOW_TOP = re.compile(rf"(?:{'|'.join(TOP)})/[\w./-]+")

@@ -192,7 +192,7 @@ def test_a_server_logs_and_traces_as_its_environment_says(
         monkeypatch.setenv(f"MAGIHUMAN_{name}", value)
     server = server_at(tmp_path / "videos")
     server.start()
-    small = {"prompt": PRIVATE, "seconds": "0.2", "size": "64x64", "num_inference_steps": "2"}
+    small = {"prompt": PRIVATE, "seconds": "0.2", "size": "64x64", "num_inference_steps": 2}
     headers = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
     answer = server.http.post("/v1/videos", json=small, headers=headers)
     assert answer.status_code == 200, answer.text

