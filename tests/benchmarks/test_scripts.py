@@ -53,6 +53,7 @@ TINY: dict[str, list[str]] = {
     "power": ["--rows", "40"],
     "fp8_errors": [],
     "portable": ["--only", "torch.compile;bf16;int8;fp8"],
+    "many_videos": [],
 }
 WRITES = {"memory_flat": "memory_flat_cpu"}  # where a file is not named as its script
 # Those that read what the others wrote, and take no --tiny.
