@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
+from itertools import combinations
 from pathlib import Path
 from typing import get_args
 
@@ -253,6 +254,7 @@ def machine(kernels: Kernels = "auto") -> dict[str, str]:
         )
     facts["device"] = f"cuda:0 by default, CUDA {torch.version.cuda}"
     facts |= _transformer_on(torch.device("cuda:0"), kernels)
+    facts |= several_gpus(torch.cuda.device_count(), torch.cuda.can_device_access_peer)
     facts["image and video autoencoders"] = "bf16, as published"
     reason = why_not_decode(torch.bfloat16, torch.device("cuda:0"))
     facts["video decoder"] = (
@@ -283,6 +285,30 @@ def _transformer_on(device: torch.device, kernels: Kernels) -> dict[str, str]:
         missing = backends.why_not(name, config.head_dim, device)
         facts[f"attention by {name}"] = "usable" if missing is None else f"not used: {missing}"
     return facts
+
+
+def several_gpus(count: int, reaches: Callable[[int, int], bool]) -> dict[str, str]:
+    """Say how GPUs can be shared out among engines, and whether they reach each other's memory.
+
+    reaches: whether the first of two GPUs has access to the second.
+    """
+    if count < 2:
+        return {}
+    apart = [
+        f"{first} and {second}"
+        for first, second in combinations(range(count), 2)
+        if not (reaches(first, second) and reaches(second, first))
+    ]
+    heads = DiTConfig().kv_heads
+    ways = [
+        f"{count // each} of {each}"
+        for each in range(1, count + 1)
+        if heads % each == 0 and count // each
+    ]
+    return {
+        "engines of serve": f"{', '.join(ways)} GPUs (--gpus-per-engine)",
+        "GPUs together": f"no peer access: {', '.join(apart)}" if apart else "peer access",
+    }
 
 
 def compiled_counts(variant: str, request: Request, text_tokens: int) -> Counts:

@@ -60,6 +60,15 @@ class ServeOptions(EngineOptions, EnhanceOptions):
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Engines under load; by default one for each GPU.")
     ] = None
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            "--gpus-per-engine",
+            "--context-parallel",
+            min=1,
+            help="GPUs that work on each video together.",
+        ),
+    ] = 1
     queue_limit: Annotated[int, typer.Option(min=1, help="Videos that may wait.")] = 64
     max_upload_mib: Annotated[int, typer.Option(min=1, help="Of a request, its files too.")] = 32
     max_prompt_chars: Annotated[
@@ -100,9 +109,6 @@ class ServeOptions(EngineOptions, EnhanceOptions):
         typer.Option(metavar="WxHxS", help="Compile for clips like 480x256x5; may be repeated."),
     ] = None
     device: Annotated[str | None, typer.Option(help="cpu, or cuda.")] = None
-    context_parallel: Annotated[
-        int, typer.Option(min=1, help="GPUs of an engine, which make a video together.")
-    ] = 1
     log_format: Annotated[str, typer.Option(help="Of lines on standard error: text or json.")] = (
         "text"
     )
@@ -137,14 +143,18 @@ def serve(options: ServeOptions) -> None:
         _check_extra()
         _observe(options)
         gpus = _gpus(options.device)
-        max_replicas = _max_replicas(options, gpus // options.context_parallel)
+        max_replicas = _max_replicas(options, gpus)
         # Of the GPUs, an engine's process sees its own alone.
-        arguments = {**options.load_arguments(), "device": "cuda:0" if gpus else "cpu"}
+        arguments = {
+            **options.load_arguments(),
+            "device": "cuda:0" if gpus else "cpu",
+        }
         rows = _check_model(arguments, sizes)
         from magihuman.runtime.serving import app
 
         settings = _settings(options, token, _memory_bytes(gpus), rows, enhancer)
-        engines = app.Engines(arguments, sizes, gpus > 0, options.min_replicas, max_replicas)
+        own = options.context_parallel if gpus else 0
+        engines = app.Engines(arguments, sizes, own, options.min_replicas, max_replicas)
         _check_place(options, settings)
         _say(f"loading {options.model}")
         app.run(
@@ -176,12 +186,23 @@ def _check_numbers(options: ServeOptions) -> None:
 
 
 def _max_replicas(options: ServeOptions, gpus: int) -> int:
-    """Return the number of engines under load: as given, or one for each GPU."""
-    most = options.max_replicas or max(options.min_replicas, gpus)
-    if not options.min_replicas <= most <= (gpus or most):
+    """Return the number of engines under load: as given, or as many as the GPUs make."""
+    each = options.context_parallel
+    if each > 1 and options.vae == "tensorrt":
+        raise runtime.InvalidRequestError(
+            f"--vae tensorrt must go with --gpus-per-engine 1, got {each}; use fast or plain"
+        )
+    if gpus and each > gpus:
+        raise runtime.InvalidRequestError(
+            f"--gpus-per-engine must be at most the number of GPUs, {gpus}, got {each}"
+        )
+    fitting = gpus // each
+    most = options.max_replicas or max(options.min_replicas, fitting)
+    if not options.min_replicas <= most <= (fitting or most):
+        shared = "" if each == 1 else f" by --gpus-per-engine, {each}"
         raise runtime.InvalidRequestError(
             f"--max-replicas must be from --min-replicas, {options.min_replicas}, to the number of"
-            f" engines that the GPUs have room for, {gpus}, got {most}"
+            f" engines that the GPUs have room for{shared}, {fitting}, got {most}"
         )
     return most
 
@@ -205,7 +226,7 @@ def _settings(
     from magihuman.runtime.serving.settings import Capacity, Limits, Settings
     from magihuman.runtime.weights import largest, prompts, suited
 
-    model = options.model
+    model, each = options.model, options.context_parallel
     name = Path(model).absolute().name if Path(model).exists() else model
     names = tuple(dict.fromkeys(options.served_model_name or [name]))
     if options.memory_limit_gb is not None:
@@ -236,8 +257,8 @@ def _settings(
         # The least that is taken, by fused kernels: what is refused would fit in no way.
         capacity=Capacity(
             memory_bytes,
-            token_bytes=estimate.denoising_bytes(1, rows, is_compiled=True),
-            pixel_bytes=estimate.decoding_bytes(1, 1, is_compiled=True),
+            token_bytes=estimate.denoising_bytes(1, rows, is_compiled=True) / each,
+            pixel_bytes=estimate.decoding_bytes(1, 1, is_compiled=True) / each,
         ),
     )
 
@@ -341,10 +362,15 @@ def _check_model(arguments: dict[str, Any], sizes: Sequence[tuple[int, int, floa
         arguments["model"], options.base, options.upscaler, options.overrides, options.revision
     )
     # Headers alone are read, and no GPU is touched: its memory belongs to the engines.
-    headers = TransformerOptions(torch.device("cpu"), None, None, False)
-    specs = [plan(options.base, paths.dit, headers)]
-    if options.upscaler is not None:
-        specs.append(plan(options.upscaler, paths.sr, headers))
+    ranks = options.context_parallel
+    headers = TransformerOptions(torch.device("cpu"), None, None, False, ranks)
+    try:
+        specs = [plan(options.base, paths.dit, headers)]
+        if options.upscaler is not None:
+            specs.append(plan(options.upscaler, paths.sr, headers))
+    except runtime.InvalidRequestError as error:
+        told = str(error).replace("context_parallel", "--gpus-per-engine")
+        raise runtime.InvalidRequestError(told) from error
     for spec in specs:
         spec.scan()
     return max(

@@ -152,8 +152,12 @@ class Engine:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it takes requests: not closed, and its GPU has not failed for good."""
-        return self._parts is not None and self._failures.first is None
+        """Whether it takes requests: not closed, its GPU has not failed for good, and no process
+        that shares its requests has ended.
+        """
+        shared = self._context_parallel
+        is_whole = shared is None or shared.team.lost is None
+        return self._parts is not None and self._failures.first is None and is_whole
 
     @property
     def defaults(self) -> ClipSize:

@@ -55,13 +55,13 @@ class Engines:
     Attributes:
         options: of `runtime.load`.
         warmup: sizes as for `Engine.warmup`.
-        on_gpu: whether each needs a GPU, which is then its own.
+        gpus: that each needs, which are then its own; 0 on a CPU.
         min_replicas, max_replicas: as many as the line needs.
     """
 
     options: dict[str, Any]
     warmup: tuple[tuple[int, int, float], ...]
-    on_gpu: bool
+    gpus: int
     min_replicas: int
     max_replicas: int
 
@@ -153,11 +153,14 @@ def application(settings: Settings, engines: Engines, address: Address) -> serve
     """Make what Serve runs: the process that speaks HTTP at an address, bound to the engines."""
     threads = max(1, (os.cpu_count() or 1) // engines.max_replicas)
     variables = {"OMP_NUM_THREADS": str(threads)}  # Ray would have it be one
+    if engines.options.get("context_parallel", 1) > 1:  # the processes of one talk on loopback
+        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        variables |= {name: os.environ.get(name, "lo") for name in names}
     replica = serve.deployment(
         name=ENGINE,
         ray_actor_options={
             "num_cpus": 0,
-            "num_gpus": engines.options.get("context_parallel", 1) if engines.on_gpu else 0,
+            "num_gpus": engines.gpus,
             "runtime_env": {"env_vars": variables},
         },
         max_ongoing_requests=REQUESTS_PER_ENGINE,

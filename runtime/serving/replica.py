@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 
 from magihuman import runtime
 from magihuman.runtime.files import sync
@@ -56,6 +56,7 @@ class EngineReplica:
         self._name, self._order = secrets.token_hex(8), itertools.count()
         hooks = [runtime.PrometheusHooks(self.registry), *hooks]
         self._engine = runtime.load(**options, hooks=hooks)
+        _count(self.registry, options.get("context_parallel", 1))
         if warmup:
             self._engine.warmup(warmup)
 
@@ -163,6 +164,13 @@ class _LiveFile:
         if self._writer is None:
             self._writer = FragmentWriter(path, chunk.fps, chunk.sample_rate_hz)
         return self._writer.add(chunk.frames, chunk.audio, chunk.is_last)
+
+
+def _count(registry: CollectorRegistry, devices: int) -> None:
+    """Add an engine, and its GPUs or the processes that it has on a CPU, to the figures."""
+    Gauge("magihuman_engines", "Engines that run.", registry=registry).set(1)
+    name, meaning = "magihuman_engine_devices", "GPUs of the engines; on a CPU, their processes."
+    Gauge(name, meaning, registry=registry).set(devices)
 
 
 async def _outcome(making: asyncio.Task[runtime.Chunk], path: Path) -> Made | Failed:

@@ -455,6 +455,14 @@ def test_doctor():
     assert result.exit_code == 0 and "free disk" in result.stdout
 
 
+def test_doctor_says_how_gpus_make_engines():
+    assert inspect.several_gpus(1, lambda a, b: True) == {}
+    said = inspect.several_gpus(4, lambda a, b: {a, b} != {1, 3})
+    assert said["engines of serve"] == "4 of 1, 2 of 2, 1 of 4 GPUs (--gpus-per-engine)"
+    assert said["GPUs together"] == "no peer access: 1 and 3"
+    assert inspect.several_gpus(2, lambda a, b: True)["GPUs together"] == "peer access"
+
+
 # -- memory plans -----------------------------------------------------------------------------
 
 

@@ -248,7 +248,7 @@ def test_a_deadline_is_for_all_of_it(engine):
 
 
 def test_a_long_clip_is_an_mp4(engine, tmp_path):
-    with pytest.raises(runtime.OutputError, match="must end in .mp4"):
+    with pytest.raises(runtime.OutputError, match=r"must end in \.mp4"):
         next(engine.generate_long("A man nods.", seconds=1, save=tmp_path / "long.webm", **LONG))
 
 

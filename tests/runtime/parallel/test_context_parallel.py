@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -138,6 +139,11 @@ def test_an_engine_whose_other_process_was_killed_says_so(shared) -> None:
     """Last of those with this engine."""
     (worker,) = shared._context_parallel.team._workers
     worker.kill()
+    worker.wait()
+    end = time.monotonic() + 60
+    while shared.is_usable:  # it says so before anybody asks for a clip
+        assert time.monotonic() < end
+        time.sleep(0.02)
     for _ in range(2):
         with pytest.raises(runtime.EngineUnusable, match="rank 1 ended with code -9"):
             shared.generate("a", **OPTIONS, **SR)

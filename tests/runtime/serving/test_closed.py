@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import pickle
-import socket
-import struct
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from listeners import is_loopback, listening
 
 pytest.importorskip("ray", reason="the extra [serve] is not installed")
 grpc = pytest.importorskip("grpc")
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's /proc")
 
-LISTEN = "0A"
 # What a stranger does who has found the port of the cluster's head.
 INTRUDER = """
 import sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 ray.get(ray.remote(num_cpus=0)(open).remote(sys.argv[2], "w"))
 """
-
-
-def listening(processes: list[int]) -> dict[int, str]:
-    """The ports at which these processes listen, and the address of each."""
-    inodes = set()
-    for process in processes:
-        with suppress(FileNotFoundError):  # it has ended
-            for place in Path(f"/proc/{process}/fd").iterdir():
-                with suppress(FileNotFoundError):
-                    inodes.add(os.readlink(place))
-    found = {}
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *_, inode = line.split(None, 10)[:10]
-            if state == LISTEN and f"socket:[{inode}]" in inodes:
-                address, _, port = local.partition(":")
-                words = struct.unpack(f">{len(address) // 8}I", bytes.fromhex(address))
-                packed = struct.pack(f"={len(words)}I", *words)
-                found[int(port, 16)] = socket.inet_ntop(family, packed)
-    return found
-
-
-def is_loopback(address: str) -> bool:
-    parsed = ipaddress.ip_address(address)
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
 
 def test_nothing_listens_to_other_machines(server):

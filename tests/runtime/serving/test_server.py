@@ -15,6 +15,7 @@ from video_client import LONG, PATIENCE_S, SMALL, TOKEN, until
 
 from magihuman.runtime.cli import serve
 from magihuman.runtime.cli.main import app
+from magihuman.runtime.errors import InvalidRequestError
 
 pytest.importorskip("ray", reason="the extra [serve] is not installed")
 
@@ -240,6 +241,11 @@ def test_told_to_stop_while_it_loads(server, tmp_path, begun):
         (["--port", "{port}"], "must be able to listen on 127.0.0.1 port {port}"),
         (["--folder", "{folder}"], "must be of one server alone, and another has {folder}"),
         (["--min-replicas", "2", "--max-replicas", "1"], "--max-replicas must be from"),
+        (["--gpus-per-engine", "3"], "--gpus-per-engine must divide the transformer's key/value"),
+        (
+            ["--gpus-per-engine", "2", "--vae", "tensorrt", "--turbo-vae", "x"],
+            "--vae tensorrt must go with --gpus-per-engine 1, got 2",
+        ),
         (["--device", "tpu"], "--device must be cpu, or cuda"),
         (["--warmup", "480x272"], "--warmup must be WIDTHxHEIGHTxSECONDS"),
         (["--warmup", "1x1x1"], "width must be a whole number from 32"),
@@ -267,6 +273,36 @@ def test_bad_arguments(server, tiny_dir, tmp_path, monkeypatch, arguments, says)
     result = CliRunner().invoke(app, [str(part) for part in command])
     assert result.exit_code == 2, result.output
     assert result.stderr.count("\n") == 1 and says.format(**known) in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "each", "most", "expected"),
+    [(4, 2, None, 2), (8, 4, None, 2), (5, 2, None, 2), (4, 4, 1, 1), (4, 1, None, 4)],
+)
+def test_engines_share_out_the_gpus(tmp_path, gpus, each, most, expected):
+    from magihuman.runtime.serving.app import Engines, application
+    from magihuman.runtime.serving.settings import Settings
+
+    options = serve.ServeOptions(model="nano", context_parallel=each, max_replicas=most)
+    assert serve._max_replicas(options, gpus) == expected
+    engines = Engines({}, (), each, 1, expected)
+    deployed = application(Settings(tmp_path, "tiny"), engines, ("127.0.0.1", 1))
+    engine = deployed._bound_deployment.init_args[0]._bound_deployment
+    assert engine.ray_actor_options["num_gpus"] == each
+
+
+@pytest.mark.parametrize(
+    ("gpus", "each", "most", "says"),
+    [
+        (4, 2, 3, "to the number of GPUs by --gpus-per-engine, 2, 2, got 3"),
+        (2, 4, None, "--gpus-per-engine must be at most the number of GPUs, 2, got 4"),
+        (2, 1, 3, "to the number of GPUs, 2, got 3"),
+    ],
+)
+def test_engines_for_which_there_are_too_few_gpus(gpus, each, most, says):
+    options = serve.ServeOptions(model="nano", context_parallel=each, max_replicas=most)
+    with pytest.raises(InvalidRequestError, match=says):
+        serve._max_replicas(options, gpus)
 
 
 def test_engines_that_are_too_many_may_end_what_they_make(tmp_path):
