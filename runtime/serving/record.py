@@ -142,9 +142,11 @@ def is_file(path: Path) -> bool:
 
 def _content(path: Path) -> bytes:
     with open(os.open(path, os.O_RDONLY | NO_WAIT), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
             raise ValueError("it must be a file")
-        content = file.read(MAX_STATE_BYTES + 1)
+        # No more than there is: a buffer for all that there may be takes longer than the reading.
+        content = file.read(min(facts.st_size, MAX_STATE_BYTES) + 1)
     if len(content) > MAX_STATE_BYTES:
         raise ValueError(f"it must have no more than {MAX_STATE_BYTES} bytes")
     return content

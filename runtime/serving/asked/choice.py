@@ -171,7 +171,8 @@ def _check_plan(job: Job, settings: Settings) -> None:
         request = request_of(job, Path())
         plan = request.plan(variant, settings.sr)
     except InvalidRequestError as error:
-        raise invalid(str(error)) from None
+        name = "guidance_scale" if str(error).startswith("guidance ") else "size"
+        raise invalid(str(error), name) from None
     lack = None if settings.capacity is None else settings.capacity.lacks(plan)
     if lack is not None:
         needed, room = lack

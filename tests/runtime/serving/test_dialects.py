@@ -188,7 +188,7 @@ def test_guidance_that_is_off(local):
     for guidance in (0, 1, "0", 1.0):
         name = taken(local, **TINY, guidance_scale=guidance)["id"]
         assert local.when(name, "completed")["warnings"] == []
-    refused(as_json(local, guidance_scale=4), 422, None)
+    refused(as_json(local, guidance_scale=4), 422, "guidance_scale")
 
 
 # -- the model's name ---------------------------------------------------------------------------
