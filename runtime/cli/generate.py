@@ -151,7 +151,7 @@ class GenerateOptions(EngineOptions, FileFormatOptions, JsonOptions):
         from magihuman.runtime.media import read_last_frame
 
         assert self.continue_from is not None
-        height, width, _ = read_last_frame(self.continue_from).shape
+        width, height = read_last_frame(self.continue_from).size
         if self.width is not None or self.height is not None or self.sr is not None:
             return {}
         return {"width": width, "height": height}

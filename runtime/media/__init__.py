@@ -12,11 +12,12 @@ from magihuman.runtime.media.apart import Decoders, FrameTask, ImageTask, SoundT
 from magihuman.runtime.media.clip import ClipWriter, Origin, Output
 from magihuman.runtime.media.fragments import FragmentWriter
 from magihuman.runtime.media.image import fit, open_image
-from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, read_last_frame, write_mp4
+from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, write_mp4
 from magihuman.runtime.media.output import (
     check_output,
     check_thumbnail,
     is_video,
+    read_last_frame,
     spritesheet,
     thumbnail,
     write_clip,

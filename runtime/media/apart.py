@@ -93,7 +93,7 @@ class SoundTask:
 
 @dataclass(frozen=True)
 class FrameTask:
-    """Decode the last frame of a video to an RGB bitmap file. max_pixels, formats: `last_frame`."""
+    """Decode the last frame of a video to an RGB bitmap file, as `read_last_frame` does."""
 
     source: str
     target: str
@@ -102,9 +102,9 @@ class FrameTask:
 
     def run(self) -> None:
         """Raises `InvalidRequestError`."""
-        from magihuman.runtime.media.output import last_frame
+        from magihuman.runtime.media.output import read_last_frame
 
-        last_frame(self.source, self.max_pixels, self.formats).save(self.target, "BMP")
+        read_last_frame(self.source, self.max_pixels, self.formats).save(self.target, "BMP")
 
 
 @dataclass(frozen=True)

@@ -212,28 +212,6 @@ def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
 
 
 @freed()
-def read_last_frame(path: Path) -> npt.NDArray[np.uint8]:
-    """The last frame of a video file, [H, W, 3] RGB, however long it is.
-
-    Raises `InvalidRequestError` for what is missing, damaged or no video.
-    """
-    import av
-
-    if not path.is_file():
-        raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
-    last = None
-    with readable("the clip", str(path)):
-        file = f"file:{path.absolute()}"
-        with av.open(file, container_options=LOCAL, **tolerant()) as container:
-            if container.streams.video:
-                for frame in container.decode(video=0):
-                    last = frame
-        if last is None:
-            raise InvalidRequestError(f"the clip must have frames, got {path} without one")
-        return _rgb(last)
-
-
-@freed()
 def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
     """Frames a second, and frames, each [H, W, 3] RGB."""
     import av

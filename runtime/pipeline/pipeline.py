@@ -498,5 +498,6 @@ def last_frame(before: Video | str | os.PathLike[str]) -> Image:
     """The last frame of a clip, as a picture. Raises `InvalidRequestError` for no clip."""
     from PIL import Image
 
-    pixels = before.frames[-1] if isinstance(before, Video) else read_last_frame(Path(before))
-    return Image.fromarray(pixels)
+    if isinstance(before, Video):
+        return Image.fromarray(before.frames[-1])
+    return read_last_frame(Path(before))

@@ -5,7 +5,7 @@
 """
 
 from magihuman.runtime.media.output.formats import check_output, write_clip, writer_type
-from magihuman.runtime.media.output.last import is_video, last_frame
+from magihuman.runtime.media.output.last import is_video, read_last_frame
 from magihuman.runtime.media.output.thumbnail import (
     check_thumbnail,
     spritesheet,
@@ -17,7 +17,7 @@ __all__ = [
     "check_output",
     "check_thumbnail",
     "is_video",
-    "last_frame",
+    "read_last_frame",
     "spritesheet",
     "thumbnail",
     "write_clip",

@@ -34,25 +34,29 @@ def is_video(source: str | Path) -> bool:
 
 
 @freed()
-def last_frame(source: str, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
-    """Return the last frame of a video as it is, in RGB.
+def read_last_frame(
+    source: str | Path, max_pixels: int | None = None, formats: tuple[str, ...] = ()
+) -> Image.Image:
+    """Return the last frame of a video's file as it is, in RGB, however long the video is.
 
-    max_pixels: of a frame. formats: FFmpeg's names of those that may be opened. Raises
-    `InvalidRequestError` where there is none.
+    max_pixels: of a frame, where that is bounded. formats: FFmpeg's names of those that may be
+    opened, any by default. Raises `InvalidRequestError` for what is missing, damaged or no video.
     """
     import av
 
-    options = {**LOCAL, "format_whitelist": ",".join(formats)}
+    if not Path(source).is_file():
+        raise InvalidRequestError(f"a video must be a file that exists, got {source}")
+    options = {**LOCAL, "format_whitelist": ",".join(formats)} if formats else LOCAL
     file = f"file:{Path(source).absolute()}"
     with (
-        readable("a video", source),
+        readable("a video", str(source)),
         av.open(file, container_options=options, **tolerant()) as container,
     ):
         if not container.streams.video:
             raise InvalidRequestError(f"a video must have a picture, got {source} without one")
         stream = container.streams.video[0]
         width, height = stream.codec_context.width, stream.codec_context.height
-        if not 1 <= width * height <= max_pixels:
+        if max_pixels is not None and not 1 <= width * height <= max_pixels:
             raise InvalidRequestError(
                 f"a video must have frames of 1 to {max_pixels} pixels, got {width}x{height}; make"
                 " it smaller"
