@@ -79,8 +79,9 @@ def takes_options(command: Callable[[Any], None]) -> Callable[..., None]:
 def from_environment(command: Callable[..., None]) -> Callable[..., None]:
     """Let each option of what `takes_options` has made come from the environment, too.
 
-    `--queue-limit` is `MAGIHUMAN_QUEUE_LIMIT`, unless it has another variable already. What stands
-    on the command line goes before. An option that may be repeated has its values between spaces.
+    `--queue-limit` is `MAGIHUMAN_QUEUE_LIMIT`, unless it has another variable already, and one of
+    two names has two. What stands on the command line goes before. An option that may be repeated
+    has its values between spaces.
     """
     signature = inspect.signature(command)
     parameters = []
@@ -88,7 +89,7 @@ def from_environment(command: Callable[..., None]) -> Callable[..., None]:
         kind, info = get_args(parameter.annotation)
         if info.envvar is None:
             info = copy.copy(info)
-            info.envvar = f"{ENVIRONMENT}{name.upper()}"
+            info.envvar = _variables(name, info)
         parameters.append(parameter.replace(annotation=Annotated[kind, info]))
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {
@@ -96,6 +97,16 @@ def from_environment(command: Callable[..., None]) -> Callable[..., None]:
         "return": None,
     }
     return command
+
+
+def _variables(parameter: str, info: Any) -> list[str]:
+    """The variables of an option, one for each of its long names."""
+    given = (info.default, *(info.param_decls or ()))  # typer takes the first for a default
+    names = [each for each in given if isinstance(each, str) and each.startswith("--")]
+    return [
+        ENVIRONMENT + name.removeprefix("--").replace("-", "_").upper()
+        for name in names or [parameter]
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,10 @@ def parsed(arguments: list[str]) -> dict[str, object]:
 
 def test_every_option_has_a_variable():
     assert set(OPTIONS) == {field.name for field in dataclasses.fields(serve.ServeOptions)}
-    variables = {name: option.envvar for name, option in OPTIONS.items()}
-    assert variables == {name: f"MAGIHUMAN_{name.upper()}" for name in OPTIONS}
+    for option in OPTIONS.values():
+        names = [name[2:].replace("-", "_").upper() for name in option.opts if name[:2] == "--"]
+        variables = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar)
+        assert variables == [f"MAGIHUMAN_{name}" for name in names]
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -42,6 +44,12 @@ def test_a_variable_stands_for_its_option(monkeypatch, name):
     monkeypatch.setenv(f"MAGIHUMAN_{name.upper()}", text)
     found = parsed([])[name]
     assert (list(found) if isinstance(found, (list, tuple)) else found) == value
+
+
+@pytest.mark.parametrize("name", ["GPUS_PER_ENGINE", "CONTEXT_PARALLEL"])
+def test_an_option_of_two_names_has_two_variables(monkeypatch, name):
+    monkeypatch.setenv(f"MAGIHUMAN_{name}", "2")
+    assert parsed(["--model", "nano"])["context_parallel"] == 2
 
 
 def test_the_command_line_goes_before(monkeypatch):
