@@ -294,9 +294,9 @@ def test_engines_share_out_the_gpus(tmp_path, gpus, each, most, expected):
 @pytest.mark.parametrize(
     ("gpus", "each", "most", "says"),
     [
-        (4, 2, 3, "to the number of GPUs by --gpus-per-engine, 2, 2, got 3"),
+        (4, 2, 3, "engines that the GPUs have room for by --gpus-per-engine, 2, 2, got 3"),
         (2, 4, None, "--gpus-per-engine must be at most the number of GPUs, 2, got 4"),
-        (2, 1, 3, "to the number of GPUs, 2, got 3"),
+        (2, 1, 3, "engines that the GPUs have room for, 2, got 3"),
     ],
 )
 def test_engines_for_which_there_are_too_few_gpus(gpus, each, most, says):
