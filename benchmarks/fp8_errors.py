@@ -1,14 +1,15 @@
-"""How far fp8 is from bf16, and where it breaks: per linear, per layer, after 8 steps.
+"""How far 8 bits are from bf16, and where they break: per linear, per layer, after 8 steps.
 
-    python benchmarks/fp8_errors.py [--folder RESULTS] [--tiny]
+    python benchmarks/fp8_errors.py [--precisions fp8 int8] [--folder RESULTS] [--tiny]
 
 On weights that are normally distributed, heavy-tailed with massive activations, and made to break
 (`harness/weight_kinds.py`), at full size, 480x256, 5 s, 300 text tokens; with --tiny at a size for
 the CPU.
 
 A linear's inputs are those that it has in the bf16 model. Its kernel and a careful reference
-(operands in e4m3 with the same scales, all else in fp32) are compared with the product of the bf16
-operands in fp32. What `magihuman verify` says of the same weights stands beside that.
+(operands in 8 bits with the same scales, all else in fp32) are compared with the product of the
+bf16 operands in fp32. What `magihuman verify` says of the same weights stands beside that. Each
+precision has a file of results.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from magihuman.graphs import quantization
 from magihuman.graphs.transformer import compile as compiling
 from magihuman.graphs.transformer.options import CompileOptions
 from magihuman.graphs.transformer.passes.context import Context
+from magihuman.graphs.transformer.passes.precision import OVER
 from magihuman.graphs.transformer.replay import CompiledForward
-from magihuman.kernels import ops
 from magihuman.kernels import reference as ref
 from magihuman.runtime.evaluate.simulated import Mode, Simulated
 from magihuman.runtime.evaluate.verify_report import Report
@@ -41,10 +42,12 @@ from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT, Layer
 from magihuman.runtime.pipeline import denoise
 from magihuman.runtime.request import Request
-from magihuman.runtime.weights import random_weights
+from magihuman.runtime.weights import PrecisionPolicy, random_weights
 
 KINDS = ("normal", "outliers", "broken")
-ROUTE = "128x192"  # all tiles of the own product sum in the same order
+PRECISIONS = ("fp8", "int8")
+# All tiles of Hopper's product sum in the same order, and sums of integers are exact.
+ROUTES = {ref.FP8: "128x192", ref.INT8: "portable 128x128"}
 # What `verify` makes; its frames are compared on the CPU.
 CLIPS = {
     "full": {"seconds": 1.0, "width": 480, "height": 256},
@@ -52,15 +55,15 @@ CLIPS = {
 }
 NAMED = 5  # worst linears that are listed
 OPS = torch.ops.magihuman
-FP8 = torch.float8_e4m3fn
+FP8 = ref.FP8
 
-Errors = dict[str, float]  # of the kernel, "fp8", and of the reference, "careful"
+Errors = dict[str, float]  # of the kernel, by its precision, and of the reference, "careful"
 Latents = tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A weight in bf16 and in e4m3, for all rows or, with counts, for each modality."""
+    """A weight in bf16 and in 8 bits, for all rows or, with counts, for each modality."""
 
     weight: Tensor
     counts: ref.Counts | None
@@ -68,8 +71,13 @@ class Linear:
     scale: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, counts: ref.Counts | None) -> Linear:
-        return cls(weight, counts, *quantization.quantize(weight))
+    def of(cls, weight: Tensor, counts: ref.Counts | None, dtype: torch.dtype) -> Linear:
+        return cls(weight, counts, *quantization.quantize(weight, dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
 
     @property
     def out(self) -> int:
@@ -86,45 +94,52 @@ class Linear:
         return ref.linear(x.float(), self.weight.float(), self.counts)
 
     def careful(self, values: Tensor, scale: Tensor) -> Tensor:
-        """The product of e4m3 operands and their scales, in fp32."""
+        """The product of 8-bit operands and their scales, in fp32."""
         x = ref.dequantize_rows(values, scale)
         return ref.linear(x, ref.dequantize_rows(self.values, self.scale), self.counts)
 
     def added(self, values: Tensor, scale: Tensor | float, stream: Tensor) -> Tensor:
         """The kernel's product joins a stream in place."""
-        scales, of_all = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
-        arguments = (stream, values, scales, of_all, *self.narrow, ROUTE)
-        joined: Tensor = OPS.linear_add_fp8_(*arguments)
+        scales: tuple[Any, ...] = (scale,)
+        if self.dtype == FP8:
+            scales = (scale, 0.0) if isinstance(scale, Tensor) else (None, scale)
+        route = ROUTES[self.dtype]
+        joined: Tensor = OVER[self.dtype].add(stream, values, *scales, *self.narrow, route)
         return joined
+
+    def added_rows(self, x: Tensor, stream: Tensor) -> Tensor:
+        """As `added`, of rows of bf16 that are quantised first."""
+        return self.added(*OVER[self.dtype].quantize(x), stream)
 
 
 class Blocks:
-    """The operators that the rewritten graph has for one layer with all linears in fp8.
+    """The operators that the rewritten graph has for one layer with all linears in 8 bits.
 
     Attention and its norms are the reference's in bf16, here and in what this is compared with.
     """
 
-    def __init__(self, layer: Layer, rope: Tensor, counts: ref.Counts) -> None:
+    def __init__(self, layer: Layer, rope: Tensor, counts: ref.Counts, dtype: torch.dtype) -> None:
         self.layer, self.rope = layer, rope
         self.counts = counts if layer.has_modality_weights else None
         attention, mlp = layer.attention, layer.mlp
         self.qkv, self.proj, self.up, self.down = (
-            Linear.of(linear.weight, self.counts)
+            Linear.of(linear.weight, self.counts, dtype)
             for linear in (
                 attention.linear_qkv, attention.linear_proj, mlp.up_gate_proj, mlp.down_proj,
             )
         )  # fmt: skip
         self.kind = mlp.activation.__name__
-        self.fixed = ref.STATIC_SCALES[self.kind]
+        self.over, self.route = OVER[dtype], ROUTES[dtype]
+        self.fixed = ref.STATIC_SCALES[self.kind] if dtype == FP8 else None
 
     def __call__(self, stream: Tensor) -> Tensor:
         """The stream after the layer; its own argument stays as it is."""
         stream = stream.clone()
-        rows = ops.norm_fp8(stream, self.layer.attention.pre_norm.weight, self.qkv.narrow[2])
-        mixed = self.attended(ops.linear_fp8(*rows, *self.qkv.narrow, ROUTE))
-        self.proj.added(*ops.quantize_fp8(mixed), stream)
-        rows = ops.norm_fp8(stream, self.layer.mlp.pre_norm.weight, self.up.narrow[2])
-        return self.down.added(self.activated(*rows), self.fixed, stream)
+        rows = self.over.norm(stream, self.layer.attention.pre_norm.weight, self.qkv.narrow[2])
+        mixed = self.attended(self.over.linear(*rows, *self.qkv.narrow, self.route))
+        self.proj.added_rows(mixed, stream)
+        rows = self.over.norm(stream, self.layer.mlp.pre_norm.weight, self.up.narrow[2])
+        return self.down.added(*self.activated(*rows), stream)
 
     def attended(self, qkv: Tensor) -> Tensor:
         """Gated attention, [N, heads D]."""
@@ -135,22 +150,31 @@ class Blocks:
         )  # fmt: skip
         return ref.gated_attention(q, k, v, gate).flatten(1)
 
-    def activated(self, values: Tensor, scale: Tensor) -> Tensor:
-        """The up projection and what follows it, [N, padded] e4m3 over the fixed scale."""
+    def activated(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Any]:
+        """The up projection and what follows it, [N, padded] in 8 bits, and scales: one in e4m3,
+        else of each row.
+        """
         padded = ref.padded_width(self.down.weight.shape[1])
-        after = (self.kind, padded, FP8, ROUTE)
-        return ops.linear_activation_fp8(values, scale, *self.up.narrow, *after)
+        product = (values, scale, *self.up.narrow, self.kind, padded)
+        if self.fixed is not None:
+            return self.over.activation(*product, FP8, self.route), self.fixed
+        narrow: tuple[Tensor, Tensor] = self.over.quantize(
+            self.over.activation(*product, self.route)
+        )
+        return narrow
 
 
 # -- one linear -------------------------------------------------------------------------------
 
 
 def normed_errors(stream: Tensor, norm: Tensor, linear: Linear) -> Errors:
-    """Of a linear after a norm, which makes its e4m3 rows."""
+    """Of a linear after a norm, which makes its rows in 8 bits."""
     normed = ref.rms_norm(stream, norm, linear.counts)
     exact = linear.exact(normed.bfloat16())
-    own = ops.linear_fp8(*ops.norm_fp8(stream, norm, linear.narrow[2]), *linear.narrow, ROUTE)
-    return against(exact, own, linear.careful(*ref.quantize_rows(normed)))
+    over, dtype = OVER[linear.dtype], linear.dtype
+    rows = over.norm(stream, norm, linear.narrow[2])
+    own = over.linear(*rows, *linear.narrow, ROUTES[dtype])
+    return against(exact, own, linear.careful(*ref.quantize_rows(normed, dtype)), dtype)
 
 
 def activated_errors(stream: Tensor, blocks: Blocks) -> Errors:
@@ -159,42 +183,54 @@ def activated_errors(stream: Tensor, blocks: Blocks) -> Errors:
     normed = ref.rms_norm(stream, norm, blocks.counts)
     activation = blocks.layer.mlp.activation
     exact = activation(blocks.up.exact(normed.bfloat16()))
-    rows = ops.norm_fp8(stream, norm, blocks.up.narrow[2])
-    own = blocks.activated(*rows)[:, :width].float() * blocks.fixed
-    careful = activation(blocks.up.careful(*ref.quantize_rows(normed)))
-    return against(exact, own, (careful / blocks.fixed).to(FP8).float() * blocks.fixed)
+    dtype = blocks.up.dtype
+    values, scale = blocks.activated(*blocks.over.norm(stream, norm, blocks.up.narrow[2]))
+    careful = activation(blocks.up.careful(*ref.quantize_rows(normed, dtype)))
+    if blocks.fixed is None:
+        own = ref.dequantize_rows(values[:, :width], scale)
+        careful = ref.dequantize_rows(*ref.quantize_rows(careful, dtype))
+    else:
+        own = values[:, :width].float() * blocks.fixed
+        careful = (careful / blocks.fixed).to(FP8).float() * blocks.fixed
+    return against(exact, own, careful, dtype)
 
 
 def proj_errors(x: Tensor, linear: Linear) -> Errors:
     """Of a linear whose rows are quantised by themselves."""
-    own = linear.added(*ops.quantize_fp8(x), x.new_zeros(len(x), linear.out, dtype=torch.float32))
-    return against(linear.exact(x), own, linear.careful(*ref.quantize_rows(x)))
+    own = linear.added_rows(x, x.new_zeros(len(x), linear.out, dtype=torch.float32))
+    careful = linear.careful(*ref.quantize_rows(x, linear.dtype))
+    return against(linear.exact(x), own, careful, linear.dtype)
 
 
-def down_errors(hidden: Tensor, linear: Linear, fixed: float) -> Errors:
-    """Of a linear after an activation, over the activation's scale."""
+def down_errors(hidden: Tensor, linear: Linear, fixed: float | None) -> Errors:
+    """Of a linear after an activation, over the activation's scale, if it has one."""
+    if fixed is None:
+        return proj_errors(hidden, linear)
     rows, width = hidden.shape
     values = hidden.new_zeros(rows, ref.padded_width(width), dtype=FP8)
     values[:, :width] = (hidden.float() / fixed).to(FP8)
     stream = hidden.new_zeros(rows, linear.out, dtype=torch.float32)
     scale = hidden.new_full((rows,), fixed, dtype=torch.float32)
     own = linear.added(values, fixed, stream)
-    return against(linear.exact(hidden), own, linear.careful(values[:, :width], scale))
+    return against(linear.exact(hidden), own, linear.careful(values[:, :width], scale), FP8)
 
 
-def against(exact: Tensor, own: Tensor, careful: Tensor) -> Errors:
+def against(exact: Tensor, own: Tensor, careful: Tensor, dtype: torch.dtype) -> Errors:
     """Both relative to the exact product."""
-    return {"fp8": error(own, exact), "careful": error(careful, exact)}
+    name = "fp8" if dtype == FP8 else "int8"
+    return {name: error(own, exact), "careful": error(careful, exact)}
 
 
 # -- the whole model --------------------------------------------------------------------------
 
 
-def walk(model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor) -> dict[str, Any]:
+def walk(
+    model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor, dtype: torch.dtype
+) -> dict[str, Any]:
     """Errors of every linear and layer in one forward, from the inputs that they have in bf16.
 
     "layer" is the error of what a layer adds to the stream by itself, "stream" that of the stream
-    after it with all layers so far in fp8; "peak" is the largest of the stream over its median.
+    after it with all layers so far in 8 bits; "peak" is the largest of the stream over its median.
     """
     found: dict[str, list[Any]] = {}
 
@@ -205,7 +241,7 @@ def walk(model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor) -> d
     stream = model.adapter(tokens.patchify(latents[0]), latents[1][0], text)
     narrow = stream
     for layer in model.block.layers:
-        blocks = Blocks(layer, rope, layout.counts)
+        blocks = Blocks(layer, rope, layout.counts, dtype)
         attention, mlp = layer.attention, layer.mlp
         note("linear_qkv", normed_errors(stream, attention.pre_norm.weight, blocks.qkv))
         normed = ref.rms_norm(stream, attention.pre_norm.weight, blocks.counts).bfloat16()
@@ -227,14 +263,15 @@ def walk(model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor) -> d
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Least, median and largest of each over the layers; "ratio" is fp8 over careful."""
+    """Least, median and largest of each over the layers; "ratio" is the kernel over careful."""
     out: dict[str, Any] = {}
     for name, values in found.items():
         if not isinstance(values[0], dict):
             out[name] = spread(values)
             continue
-        out[name] = {key: spread([v[key] for v in values]) for key in ("fp8", "careful")}
-        out[name]["ratio"] = spread([v["fp8"] / v["careful"] for v in values])
+        own, careful = values[0]
+        out[name] = {key: spread([v[key] for v in values]) for key in (own, careful)}
+        out[name]["ratio"] = spread([v[own] / v[careful] for v in values])
     return out
 
 
@@ -243,30 +280,35 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def loops(
-    model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor, cache: Path
+    model: DiT,
+    layout: tokens.Layout,
+    latents: Latents,
+    text: Tensor,
+    dtype: torch.dtype,
+    cache: Path,
 ) -> dict[str, Any]:
     """Latents after 8 steps against bf16: simulated, and by the kernels. Leaves rounded weights."""
     names = quantization.quantized_linears(model.config)
     plain = denoise.velocity_of(model, layout, text, "v2")
     bf16 = distilled_steps(plain, *latents)
-    with Simulated(model, names) as simulation, simulation.running(Mode.NARROW):
+    with Simulated(model, names, dtype=dtype) as simulation, simulation.running(Mode.NARROW):
         simulated = distilled_steps(plain, *latents)
-    quantization.quantize_model(model, names)
+    quantization.quantize_model(model, names, dtype)
     release()
-    forward = fp8_forward(model, layout, cache)
-    fp8 = distilled_steps(denoise.velocity_of(model, layout, text, "v2", forward), *latents)
+    forward = narrow_forward(model, layout, cache)
+    narrow = distilled_steps(denoise.velocity_of(model, layout, text, "v2", forward), *latents)
     del forward
     release()
     quantization.dequantize_model(model)
     pairs = {
-        "kernels against bf16": (fp8, bf16),
+        "kernels against bf16": (narrow, bf16),
         "simulated against bf16": (simulated, bf16),
-        "kernels against simulated": (fp8, simulated),
+        "kernels against simulated": (narrow, simulated),
     }
     return {name: [error(a, b) for a, b in zip(*pair, strict=True)] for name, pair in pairs.items()}
 
 
-def fp8_forward(model: DiT, layout: tokens.Layout, cache: Path) -> denoise.Forward:
+def narrow_forward(model: DiT, layout: tokens.Layout, cache: Path) -> denoise.Forward:
     """The rewritten graph: replayed on a GPU, with the operators' references on the CPU.
 
     cache: of the CPU's graphs; a GPU's are in the user's.
@@ -284,7 +326,9 @@ def fp8_forward(model: DiT, layout: tokens.Layout, cache: Path) -> denoise.Forwa
 # -- where it breaks --------------------------------------------------------------------------
 
 
-def sweeps(model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor) -> dict[str, Any]:
+def sweeps(
+    model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor, dtype: torch.dtype
+) -> dict[str, Any]:
     """Errors of one layer's linears as a channel grows, and as its activations shrink, by 2^k."""
     shared = [layer for layer in model.block.layers if not layer.has_modality_weights]
     layer, stream = shared[0], model.adapter(tokens.patchify(latents[0]), latents[1][0], text)
@@ -297,21 +341,25 @@ def sweeps(model: DiT, layout: tokens.Layout, latents: Latents, text: Tensor) ->
     for power in range(0, 25, 2):
         state = {key: value.clone() for key, value in own.items()}
         weight_kinds.hide(state, qkv, 2.0**power)
-        linear = Linear.of(state[f"{qkv}.weight"], None)
+        linear = Linear.of(state[f"{qkv}.weight"], None, dtype)
         huge[power] = normed_errors(stream, state[weight_kinds.norm_of(qkv)], linear)
         weight_kinds.quieten(state, up, down, 2.0**power)
         normed = ref.rms_norm(stream, state[weight_kinds.norm_of(up)]).bfloat16()
         hidden = ref.swiglu7(ref.linear(normed, state[f"{up}.weight"]))
-        linear = Linear.of(state[f"{down}.weight"], None)
-        quiet[power] = down_errors(hidden, linear, ref.STATIC_SCALES["swiglu7"])
+        linear = Linear.of(state[f"{down}.weight"], None, dtype)
+        fixed = ref.STATIC_SCALES["swiglu7"] if dtype == FP8 else None
+        quiet[power] = down_errors(hidden, linear, fixed)
     return {"channel times 2^k": huge, "activations over 2^k": quiet}
 
 
 # -- what verify says -------------------------------------------------------------------------
 
 
-def verdict(engine: runtime.Engine, prompt: str, clip: dict[str, Any]) -> dict[str, Any]:
+def verdict(
+    engine: runtime.Engine, prompt: str, precision: str, clip: dict[str, Any]
+) -> dict[str, Any]:
     """`verify` on these weights and, after a fail, once more with what it suggests."""
+    clip = clip | {"precision": precision}
     report = runtime.verify(engine, [prompt], **clip)
     said = described(report)
     if report.broken:
@@ -349,13 +397,17 @@ def give_weights(model: DiT, kind: str) -> list[str]:
     return weight_kinds.broken(state, arch) if kind == "broken" else []
 
 
-def measured(engine: runtime.Engine, size: sizes.Size, cache: Path) -> dict[str, Any]:
+def measured(
+    engine: runtime.Engine, size: sizes.Size, precision: str, cache: Path
+) -> dict[str, Any]:
     """All figures, for each kind of weights in the engine's transformer."""
     with engine.hold(Request(size.prompt)) as pipeline:
         model = pipeline.components.dit
     torch.manual_seed(0)
     video, audio, text = example(size.layout, model.config.text_channels, size.device)
-    inputs = (model, size.layout, (video, audio), text)
+    dtype = PrecisionPolicy(precision).narrow
+    assert dtype is not None
+    inputs = (model, size.layout, (video, audio), text, dtype)
     clip = CLIPS[size.name]
     figures: dict[str, Any] = {}
     for kind in KINDS:
@@ -364,9 +416,9 @@ def measured(engine: runtime.Engine, size: sizes.Size, cache: Path) -> dict[str,
             figures["sweeps"] = sweeps(*inputs)
         found = walk(*inputs)
         figures[kind] = {"summary": summary(found), "made_to_break": names}
-        figures[kind]["verify"] = verdict(engine, size.prompt, clip)
+        figures[kind]["verify"] = verdict(engine, size.prompt, precision, clip)
         figures[kind]["after 8 steps"] = loops(*inputs, cache)
-        print(kind, json.dumps(figures[kind]), flush=True)
+        print(precision, kind, json.dumps(figures[kind]), flush=True)
         figures[kind]["layers"] = found
     return figures
 
@@ -374,6 +426,7 @@ def measured(engine: runtime.Engine, size: sizes.Size, cache: Path) -> dict[str,
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     arguments = environment.arguments(parser)
     torch.set_float32_matmul_precision("highest")  # no TF32
     size, source = sizes.FULL, runtime.synthetic("distill")
@@ -383,17 +436,21 @@ def main() -> None:
             runtime.write_tiny(source)
         engine = runtime.load(source, precision="bf16", compile=False, device=size.device)
         with engine, torch.inference_mode():
-            figures = measured(engine, size, Path(folder, "graphs"))
+            figures = {
+                name: measured(engine, size, name, Path(folder, "graphs"))
+                for name in arguments.precisions
+            }
     shapes = {
         "size": size.name,
         "tokens": size.layout.tokens,
         "layers": size.arch.num_layers,
         "channels": size.arch.hidden_size,
         "steps": STEPS,
-        "reference": "operands in e4m3 with the kernels' scales, products in fp32 without TF32",
+        "reference": "operands in 8 bits with the kernels' scales, products in fp32 without TF32",
         "verify_clip": CLIPS[size.name],
     }
-    print(environment.write("fp8_errors", shapes | figures, arguments.folder))
+    for name, found in figures.items():
+        print(environment.write(f"{name}_errors", shapes | found, arguments.folder))
 
 
 if __name__ == "__main__":

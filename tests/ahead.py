@@ -330,9 +330,6 @@ PORTABLE |= {
         matmul_portable, "_product", lambda one: multiply(one, BF16, "swiglu7", 0)
     ),
     "sum, int8": Portable(matmul_portable, "_product", lambda one: multiply(one, I8, "add", 0)),
-    "product, int8": Portable(
-        matmul_portable, "_product", lambda one: multiply(one, I8, "swiglu7", -1)
-    ),
     "product, e4m3": Portable(
         matmul_portable, "_product", lambda one: multiply(one, E4M3, "swiglu7", 0), E4M3_FROM
     ),

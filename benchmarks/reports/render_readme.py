@@ -37,6 +37,7 @@ FILES = {  # which tables each has
         "portable",
         "power",
         "fp8-errors",
+        "int8-errors",
         "decoding",
         "super-resolution",
         "memory",
@@ -70,6 +71,7 @@ def tables(folder: Path) -> dict[str, str]:
         "denoising": denoising_table(result("compiled_forward")),
         "fp8": fp8_table(result("fp8")),
         "fp8-errors": error_table(result("fp8_errors")),
+        "int8-errors": int8_errors(folder),
         "decoding": vae_table(decoding),
         "super-resolution": sr_table(result("super_resolution")),
         "memory": memory_table(result("memory_limit")["cases"]),
@@ -200,8 +202,15 @@ def fp8_table(figures: dict[str, Any]) -> list[str]:
     ]
 
 
-def error_table(figures: dict[str, Any]) -> list[str]:
-    """fp8 against bf16 on three kinds of weights, and where single linears break."""
+def int8_errors(folder: Path) -> list[str]:
+    """As `error_table`; nothing where int8 was not measured."""
+    if not (folder / "int8_errors.json").exists():
+        return []
+    return error_table(read(folder, "int8_errors"), "int8")
+
+
+def error_table(figures: dict[str, Any], precision: str = "fp8") -> list[str]:
+    """8 bits against bf16 on three kinds of weights, and where single linears break."""
     kinds = {
         "normal": "normally distributed",
         "outliers": "heavy tails, massive activations",
@@ -212,7 +221,8 @@ def error_table(figures: dict[str, Any]) -> list[str]:
     after = [figures[kind]["after 8 steps"] for kind in kinds]
     said = [figures[kind]["verify"] for kind in kinds]
     rows = [
-        (f"`{name}`", [spread(summary[name]["fp8"]) for summary in summaries]) for name in linears
+        (f"`{name}`", [spread(summary[name][precision]) for summary in summaries])
+        for name in linears
     ]
     ratios = [max(s[name]["ratio"]["max"] for name in linears) for s in summaries]
     rows += [
@@ -224,22 +234,35 @@ def error_table(figures: dict[str, Any]) -> list[str]:
         ("`magihuman verify`", [verdict(own) for own in said]),
     ]
     huge, quiet = (
-        next((k for k, errors in sweep.items() if errors["fp8"] > 2 * sweep["0"]["fp8"]), None)
+        next((k for k, own in sweep.items() if own[precision] > 2 * sweep["0"][precision]), None)
         for sweep in figures["sweeps"].values()
     )
+    format_name = {"fp8": "e4m3"}.get(precision, precision)
     return [
-        "The table has the relative error of fp8: the median over all layers and, in parentheses,"
-        " the largest.",
+        f"The table has the relative error of {precision}: the median over all layers and, in"
+        " parentheses, the largest.",
         "A linear is compared with the product of its bf16 operands. The careful reference rounds"
         " operands to",
-        "e4m3 with the same scales and computes all else in fp32.",
+        f"{format_name} with the same scales and computes all else in fp32.",
         "",
         f"| weights | {' | '.join(kinds.values())} |",
         "|---|---|---|---|",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
         "",
-        f"A linear's error doubles once one input channel is 2^{huge} times the others, or once"
-        " activations",
+        *where_it_doubles(huge, quiet),
+    ]
+
+
+def where_it_doubles(huge: str | None, quiet: str | None) -> list[str]:
+    """A sentence on sweeps by powers of two; a power is None where the sweep's end is no worse."""
+    first = f"A linear's error doubles once one input channel is 2^{huge} times the others"
+    if quiet is None:
+        return [
+            f"{first}. How small",
+            "activations on their way to a down projection are does not matter.",
+        ]
+    return [
+        f"{first}, or once activations",
         f"on their way to a down projection are 2^{quiet} times smaller than those of random"
         " weights.",
     ]

@@ -1,4 +1,4 @@
-"""The tiny checkpoint on a GPU: converted, loaded and run in fp8; and what `verify` says of it."""
+"""The tiny checkpoint on a GPU: converted, loaded, run in 8 bits; and what `verify` says of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from magihuman.graphs import quantization
 from magihuman.kernels import reference as ref
 from magihuman.runtime.config import VARIANTS
 from magihuman.runtime.evaluate import simulated
-from magihuman.runtime.weights import checkpoint, tiny
+from magihuman.runtime.weights import PrecisionPolicy, checkpoint, tiny
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -27,12 +27,16 @@ DEVICE = torch.device("cuda")
 CLIP = {"seconds": 0.2, "width": 64, "height": 64}
 
 
+@pytest.mark.parametrize("kernels", ["auto", "portable"])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("keep", ["none", "modality"])
-def test_convert_load_generate(tiny_dir: Path, tmp_path: Path, keep: str) -> None:
+def test_convert_load_generate(
+    tiny_dir: Path, tmp_path: Path, keep: str, precision: str, kernels: str
+) -> None:
     """The kernels get the weights that quantising while reading gives, and make the same clip."""
-    folder = runtime.convert(tiny_dir, tmp_path / "fp8", keep_bf16=keep)
-    with runtime.load(tiny_dir, transformer=folder) as engine:
-        assert engine.precision == "fp8" and engine.is_compiled
+    folder = runtime.convert(tiny_dir, tmp_path / "narrow", precision=precision, keep_bf16=keep)
+    with runtime.load(tiny_dir, transformer=folder, kernels=kernels) as engine:
+        assert engine.precision == precision and engine.is_compiled
         clip = engine.generate("hi", **CLIP)
         again = engine.generate("hi", **CLIP)
         with engine.hold(runtime.Request("hi")) as pipeline:
@@ -41,7 +45,8 @@ def test_convert_load_generate(tiny_dir: Path, tmp_path: Path, keep: str) -> Non
     assert clip.frames.shape == (5, 64, 64, 3)
 
     model = checkpoint.load_dit(tiny_dir / "distill", VARIANTS["distill"], DEVICE, torch.bfloat16)
-    quantization.quantize_model(model, quantization.quantized_linears(tiny.DIT, keep))
+    dtype = PrecisionPolicy(precision).narrow
+    quantization.quantize_model(model, quantization.quantized_linears(tiny.DIT, keep), dtype)
     wanted = model.state_dict()
     assert found.keys() == wanted.keys()
     for key, value in found.items():
@@ -49,7 +54,8 @@ def test_convert_load_generate(tiny_dir: Path, tmp_path: Path, keep: str) -> Non
         assert value.is_cuda and value.dtype == wanted[key].dtype, key
         assert torch.equal(value.float(), wanted[key].float()), key
 
-    with runtime.load(tiny_dir, precision="fp8", keep_bf16=keep) as engine:
+    options = {"precision": precision, "keep_bf16": keep, "kernels": kernels}
+    with runtime.load(tiny_dir, **options) as engine:
         direct = engine.generate("hi", **CLIP)
     assert np.array_equal(clip.frames, direct.frames)
     with runtime.load(tiny_dir) as engine:
@@ -70,11 +76,14 @@ def test_an_artifact_in_the_plain_model(
     assert "compile=False asks for the plain one" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [ref.FP8, ref.INT8])
 @pytest.mark.parametrize("counts", [None, (190, 63, 47)])
-def test_the_simulation_sums_as_the_reference_does(counts: ref.Counts | None) -> None:
+def test_the_simulation_sums_as_the_reference_does(
+    counts: ref.Counts | None, dtype: torch.dtype
+) -> None:
     x = torch.randn(300, 340, device=DEVICE)
     weight = torch.randn(128 * (3 if counts else 1), 340, device=DEVICE)
-    operands = (*ref.quantize_rows(x), *quantization.quantize(weight))
+    operands = (*ref.quantize_rows(x, dtype), *quantization.quantize(weight, dtype))
     ours = simulated.scaled_linear(*operands, counts)
     theirs = ref.scaled_linear(*operands, counts)
     assert ours.dtype == torch.bfloat16
@@ -90,6 +99,12 @@ def test_verify_passes_healthy_weights(tiny_dir: Path) -> None:
     assert all(0.03 < error.worst < 0.045 for error in report.per_linear.values())
     (clip,) = report.clips
     assert 0.005 < clip.video_error[-1] < 0.15 and 0.005 < clip.audio_error[-1] < 0.15
+
+
+def test_verify_passes_healthy_weights_in_int8(tiny_dir: Path) -> None:
+    report = runtime.verify(tiny_dir, ["hi"], precision="int8", **CLIP)
+    assert report.verdict == "pass"
+    assert all(0.008 < error.worst < 0.025 for error in report.per_linear.values())
 
 
 def test_verify_names_what_is_broken(tiny_dir: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_compiled_is_plain(layout: tokens.Layout, fp8: bool) -> None:
 
 
 @needs_weights
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 def test_scores(precision: str) -> None:
     with runtime.load("nano", precision=precision, device="cuda") as engine:
         found = score_model(engine, shipped.NANO_FOLDER)
