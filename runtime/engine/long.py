@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import DeadlineExceeded, InvalidRequestError, OutputError, shown
-from magihuman.runtime.media import FragmentWriter, check_output, read_audio
+from magihuman.runtime.media import FragmentWriter, check_output, mark, read_audio
 from magihuman.runtime.pipeline import LATENT_SAMPLES, Waveform, joined, whole_frames
 from magihuman.runtime.prompts import MAX_SCENE_S, Prompt, Scene
 from magihuman.runtime.request import (
@@ -205,7 +205,9 @@ def chunks(
     with ExitStack() as stack:
         file: FragmentWriter | None = None
         if options.save is not None:
-            file = stack.enter_context(_opened(options.save))
+            file = _opened(options.save)
+            stack.callback(_settle, options.save)
+            stack.enter_context(file)
         for chunk in _made(generate, scenes, windows, voice, options):
             if file is not None:
                 _write(file, chunk, options.save)
@@ -311,6 +313,15 @@ def _opened(path: Path) -> FragmentWriter:
         return FragmentWriter(path, config.FPS, config.SAMPLE_RATE_HZ)
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror}") from error
+
+
+def _settle(path: Path) -> None:
+    """Mark a file as made by a model, which it says of itself; one of nothing is removed."""
+    with suppress(OSError):  # what ended the clip is raised, and not this
+        if path.stat().st_size:
+            mark(path)
+        else:
+            path.unlink()
 
 
 def _write(file: FragmentWriter, chunk: Chunk, path: Path | None) -> None:

@@ -9,7 +9,7 @@ formats, and stills. `quality` says how far two clips are apart.
 
 from magihuman.runtime.media import quality
 from magihuman.runtime.media.apart import Decoders, FrameTask, ImageTask, SoundTask, StillTask
-from magihuman.runtime.media.clip import ClipWriter, Origin, Output
+from magihuman.runtime.media.clip import ClipWriter, Origin, Output, mark, xmp_of
 from magihuman.runtime.media.fragments import FragmentWriter
 from magihuman.runtime.media.image import fit, open_image
 from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, write_mp4
@@ -44,6 +44,7 @@ __all__ = [
     "check_thumbnail",
     "fit",
     "is_video",
+    "mark",
     "open_driving_audio",
     "open_image",
     "psnr_db",
@@ -57,4 +58,5 @@ __all__ = [
     "write_mp4",
     "write_thumbnail",
     "writer_type",
+    "xmp_of",
 ]

@@ -15,7 +15,7 @@ from sounds import write_sine
 from magihuman import runtime
 from magihuman.runtime.engine.long import STRIDE, cuts, plan
 from magihuman.runtime.evaluate.clip_score import loudness
-from magihuman.runtime.media import read_audio, read_frames
+from magihuman.runtime.media import read_audio, read_frames, xmp_of
 from magihuman.runtime.prompts import Scene
 from magihuman.runtime.serving.record import OPTIONS
 
@@ -190,6 +190,7 @@ def test_a_long_clip(engine, voice, tmp_path):
     assert len(whole) == 33  # 1.2 s, up to a whole latent
     nearest = [max(range(len(whole)), key=lambda i: like(frame, whole[i])) for frame in written]
     assert nearest == list(range(len(whole)))
+    assert xmp_of(path) is not None  # the mark that a model has made it
     heard = read_audio(path, 44_100, 10)
     assert abs(len(heard) - len(wave)) <= 1024
     # No click: no step between two samples at a seam is larger than the largest elsewhere.
@@ -239,7 +240,16 @@ def test_what_was_finished_before_a_cancel_can_be_played(engine, tmp_path):
     cancel.set()
     with pytest.raises(runtime.Cancelled):
         next(chunks)
-    assert len(read_frames(path)[0]) == done > 8
+    assert len(read_frames(path)[0]) == done > 8 and xmp_of(path) is not None
+
+
+def test_where_nothing_was_finished_there_is_no_file(engine, tmp_path):
+    cancel = threading.Event()
+    cancel.set()
+    path = tmp_path / "long.mp4"
+    with pytest.raises(runtime.Cancelled):
+        next(engine.generate_long("A man nods.", seconds=1, save=path, cancel=cancel, **LONG))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_deadline_is_for_all_of_it(engine):
