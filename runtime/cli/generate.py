@@ -13,6 +13,7 @@ from magihuman import runtime
 from magihuman.runtime.cli.console import Bar, Made, print_result, user_errors
 from magihuman.runtime.cli.options import (
     DeviceOption,
+    EncodingOptions,
     EngineOptions,
     JsonOptions,
     ModelOption,
@@ -24,30 +25,7 @@ from magihuman.runtime.request import RequestOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileFormatOptions:
-    """How the file of a clip is encoded, and what it says."""
-
-    crf: Annotated[
-        int | None,
-        typer.Option(
-            help="Rate factor, lower is better: 0 to 51 for mp4 (17), 0 to 63 for webm (24)."
-        ),
-    ] = None
-    preset: Annotated[
-        str | None,
-        typer.Option(help="Of x264, for mp4: ultrafast to veryslow, by default veryfast."),
-    ] = None
-    tags: Annotated[
-        bool, typer.Option(help="Name prompt, seed, model and version in the file.")
-    ] = True
-    thumbnail: Annotated[
-        Path | None,
-        typer.Option(help="Also write the frame in the middle, as .webp, .jpg or .png."),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions(EngineOptions, FileFormatOptions, JsonOptions):
+class GenerateOptions(EngineOptions, EncodingOptions, JsonOptions):
     """A clip and the engine that makes it."""
 
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What is seen and said.")] = (
@@ -62,6 +40,10 @@ class GenerateOptions(EngineOptions, FileFormatOptions, JsonOptions):
             help="Ends in .mp4, .webm, .gif or .wav; or in / for a new folder of PNG files.",
         ),
     ]
+    thumbnail: Annotated[
+        Path | None,
+        typer.Option(help="Also write the frame in the middle, as .webp, .jpg or .png."),
+    ] = None
     model: ModelOption = NANO
     image: Annotated[
         Path | None, typer.Option(help="Reference image; becomes the first frame.")
@@ -123,7 +105,7 @@ class GenerateOptions(EngineOptions, FileFormatOptions, JsonOptions):
     @property
     def output(self) -> runtime.Output:
         """The file to write, and how."""
-        return runtime.Output(self.path, self.crf, self.preset, self.tags)
+        return runtime.Output(self.path, **self.encoding)
 
     @property
     def is_long(self) -> bool:

@@ -187,6 +187,30 @@ class ComponentOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """How the file of a clip is encoded, and what it says."""
+
+    crf: Annotated[
+        int | None,
+        typer.Option(
+            help="Rate factor, lower is better: 0 to 51 for mp4 (17), 0 to 63 for webm (24)."
+        ),
+    ] = None
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Of x264, for mp4: ultrafast to veryslow, by default veryfast."),
+    ] = None
+    tags: Annotated[
+        bool, typer.Option(help="Name prompt, seed, model and version in the file.")
+    ] = True
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """These options as arguments of `Output`, beside its path."""
+        return {"crf": self.crf, "preset": self.preset, "tags": self.tags}
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineOptions(PrecisionOptions, FileOptions, ComponentOptions, LimitOptions):
     """What an engine is loaded as: all of `load` that a command can say."""
 

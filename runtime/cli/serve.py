@@ -21,6 +21,7 @@ from magihuman import runtime
 from magihuman.runtime.cli.console import need, user_errors
 from magihuman.runtime.cli.ending import noted_signals
 from magihuman.runtime.cli.options import (
+    EncodingOptions,
     EngineOptions,
     ModelOption,
     from_environment,
@@ -43,7 +44,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(EngineOptions, EnhanceOptions):
+class ServeOptions(EngineOptions, EnhanceOptions, EncodingOptions):
     """Where the server listens, what it keeps and takes, and its engines."""
 
     model: ModelOption
@@ -138,6 +139,7 @@ def serve(options: ServeOptions) -> None:
         token = _token(options.token_file)
         enhancer = enhancer_of(options)
         _check_numbers(options)
+        _check_encoding(options)
         sizes = tuple(_size(text) for text in options.warmup or ())
         isolate()
         _check_extra()
@@ -154,7 +156,8 @@ def serve(options: ServeOptions) -> None:
 
         settings = _settings(options, token, _memory_bytes(gpus), rows, enhancer)
         own = options.context_parallel if gpus else 0
-        engines = app.Engines(arguments, sizes, own, options.min_replicas, max_replicas)
+        replicas = options.min_replicas, max_replicas
+        engines = app.Engines(arguments, sizes, own, *replicas, options.encoding)
         _check_place(options, settings)
         _say(f"loading {options.model}")
         app.run(
@@ -183,6 +186,13 @@ def _check_numbers(options: ServeOptions) -> None:
     timeout_s = options.timeout_seconds
     if timeout_s is not None and not 0 < timeout_s < math.inf:
         raise runtime.InvalidRequestError(f"--timeout-seconds must be above 0, got {timeout_s:g}")
+
+
+def _check_encoding(options: ServeOptions) -> None:
+    """Refuse a rate factor or a preset that there is not."""
+    from magihuman.runtime.media import Mp4Writer
+
+    Mp4Writer.check_encoding(runtime.Output("video.mp4", **options.encoding))
 
 
 def _max_replicas(options: ServeOptions, gpus: int) -> int:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from ray import serve
@@ -57,6 +57,7 @@ class Engines:
         warmup: sizes as for `Engine.warmup`.
         gpus: that each needs, which are then its own; 0 on a CPU.
         min_replicas, max_replicas: as many as the line needs.
+        encoding: of `Output`, beside its path.
     """
 
     options: dict[str, Any]
@@ -64,16 +65,22 @@ class Engines:
     gpus: int
     min_replicas: int
     max_replicas: int
+    encoding: dict[str, Any] = field(default_factory=dict)
 
 
 class Replica(EngineReplica):
     """An engine in a process of its own, which ends where the engine has failed for good."""
 
-    def __init__(self, options: dict[str, Any], warmup: Sequence[tuple[int, int, float]]) -> None:
-        """options, warmup: as of `EngineReplica`."""
+    def __init__(
+        self,
+        options: dict[str, Any],
+        warmup: Sequence[tuple[int, int, float]],
+        encoding: dict[str, Any],
+    ) -> None:
+        """options, warmup, encoding: as of `EngineReplica`."""
         close_replica()
         relay.set_up()
-        super().__init__(options, warmup, tracing.hooks())
+        super().__init__(options, warmup, tracing.hooks(), encoding)
 
     async def make(
         self, work: Work, carrier: tracing.Carrier | None = None
@@ -181,7 +188,7 @@ def application(settings: Settings, engines: Engines, address: Address) -> serve
         graceful_shutdown_timeout_s=5,
     )(Api)
     slots = REQUESTS_PER_ENGINE * engines.max_replicas
-    bound = replica.bind(engines.options, engines.warmup)
+    bound = replica.bind(engines.options, engines.warmup, engines.encoding)
     return front.bind(bound, settings, slots, address)
 
 

@@ -48,10 +48,12 @@ class EngineReplica:
         options: dict[str, Any],
         warmup: Sequence[tuple[int, int, float]],
         hooks: Sequence[Hooks] = (),
+        encoding: dict[str, Any] | None = None,
     ) -> None:
         """options: of `runtime.load`. warmup: sizes as for `Engine.warmup`. hooks: beside those
-        that count for Prometheus.
+        that count for Prometheus. encoding: of `runtime.Output`, beside its path.
         """
+        self._encoding = encoding or {}
         self.registry = CollectorRegistry()
         self._name, self._order = secrets.token_hex(8), itertools.count()
         hooks = [runtime.PrometheusHooks(self.registry), *hooks]
@@ -100,8 +102,9 @@ class EngineReplica:
         """Make the clip, and return its last chunk. put: takes a window once it can be read."""
         last: runtime.Chunk | None = None
         live = _LiveFile(work)
+        save = runtime.Output(work.save, **self._encoding)
         chunks = self._engine.agenerate_stream(
-            work.request, save=work.save, on_progress=tell, deadline_s=work.deadline_s
+            work.request, save=save, on_progress=tell, deadline_s=work.deadline_s
         )
         try:
             async with chunks:

@@ -96,11 +96,12 @@ class ClipWriter(ABC):
             OutputError: there is no place for it.
             InvalidRequestError: the format has no such rate factor or preset.
         """
-        cls._check_encoding(output)
+        cls.check_encoding(output)
         cls._check_place(output, frames * width_px * height_px * cls.bits_per_pixel // 8)
 
     @classmethod
-    def _check_encoding(cls, output: Output) -> None:
+    def check_encoding(cls, output: Output) -> None:
+        """Raise `InvalidRequestError` for a rate factor or preset that the format has not."""
         crf, preset, kind = output.crf, output.preset, output.suffix
         for name, value, has in (("crf", crf, cls.most_crf), ("preset", preset, cls.presets)):
             if value is not None and not has:

@@ -188,6 +188,7 @@ def test_a_server_logs_and_traces_as_its_environment_says(
     pytest.importorskip("ray", reason="the extra [serve] is not installed")
     for name, value in {
         "LOG_FORMAT": "json", "OTLP_ENDPOINT": collector.url, "MAX_PROMPT_CHARS": "40",
+        "TAGS": "0",
     }.items():  # fmt: skip
         monkeypatch.setenv(f"MAGIHUMAN_{name}", value)
     server = server_at(tmp_path / "videos")
@@ -198,6 +199,8 @@ def test_a_server_logs_and_traces_as_its_environment_says(
     assert answer.status_code == 200, answer.text
     name = answer.json()["id"]
     server.when(name, "completed")
+    content = server.content(name).content
+    assert PRIVATE.encode() not in content and b"trainedAlgorithmicMedia" in content
     assert server.http.post("/v1/videos", json={**small, "prompt": "x" * 41}).status_code == 422
     until(lambda: collector.named("magihuman.request"))
     server.end()

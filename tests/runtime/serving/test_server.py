@@ -252,6 +252,7 @@ def test_told_to_stop_while_it_loads(server, tmp_path, begun):
         (["--variant", "540p_sr"], "--variant must be one of"),
         (["--keep-hours", "-1"], "--keep-hours must be 0 to 1000000"),
         (["--max-seconds", "61"], "--max-seconds must be 0.2 to 60"),
+        (["--crf", "52"], "crf must be a whole number from 0 to 51 for .mp4, got 52"),
         (["--timeout-seconds", "0"], "--timeout-seconds must be above 0"),
         (["--token-file", "nowhere"], "--token-file must be a text file"),
         (["--token-file", "{empty}"], "must be printable ASCII without spaces, and not empty"),
