@@ -1,14 +1,15 @@
 """Several GPUs against one, in one run: a forward, what its exchanges take, and whole requests.
 
     python benchmarks/context_parallel.py [--folder RESULTS] [--ranks 2 4]
-        [--precision fp8-attn fp8 bf16] [--sizes 256p 540p 1080p] [--requests 256p 1080p] [--add]
-        [--tiny]
+        [--precision fp8-attn fp8 bf16] [--sizes 256p 540p 1080p] [--requests 256p 1080p] [--loads]
+        [--add] [--tiny]
 
 Random weights at full size, 5 s, 300 text tokens: a step at 480x256 (N = 4,266), one of
 super-resolution at 896x512 (N = 14,762), and one at 1920x1088 (N = 65,706), whose layers attend
 frame-locally. Milliseconds are of rank 0 for one of a few forwards in a row, as the loops call
 them, to velocities on its GPU: calls, inputs and the gathering included. --requests adds whole
-requests, from prompt to frames, in the first of the precisions, and the seconds of loading.
+requests, from prompt to frames, in the first of the precisions, and --loads the seconds of `load`
+for each of them in new processes.
 
 The most GPUs and the first precision come first, and the JSON is written anew with every result,
 so a run that is cut short has what matters most. With --add, what the folder has of the same GPUs
@@ -363,6 +364,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=SIZES, help="of forwards")
     parser.add_argument("--requests", nargs="*", choices=SIZES, default=(), help="whole ones")
+    parser.add_argument("--loads", action="store_true", help="for requests, in new processes")
     parser.add_argument("--add", action="store_true", help="go on from what the folder has")
     arguments = environment.arguments(parser)
     every = sorted(arguments.ranks, reverse=True)
@@ -389,6 +391,9 @@ def main() -> None:
                     continue
                 found = shared_requests.measure(size, source, chosen[0], clip, ranks)
                 results.add("requests", clip, str(ranks), precision=chosen[0], **found)
+            for ranks in (*every, 1) if arguments.loads else ():
+                seconds = shared_requests.fresh_load_s(source, chosen[0], clip, ranks)
+                results.add("requests", clip, str(ranks), fresh_load_s=seconds)
 
 
 if __name__ == "__main__":

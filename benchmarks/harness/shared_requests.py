@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -13,10 +16,38 @@ from magihuman import runtime
 REPEATS = 5
 LONG_S = 4.0  # a request that takes so much is repeated twice only
 GIB = 2**30
+# The last line that it prints counts: some builds of gloo print, too.
+LOADING = """
+import json, sys, time
+from magihuman import runtime
+folder, options = json.loads(sys.argv[1])
+start = time.perf_counter()
+with runtime.load(folder or runtime.synthetic("distill"), **options):
+    seconds = time.perf_counter() - start
+print(seconds)
+"""
+
+
+def fresh_load_s(source: Any, precision: str, clip: str, ranks: int) -> float:
+    """Seconds of `load` in a new process, as a service has it: what starts GPUs is part of it."""
+    options = {
+        "precision": precision,
+        "sr": None if clip == "256p" else clip,
+        "context_parallel": ranks,
+    }
+    folder = None if isinstance(source, runtime.synthetic) else str(source)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, json.dumps([folder, options])],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(done.stdout.splitlines()[-1])
 
 
 def measure(size: sizes.Size, source: Any, precision: Any, clip: str, ranks: int) -> dict[str, Any]:
-    """Seconds of loading, of the first request and of warm ones, with the median of each stage.
+    """Seconds of the first request and of warm ones, with the median of each stage, and of loading,
+    where this process has used its GPU before.
 
     clip: its size, by name; ranks: GPUs.
     """

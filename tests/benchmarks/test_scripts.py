@@ -39,7 +39,8 @@ TINY: dict[str, list[str]] = {
     "fp8": [],
     "super_resolution": ["--plain"],
     "context_parallel": [
-        *("--ranks", "2", "--precision", "bf16", "--sizes", "256p", "1080p", "--requests", "256p")
+        *("--ranks", "2", "--precision", "bf16", "--sizes", "256p", "1080p"),
+        *("--requests", "256p", "--loads"),
     ],
     "full_size": ["--scratch", "{scratch}"],
     "load_artifact": ["{artifacts}"],
@@ -193,6 +194,7 @@ def test_the_readme_is_rendered_from_these_results(results):
         cells = f"{own['1']['ms']:.1f} ms | {own['2']['ms']:.1f} ms ({ratio:.2f}x)"
         assert f"| a forward, 480x256, bf16 | {cells} |" in text
         assert "| prompt to frames, 480x256, bf16 |" in text
+        assert "| `load` in a new process, for 480x256 |" in text
     text = (folder.parent / "out" / "docs" / "performance.md").read_text()
     section = text.split("<!-- power:start -->")[1].split("<!-- power:end -->")[0]
     assert section.strip() == render_readme.tables(folder)["power"].strip()
