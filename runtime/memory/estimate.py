@@ -25,6 +25,8 @@ BYTES_PER_TOKEN_ROW_COMPILED = 4.5
 # Of inputs and velocities of the whole sequence, which every process of a team has: 192 channels of
 # video and of its velocities, and a rotary table of 128, in fp32, as sent and where they are read.
 BYTES_PER_SHARED_TOKEN = 2 * 4 * (192 + 192 + 128)
+# Of the room that exchanges have, for each token of a process: 7208 columns of heads, 5120 of rows.
+BYTES_PER_EXCHANGED_TOKEN = 2 * (7208 + 5120)
 BYTES_PER_PIXEL = 35 * 2**9
 BYTES_PER_DECODED_PIXEL = 28 * 3  # of the frames of a window
 BESIDE_BAND = 8
@@ -71,8 +73,9 @@ def denoising_bytes(tokens: int, rows: int, is_compiled: bool = False, ranks: in
     has its own tokens in every layer, and as many rows of the heads that it attends with.
     """
     per_row = BYTES_PER_TOKEN_ROW_COMPILED if is_compiled else BYTES_PER_TOKEN_ROW
-    shared = 0 if ranks == 1 else tokens * BYTES_PER_SHARED_TOKEN
-    return int(-(-tokens // ranks) * rows * per_row) + shared
+    own = -(-tokens // ranks)
+    shared = tokens * BYTES_PER_SHARED_TOKEN + own * BYTES_PER_EXCHANGED_TOKEN
+    return int(own * rows * per_row) + (shared if ranks > 1 else 0)
 
 
 def decoding_bytes(width: int, height: int, is_compiled: bool = False, ranks: int = 1) -> int:

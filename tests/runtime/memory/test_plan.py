@@ -154,7 +154,7 @@ def test_gpus_that_work_together_hold_the_transformers(compiles, others, precisi
 
 
 def test_gpus_that_work_together_share_activations(others):
-    """Each has its own tokens, and inputs and velocities of all."""
+    """Each has its own tokens, room for their exchanges, and inputs and velocities of all."""
     names = {part.name for part in others}
     alone, *shared = (
         {
@@ -165,7 +165,8 @@ def test_gpus_that_work_together_share_activations(others):
     )
     for ranks, stages in zip((2, 4), shared, strict=True):
         whole, part = alone["denoise"], stages["denoise"]
-        assert whole.working_bytes / ranks < part.working_bytes < 1.2 * whole.working_bytes / ranks
+        share = whole.working_bytes / ranks
+        assert 1.2 * share < part.working_bytes < 1.4 * share
         assert part.forward_s == whole.forward_s / ranks
 
 
