@@ -104,7 +104,7 @@ def _variables(parameter: str, info: Any) -> list[str]:
     given = (info.default, *(info.param_decls or ()))  # typer takes the first for a default
     names = [each for each in given if isinstance(each, str) and each.startswith("--")]
     return [
-        ENVIRONMENT + name.removeprefix("--").replace("-", "_").upper()
+        ENVIRONMENT + name.partition("/")[0].removeprefix("--").replace("-", "_").upper()
         for name in names or [parameter]
     ]
 

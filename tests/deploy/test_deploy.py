@@ -20,8 +20,10 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from typer.main import get_command
 
 from magihuman.runtime import PrometheusHooks
+from magihuman.runtime.cli.main import app
 from magihuman.runtime.cli.options import ENVIRONMENT
 from magihuman.runtime.cli.serve import TOKEN_VARIABLE, ServeOptions
 from magihuman.runtime.serving.jobs import Jobs
@@ -31,7 +33,10 @@ from magihuman.runtime.serving.settings import Settings
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 OPTIONS = {field.name for field in dataclasses.fields(ServeOptions)}
-VARIABLES = {f"{ENVIRONMENT}{name.upper()}" for name in OPTIONS}
+PARAMETERS = [each for each in get_command(app).commands["serve"].params if each.name in OPTIONS]
+VARIABLES = {f"{ENVIRONMENT}MODEL"}.union(
+    *(each.envvar for each in PARAMETERS if not isinstance(each.envvar, str))
+)
 VARIABLES |= {TOKEN_VARIABLE, f"{ENVIRONMENT}CACHE"}
 
 
