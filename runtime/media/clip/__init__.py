@@ -5,7 +5,15 @@ thread that writes it, and `provenance` what a file says of where it comes from.
 """
 
 from magihuman.runtime.media.clip.place import check_folder, check_place, check_room
-from magihuman.runtime.media.clip.provenance import AI_GENERATED, NAME, XMP, Origin, mark, xmp_of
+from magihuman.runtime.media.clip.provenance import (
+    AI_GENERATED,
+    NAME,
+    XMP,
+    XMP_BOX,
+    Origin,
+    mark,
+    xmp_of,
+)
 from magihuman.runtime.media.clip.target import Output
 from magihuman.runtime.media.clip.writer import (
     NOTHING_KNOWN,
@@ -20,6 +28,7 @@ __all__ = [
     "NAME",
     "NOTHING_KNOWN",
     "XMP",
+    "XMP_BOX",
     "ClipWriter",
     "Frames",
     "GivenUpError",

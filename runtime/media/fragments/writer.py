@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from magihuman.runtime.media.clip import XMP_BOX
 from magihuman.runtime.media.fragments.boxes import (
     Run,
     Sample,
@@ -94,7 +95,7 @@ class _Encoders:
     """Of picture and sound, and how far they are.
 
     Attributes:
-        init: what a file begins with.
+        init: what a file begins with, that a model has made it among that.
     """
 
     def __init__(self, width_px: int, height_px: int, fps: int, sample_rate_hz: int) -> None:
@@ -118,7 +119,7 @@ class _Encoders:
         )
         self._sound.bit_rate = AUDIO_BIT_RATE
         self._container.start_encoding()
-        self.init = init_segment(file.getvalue())
+        self.init = init_segment(file.getvalue()) + XMP_BOX
 
     def close(self) -> None:
         """Free what they hold."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from magihuman.runtime.media import FragmentWriter, psnr_db
+from magihuman.runtime.media.clip import xmp_of
 from magihuman.runtime.media.fragments import boxes
 
 FPS, RATE = 25, 44100
@@ -88,11 +89,19 @@ def test_each_window_can_be_played_before_the_next_is_there(tmp_path):
 def test_a_fragment_for_each_window_begins_with_a_picture_of_its_own(tmp_path):
     (*_, file) = write(tmp_path / "live.mp4")
     kinds = [kind for kind, _ in boxes.boxes(file)]
-    assert kinds == [b"ftyp", b"moov", *[b"moof", b"mdat"] * len(WINDOWS)]
+    assert kinds == [b"ftyp", b"moov", b"uuid", *[b"moof", b"mdat"] * len(WINDOWS)]
     with av.open(io.BytesIO(file)) as container:
         keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
     starts = [sum(WINDOWS[:index]) for index in range(len(WINDOWS))]
     assert all(keys[start] for start in starts)
+
+
+def test_what_is_streamed_says_that_a_model_has_made_it(tmp_path):
+    """From its first window on, for whoever keeps a part of it."""
+    (first, *_) = write(tmp_path / "live.mp4")
+    (tmp_path / "part.mp4").write_bytes(first)
+    xmp = xmp_of(tmp_path / "part.mp4")
+    assert xmp is not None and b"digitalsourcetype/trainedAlgorithmicMedia<" in xmp
 
 
 def test_clips_of_one_picture(tmp_path):
