@@ -249,7 +249,7 @@ def test_told_to_stop_while_it_loads(server, tmp_path, begun):
         (["--device", "tpu"], "--device must be cpu, or cuda"),
         (["--warmup", "480x272"], "--warmup must be WIDTHxHEIGHTxSECONDS"),
         (["--warmup", "1x1x1"], "width must be a whole number from 32"),
-        (["--variant", "540p_sr"], "--variant must be one of"),
+        (["--variant", "540p_sr"], "variant must be one of"),
         (["--keep-hours", "-1"], "--keep-hours must be 0 to 1000000"),
         (["--max-seconds", "61"], "--max-seconds must be 0.2 to 60"),
         (["--crf", "52"], "crf must be a whole number from 0 to 51 for .mp4, got 52"),
