@@ -101,6 +101,9 @@ def _print_components(components: Sequence[Component]) -> None:
             size_text(c.device_bytes),
         )
     print_table(table)
+    for c in components:
+        if c.layout:
+            out.print(f"{c.name} is in the layout: {c.layout}")
 
 
 @takes_options

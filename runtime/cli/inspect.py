@@ -42,16 +42,20 @@ from magihuman.runtime.weights import (
     IMAGE_FOLDER,
     TEXT_FOLDER,
     TURBO_FOLDER,
-    WEIGHTS_NAME,
     PrecisionPolicy,
     TransformerOptions,
     TransformerSpec,
     checkpoint,
-    diffusers_key,
+    exists,
+    file_of,
+    image_folder,
+    in_model,
+    layout_of,
     linears_in_8_bits,
     load_image_vae,
     plan,
     random_weights,
+    stored_encoder,
 )
 
 PACKAGES = (
@@ -72,6 +76,7 @@ class Component:
     state: str  # "ok", "missing", or what is wrong with it
     tensors: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
+    layout: str = ""  # that its files are in, where there are several
     disk_bytes: int = 0
     device_bytes: int = 0
 
@@ -89,7 +94,7 @@ def inspect_model(root: Path, check: bool = False) -> list[Component]:
     """
     if not root.is_dir():
         raise CheckpointError(f"{root} must be a directory with the published folders")
-    components = [_inspect_dit(root / name, name, check) for name in VARIANTS]
+    components = [_inspect_dit(root, name, check) for name in VARIANTS]
     cpu = torch.device("cpu")
     components.append(
         _inspect(
@@ -101,7 +106,7 @@ def inspect_model(root: Path, check: bool = False) -> list[Component]:
         _inspect(root / TEXT_FOLDER, lambda f: _scanned(f, check, "model.encoder.", "encoder."))
     )
     components.append(_inspect(root / AUDIO_FOLDER, lambda f: _inspect_audio(f, check)))
-    components.append(_inspect(root / IMAGE_FOLDER, lambda f: _inspect_image(f, check)))
+    components.append(_inspect_image(root, check))
     return components
 
 
@@ -168,13 +173,13 @@ class PlanAsked:
             if state[name] != "ok":
                 reason = "is missing" if state[name] == "missing" else "cannot be read"
                 return None, f"{name} {reason}"
-        image = root / IMAGE_FOLDER if state[IMAGE_FOLDER] == "ok" else None
+        image = image_folder(root) if state[IMAGE_FOLDER] == "ok" else None
 
         def others() -> list[Part]:
             decoder, text, audio = (root / n for n in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER))
             return folder_parts(decoder, text, audio, image, WIDTH, is_engine=False)
 
-        return self._plan([self._spec(name, root / name) for name in self._names], others)
+        return self._plan([self._spec(name, _place(root, name)) for name in self._names], others)
 
     def of_published(self) -> Answer:
         """Plan for the published sizes."""
@@ -183,15 +188,13 @@ class PlanAsked:
 
     def _spec(self, name: str, folder: Path | None) -> TransformerSpec:
         """Return how a transformer is held where that is possible, whatever this machine can."""
-        cpu = torch.device("cpu")
-        options = TransformerOptions(cpu, PrecisionPolicy.BF16, compile=False, ranks=self.ranks)
+        options = TransformerOptions(torch.device("cpu"), compile=False, ranks=self.ranks)
         spec = plan(VARIANTS[name], folder, options)
-        if self.precision is None:
-            return spec
-        precision = PrecisionPolicy(self.precision)
-        names = spec.quantized
+        precision = spec.stored if self.precision is None else PrecisionPolicy(self.precision)
+        names: tuple[str, ...] = ()
         if precision.narrow is not None:
-            names = linears_in_8_bits(spec.config, "none")
+            of_files = precision.weights is spec.stored and spec.stored_quantized
+            names = of_files or linears_in_8_bits(spec.config, "none")
         return dataclasses.replace(spec, precision=precision, quantized=names)
 
     def _plan(self, specs: list[TransformerSpec], others: Callable[[], list[Part]]) -> Answer:
@@ -348,14 +351,15 @@ def recorded_forward(counts: Counts) -> Recorded:
     return forward.recorded(*counts)
 
 
-def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:
-    component = Component(folder.name, "ok")
-    if not folder.is_dir():
+def _inspect(place: Path, read: Callable[[Path], Tensors], name: str | None = None) -> Component:
+    component = Component(name or place.name, "ok")
+    if not exists(place):
         component.state = "missing"
         return component
-    component.disk_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    files = [place] if place.is_file() else place.rglob("*")
+    component.disk_bytes = sum(file.stat().st_size for file in files if file.is_file())
     try:
-        tensors = read(folder)
+        tensors = read(place)
     except CheckpointError as error:
         component.state = str(error)
         return component
@@ -365,21 +369,37 @@ def _inspect(folder: Path, read: Callable[[Path], Tensors]) -> Component:
     return component
 
 
-def _inspect_dit(folder: Path, name: str, check: bool) -> Component:
+def _inspect_dit(root: Path, name: str, check: bool) -> Component:
     def read(place: Path) -> Tensors:
         return _on_disk(plan(VARIANTS[name], place, options).scan(), place, check)
 
     options = TransformerOptions(pick_device(None))
-    component = _inspect(folder, read)
+    place = _place(root, name) or root / name
+    component = _inspect(place, read, name)
     if component.is_ok:
-        component.device_bytes = plan(VARIANTS[name], folder, options).device_bytes
+        spec = plan(VARIANTS[name], place, options)
+        component.device_bytes, component.layout = spec.device_bytes, spec.layout
     return component
 
 
-def _inspect_image(folder: Path, check: bool) -> Tensors:
-    load_image_vae(folder, torch.device("cpu"), torch.float32)
-    state = checkpoint.load_pickle(folder / WEIGHTS_NAME)
-    return _held({key: value for key, value in state.items() if diffusers_key(key)}, check)
+def _place(root: Path, name: str) -> Path | None:
+    """Where a directory has a variant; None too where its pipeline is another variant's."""
+    try:
+        return in_model(root, VARIANTS[name])
+    except CheckpointError:
+        return None
+
+
+def _inspect_image(root: Path, check: bool) -> Component:
+    def read(folder: Path) -> Tensors:
+        load_image_vae(folder, torch.device("cpu"), torch.float32)
+        return _held(stored_encoder(file_of(folder)), check)
+
+    place = image_folder(root)
+    component = _inspect(place, read, IMAGE_FOLDER)
+    if component.is_ok:
+        component.layout = layout_of(file_of(place))
+    return component
 
 
 def _inspect_audio(folder: Path, check: bool) -> Tensors:

@@ -86,8 +86,9 @@ def load(
             can, else "plain".
         device: a torch device; by default the first GPU, else the CPU.
         revision: of the hub repository.
-        transformer, sr_transformer: folders of transformers that lie elsewhere than in `model`, in
-            the published layout or as `convert` makes them.
+        transformer, sr_transformer: folders, files or hub ids of transformers that lie elsewhere
+            than in `model`: in the published layout, as `convert` makes them, in the layout of
+            Diffusers, or one safetensors file.
         turbo_vae, text_encoder, audio_vae, image_vae: paths of components that lie elsewhere than
             in `model`; for the last three also hub ids. Without an image encoder, requests with an
             image are refused.

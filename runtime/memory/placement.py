@@ -38,11 +38,11 @@ from magihuman.runtime.memory.plan import (
 from magihuman.runtime.model import Layout, Oobleck, OobleckConfig, TurboVAE
 from magihuman.runtime.request import Request
 from magihuman.runtime.weights import (
-    WEIGHTS_NAME,
     TransformerOptions,
     TransformerSpec,
     checkpoint,
-    diffusers_key,
+    encoder_state,
+    file_of,
     layered_bytes,
     random_weights,
 )
@@ -291,12 +291,7 @@ def folder_parts(
             decoder = TurboVAE(checkpoint.turbo_vae_config(turbo_vae))
     picture = None
     if image is not None:
-        weights = checkpoint.load_pickle(image / WEIGHTS_NAME if image.is_dir() else image)
-        picture = sum(
-            width * tensor.numel()
-            for key, tensor in weights.items()
-            if isinstance(tensor, torch.Tensor) and diffusers_key(str(key))
-        )
+        picture = sum(width * tensor.numel() for tensor in encoder_state(file_of(image)).values())
     return [*small_parts(decoder, oobleck, picture, width), text_part(text)]
 
 

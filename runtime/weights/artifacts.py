@@ -21,7 +21,7 @@ from magihuman.kernels.reference import padded_width
 from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.errors import CheckpointError, shown
 from magihuman.runtime.model import DiT
-from magihuman.runtime.weights import checkpoint
+from magihuman.runtime.weights import checkpoint, layouts
 from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.reading import LONGEST_REASON, exists, is_file, is_file_name
 
@@ -66,8 +66,8 @@ class Stored:
 
 def is_artifact(folder: Path) -> bool:
     """Whether a folder holds a manifest in place of published files."""
-    published = (checkpoint.INDEX_NAME, checkpoint.SINGLE_NAME)
-    return is_file(folder / MANIFEST_NAME) and not any(exists(folder / n) for n in published)
+    others = (checkpoint.INDEX_NAME, checkpoint.SINGLE_NAME, layouts.CONFIG_NAME)
+    return is_file(folder / MANIFEST_NAME) and not any(exists(folder / n) for n in others)
 
 
 def layout(

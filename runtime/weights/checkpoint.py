@@ -13,16 +13,19 @@ from magihuman.graphs.quantization import quantize_linear
 from magihuman.runtime.config import MOST_CHANNELS, DiTConfig, TurboVAEConfig, Variant
 from magihuman.runtime.errors import CheckpointError, shown
 from magihuman.runtime.model import DiT, Oobleck, OobleckConfig, TurboVAE
+from magihuman.runtime.weights import layouts
+from magihuman.runtime.weights.layouts import INDEX_NAME as INDEX_NAME
+from magihuman.runtime.weights.layouts import SINGLE_NAME as SINGLE_NAME
+from magihuman.runtime.weights.layouts import scaled
+from magihuman.runtime.weights.layouts import scan as scan
 from magihuman.runtime.weights.reading import TensorInfo as TensorInfo
-from magihuman.runtime.weights.reading import exists, is_file, is_file_name, names
+from magihuman.runtime.weights.reading import exists, names
 from magihuman.runtime.weights.reading import load_pickle as load_pickle
 from magihuman.runtime.weights.reading import open_shard as open_shard
 from magihuman.runtime.weights.reading import read_json as read_json
 from magihuman.runtime.weights.reading import scan_files as scan_files
 from magihuman.runtime.weights.reading import shapes as shapes
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 ARCHITECTURE_NAME = "magihuman.json"  # beside a DiT that is not of the published size
 TURBO_VAE_CONFIG = "TurboV3-Wan22-TinyShallow_7_7.json"
 TURBO_VAE_WEIGHTS = "checkpoint-340000.ckpt"
@@ -33,34 +36,6 @@ CPU = torch.device("cpu")
 
 OnRead = Callable[[int, int], None]  # (bytes read, of how many)
 Module = TypeVar("Module", bound=nn.Module)
-
-
-def scan(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a sharded or single-file folder, from headers alone."""
-    index = folder / INDEX_NAME
-    if is_file(index):
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} must have a weight_map of tensor names to files")
-        for name in weight_map.values():
-            if not is_file_name(name):
-                raise CheckpointError(
-                    f"{index} must have a weight_map of tensor names to files in the same folder,"
-                    f" got {shown(name)}; download it again"
-                )
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    elif is_file(folder / SINGLE_NAME):
-        weight_map, files = None, [folder / SINGLE_NAME]
-    else:
-        raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}")
-
-    owners = {key: folder / name for key, name in (weight_map or {}).items()}
-    tensors = scan_files(files, owners)
-    if weight_map is not None:
-        lost = [key for key in weight_map if key not in tensors]
-        if lost:
-            raise CheckpointError(f"{index} names tensors that its files lack: {names(lost)}")
-    return tensors
 
 
 def check_keys(on_disk: Mapping[str, tuple[int, ...]], model: nn.Module, source: str) -> None:
@@ -92,10 +67,17 @@ def check_shapes(
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
 
 
-def dit_config(folder: Path, variant: Variant) -> DiTConfig:
-    """The published architecture, or that of the folder's `magihuman.json`."""
+def dit_config(place: Path, variant: Variant) -> DiTConfig:
+    """The published architecture, or that of the `magihuman.json` beside the files, or of the
+    `config.json` of Diffusers' layout.
+
+    place: the folder of the files, or the one file.
+    """
+    folder = layouts.beside(place)
     path = folder / ARCHITECTURE_NAME
     if not exists(path):
+        if layouts.is_config(folder):
+            return layouts.read_config(folder, variant)
         return variant.architecture(DiTConfig())
     values = read_json(path)
     config = DiTConfig.from_dict(values, str(path))
@@ -110,22 +92,26 @@ def sketched(
 ) -> DiT:
     """A DiT of this architecture, without weights, whose names and shapes are those of `tensors`.
 
+    tensors: without the scales of those in fp8.
+
     Raises:
         CheckpointError: they are not. Where there are fewer tensors than layers, no layer is made.
     """
     if config.num_layers > len(tensors):
+        layouts.refuse_foreign(tensors, None, source)
         raise CheckpointError(
             f"{source} does not fit the model: num_layers is {config.num_layers}, and its files"
             f" hold {len(tensors)} tensors"
         )
     with torch.device("meta"):
         model = DiT(config, linear_dtype)
+    layouts.refuse_foreign(tensors, model.state_dict().keys(), source)
     check_keys({key: info.shape for key, info in tensors.items()}, model, source)
     return model
 
 
 def load_dit(
-    folder: Path,
+    place: Path,
     variant: Variant,
     device: torch.device,
     linear_dtype: torch.dtype,
@@ -136,11 +122,15 @@ def load_dit(
     """A DiT on the device. Shards are mapped one at a time and copied tensor by tensor.
 
     Block linears are converted to `linear_dtype`, and those that `quantized` names from there to
-    its dtype before the next tensor is read; everything else is fp32, whatever is on disk. rest:
-    where the weights are to be, if not on the device, which then only quantises.
+    its dtype before the next tensor is read; everything else is fp32, whatever is on disk. What is
+    in fp8 on disk stands for its product with its scale; where it is to be in fp8, and its scale is
+    by rows, it stays as it is. place: folder of the files, or the one file. rest: where the weights
+    are to be, if not on the device, which then only quantises.
     """
-    tensors = scan(folder)
-    model = sketched(dit_config(folder, variant), tensors, str(folder), linear_dtype)
+    tensors = scan(place)
+    files = layouts.split(tensors, str(place))
+    model = sketched(dit_config(place, variant), files.weights, str(place), linear_dtype)
+    scales, as_they_are = files.read_scales(), files.as_they_are
 
     dtypes = {f"{name}.weight": dtype for name, dtype in (quantized or {}).items()}
     narrow = {key: model.get_submodule(key.removesuffix(".weight")) for key in dtypes}
@@ -148,20 +138,27 @@ def load_dit(
         del linear.weight  # no room is made for what is never held
     model = model.to_empty(device=rest or device)
     targets = model.state_dict()
+
+    def put(key: str, value: Tensor) -> None:
+        stays = key.removesuffix(".weight") in as_they_are and value.dtype == dtypes.get(key)
+        if stays:
+            scaled.hold(narrow[key], value, scales[key], rest or device)
+            return
+        if rest is None or key in narrow:
+            value = value.to(device)
+        if key in scales:
+            value = scaled.multiplied(value, scales[key].to(value.device))
+        if key in narrow:
+            quantize_linear(narrow[key], value.to(linear_dtype), rest, dtypes[key])
+        else:
+            targets[key].copy_(value)
+
     total, done = sum(info.size_bytes for info in tensors.values()), 0
-    for file in sorted({info.file for info in tensors.values()}):
-        with open_shard(file) as shard:
-            for key in shard.keys():  # noqa: SIM118
-                if tensors[key].file != file:  # a second one, which the index does not name
-                    continue
-                value = shard.get_tensor(key)
-                if key in narrow:
-                    value = value.to(device).to(linear_dtype)
-                    quantize_linear(narrow[key], value, rest, dtypes[key])
-                else:
-                    targets[key].copy_(value if rest is not None else value.to(device))
-                done += tensors[key].size_bytes
-                on_read(done, total)
+    for key, value in read_all(tensors):
+        if key in files.weights:
+            put(key, value)
+        done += tensors[key].size_bytes
+        on_read(done, total)
     return frozen(model)
 
 

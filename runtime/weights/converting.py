@@ -27,7 +27,7 @@ from magihuman.runtime.files import (
     version,
     write_json,
 )
-from magihuman.runtime.weights import artifacts, checkpoint
+from magihuman.runtime.weights import artifacts, checkpoint, layouts
 from magihuman.runtime.weights.artifacts import SCALE, Stored
 from magihuman.runtime.weights.precision import PrecisionPolicy
 from magihuman.runtime.weights.shipped import model_folder
@@ -73,7 +73,7 @@ def convert(
             "keep_bf16 must go with precision='fp8' or 'int8', got"
             f" {keep_bf16!r} with {precision!r}"
         )
-    source = _Source(model_folder(model) / variant, VARIANTS[variant])
+    source = _Source(model_folder(model), VARIANTS[variant])
     layout = _layout(source.config, policy, keep_bf16)
     report = on_progress or (lambda stage, done, of: None)
     target = Path(folder).absolute()
@@ -143,21 +143,29 @@ def _layout(
 
 
 class _Source:
-    """A published transformer, its names and shapes checked."""
+    """A transformer of a model's directory, its names and shapes checked."""
 
-    def __init__(self, folder: Path, variant: Variant) -> None:
-        if not folder.is_dir():
+    def __init__(self, root: Path, variant: Variant) -> None:
+        place = layouts.in_model(root, variant)
+        if place is None:
             raise CheckpointError(
-                f"model must be a directory that holds {folder.name}, got {folder.parent}"
+                f"model must be a directory that holds {variant.name}, got {root}"
             )
-        if artifacts.is_artifact(folder):
+        if artifacts.is_artifact(place):
             raise CheckpointError(
-                f"{folder} must hold the published files, got an artifact, converted before"
+                f"{place} must hold the published files, got an artifact, converted before"
             )
-        self.config = checkpoint.dit_config(folder, variant)
-        self.tensors = checkpoint.scan(folder)
-        checkpoint.sketched(self.config, self.tensors, str(folder))
-        self.files = sorted({info.file for info in self.tensors.values()})
+        place = layouts.nested(place, variant)
+        tensors = checkpoint.scan(place)
+        held = layouts.split(tensors, str(place))
+        if held.scales:
+            raise CheckpointError(
+                f"{place} must hold weights in bf16 or fp32, got fp8, which would be rounded again;"
+                " load it as it is, or convert the published files"
+            )
+        self.config, self.tensors = checkpoint.dit_config(place, variant), held.weights
+        checkpoint.sketched(self.config, self.tensors, str(place))
+        self.files = sorted({info.file for info in tensors.values()})
 
     def read(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors by name, mapped; each file is opened once."""

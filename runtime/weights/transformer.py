@@ -15,9 +15,10 @@ from magihuman.kernels.target import Kernels
 from magihuman.runtime.config import DiTConfig, Variant
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.model import DiT
-from magihuman.runtime.weights import artifacts, checkpoint
+from magihuman.runtime.weights import artifacts, checkpoint, layouts
 from magihuman.runtime.weights.artifacts import Artifact
 from magihuman.runtime.weights.precision import PrecisionPolicy
+from magihuman.runtime.weights.reading import exists
 
 log = logging.getLogger("magihuman")
 
@@ -54,7 +55,7 @@ class TransformerSpec:
         artifact: what the folder holds where that is no published checkpoint.
         precision: that it runs in.
         quantized: the linears in 8 bits, by name.
-        why_bf16: why the 8-bit weights of an artifact cannot be used as they are.
+        why_bf16: why the 8-bit weights of its files cannot be used as they are.
     """
 
     variant: Variant
@@ -77,6 +78,20 @@ class TransformerSpec:
         return {} if narrow is None else dict.fromkeys(self.quantized, narrow)
 
     @property
+    def stored(self) -> PrecisionPolicy:
+        """The precision of its files: what they were converted to, "fp8" with scales, or "bf16"."""
+        if self.artifact is not None:
+            return self.artifact.precision
+        return PrecisionPolicy.FP8 if self.stored_quantized else PrecisionPolicy.BF16
+
+    @property
+    def stored_quantized(self) -> tuple[str, ...]:
+        """The linears that its files have in 8 bits as they are used here, by name."""
+        if self.artifact is not None:
+            return self.artifact.quantized
+        return () if self.folder is None else _held_in_fp8(self.folder)
+
+    @property
     def device_bytes(self) -> int:
         """Bytes of all weights on the device."""
         return dit_bytes(self.config, self.linear, self.quantized)
@@ -86,9 +101,19 @@ class TransformerSpec:
         if self.artifact is not None:
             return artifacts.scan(self.artifact)
         assert self.folder is not None
-        tensors = checkpoint.scan(self.folder)
-        checkpoint.sketched(self.config, tensors, str(self.folder))
+        tensors, source = checkpoint.scan(self.folder), str(self.folder)
+        checkpoint.sketched(self.config, layouts.split(tensors, source).weights, source)
         return tensors
+
+    @property
+    def layout(self) -> str:
+        """In which layout its files are, for people; empty for random weights."""
+        if self.artifact is not None:
+            return f"converted, {self.artifact.precision}"
+        if self.folder is None:
+            return ""
+        name = layouts.find(self.folder).name
+        return f"{name}, fp8 with scales" if self.stored_quantized else name
 
     def read(
         self,
@@ -99,7 +124,7 @@ class TransformerSpec:
         """The model on the device, or, with its weights at rest, elsewhere."""
         if self.artifact is None:
             assert self.folder is not None
-            return checkpoint.load_dit(
+            model = checkpoint.load_dit(
                 self.folder,
                 self.variant,
                 device,
@@ -108,11 +133,12 @@ class TransformerSpec:
                 self.quantized_dtypes,
                 rest,
             )
-        model = artifacts.load(self.artifact, rest or device, on_read)
+        else:
+            model = artifacts.load(self.artifact, rest or device, on_read)
         if self.why_bf16 is not None:
             log.warning(
                 "the %s weights of %s run as bf16, rounded as they are: %s",
-                self.artifact.precision,
+                self.stored,
                 self.variant.name,
                 self.why_bf16,
             )
@@ -127,12 +153,13 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
         InvalidRequestError: it cannot be held as asked, on this device or from these files.
         CheckpointError: an artifact is stale, partial or another's.
     """
-    artifact, config = None, variant.architecture(DiTConfig())
+    artifact, config, held = None, variant.architecture(DiTConfig()), tuple[str, ...]()
+    folder = None if folder is None else layouts.nested(folder, variant)
     if folder is not None and artifacts.is_artifact(folder):
         artifact = artifacts.read_manifest(folder, variant.name)
         config = artifact.config
     elif folder is not None:
-        config = checkpoint.dit_config(folder, variant)
+        config, held = checkpoint.dit_config(folder, variant), _held_in_fp8(folder)
     if config.kv_heads % options.ranks:
         heads = config.kv_heads
         fitting = [str(count) for count in range(1, heads + 1) if heads % count == 0]
@@ -140,7 +167,8 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
             f"context_parallel must divide the transformer's key/value heads, {heads}, got"
             f" {options.ranks}; use {' or '.join(fitting)}"
         )
-    stored = PrecisionPolicy.BF16 if artifact is None else artifact.precision
+    stored = PrecisionPolicy.FP8 if held else PrecisionPolicy.BF16
+    stored = stored if artifact is None else artifact.precision
     precision = options.precision or stored
     if artifact is not None and precision.weights is not stored:
         raise InvalidRequestError(
@@ -150,7 +178,8 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
     if not precision.needs_kernels:
         return TransformerSpec(variant, config, folder, artifact, precision)
 
-    quantized = _quantized(config, options.keep_bf16, artifact)
+    as_held = held if precision.weights is stored else ()  # others are converted, all of them
+    quantized = _quantized(config, options.keep_bf16, artifact, as_held)
     reason: str | None = "compile=False asks for the plain one"
     if options.compile:
         reason = why_not(
@@ -163,7 +192,7 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
         )
     if reason is None:
         return TransformerSpec(variant, config, folder, artifact, precision, quantized)
-    if artifact is None:
+    if artifact is None and (options.precision is not None or not held):
         raise InvalidRequestError(
             f"precision={precision!r} needs the compiled transformer, and for {variant.name}"
             f" {reason}; use precision='bf16'"
@@ -171,11 +200,22 @@ def plan(variant: Variant, folder: Path | None, options: TransformerOptions) -> 
     return TransformerSpec(variant, config, folder, artifact, PrecisionPolicy.BF16, why_bf16=reason)
 
 
+def _held_in_fp8(folder: Path) -> tuple[str, ...]:
+    """The linears that published names have in fp8 with scales, as it is used here."""
+    tensors = checkpoint.scan(folder) if exists(folder) else {}
+    return layouts.fp8_linears(tensors, str(folder))
+
+
 def _quantized(
-    config: DiTConfig, keep_bf16: KeepBf16 | None, artifact: Artifact | None
+    config: DiTConfig,
+    keep_bf16: KeepBf16 | None,
+    artifact: Artifact | None,
+    held: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     if artifact is not None and keep_bf16 is None:
         return artifact.quantized
+    if held and keep_bf16 is None:
+        return held
     names = linears_in_8_bits(config, KEEP_NONE if keep_bf16 is None else keep_bf16)
     if artifact is not None and set(names) != set(artifact.quantized):
         raise InvalidRequestError(

@@ -1,4 +1,6 @@
-"""The published file of the Wan 2.2 VAE: its key names as diffusers has them, and its encoder."""
+"""The file of the Wan 2.2 VAE, as published or in diffusers' layout: its key names as diffusers has
+them, and its encoder.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,21 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.model import ImageVAE, wan_vae
 from magihuman.runtime.weights.checkpoint import check_keys, frozen
+from magihuman.runtime.weights.layouts import weight_files
 from magihuman.runtime.weights.quiet import quiet_diffusers
-from magihuman.runtime.weights.reading import load_pickle, shapes
+from magihuman.runtime.weights.reading import exists, load_pickle, names, open_shard, shapes
 
 MOST_CHANNELS = 2**12  # of the encoder's first level; the published has 160
 WEIGHTS_NAME = "Wan2.2_VAE.pth"
+VAE_PART, SUFFIX = "vae", ".safetensors"  # in diffusers' layout: a folder of a pipeline, its files
+DIFFUSERS_KEYS = re.compile(
+    r"encoder\.(conv_in|conv_out|norm_out|down_blocks|mid_block)\.|quant_conv\."
+)
 RES_BLOCKS = 2  # per level of the encoder; the level's downsampler has the next number
 _WAN_KEYS = (
     (r"conv1\.(\w+)", r"quant_conv.\1"),
@@ -51,21 +59,24 @@ def diffusers_key(key: str) -> str | None:
     return None
 
 
-def load_image_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> ImageVAE:
-    """The encoder of reference images from the published `Wan2.2_VAE.pth`.
+def load_image_vae(place: Path, device: torch.device, dtype: torch.dtype) -> ImageVAE:
+    """The encoder of reference images, of the published file or of one in diffusers' layout.
 
-    folder: that holds the file, or the file.
+    place: a folder that `file_of` knows, or the file.
 
     Raises:
         CheckpointError: the file is missing, damaged, or another model's.
     """
-    path = folder / WEIGHTS_NAME if folder.is_dir() else folder
-    named = ((diffusers_key(str(key)), value) for key, value in load_pickle(path).items())
-    state = {key: value for key, value in named if key is not None}
+    path = file_of(place)
+    state = encoder_state(path)
     sizes = shapes(state, str(path))
     first = sizes.get("encoder.conv_in.weight")
     if not first:
-        raise CheckpointError(f"{path} has no encoder.conv1.weight; it is not the Wan 2.2 VAE")
+        raise CheckpointError(
+            f"{path} has no encoder.conv1.weight; it is not the Wan 2.2 VAE: of its tensors"
+            f" {len(state)} have names of that encoder. Give {WEIGHTS_NAME}, or the folder vae of"
+            f" Wan2.2-TI2V-5B-Diffusers"
+        )
     if not 1 <= first[0] <= MOST_CHANNELS:
         raise CheckpointError(
             f"{path}: encoder.conv1.weight must have 1 to {MOST_CHANNELS} rows, got {first[0]}"
@@ -73,7 +84,65 @@ def load_image_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Im
     with torch.device("meta"):
         vae = wan_vae(first[0])
         del vae.decoder, vae.post_quant_conv
-    check_keys(sizes, vae, str(path))
+    check_keys(sizes, vae, f"{path} ({layout_of(path)})")
     vae.load_state_dict(state, assign=True)
     with quiet_diffusers():
         return ImageVAE(frozen(vae.to(device=device, dtype=dtype)))
+
+
+def file_of(place: Path) -> Path:
+    """The file of the Wan 2.2 VAE: the one given, or a folder's, published or in diffusers' layout,
+    in which it may lie below `vae`.
+
+    Raises:
+        CheckpointError: there is more than one.
+    """
+    if not place.is_dir():
+        return place
+    if exists(place / WEIGHTS_NAME):
+        return place / WEIGHTS_NAME
+    for folder in (place / VAE_PART, place):
+        files = weight_files(folder)
+        if len(files) > 1:
+            raise CheckpointError(
+                f"{folder} must hold one file of the Wan 2.2 VAE, got"
+                f" {names([file.name for file in files])}; give the one file"
+            )
+        if files:
+            return files[0]
+    return place / WEIGHTS_NAME
+
+
+def encoder_state(path: Path) -> dict[str, Tensor]:
+    """The encoder's tensors of a file, as diffusers names them, mapped; `CheckpointError` as from
+    `stored_encoder`.
+    """
+    named = ((_encoder_key(key), value) for key, value in stored_encoder(path).items())
+    return {key: value for key, value in named if key is not None}
+
+
+def stored_encoder(path: Path) -> dict[str, Tensor]:
+    """The encoder's tensors of a file, by their names there, mapped.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    if path.suffix != SUFFIX:
+        stored: dict[str, Tensor] = load_pickle(path)
+    else:
+        with open_shard(path) as shard:
+            stored = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+    named = {str(key): value for key, value in stored.items()}
+    return {key: value for key, value in named.items() if _encoder_key(key) is not None}
+
+
+def layout_of(path: Path) -> str:
+    """In which layout a file of the VAE is, for people."""
+    return "Wan, as published" if path.suffix != SUFFIX else f"safetensors, {path.name}"
+
+
+def _encoder_key(key: str) -> str | None:
+    """Diffusers' name of a tensor that has it already or the published one; None of another."""
+    if DIFFUSERS_KEYS.match(key):
+        return key
+    return diffusers_key(key)
