@@ -22,6 +22,7 @@ MAX_TEXT_TOKENS = 640
 FRAME_REACH = 11  # frames seen each way by frame-local attention
 
 Precision = Literal["bf16", "fp32", "fp8", "fp8-attn", "int8"]
+TextPrecision = Literal["bf16", "int8", "fp8"]
 Vae = Literal["fast", "plain", "tensorrt"]
 CoordinateStyle = Literal["v1", "v2"]
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from magihuman.graphs.explain import Explanation
     from magihuman.kernels.target import Kernels
     from magihuman.runtime.cli.inspect import Answer, Component, PlanAsked
+    from magihuman.runtime.config import TextPrecision
 
 SIDES = ("before", "after")
 
@@ -138,6 +139,7 @@ def _plan_question(options: PlanOptions) -> PlanAsked:
         options.memory_limit_gb,
         cast("Kernels", options.kernels),
         options.context_parallel,
+        text_precision=cast("TextPrecision", options.text_precision or "bf16"),
     )
 
 

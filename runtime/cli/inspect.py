@@ -20,12 +20,20 @@ from magihuman.graphs.explain import one_of_each
 from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.kernels.reference import Counts
 from magihuman.kernels.target import Kernels, target_of
-from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, VARIANTS, DiTConfig, upscaler
+from magihuman.runtime.config import (
+    BASE_VARIANTS,
+    SR_SIZES,
+    VARIANTS,
+    DiTConfig,
+    TextPrecision,
+    upscaler,
+)
 from magihuman.runtime.device import pick_device
 from magihuman.runtime.errors import CheckpointError, DeviceError, InvalidRequestError, one_of
 from magihuman.runtime.memory import (
     GIB,
     VIDEO,
+    Clips,
     MemoryPlan,
     Part,
     check_limit,
@@ -33,6 +41,7 @@ from magihuman.runtime.memory import (
     held_by_others,
     limit_of,
     plan_memory,
+    speeds_of,
     synthetic_parts,
 )
 from magihuman.runtime.model import Layout
@@ -144,12 +153,14 @@ class PlanAsked:
     ranks: int = 1
     follows: bool = False
     captures: bool = True
+    text_precision: TextPrecision = "bf16"
 
     def __post_init__(self) -> None:
         one_of("variant", self.variant, BASE_VARIANTS)
         one_of("sr", self.sr, (None, *SR_SIZES))
         one_of("precision", self.precision, (None, *PrecisionPolicy))
         one_of("kernels", self.kernels, get_args(Kernels))
+        one_of("text_precision", self.text_precision, get_args(TextPrecision))
         check_limit(self.memory_limit_gb)
 
     def of_ranks(self, answer: Callable[[PlanAsked], Answer]) -> list[Answer]:
@@ -177,14 +188,14 @@ class PlanAsked:
 
         def others() -> list[Part]:
             decoder, text, audio = (root / n for n in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER))
-            return folder_parts(decoder, text, audio, image, WIDTH, is_engine=False)
+            return folder_parts(decoder, text, audio, image, WIDTH, False, self.text_precision)
 
         return self._plan([self._spec(name, _place(root, name)) for name in self._names], others)
 
     def of_published(self) -> Answer:
         """Plan for the published sizes."""
         specs = [self._spec(name, None) for name in self._names]
-        return self._plan(specs, lambda: synthetic_parts(torch.bfloat16))
+        return self._plan(specs, lambda: synthetic_parts(torch.bfloat16, self.text_precision))
 
     def _spec(self, name: str, folder: Path | None) -> TransformerSpec:
         """Return how a transformer is held where that is possible, whatever this machine can."""
@@ -212,16 +223,8 @@ class PlanAsked:
         sr = specs[1] if len(specs) > 1 else None
         try:
             parts = [part for part in others() if not self.follows or part.name == VIDEO]
-            made = plan_memory(
-                [*parts, *already],
-                specs[0],
-                sr,
-                limit,
-                is_compiled=is_compiled,
-                ranks=self.ranks,
-                captures=self.captures,
-            )
-            return made, ""
+            clips = Clips(is_compiled, 1.0, self.ranks, self.captures, speeds_of(device))
+            return plan_memory([*parts, *already], specs[0], sr, limit, clips), ""
         except DeviceError as error:
             return None, str(error)
 

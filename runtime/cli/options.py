@@ -41,6 +41,10 @@ KernelsOption = Annotated[
         help="auto: those for Hopper on Hopper, portable ones elsewhere; or portable: always."
     ),
 ]
+TextPrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="Of the text encoder's weights: bf16 (default), int8 or fp8."),
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")]
 
 
@@ -223,6 +227,7 @@ class EngineOptions(PrecisionOptions, FileOptions, ComponentOptions, LimitOption
     context_parallel: Annotated[
         int, typer.Option(min=1, help="GPUs, from --device on, that make a clip together.")
     ] = 1
+    text_precision: TextPrecisionOption = None
 
     def load_arguments(self) -> dict[str, Any]:
         """Return these options as arguments of `runtime.load`: each field that has such a name."""
@@ -246,3 +251,4 @@ class PlanOptions(LimitOptions, JsonOptions):
     context_parallel: Annotated[
         int, typer.Option(min=1, help="For the memory plan: GPUs that work on each request.")
     ] = 1
+    text_precision: TextPrecisionOption = None

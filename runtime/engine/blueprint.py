@@ -93,7 +93,7 @@ def draw(
 
     def others() -> list[Part]:
         if paths is None:
-            parts = synthetic_parts(vae_dtype)
+            parts = synthetic_parts(vae_dtype, options.held_text)
         else:
             parts = folder_parts(
                 paths.turbo_vae,
@@ -102,6 +102,7 @@ def draw(
                 paths.image_vae,
                 vae_dtype.itemsize,
                 is_engine=options.vae == "tensorrt",
+                text_precision=options.held_text,
             )
         return [part for part in parts if not follows or part.name == VIDEO]
 

@@ -124,9 +124,11 @@ class FromFiles:
         return _placed_image_vae(self._placer, load_image_vae(path, device, dtype))
 
     def text_encoder(self) -> TextEncoder:
-        """The text encoder, in bf16."""
+        """The text encoder, over activations in bf16."""
         path, device = self._paths.text_encoder, self._placer.rest(TEXT)
-        return _placed_text_encoder(self._placer, load_text_encoder(path, device, torch.bfloat16))
+        precision = self._blueprint.options.held_text
+        encoder = load_text_encoder(path, device, torch.bfloat16, precision, self._placer.device)
+        return _placed_text_encoder(self._placer, encoder)
 
     def dit(self, spec: TransformerSpec, part: str) -> DiT:
         """A transformer; part: its name in the memory plan."""
@@ -146,6 +148,7 @@ class AtRandom:
     def __init__(self, blueprint: Blueprint, model: Synthetic) -> None:
         self._placer, self._vae_dtype = blueprint.placer, blueprint.vae_dtype
         self._seed, self._device = model.seed, blueprint.device
+        self._text_precision = blueprint.options.held_text
 
     def turbo_vae(self) -> TurboVAE:
         """The video decoder."""
@@ -163,8 +166,10 @@ class AtRandom:
         return _placed_image_vae(self._placer, vae)
 
     def text_encoder(self) -> TextEncoder:
-        """The text encoder, in bf16."""
-        encoder = random_weights.text_encoder(self._seed, self._device, torch.bfloat16)
+        """The text encoder, over activations in bf16."""
+        encoder = random_weights.text_encoder(
+            self._seed, self._device, torch.bfloat16, self._text_precision
+        )
         return _placed_text_encoder(self._placer, encoder)
 
     def dit(self, spec: TransformerSpec, part: str) -> DiT:

@@ -60,6 +60,7 @@ def load(
     hooks: Sequence[Hooks] = (),
     debug: bool = False,
     context_parallel: int = 1,
+    text_precision: config.TextPrecision | None = None,
 ) -> Engine:
     """Load a model and return an engine ready to generate.
 
@@ -104,6 +105,8 @@ def load(
             must divide the transformer's key/value heads. Each holds the transformers and the video
             decoder, the first all else too. In a process that torchrun started, those that it
             started with it; else processes are started here.
+        text_precision: of the text encoder's weights: "bf16" (default), or "int8" or "fp8", with a
+            scale for each row, which takes half of the memory. Any device can.
 
     Raises:
         InvalidRequestError: an argument is not one of those above.
@@ -136,6 +139,7 @@ def load(
             hooks=hooks,
             debug=debug,
             context_parallel=context_parallel,
+            text_precision=text_precision,
         )
     )
 

@@ -59,6 +59,7 @@ class LoadOptions:
     hooks: Sequence[Hooks] = ()
     debug: bool = False
     context_parallel: int = 1
+    text_precision: config.TextPrecision | None = None
 
     def for_others(self) -> Self:
         """The options for the processes that follow rank 0: without its device and callbacks."""
@@ -103,6 +104,11 @@ class LoadOptions:
             device, self._policy, self.keep_bf16, self.compile, ranks, self.kernels
         )
 
+    @property
+    def held_text(self) -> config.TextPrecision:
+        """The precision of the text encoder."""
+        return self.text_precision or "bf16"
+
     def vae_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the autoencoders for images, on this device."""
         return (self._policy or PrecisionPolicy.BF16).vae_dtype(device)
@@ -120,6 +126,7 @@ class LoadOptions:
             raise InvalidRequestError(
                 f"sr_transformer must go with sr, got {os.fspath(self.sr_transformer)!r} without"
             )
+        one_of("text_precision", self.text_precision, (None, *get_args(config.TextPrecision)))
         self._check_vae()
         self._check_precision()
         if isinstance(self.model, Synthetic) and self._variant != self.model.variant:

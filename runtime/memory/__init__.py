@@ -1,21 +1,22 @@
 """What is on the device, and when.
 
-`plan` is arithmetic: which parts stay, which move, for a limit. `estimate` says what a clip needs
-beside the weights, `placement` weighs a model for the plan, `offload` moves the weights.
+`plan` is arithmetic: which parts stay, which move, for a limit. `parts` weighs a model for it,
+`estimate` says what a clip needs beside the weights, `speeds` how fast they come, `placement` makes
+the plan of a model and keeps to it, `offload` moves the weights.
 """
 
 from magihuman.runtime.memory import estimate
 from magihuman.runtime.memory.offload import Residency
+from magihuman.runtime.memory.parts import folder_parts, synthetic_parts
 from magihuman.runtime.memory.placement import (
     Cap,
+    Clips,
     Placer,
     check_limit,
-    folder_parts,
     held_by_others,
     limit_of,
     plan_memory,
     plan_placement,
-    synthetic_parts,
 )
 from magihuman.runtime.memory.plan import (
     AUDIO,
@@ -29,6 +30,7 @@ from magihuman.runtime.memory.plan import (
     Part,
     StageMemory,
 )
+from magihuman.runtime.memory.speeds import speeds_of
 
 __all__ = [
     "AUDIO",
@@ -39,6 +41,7 @@ __all__ = [
     "TEXT",
     "VIDEO",
     "Cap",
+    "Clips",
     "MemoryPlan",
     "Part",
     "Placer",
@@ -51,5 +54,6 @@ __all__ = [
     "limit_of",
     "plan_memory",
     "plan_placement",
+    "speeds_of",
     "synthetic_parts",
 ]

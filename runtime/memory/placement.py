@@ -1,15 +1,13 @@
-"""The memory plan of a model: what its components weigh, what its stages need, and their moves."""
+"""The memory plan of a model: what its stages need, and how its components come where they are."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-import re
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from magihuman.runtime import config
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
 from magihuman.runtime.memory import estimate
 from magihuman.runtime.memory.offload import Offloaded, Residency, call_before_layers
+from magihuman.runtime.memory.parts import dit_part, reading_bytes
 from magihuman.runtime.memory.plan import (
     AUDIO,
     BASE,
@@ -35,25 +34,35 @@ from magihuman.runtime.memory.plan import (
     Stage,
     make_plan,
 )
-from magihuman.runtime.model import Layout, Oobleck, OobleckConfig, TurboVAE
+from magihuman.runtime.memory.speeds import H100, Speeds, speeds_of
+from magihuman.runtime.model import Layout
 from magihuman.runtime.request import Request
-from magihuman.runtime.weights import (
-    TransformerOptions,
-    TransformerSpec,
-    checkpoint,
-    encoder_state,
-    file_of,
-    layered_bytes,
-    random_weights,
-)
+from magihuman.runtime.weights import TransformerOptions, TransformerSpec
 
 log = logging.getLogger("magihuman")
 
 CPU = torch.device("cpu")
 MARGIN_BYTES = GIB  # of a card, left free where no limit is given
-# Of attention on an H100, for estimates; plain PyTorch reaches about half, as it does of products.
-ATTENTION_FLOPS = 5.5e14
-TEXT_LAYER = re.compile(r"layers\.(\d{1,4})\.", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """How clips of the default sizes run, for a plan.
+
+    Attributes:
+        is_compiled: whether the transformers and the video decoder run as captured graphs.
+        share: of the activations of such clips, for smaller ones.
+        ranks: processes that share each forward, and then all hold the transformers; the plan is
+            that of one of them.
+        captures: whether graphs may be captured.
+        speeds: of the device.
+    """
+
+    is_compiled: bool
+    share: float = 1.0
+    ranks: int = 1
+    captures: bool = True
+    speeds: Speeds = H100
 
 
 def plan_memory(
@@ -61,43 +70,34 @@ def plan_memory(
     base: TransformerSpec,
     sr: TransformerSpec | None,
     limit_bytes: int,
-    *,
-    is_compiled: bool,
-    share: float = 1.0,
-    ranks: int = 1,
-    captures: bool = True,
+    clips: Clips,
 ) -> MemoryPlan:
     """The plan for clips of the default sizes.
 
     Args:
-        others: all parts but the transformers.
-        base: the transformer.
-        sr: that for super-resolution.
+        others: all parts but the transformers, that are on the device of this process.
+        base, sr: the transformers.
         limit_bytes: of everything that the process holds on the device.
-        is_compiled: whether the transformers and the video decoder run as captured graphs.
-        share: of the activations of such clips, for smaller ones.
-        ranks: processes that share each forward, and then all hold the transformers; the plan is
-            that of one of them, which has `others`.
-        captures: whether graphs may be captured.
+        clips: how they run.
 
     Raises:
         NoPlanError: there is none.
     """
     specs = [base] if sr is None else [base, sr]
     transformers = [dit_part(*named) for named in zip((BASE, SR), specs, strict=False)]
-    if ranks > 1:
+    if clips.ranks > 1:
         transformers = [dataclasses.replace(part, can_move=False) for part in transformers]
     parts = [*others, *transformers]
     stages = [
         dataclasses.replace(
             stage,
-            working_bytes=int(share * stage.working_bytes),
-            graph_bytes=int(share * stage.graph_bytes),
+            working_bytes=int(clips.share * stage.working_bytes),
+            graph_bytes=int(clips.share * stage.graph_bytes),
         )
-        for stage in stages_of(specs, {part.name for part in parts}, is_compiled, ranks)
+        for stage in stages_of(specs, parts, clips)
     ]
-    reading = max(reading_bytes(spec) for spec in specs)
-    return make_plan(parts, stages, limit_bytes, reading, captures)
+    reading, bus = max(reading_bytes(spec) for spec in specs), clips.speeds.copy_bytes_per_s
+    return make_plan(parts, stages, limit_bytes, reading, clips.captures, bus)
 
 
 def plan_placement(
@@ -122,18 +122,11 @@ def plan_placement(
     is_compiled = options.compile and reason is None
     already = held_by_others(options.device) if is_limit_asked else []
     parts, plan, share = [*others(), *already], None, 1.0
+    speeds = speeds_of(options.device)
     while plan is None:
+        clips = Clips(is_compiled, share, options.ranks, captures, speeds)
         try:
-            plan = plan_memory(
-                parts,
-                base,
-                sr,
-                limit_bytes,
-                is_compiled=is_compiled,
-                share=share,
-                ranks=options.ranks,
-                captures=captures,
-            )
+            plan = plan_memory(parts, base, sr, limit_bytes, clips)
         except NoPlanError as error:
             if options.ranks > 1 and share < 0.2:
                 raise NoPlanError(
@@ -213,112 +206,15 @@ def check_host(plan: MemoryPlan) -> None:
         )
 
 
-def dit_part(name: str, spec: TransformerSpec) -> Part:
-    """The part that a transformer is, under a name of the plan."""
-    outside, layers = layered_bytes(spec.config, spec.linear, spec.quantized)
-    return Part(name, outside, layers)
-
-
-def reading_bytes(spec: TransformerSpec) -> int:
-    """Bytes that reading a transformer takes of the device beside its weights: its largest tensor
-    as it is on disk, in fp32 at most, in bf16 and in 8 bits.
-    """
-    rows, columns = max(
-        (spec.config.mlp_widths(layer) for layer in range(spec.config.num_layers)),
-        key=lambda widths: widths[0],
-    )
-    experts = 3 if spec.config.modality_layers else 1
-    return experts * max(rows, columns) * spec.config.hidden_size * (4 + 2 + 1)
-
-
-def text_part(folder: Path) -> Part:
-    """The text encoder of a folder, from file headers."""
-    outside, layers = 0, dict[int, int]()
-    for key, info in checkpoint.scan(folder).items():
-        name = key.removeprefix("model.")
-        if not name.startswith("encoder."):
-            continue
-        size = 2 * math.prod(info.shape)  # read as bf16
-        name = name.removeprefix("encoder.")
-        inside = TEXT_LAYER.match(name)
-        if inside:
-            layer = int(inside[1])
-            layers[layer] = layers.get(layer, 0) + size
-        else:
-            outside += size
-    return Part(TEXT, outside, tuple(layers[i] for i in sorted(layers)))
-
-
-def part_of(
-    name: str, model: nn.Module, width: int, layers: Sequence[nn.Module] = (), **options: bool
-) -> Part:
-    """A model whose elements take `width` bytes each; its weights need not be there."""
-    inside = tuple(width * sum(t.numel() for t in layer.parameters()) for layer in layers)
-    whole = width * sum(t.numel() for t in model.parameters())
-    return Part(name, whole - sum(inside), inside, **options)
-
-
-def small_parts(
-    turbo_vae: TurboVAE | int, audio_vae: Oobleck, image_vae: nn.Module | int | None, width: int
-) -> list[Part]:
-    """The parts that the autoencoders are.
-
-    An int stands for a model of that many bytes. width: bytes of an element, of all but that for
-    sound, which is in fp32.
-
-    The compiled decoder has its weights a second time, in another layout, and so stays.
-    """
-    if isinstance(turbo_vae, TurboVAE):
-        turbo_vae = 2 * part_of(VIDEO, turbo_vae, width).total_bytes
-    parts = [Part(VIDEO, turbo_vae, can_move=False), part_of(AUDIO, audio_vae, 4)]
-    if isinstance(image_vae, nn.Module):
-        parts.append(part_of(IMAGE, image_vae, width))
-    elif image_vae is not None:
-        parts.append(Part(IMAGE, image_vae))
-    return parts
-
-
-def folder_parts(
-    turbo_vae: Path, text: Path, audio: Path, image: Path | None, width: int, is_engine: bool
-) -> list[Part]:
-    """All parts but the transformers, from headers and configurations."""
-    with torch.device("meta"):
-        oobleck = Oobleck(checkpoint.oobleck_config(audio / "model_config.json"))
-        decoder: TurboVAE | int
-        if is_engine:
-            decoder = sum(f.stat().st_size for f in turbo_vae.iterdir() if f.is_file())
-        else:
-            decoder = TurboVAE(checkpoint.turbo_vae_config(turbo_vae))
-    picture = None
-    if image is not None:
-        picture = sum(width * tensor.numel() for tensor in encoder_state(file_of(image)).values())
-    return [*small_parts(decoder, oobleck, picture, width), text_part(text)]
-
-
-def synthetic_parts(dtype: torch.dtype) -> list[Part]:
-    """All parts but the transformers, of random weights in the published sizes. dtype: of the
-    autoencoders for images.
-    """
-    with torch.device("meta"):
-        model = random_weights.text_model()
-        text = part_of(TEXT, model, 2, model.encoder.layers, made_whole=True)
-        small = small_parts(
-            TurboVAE(config.TurboVAEConfig()),
-            Oobleck(OobleckConfig()),
-            random_weights.image_model(),
-            dtype.itemsize,
-        )
-    return [*small, text]
-
-
 def stages_of(
-    specs: Sequence[TransformerSpec], parts: set[str], is_compiled: bool, ranks: int = 1
+    specs: Sequence[TransformerSpec], parts: Collection[Part], clips: Clips
 ) -> list[Stage]:
     """What a request of default size goes through, as far as the parts are there: text, sound,
-    image, denoising with the first of `specs`, super-resolution with the second, decoding.
-
-    ranks: processes that share each forward, of which one's bytes are counted.
+    image, denoising with the first of `specs`, super-resolution with the second, decoding. Of the
+    processes that share each forward one's bytes are counted.
     """
+    held, is_compiled, ranks = {part.name for part in parts}, clips.is_compiled, clips.ranks
+    widened_bytes = sum(part.widened_bytes for part in parts)
     base = specs[0]
     sr = specs[1] if len(specs) > 1 else None
     request = Request("-")
@@ -326,13 +222,14 @@ def stages_of(
     width, height = plan.size_px
     sound = int(request.seconds * estimate.BYTES_PER_SECOND_OF_SOUND)
     stages = []
-    if TEXT in parts:
-        graphs = estimate.TEXT_GRAPHS_BYTES if is_compiled else 0
-        text = Stage("text", (TEXT,), estimate.TEXT_BYTES, graph_bytes=graphs, spares_graphs=True)
+    if TEXT in held:
+        graphs = estimate.TEXT_GRAPHS_BYTES + widened_bytes if is_compiled else 0
+        working = estimate.TEXT_BYTES + widened_bytes
+        text = Stage("text", (TEXT,), working, graph_bytes=graphs, spares_graphs=True)
         stages.append(text)
-    if AUDIO in parts:
+    if AUDIO in held:
         stages.append(Stage("audio", (AUDIO,), sound))
-    if IMAGE in parts:
+    if IMAGE in held:
         stages.append(Stage("image", (IMAGE,), width * height * estimate.BYTES_PER_IMAGE_PIXEL))
     sizes = [(plan.rows, plan.columns)]
     if plan.sr_rows is not None and plan.sr_columns is not None:
@@ -348,19 +245,19 @@ def stages_of(
                 (part,),
                 working,
                 forwards=one.variant.steps * (1 if one.variant.guidance is None else 2),
-                forward_s=forward_s(one, layout) / ranks,
+                forward_s=forward_s(one, layout, clips.speeds) / ranks,
                 graph_bytes=working if is_compiled else 0,
             )
         )
     window = estimate.decoding_bytes(width, height, is_compiled, ranks)
-    decoders = tuple(name for name in (VIDEO, AUDIO) if name in parts)
+    decoders = tuple(name for name in (VIDEO, AUDIO) if name in held)
     kept = window if is_compiled else 0
     frames = Stage("decode", decoders, window + sound, graph_bytes=kept, spares_graphs=True)
     return [*stages, frames]
 
 
-def forward_s(spec: TransformerSpec, layout: Layout) -> float:
-    """Seconds of a forward on an H100, roughly: what copies can hide behind."""
+def forward_s(spec: TransformerSpec, layout: Layout, speeds: Speeds = H100) -> float:
+    """Seconds of a forward, roughly: what copies can hide behind."""
     arch, tokens = spec.config, layout.tokens
     linears = attention = 0.0
     for layer in range(arch.num_layers):
@@ -371,7 +268,8 @@ def forward_s(spec: TransformerSpec, layout: Layout) -> float:
         if layer in arch.local_attention_layers:
             seen = min(tokens, (2 * arch.frame_reach + 1) * layout.frame_tokens)
         attention += 4.0 * tokens * seen * arch.hidden_size
-    return linears / spec.precision.flops + attention / ATTENTION_FLOPS
+    rate = speeds.linear_flops or spec.precision.flops
+    return linears / rate + attention / speeds.attention_flops
 
 
 @dataclass

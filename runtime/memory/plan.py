@@ -9,6 +9,7 @@ forward pass, the next one while this one is computed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -22,7 +23,7 @@ TEXT, AUDIO, IMAGE, VIDEO = "text encoder", "audio autoencoder", "image encoder"
 BASE, SR = "transformer", "super-resolution transformer"
 LOAD = "load"  # the stage before all
 SLOTS = 2  # of streamed layers of like size: one is computed while the next is brought over
-COPY_BYTES_PER_S = 50e9  # from pinned memory over PCIe 5.0 x16
+COPY_BYTES_PER_S = 50e9  # from pinned memory over PCIe 5.0 x16, where none was measured
 # What the driver, the libraries and the code of kernels hold beside what PyTorch allocates, on an
 # H100; rounded up.
 CONTEXT_BYTES = 3 * 2**28
@@ -56,6 +57,7 @@ class Part:
             moved as a whole.
         can_move: whether it may rest in host memory.
         made_whole: whether it is on the device as a whole before it goes to rest.
+        widened_bytes: of its largest weight in bf16, where each is widened for its product.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Part:
     layer_bytes: tuple[int, ...] = ()
     can_move: bool = True
     made_whole: bool = False
+    widened_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -134,6 +137,7 @@ class MemoryPlan:
         replays: whether stages run as captured graphs, as far as their parts stay.
         host_bytes: of pinned memory, for parts that move.
         spared: names of the stages that run without graphs even so, which have no room for them.
+        copy_bytes_per_s: from host memory to the device, by which times were reckoned.
     """
 
     limit_bytes: int
@@ -142,6 +146,7 @@ class MemoryPlan:
     stages: tuple[StageMemory, ...]
     host_bytes: int
     spared: frozenset[str] = frozenset()
+    copy_bytes_per_s: float = COPY_BYTES_PER_S
 
     @property
     def peak_bytes(self) -> int:
@@ -179,6 +184,7 @@ class MemoryPlan:
             "peak_bytes": self.peak_bytes,
             "host_bytes": self.host_bytes,
             "extra_s": self.extra_s,
+            "copy_bytes_per_s": self.copy_bytes_per_s,
             "replays": self.replays,
             "spared": sorted(self.spared),
             "moves": {name: list(layers) for name, layers in self.streamed.items()},
@@ -189,7 +195,7 @@ class MemoryPlan:
     def cost_s(self) -> float:
         """Seconds by which plans are chosen: copies that are hidden are not free either."""
         copied = sum(stage.copied_bytes for stage in self.stages)
-        return self.extra_s + HIDDEN_COST * copied / COPY_BYTES_PER_S
+        return self.extra_s + HIDDEN_COST * copied / self.copy_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,7 @@ class _Problem:
     loading_bytes: int
     limit_bytes: int = field(default=0)
     captures: bool = True
+    copy_bytes_per_s: float = COPY_BYTES_PER_S
 
     def solve(self, moving: Collection[str], captured: frozenset[str]) -> MemoryPlan | None:
         """The plan in which these parts move and these stages are captured, as far as their parts
@@ -216,8 +223,7 @@ class _Problem:
                 ),
                 default=self.limit_bytes,
             )
-            fitting = (s for s in streamings(part.layer_bytes) if part.loaded_bytes(s) <= room)
-            layers = next(fitting, None)
+            layers = next((chosen for chosen, size in loadings(part) if size <= room), None)
             if layers is None:
                 return None
             streamed[name] = layers
@@ -228,7 +234,15 @@ class _Problem:
         spared = frozenset[str]()
         if captured:
             spared = frozenset(stage.name for stage in self.stages if stage.graph_bytes) - captured
-        return MemoryPlan(self.limit_bytes, streamed, bool(captured), laid_out, host_bytes, spared)
+        return MemoryPlan(
+            self.limit_bytes,
+            streamed,
+            bool(captured),
+            laid_out,
+            host_bytes,
+            spared,
+            self.copy_bytes_per_s,
+        )
 
     def capturings(self) -> list[frozenset[str]]:
         """Names of the stages to capture: all, all but some that spare their graphs, and none."""
@@ -300,8 +314,8 @@ class _Problem:
         """
         part, later = self.parts[name], stage.forwards - 1
         every = sum(part.layer_bytes[i] for i in layers)
-        extra_s = max(0.0, part.total_bytes / COPY_BYTES_PER_S - stage.forward_s)
-        extra_s += later * max(0.0, every / COPY_BYTES_PER_S - stage.forward_s)
+        extra_s = max(0.0, part.total_bytes / self.copy_bytes_per_s - stage.forward_s)
+        extra_s += later * max(0.0, every / self.copy_bytes_per_s - stage.forward_s)
         return part.total_bytes + later * every, extra_s
 
 
@@ -311,6 +325,7 @@ def make_plan(
     limit_bytes: int,
     loading_bytes: int = 0,
     captures: bool = True,
+    copy_bytes_per_s: float = COPY_BYTES_PER_S,
 ) -> MemoryPlan:
     """The plan that is expected to cost least time within the limit.
 
@@ -320,12 +335,13 @@ def make_plan(
         limit_bytes: of everything that the process holds on the device.
         loading_bytes: working memory while parts are read.
         captures: whether any stage may run as captured graphs.
+        copy_bytes_per_s: from host memory to the device.
 
     Raises:
         NoPlanError: there is none.
     """
     named = {part.name: part for part in parts}
-    problem = _Problem(named, stages, loading_bytes, limit_bytes, captures)
+    problem = _Problem(named, stages, loading_bytes, limit_bytes, captures, copy_bytes_per_s)
     plans = [
         plan
         for moving in _subsets([part.name for part in parts if part.can_move])
@@ -390,6 +406,12 @@ def streamings(layer_bytes: Sequence[int]) -> Iterator[tuple[int, ...]]:
             yield tuple(sorted(chosen + spread))
         if len(same) > SLOTS:
             chosen += same
+
+
+@functools.lru_cache(maxsize=64)
+def loadings(part: Part) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """Every way of `streamings`, with the bytes that the part then takes on the device."""
+    return tuple((layers, part.loaded_bytes(layers)) for layers in streamings(part.layer_bytes))
 
 
 def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -8,7 +8,7 @@ activations finite through all layers. What comes out of such a model is noise.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from magihuman.graphs.quantization import quantize_linear
-from magihuman.runtime.config import BASE_VARIANTS, DiTConfig, TurboVAEConfig, Variant
+from magihuman.runtime.config import (
+    BASE_VARIANTS,
+    DiTConfig,
+    TextPrecision,
+    TurboVAEConfig,
+    Variant,
+)
 from magihuman.runtime.errors import one_of
 from magihuman.runtime.model import (
     DiT,
@@ -28,6 +34,8 @@ from magihuman.runtime.model import (
     Snake,
     TextEncoder,
     TurboVAE,
+    narrowed,
+    put,
     uncapped,
     wan_vae,
     with_tables,
@@ -181,11 +189,40 @@ def image_vae(seed: int, device: torch.device, dtype: torch.dtype) -> ImageVAE:
         return ImageVAE(randomize(vae, seed, "image_vae").to(dtype))
 
 
-def text_encoder(seed: int, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte."""
-    model = undrawn(lambda: with_tables(text_model(), device), device, dtype)
-    model = randomize(model, seed, "text_encoder")
-    return TextEncoder(byte_tokenizer(), model.to(dtype))
+def text_encoder(
+    seed: int, device: torch.device, dtype: torch.dtype, precision: TextPrecision = "bf16"
+) -> TextEncoder:
+    """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte.
+
+    With a precision of 8 bits each weight is rounded before the next is drawn.
+    """
+    return TextEncoder(
+        byte_tokenizer(), drawn_text_model(text_model, seed, device, dtype, precision)
+    )
+
+
+def drawn_text_model(
+    build: Callable[[], Module],
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: TextPrecision = "bf16",
+) -> Module:
+    """The encoder that `build` makes, with random weights on the device."""
+    with torch.device("meta"):
+        model = with_tables(build(), device)
+    depth = _depth(model)
+    drawn = [
+        (key, parameter, model.get_submodule(key.rpartition(".")[0]))
+        for key, parameter in model.named_parameters()
+    ]
+    if precision != "bf16":
+        narrowed(model, precision, dtype)
+    for key, parameter, owner in drawn:
+        value = torch.empty_like(parameter, dtype=dtype, device=device)
+        _fill(value, key, owner, depth, f"{seed}:text_encoder")
+        put(model, key, value)
+    return frozen(model)
 
 
 def text_model() -> Any:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from magihuman.runtime.config import MOST_CHANNELS, MOST_LAYERS
+from magihuman.runtime.config import MOST_CHANNELS, MOST_LAYERS, TextPrecision
 from magihuman.runtime.errors import CheckpointError, shown
-from magihuman.runtime.model import TextEncoder, is_panic, uncapped, with_tables
+from magihuman.runtime.model import TextEncoder, is_panic, narrowed, put, uncapped, with_tables
 from magihuman.runtime.weights.checkpoint import frozen, read_all, scan
 from magihuman.runtime.weights.locate import TEXT_FOLDER
 from magihuman.runtime.weights.quiet import quiet_transformers
@@ -54,10 +54,18 @@ ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
-def load_text_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+def load_text_encoder(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: TextPrecision = "bf16",
+    rounding: torch.device | None = None,
+) -> TextEncoder:
     """The tokenizer and the encoder of a local folder; the decoder's weights are not loaded.
 
-    No code of the folder runs, and nothing is asked.
+    No code of the folder runs, and nothing is asked. dtype: of all that `precision` does not hold
+    in 8 bits, and of the activations. rounding: the device that rounds weights to 8 bits, if not
+    that where they are to be.
 
     Raises:
         CheckpointError: a file or a tensor is missing, damaged, or of another shape.
@@ -73,7 +81,12 @@ def load_text_encoder(path: Path, device: torch.device, dtype: torch.dtype) -> T
         model = _sketch(config)
     _check(path, tensors, model)
     with _refused(path):
-        _fill(model, tensors, device, dtype)
+        used = _used(model, tensors)
+        if precision != "bf16":
+            narrowed(model, precision, dtype)
+        for key, value in read_all(used):
+            at = device if rounding is None else rounding
+            put(model, _own(key), value.to(device=at, dtype=dtype, copy=True), device)
         encoder = TextEncoder(tokenizer, frozen(uncapped(with_tables(model, device))))
         if not encoder.tokenize(PROBE)[0].numel():
             raise CheckpointError("its tokenizer finds no tokens in a text")
@@ -288,13 +301,7 @@ def _check(path: Path, tensors: Mapping[str, TensorInfo], model: nn.Module) -> N
         )
 
 
-def _fill(
-    model: nn.Module, tensors: Mapping[str, TensorInfo], device: torch.device, dtype: torch.dtype
-) -> None:
-    """Give the encoder its weights, one tensor after another."""
+def _used(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors that the encoder has a place for, by their names in the files."""
     wanted = model.state_dict().keys()
-    used = {key: info for key, info in tensors.items() if _own(key) in wanted}
-    for key, value in read_all(used):
-        owner, _, name = _own(key).rpartition(".")
-        weight = value.to(device=device, dtype=dtype, copy=True)
-        setattr(model.get_submodule(owner), name, nn.Parameter(weight, requires_grad=False))
+    return {key: info for key, info in tensors.items() if _own(key) in wanted}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -243,10 +244,17 @@ def layered_bytes(
     config: DiTConfig, linear: torch.dtype, quantized: Collection[str] = ()
 ) -> tuple[int, tuple[int, ...]]:
     """The bytes of `dit_bytes` split: those in no layer, and those of each layer."""
+    return _layered_bytes(config, linear, tuple(quantized))
+
+
+@functools.lru_cache(maxsize=16)
+def _layered_bytes(
+    config: DiTConfig, linear: torch.dtype, quantized: tuple[str, ...]
+) -> tuple[int, tuple[int, ...]]:
     with torch.device("meta"):
         state = DiT(config, linear).state_dict()
     sizes = {key: value.nbytes for key, value in state.items()}
-    stored = artifacts.layout(config, tuple(quantized))
+    stored = artifacts.layout(config, quantized)
     for name in quantized:
         sizes[f"{name}.weight"] = stored[f"{name}.weight"].size_bytes
         sizes[name + artifacts.SCALE] = stored[name + artifacts.SCALE].size_bytes

@@ -23,6 +23,7 @@ from magihuman.runtime.engine import blueprint
 from magihuman.runtime.memory.estimate import free_bytes
 from magihuman.runtime.memory.offload import Offloaded
 from magihuman.runtime.memory.plan import AUDIO, BASE, GIB, IMAGE, SR, TEXT, MemoryPlan
+from magihuman.runtime.memory.speeds import measured_bus
 
 DEVICE = torch.device("cuda")
 # One window of the decoder: where nothing is captured, windows are decoded one at a time, and a
@@ -199,3 +200,12 @@ def test_a_limit_is_planned_for_and_kept(tiny_dir: Path) -> None:
     torch.cuda.empty_cache()
     with pytest.raises(runtime.DeviceError, match=r"no way to run in 0\.5 GiB was found"):
         runtime.load(tiny_dir, device="cuda", memory_limit_gb=0.5)
+
+
+def test_the_bus_is_measured_and_planned_by(tiny_dir: Path) -> None:
+    """PCIe 3.0 over four lanes to NVLink; a second look copies nothing."""
+    rate = measured_bus(DEVICE)
+    assert 1e9 < rate < 1e12 and measured_bus(DEVICE) is rate
+    with runtime.load(tiny_dir, device="cuda", memory_limit_gb=3.0) as engine:
+        assert engine.memory_plan is not None
+        assert engine.memory_plan.copy_bytes_per_s == measured_bus(torch.device("cuda:0"))

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from magihuman.graphs.text.replay import ReplayedEncoder
 from magihuman.runtime.config import MAX_TEXT_TOKENS
+from magihuman.runtime.model import narrowed, put, with_tables
 from magihuman.runtime.model.text_encoder import TextEncoder, uncapped
 from magihuman.runtime.weights.random_weights import byte_tokenizer
 
@@ -22,7 +23,7 @@ DEVICE = torch.device("cuda")
 FP32, BF16 = 1e-5, 2**-7
 
 
-def encoder_of(dtype: torch.dtype) -> TextEncoder:
+def encoder_of(dtype: torch.dtype, precision: str = "bf16") -> TextEncoder:
     """Four layers of a quarter of the published width."""
     from transformers import T5GemmaConfig, T5GemmaEncoderModel
 
@@ -34,10 +35,20 @@ def encoder_of(dtype: torch.dtype) -> TextEncoder:
         "num_key_value_heads": 2,
         "head_dim": 256,
     }
-    config = T5GemmaConfig(encoder=dict(sizes), decoder=dict(sizes), is_encoder_decoder=False)
+
+    def build() -> T5GemmaEncoderModel:  # a configuration serves one model
+        both = {"encoder": dict(sizes), "decoder": dict(sizes)}
+        return uncapped(T5GemmaEncoderModel(T5GemmaConfig(**both, is_encoder_decoder=False)))
+
     torch.manual_seed(0)
-    model = uncapped(T5GemmaEncoderModel(config)).to(DEVICE, dtype).eval()
-    return TextEncoder(byte_tokenizer(), model)
+    model = build().to(DEVICE, dtype).eval()
+    if precision == "bf16":
+        return TextEncoder(byte_tokenizer(), model)
+    with torch.device("meta"):
+        narrow = narrowed(with_tables(build(), DEVICE), precision, dtype)
+    for key, value in model.named_parameters():
+        put(narrow, key, value)
+    return TextEncoder(byte_tokenizer(), narrow.eval())
 
 
 def ids_of(tokens: int) -> Tensor:
@@ -80,3 +91,23 @@ def test_other_streams_and_threads_change_nothing():
             made = replayed.encode(ids)
             stream.synchronize()
         assert golden.error(made, text) <= BF16
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("int8", 0.06), ("fp8", 0.16)])
+def test_weights_in_eight_bits_are_captured(precision, bound):
+    """Each product widens its weight within the graph; what is held is half."""
+    wide, narrow = encoder_of(torch.bfloat16), encoder_of(torch.bfloat16, precision)
+    held = [
+        sum(t.nbytes for t in (*each.model.parameters(), *each.model.buffers()))
+        for each in (wide, narrow)
+    ]
+    assert held[1] < 0.51 * held[0]
+    graphs = ReplayedEncoder(narrow.masked, narrow.model.dtype, DEVICE)
+    assert narrow.model.dtype == torch.bfloat16
+    replayed = dataclasses.replace(narrow, replayed=graphs)
+    for length in (MAX_TEXT_TOKENS, 300, 37, 1):
+        ids = ids_of(length)
+        text = replayed.encode(ids)
+        assert golden.error(text, narrow.encode(ids)) <= BF16
+        assert golden.error(text, wide.encode(ids)) <= bound
+    assert set(graphs._captures.kept) == {64, 320, MAX_TEXT_TOKENS}

@@ -12,7 +12,8 @@ from magihuman import runtime
 from magihuman.runtime import config
 from magihuman.runtime.engine import assemble
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
-from magihuman.runtime.memory import estimate, placement
+from magihuman.runtime.memory import Clips, estimate, placement
+from magihuman.runtime.memory import parts as weighed
 from magihuman.runtime.memory import plan as memory_plan
 from magihuman.runtime.memory.plan import (
     AUDIO,
@@ -32,6 +33,7 @@ from magihuman.runtime.memory.plan import (
     rings,
     streamings,
 )
+from magihuman.runtime.memory.speeds import Speeds, speeds_of
 from magihuman.runtime.weights import checkpoint, load_text_encoder, random_weights
 from magihuman.runtime.weights.locate import AUDIO_FOLDER, IMAGE_FOLDER, TEXT_FOLDER, TURBO_FOLDER
 from magihuman.runtime.weights.precision import PrecisionPolicy
@@ -59,26 +61,25 @@ def spec(name: str, precision: str) -> TransformerSpec:
 @pytest.fixture(scope="module")
 def others() -> list[Part]:
     """Of the published sizes."""
-    return placement.synthetic_parts(BF16)
+    return weighed.synthetic_parts(BF16)
 
 
 def planned(others, precision, sr, limit_gib) -> memory_plan.MemoryPlan:
     upscaler = None if sr is None else spec(f"{sr}_sr", precision)
-    return placement.plan_memory(
-        others, spec("distill", precision), upscaler, int(limit_gib * GIB), is_compiled=True
-    )
+    base, limit = spec("distill", precision), int(limit_gib * GIB)
+    return placement.plan_memory(others, base, upscaler, limit, Clips(is_compiled=True))
 
 
 def test_the_parts_of_the_published_model(others):
     size = {part.name: part.total_bytes / GIB for part in others}
     assert size[TEXT] == pytest.approx(17.2, abs=0.1)  # as docs/models.md says
     assert size[AUDIO] + size[IMAGE] + size[VIDEO] == pytest.approx(1.26, abs=0.05)
-    base = placement.dit_part(BASE, spec("distill", "bf16"))
+    base = weighed.dit_part(BASE, spec("distill", "bf16"))
     assert base.total_bytes / GIB == pytest.approx(28.5, abs=0.1)
     assert len(base.layer_bytes) == 40 and base.outside_bytes < 0.1 * GIB
-    fp8 = placement.dit_part(BASE, spec("distill", "fp8"))
+    fp8 = weighed.dit_part(BASE, spec("distill", "fp8"))
     assert fp8.total_bytes / GIB == pytest.approx(14.3, abs=0.1)
-    assert placement.dit_part(BASE, spec("distill", "int8")) == fp8
+    assert weighed.dit_part(BASE, spec("distill", "int8")) == fp8
 
 
 @pytest.mark.parametrize(
@@ -155,11 +156,11 @@ def test_gpus_that_work_together_hold_the_transformers(compiles, others, precisi
 
 def test_gpus_that_work_together_share_activations(others):
     """Each has its own tokens, room for their exchanges, and inputs and velocities of all."""
-    names = {part.name for part in others}
+    base = [spec("distill", "fp8")]
     alone, *shared = (
         {
             stage.name: stage
-            for stage in placement.stages_of([spec("distill", "fp8")], names, True, ranks)
+            for stage in placement.stages_of(base, others, Clips(is_compiled=True, ranks=ranks))
         }
         for ranks in (1, 2, 4)
     )
@@ -206,8 +207,8 @@ def test_gpus_that_cannot_hold_the_transformers_are_refused(compiles, others):
 def test_plans_over_many_limits(others, precision, sr):
     """Every stage adds up and stays below; a larger limit never costs more."""
     upscaler = [] if sr is None else [spec(f"{sr}_sr", precision)]
-    every = [*others, placement.dit_part(BASE, spec("distill", precision))]
-    every += [placement.dit_part(SR, one) for one in upscaler]
+    every = [*others, weighed.dit_part(BASE, spec("distill", precision))]
+    every += [weighed.dit_part(SR, one) for one in upscaler]
     parts = {part.name: part for part in every}
     before = float("inf")
     found = 0
@@ -300,9 +301,8 @@ def test_graphs_of_the_text_encoder_are_counted(others):
     widest = 2 * longest * (3 * arch.intermediate_size + 4 * arch.hidden_size)
     kept = 2 * widest + sum(2 * tokens * arch.hidden_size for tokens in buckets)
     assert 100 * 2**20 < kept < 200 * 2**20
-    names = {part.name for part in others}
     for is_compiled in (True, False):
-        stage = placement.stages_of([spec("distill", "bf16")], names, is_compiled)[0]
+        stage = placement.stages_of([spec("distill", "bf16")], others, Clips(is_compiled))[0]
         assert (stage.name, stage.graph_bytes) == ("text", kept if is_compiled else 0)
     made = planned(others, "fp8", "540p", 78)
     least = made.peak_bytes / GIB  # at which all of them just fit
@@ -389,7 +389,7 @@ def test_layers_of_like_size_share_slots():
 
 
 def test_parts_of_a_folder_are_those_that_are_loaded(tiny_dir):
-    found = placement.folder_parts(
+    found = weighed.folder_parts(
         *(tiny_dir / name for name in (TURBO_FOLDER, TEXT_FOLDER, AUDIO_FOLDER, IMAGE_FOLDER)),
         width=4,
         is_engine=False,
@@ -423,7 +423,7 @@ def test_bytes_of_a_transformer_by_layer(tiny_dir, precision):
         PrecisionPolicy(precision),
         names,
     )
-    part = placement.dit_part(BASE, one)
+    part = weighed.dit_part(BASE, one)
     model = one.read(CPU)
     layers = [
         sum(t.untyped_storage().nbytes() for t in layer.state_dict().values())
@@ -571,4 +571,39 @@ def test_an_fp8_transformer_fits_where_a_bf16_one_moves(tiny_dir, monkeypatch, o
     assert not planned(others, "fp8", None, 40).streamed
     assert planned(others, "bf16", None, 40).streamed
     one = plan(config.VARIANTS["distill"], tiny_dir / "distill", TransformerOptions(CPU))
-    assert placement.reading_bytes(one) > 0
+    assert weighed.reading_bytes(one) > 0
+
+
+# -- the bus ----------------------------------------------------------------------------------
+
+
+def test_a_slower_bus_makes_moving_dearer(others):
+    """A clip that computes ten times as fast as its weights come waits for them."""
+    made = {
+        rate: placement.plan_memory(
+            others,
+            spec("distill", "bf16"),
+            None,
+            20 * GIB,
+            Clips(is_compiled=True, speeds=Speeds(copy_bytes_per_s=rate)),
+        )
+        for rate in (memory_plan.COPY_BYTES_PER_S, 5e9)
+    }
+    fast, slow = made.values()
+    assert slow.extra_s > 5 * fast.extra_s > 0
+    assert slow.as_dict()["copy_bytes_per_s"] == slow.copy_bytes_per_s == 5e9
+    assert planned(others, "bf16", None, 20).extra_s == fast.extra_s
+
+
+def test_load_plans_by_the_bus_that_is_there(others, monkeypatch):
+    monkeypatch.setattr(placement, "speeds_of", lambda device: Speeds(copy_bytes_per_s=7e9))
+    monkeypatch.setattr(placement, "check_host", lambda plan: None)
+    options = TransformerOptions(CPU)
+    made = placement.plan_placement(
+        lambda: others, spec("distill", "bf16"), None, 20 * GIB, True, options
+    )
+    assert made is not None and made.copy_bytes_per_s == 7e9
+
+
+def test_without_a_gpu_nothing_is_measured():
+    assert speeds_of(CPU) == Speeds()

@@ -20,7 +20,7 @@ from magihuman import runtime
 from magihuman.runtime import CheckpointError
 from magihuman.runtime.config import VARIANTS
 from magihuman.runtime.exported import manifest as exported
-from magihuman.runtime.memory.placement import text_part
+from magihuman.runtime.memory.parts import text_part
 from magihuman.runtime.weights import artifacts, checkpoint, load_image_vae, reading, shipped
 from magihuman.runtime.weights.locate import IMAGE_FOLDER, TURBO_FOLDER
 from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME
