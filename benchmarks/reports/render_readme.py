@@ -21,6 +21,7 @@ from typing import Any
 import portable_tables
 import team_tables
 
+import card_tables
 import history
 import power_tables
 import process_tables
@@ -48,7 +49,7 @@ FILES = {  # which tables each has
         "checks",
         "flat",
     ),
-    "docs/models.md": ("nano",),
+    "docs/models.md": ("cards", "nano"),
     "examples/nano/MODEL_CARD.md": ("nano",),
     "runtime/weights/nano/README.md": ("nano",),
 }
@@ -83,6 +84,7 @@ def tables(folder: Path) -> dict[str, str]:
         "power": power_table(folder),
         "flat": process_tables.memory_lines(folder),
         "nano": nano_lines(result("nano_score")),
+        "cards": card_tables.card_lines(),
     }
     return {name: "\n".join(lines) for name, lines in parts.items()}
 

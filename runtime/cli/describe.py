@@ -25,12 +25,14 @@ from magihuman.runtime.cli.console import (
     user_errors,
 )
 from magihuman.runtime.cli.options import JsonOptions, PlanOptions, takes_options
+from magihuman.runtime.cli.plans.card import describe_card
 
 if TYPE_CHECKING:
     from magihuman.graphs.cuda_graphs import Recorded
     from magihuman.graphs.explain import Explanation
     from magihuman.kernels.target import Kernels
-    from magihuman.runtime.cli.inspect import Answer, Component, PlanAsked
+    from magihuman.runtime.cli.inspect import Component
+    from magihuman.runtime.cli.plans.asked import Answer, PlanAsked
     from magihuman.runtime.config import TextPrecision
 
 SIDES = ("before", "after")
@@ -107,13 +109,29 @@ def _print_components(components: Sequence[Component]) -> None:
             out.print(f"{c.name} is in the layout: {c.layout}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(PlanOptions):
+    """This machine, or a card that need not be here."""
+
+    card: Annotated[
+        str | None,
+        typer.Option(help="Tell of this card instead, such as 4090, 3090, a100-40 or l40s."),
+    ] = None
+
+
 @takes_options
-def doctor(options: PlanOptions) -> None:
+def doctor(options: DoctorOptions) -> None:
     """Say what this machine has, which paths will be used, and why, and where the weights of the
     published sizes would be in each stage.
+
+    With --card, what would run on a card that need not be here, and the seconds to expect.
     """
     with user_errors():
-        from magihuman.runtime.cli.inspect import PlanAsked, machine
+        if options.card is not None:
+            describe_card(options.card, options)
+            return
+        from magihuman.runtime.cli.inspect import machine
+        from magihuman.runtime.cli.plans.asked import PlanAsked
 
         question = _plan_question(options)
         facts = machine(question.kernels)
@@ -130,7 +148,7 @@ def doctor(options: PlanOptions) -> None:
 
 def _plan_question(options: PlanOptions) -> PlanAsked:
     """Return what the plan is asked for. Raises `InvalidRequestError` for what there is not."""
-    from magihuman.runtime.cli.inspect import PlanAsked
+    from magihuman.runtime.cli.plans.asked import PlanAsked
 
     return PlanAsked(
         options.variant,

@@ -17,7 +17,8 @@ from magihuman import runtime
 from magihuman.graphs.quantization import linears, quantize
 from magihuman.kernels.reference import dequantize_rows
 from magihuman.runtime import CheckpointError, InvalidRequestError
-from magihuman.runtime.cli.inspect import PlanAsked, inspect_model
+from magihuman.runtime.cli.inspect import inspect_model
+from magihuman.runtime.cli.plans.asked import PlanAsked
 from magihuman.runtime.config import VARIANTS
 from magihuman.runtime.engine import assemble
 from magihuman.runtime.memory import folder_parts
