@@ -29,9 +29,11 @@ log = logging.getLogger("magihuman")
 
 VARIABLE = "MAGIHUMAN_CACHE"
 FORMAT = b"magihuman cache 1 "  # of a file, followed by a digest and a newline
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+# Windows has none of the bits that say who else may write, and shows them all as set.
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH if hasattr(os, "geteuid") else 0
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # for the other end of a pipe
+AS_IT_IS = getattr(os, "O_BINARY", 0)  # Windows would change ends of lines
 MOST_BYTES = 2**26  # of a file; the largest, timings of TensorRT, have a few million
 
 
@@ -121,7 +123,7 @@ def _header(kind: str, key: str, content: bytes) -> bytes:
 
 def _content(path: Path) -> bytes:
     """All bytes of a file to which this user alone may write; `OSError` for anything else."""
-    descriptor = os.open(path, os.O_RDONLY | NO_LINKS | NO_WAITING)
+    descriptor = os.open(path, os.O_RDONLY | NO_LINKS | NO_WAITING | AS_IT_IS)
     try:
         facts = os.fstat(descriptor)
         is_file = stat.S_ISREG(facts.st_mode) and facts.st_size <= MOST_BYTES

@@ -85,7 +85,7 @@ def machine_key(device: torch.device) -> dict[str, str]:
 def _driver() -> str:
     """The first line of what the NVIDIA driver says of itself, or "unknown"."""
     try:
-        text = Path("/proc/driver/nvidia/version").read_text()
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         return "unknown"
     return text.splitlines()[0]

@@ -122,7 +122,7 @@ def source(tile: Tile, epilogue: Epilogue, fp8: bool, out_dtype: torch.dtype) ->
         "WGMMA_USE": f'"%{sums + 2}"',
     }
     lines = [f"#define {name} {value}" for name, value in macros.items()]
-    return "\n".join([*lines, SOURCE.read_text()])
+    return "\n".join([*lines, SOURCE.read_text(encoding="utf-8")])
 
 
 def compile_tiles(

@@ -335,7 +335,9 @@ def _gpus(device: str | None) -> int:
 def _memory_bytes(gpus: int) -> int:
     """Return the bytes of the smallest of so many GPUs, or of this machine where there is none."""
     if not gpus:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        from magihuman.runtime.memory import estimate
+
+        return estimate.host_bytes()[0]
     # A process of its own, since whoever asks holds some of their memory until it ends.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return min(pool.map(_gpu_bytes, range(gpus)))

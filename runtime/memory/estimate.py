@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import re
@@ -100,12 +101,40 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return pool.free_bytes(device)
     try:  # pages of files that can be let go of count as free
-        available = re.search(r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(), re.MULTILINE)
+        available = re.search(
+            r"^MemAvailable:\s+(\d+) kB$", MEMINFO.read_text(encoding="ascii"), re.MULTILINE
+        )
     except OSError:  # not on Linux
         available = None
     if available is not None:
         return 1024 * int(available[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_bytes()[1]
+
+
+class _WindowsMemory(ctypes.Structure):
+    """MEMORYSTATUSEX of Windows."""
+
+    _fields_ = [
+        ("length", ctypes.c_ulong),
+        ("load", ctypes.c_ulong),
+        *(
+            (name, ctypes.c_ulonglong)
+            for name in ("total", "free", "files", "files_free", "space", "space_free", "extended")
+        ),
+    ]
+
+
+def host_bytes() -> tuple[int, int]:
+    """Bytes of this machine's memory, and of those that are free, as the system tells."""
+    if hasattr(os, "sysconf"):
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = page * os.sysconf("SC_PHYS_PAGES")
+        # macOS tells of no free pages.
+        has_free = "SC_AVPHYS_PAGES" in os.sysconf_names
+        return total, page * os.sysconf("SC_AVPHYS_PAGES") if has_free else total
+    status = _WindowsMemory(length=ctypes.sizeof(_WindowsMemory))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return int(status.total), int(status.free)
 
 
 def advice(request: Request, variant: config.Variant, sr: str | None, rows: int, free: int) -> str:

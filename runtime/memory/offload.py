@@ -103,9 +103,7 @@ class HostMemory:
             self.run = torch.empty(size, dtype=torch.uint8)
             return
         pages = -(-size // PAGE) * PAGE
-        mapped = mmap.mmap(-1, pages, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without large pages
-            mapped.madvise(mmap.MADV_HUGEPAGE)
+        mapped = anonymous(pages)
         whole = torch.frombuffer(mapped, dtype=torch.uint8)
         whole.zero_()  # from all threads: registering would have one fetch page after page
         self.run = whole[:size]
@@ -118,6 +116,17 @@ class HostMemory:
             )
         # `whole` is held until it has been unregistered, whoever else still has a view of it.
         weakref.finalize(self, _unregister, cudart, whole).atexit = False
+
+
+def anonymous(size: int) -> mmap.mmap:
+    """So many bytes of memory in pages of their own, large ones where the system has them."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows has no other kind
+        return mmap.mmap(-1, size)
+    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without large pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
 
 
 def _unregister(cudart: Any, whole: Tensor) -> None:
