@@ -61,5 +61,5 @@ video.addEventListener("play", () => {
   if (!waiting || video.currentTime > 0.1) return;  // it goes on, and does not begin again
   load(waiting);
   waiting = null;
-  video.play();
+  video.play().catch(() => { /* another video may be loaded by then */ });
 });
