@@ -17,7 +17,8 @@ import typer
 from rich.table import Column, Table
 
 from magihuman.runtime.cli import main as cli
-from magihuman.runtime.cli.console import (
+from magihuman.runtime.cli.options import JsonOptions, takes_options
+from magihuman.runtime.cli.terminal.console import (
     FAILED,
     Bar,
     err,
@@ -27,7 +28,6 @@ from magihuman.runtime.cli.console import (
     size_text,
     user_errors,
 )
-from magihuman.runtime.cli.options import JsonOptions, takes_options
 from magihuman.runtime.errors import InvalidRequestError
 
 if TYPE_CHECKING:

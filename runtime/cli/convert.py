@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import Bar, out, size_text, user_errors
 from magihuman.runtime.cli.options import JsonOptions, PrecisionOptions, takes_options
+from magihuman.runtime.cli.terminal.console import Bar, out, size_text, user_errors
 
 if TYPE_CHECKING:
     from magihuman.runtime.config import Precision

@@ -15,7 +15,9 @@ import typer
 from rich.table import Column, Table
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import (
+from magihuman.runtime.cli.options import JsonOptions, PlanOptions, takes_options
+from magihuman.runtime.cli.plans.card import describe_card
+from magihuman.runtime.cli.terminal.console import (
     BAD_INPUT,
     err,
     out,
@@ -24,8 +26,6 @@ from magihuman.runtime.cli.console import (
     size_text,
     user_errors,
 )
-from magihuman.runtime.cli.options import JsonOptions, PlanOptions, takes_options
-from magihuman.runtime.cli.plans.card import describe_card
 
 if TYPE_CHECKING:
     from magihuman.graphs.cuda_graphs import Recorded

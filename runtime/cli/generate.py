@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import Bar, Made, print_result, user_errors
 from magihuman.runtime.cli.options import (
     DeviceOption,
     EncodingOptions,
@@ -20,6 +19,7 @@ from magihuman.runtime.cli.options import (
     SrOption,
     takes_options,
 )
+from magihuman.runtime.cli.terminal.console import Bar, Made, print_result, user_errors
 from magihuman.runtime.config import NANO
 from magihuman.runtime.request import RequestOptions
 

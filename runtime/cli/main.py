@@ -11,14 +11,14 @@ from typing import Annotated
 
 import typer
 
-from magihuman.runtime.cli.completion import completion
 from magihuman.runtime.cli.convert import convert, tiny
 from magihuman.runtime.cli.describe import doctor, explain, inspect
-from magihuman.runtime.cli.ending import orderly
 from magihuman.runtime.cli.generate import generate
 from magihuman.runtime.cli.prompt import prompt
 from magihuman.runtime.cli.score import score
 from magihuman.runtime.cli.serve import serve
+from magihuman.runtime.cli.terminal.completion import completion
+from magihuman.runtime.cli.terminal.ending import orderly
 from magihuman.runtime.cli.verify import verify
 from magihuman.runtime.files import version
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import err, out, user_errors
 from magihuman.runtime.cli.options import JsonOptions, takes_options
+from magihuman.runtime.cli.terminal.console import err, out, user_errors
 from magihuman.runtime.prompts import TIMEOUT_S, Endpoint, Enhancer, PromptReport, picture
 from magihuman.runtime.request import MAX_SECONDS, MIN_SECONDS, STANDARD_SIZE
 

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import need, user_errors
-from magihuman.runtime.cli.ending import noted_signals
 from magihuman.runtime.cli.options import (
     EncodingOptions,
     EngineOptions,
@@ -28,6 +26,8 @@ from magihuman.runtime.cli.options import (
     takes_options,
 )
 from magihuman.runtime.cli.prompt import EnhanceOptions, enhancer_of
+from magihuman.runtime.cli.terminal.console import need, user_errors
+from magihuman.runtime.cli.terminal.ending import noted_signals
 from magihuman.runtime.errors import one_of
 from magihuman.runtime.request import MAX_SECONDS, MIN_SECONDS, MIN_SIDE_PX
 from magihuman.runtime.serving.cluster.isolation import isolate

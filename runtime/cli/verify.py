@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 
 from magihuman import runtime
-from magihuman.runtime.cli.console import FAILED, Bar, err, out, print_table, user_errors
 from magihuman.runtime.cli.options import (
     DeviceOptions,
     JsonOptions,
@@ -19,6 +18,7 @@ from magihuman.runtime.cli.options import (
     PrecisionOptions,
     takes_options,
 )
+from magihuman.runtime.cli.terminal.console import FAILED, Bar, err, out, print_table, user_errors
 
 if TYPE_CHECKING:
     from magihuman.runtime.config import Precision

@@ -52,11 +52,8 @@ def instructions() -> list[tuple[str, str]]:
 
 
 COMPOSE = yaml.safe_load(read("compose.yaml"))
-SERVICE = yaml.safe_load(read("rayservice.yaml"))
-TEMPLATES = [
-    SERVICE["spec"]["rayClusterConfig"]["headGroupSpec"]["template"],
-    *(g["template"] for g in SERVICE["spec"]["rayClusterConfig"]["workerGroupSpecs"]),
-]
+DEPLOYMENT, SERVICE = yaml.safe_load_all(read("kubernetes.yaml"))
+TEMPLATE = DEPLOYMENT["spec"]["template"]
 
 
 # -- names ------------------------------------------------------------------------------------
@@ -106,14 +103,6 @@ def test_panels_have_names_of_their_own_and_do_not_overlap():
         cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
         assert not cells & taken and at["x"] + at["w"] <= 24
         taken |= cells
-
-
-def test_the_ray_service_gives_options_that_there_are():
-    config = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
-    (application,) = config["applications"]
-    assert set(application["args"]) <= OPTIONS
-    module, _, _ = application["import_path"].partition(":")
-    assert (ROOT / module.removeprefix("magihuman.").replace(".", "/")).is_dir()
 
 
 # -- the image --------------------------------------------------------------------------------
@@ -204,38 +193,29 @@ def test_the_compose_file_sets_only_what_exists():
     assert (DEPLOY / server["build"]["context"] / server["build"]["dockerfile"]).is_file()
 
 
-@pytest.mark.parametrize("number", range(len(TEMPLATES)))
-def test_pods_follow_the_schema_of_kubernetes(number):
+def test_resources_follow_the_schemas_of_kubernetes():
     validate = pytest.importorskip(
         "kubernetes_validate", reason="kubernetes-validate is not installed"
     )
-    spec = TEMPLATES[number]["spec"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec}
-    validate.validate(pod, "1.34", strict=True)
-    with pytest.raises(validate.ValidationError):
-        validate.validate({**pod, "spec": {**spec, "container": []}}, "1.34", strict=True)
+    for resource in (DEPLOYMENT, SERVICE):
+        validate.validate(resource, "1.34", strict=True)
+        broken = {**resource, "spec": {**resource["spec"], "selectors": {}}}
+        with pytest.raises(validate.ValidationError):
+            validate.validate(broken, "1.34", strict=True)
 
 
-def test_pods_mount_what_they_have_and_are_not_root():
-    for template in TEMPLATES:
-        spec = template["spec"]
-        has = {volume["name"] for volume in spec["volumes"]}
-        for container in spec["containers"]:
-            assert {mount["name"] for mount in container["volumeMounts"]} <= has
-        assert spec["securityContext"]["runAsNonRoot"]
-
-
-def test_the_ray_service_is_one():
-    """By the fields of the resource of KubeRay, ray.io/v1."""
-    assert (SERVICE["apiVersion"], SERVICE["kind"]) == ("ray.io/v1", "RayService")
-    assert set(SERVICE["spec"]) == {
-        "serveConfigV2", "rayClusterConfig", "serviceUnhealthySecondThreshold",
-        "deploymentUnhealthySecondThreshold",
-    }  # fmt: skip
-    cluster = SERVICE["spec"]["rayClusterConfig"]
-    assert set(cluster) == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+def test_the_pod_mounts_what_it_has_and_is_found():
+    spec = TEMPLATE["spec"]
+    has = {volume["name"] for volume in spec["volumes"]}
+    (container,) = spec["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == has
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["terminationGracePeriodSeconds"] > ServeOptions.drain_seconds
+    labels = TEMPLATE["metadata"]["labels"]
+    assert labels == SERVICE["spec"]["selector"] == DEPLOYMENT["spec"]["selector"]["matchLabels"]
+    assert {each["name"] for each in container["env"]} <= VARIABLES
+    ports = {port["name"] for port in container["ports"]}
+    assert {port["targetPort"] for port in SERVICE["spec"]["ports"]} <= ports
 
 
 def test_the_unit_is_one_that_systemd_takes(tmp_path):

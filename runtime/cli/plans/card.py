@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from rich.table import Table
 
-from magihuman.runtime.cli.console import out, print_plan, print_table, size_text
 from magihuman.runtime.cli.options import PlanOptions
+from magihuman.runtime.cli.terminal.console import out, print_plan, print_table, size_text
 from magihuman.runtime.config import BASE_VARIANTS, SR_SIZES, TextPrecision
 from magihuman.runtime.errors import InvalidRequestError, one_of
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from magihuman.export.cli import cli as exported
 from magihuman.runtime import MissingExtraError
-from magihuman.runtime.cli import console
 from magihuman.runtime.cli.main import app
+from magihuman.runtime.cli.terminal import console
 from magihuman.runtime.files import version
 
 ROOT = Path(__file__).parents[3]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from magihuman.runtime import config
-from magihuman.runtime.cli.console import user_errors
+from magihuman.runtime.cli.terminal.console import user_errors
 from magihuman.runtime.errors import one_of
 
 NAME = "magihuman"

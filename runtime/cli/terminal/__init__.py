@@ -1,0 +1,1 @@
+"""What commands share of the terminal: printing, ending in order, and completion by shells."""
