@@ -36,7 +36,8 @@ class Tile:
         depth_bytes: of a row of each operand that are multiplied at a time.
         stages: blocks of both operands in shared memory, one in use and others on their way.
         warps: of a block.
-        group: so many tiles of rows go through all columns together, for the L2 cache's sake.
+        group: at most so many tiles of rows go through all columns together, for the L2 cache's
+            sake.
     """
 
     rows: int
@@ -44,7 +45,7 @@ class Tile:
     depth_bytes: int
     stages: int
     warps: int
-    group: int = 8
+    group: int = 12
 
     @property
     def shared_bytes(self) -> int:
@@ -55,8 +56,8 @@ class Tile:
 # By name, which is a route's. In instructions of 4 or 8 warps together, as sm_90 and sm_100 have,
 # sums of 128x256 fit the registers; in those of single warps, which all others have, of 128x128.
 WIDE = {
-    "portable 128x256, 4 stages": Tile(128, 256, 128, stages=4, warps=8),
-    "portable 128x256": Tile(128, 256, 128, stages=3, warps=8),
+    "portable 128x256, 4 stages": Tile(128, 256, 128, stages=4, warps=8, group=16),
+    "portable 128x256": Tile(128, 256, 128, stages=3, warps=8, group=16),
 }
 NARROW = {
     "portable 128x128, 4 stages": Tile(128, 128, 128, stages=4, warps=8),
@@ -64,6 +65,16 @@ NARROW = {
     "portable 128x128, half as deep": Tile(128, 128, 64, stages=4, warps=8),
 }
 TILES = WIDE | NARROW
+# Arguments that differ from one length of a sequence to the next: a kernel serves all.
+OF_LENGTHS = [
+    "video_tiles",
+    "sound_tiles",
+    "row_tiles",
+    "video_end",
+    "audio_end",
+    "end",
+    "group",
+]
 WIDE_MAJORS = (9, 10)  # compute capabilities
 SUMMED_AT_ONCE = tl.constexpr(128)  # columns: more of a stream have no registers beside the sums
 
@@ -77,16 +88,16 @@ def names_for(capability: Capability) -> list[str]:
 
 @triton.jit
 def _place(
-    tile, row_tiles, column_tiles, video_tiles, sound_tiles, video_end, audio_end, end,
-    ROWS: tl.constexpr, GROUP: tl.constexpr,
+    tile, row_tiles, column_tiles, video_tiles, sound_tiles, video_end, audio_end, end, group,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Where a tile is: its first row, the end of its run, that run's number, its tile of columns.
 
-    Tiles go down `GROUP` tiles of rows, then on to the next column, then to the next group.
+    Tiles go down `group` tiles of rows, then on to the next column, then to the next group.
     """
-    in_group = GROUP * column_tiles
-    first = tile // in_group * GROUP
-    height = tl.minimum(row_tiles - first, GROUP)
+    in_group = group * column_tiles
+    first = tile // in_group * group
+    height = tl.minimum(row_tiles - first, group)
     row_tile = first + tile % in_group % height
     column_tile = tile % in_group // height
     is_audio = (row_tile >= video_tiles) & (row_tile < sound_tiles)
@@ -156,16 +167,13 @@ def _add(product, out, row, stop, column, out_stride, out_columns):
     tl.store(target, tl.load(target, mask=mask, other=0.0) + product, mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["video_tiles", "sound_tiles", "row_tiles", "video_end", "audio_end", "end"]
-)
+@triton.jit(do_not_specialize=OF_LENGTHS)
 def _product(
     x, weight, out, x_scale, weight_scale, x_scale_of_all, out_factor,
-    video_tiles, sound_tiles, row_tiles, video_end, audio_end, end,
+    video_tiles, sound_tiles, row_tiles, video_end, audio_end, end, group,
     x_stride, weight_stride, out_stride, columns, out_columns, blocks, limit, alpha,
     EPILOGUE: tl.constexpr, SCALED: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TAIL: tl.constexpr,
-    GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of the product and what follows it; programs are [tiles].
 
@@ -175,7 +183,7 @@ def _product(
     per_out: tl.constexpr = 2 if EPILOGUE == "swiglu7" else 1
     row_start, stop, run, column_tile = _place(
         tl.program_id(0), row_tiles, tl.cdiv(out_columns * per_out, COLUMNS), video_tiles,
-        sound_tiles, video_end, audio_end, end, ROWS, GROUP,
+        sound_tiles, video_end, audio_end, end, group, ROWS,
     )  # fmt: skip
     row = row_start + tl.arange(0, ROWS)
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -264,15 +272,16 @@ def matmul(
     per_out = 2 if epilogue == "swiglu7" else 1
     step = tile.depth_bytes // x.element_size()
     column_tiles = -(-out.shape[1] * per_out // tile.columns)
+    group = -(-sum(tiles) // -(-sum(tiles) // tile.group))  # groups of like height
     of_all = x_scale if isinstance(x_scale, float) else 1.0
     factor = 1.0 if out.dtype.itemsize > 1 else 1 / STATIC_SCALES[epilogue]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _product[(sum(tiles) * column_tiles,)](
             x, weight, out, x_scale if isinstance(x_scale, Tensor) else None, weight_scale, of_all,
-            factor, tiles[0], tiles[0] + tiles[1], sum(tiles), *ends, x.stride(0),
+            factor, tiles[0], tiles[0] + tiles[1], sum(tiles), *ends, group, x.stride(0),
             weight.stride(0), out.stride(0), columns, out.shape[1], depth // step,
             ACTIVATION_LIMIT, ACTIVATION_ALPHA, EPILOGUE=epilogue,
             SCALED=weight_scale is not None, PADDED=out.shape[1] * per_out > columns,
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=step, TAIL=depth % step,
-            GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
