@@ -35,7 +35,7 @@ def text_lines(figures: dict[str, Any]) -> list[str]:
     return [
         "Relative errors of embeddings against those of the same weights computed in fp32, and in"
         " parentheses",
-        f"those of the worst token; scores over {figures['clips']} clips. On"
+        f"those of the worst token; clips that were scored: {figures['clips']}. On"
         f" {facts.get('gpu', 'a CPU')} ({facts['date']}, torch {facts['torch']}).",
         "",
         f"| weights of the text encoder | {' | '.join(made)} |",

@@ -49,7 +49,7 @@ FILES = {  # which tables each has
         "checks",
         "flat",
     ),
-    "docs/models.md": ("cards", "nano"),
+    "docs/models.md": ("cards", "text-precision", "nano"),
     "examples/nano/MODEL_CARD.md": ("nano",),
     "runtime/weights/nano/README.md": ("nano",),
 }
@@ -85,6 +85,7 @@ def tables(folder: Path) -> dict[str, str]:
         "flat": process_tables.memory_lines(folder),
         "nano": nano_lines(result("nano_score")),
         "cards": card_tables.card_lines(),
+        "text-precision": card_tables.text_lines(result("text_precision")),
     }
     return {name: "\n".join(lines) for name, lines in parts.items()}
 

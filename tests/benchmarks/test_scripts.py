@@ -55,6 +55,7 @@ TINY: dict[str, list[str]] = {
     "fp8_errors": [],
     "portable": ["--only", "torch.compile;bf16;int8;fp8"],
     "many_videos": [],
+    "text_precision": [],
 }
 WRITES = {"memory_flat": "memory_flat_cpu"}  # where a file is not named as its script
 # Those that read what the others wrote, and take no --tiny.
