@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harness import kernel_cases
-from magihuman.kernels import ops
+from magihuman.kernels import int8, ops
 from magihuman.kernels import reference as ref
 from magihuman.kernels.decoder import ops as decoder_ops  # noqa: F401 - registers torch.ops.magihuman
 from magihuman.kernels.parallel import exchange
@@ -76,6 +76,11 @@ def narrow(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return ops.quantize_fp8(torch.randn(rows, columns))
 
 
+def whole(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """As `narrow`, of whole numbers."""
+    return int8.quantize_int8(torch.randn(rows, columns))
+
+
 def video(*shape: int) -> Tensor:
     return torch.randn(shape).contiguous(memory_format=torch.channels_last_3d)
 
@@ -137,6 +142,23 @@ CASES: dict[str, Callable[[], list[Arguments]]] = {
         (torch.randn(6, 4), torch.randn(6, 8).bfloat16(), torch.randn(4, 8).bfloat16(), []),
         (torch.randn(6, 4), torch.randn(6, 16).bfloat16(), padded_weight(12, 5, 16), ROWS),
     ],
+    "quantize_int8": lambda: [(torch.randn(6, 5),), (torch.randn(6, 48).bfloat16()[:, :20],)],
+    "norm_int8": lambda: [
+        (torch.randn(6, 5), torch.randn(5), []),
+        (torch.randn(6, 16), torch.randn(48), ROWS),
+    ],
+    "linear_int8": lambda: [
+        (*whole(6, 20), *whole(5, 20), []),
+        (*whole(6, 20), *whole(24, 20), ROWS),
+    ],
+    "linear_activation_int8": lambda: [
+        (*whole(6, 20), *whole(10, 20), [], "swiglu7", 16),
+        (*whole(6, 20), *whole(48, 20), ROWS, "gelu7", 16),
+    ],
+    "linear_add_int8_": lambda: [
+        (torch.randn(6, 4), *whole(6, 20), *whole(4, 20), []),
+        (torch.randn(6, 4), *whole(6, 20), *whole(12, 20), ROWS),
+    ],
     "linear_fp8": lambda: [
         (*narrow(6, 20), *narrow(5, 20), []),
         (*narrow(6, 20), *narrow(24, 20), ROWS),
@@ -193,7 +215,7 @@ CASES |= {name: functools.partial(drawn, case) for name, case in kernel_cases.CA
 
 
 # PyTorch's functionalisation refuses these, and no graph of theirs goes through it.
-RETURN_WHAT_THEY_CHANGE = {"linear_add_", "linear_add_fp8_"}
+RETURN_WHAT_THEY_CHANGE = {"linear_add_", "linear_add_fp8_", "linear_add_int8_"}
 
 
 def registered() -> set[str]:
