@@ -42,6 +42,7 @@ TINY: dict[str, list[str]] = {
         *("--ranks", "2", "--precision", "bf16", "--sizes", "256p", "1080p"),
         *("--requests", "256p", "--loads"),
     ],
+    "exchanges": [],
     "full_size": ["--scratch", "{scratch}"],
     "load_artifact": ["{artifacts}"],
     "memory_limit": ["--case", "540p fp8 in 24", "--sr-steps", "1"],
