@@ -104,7 +104,7 @@ class FilmWriter(ClipWriter):
             for part in self._whole():
                 if isinstance(part, _Sound):
                     add = partial(self._add_sound, container, sound, part, muxing)
-                    encoding = spawn(add, "encoder")
+                    encoding = spawn(add, "magihuman encoder")
                     continue
                 for frame in _pictures(part):
                     if self._is_given_up:

@@ -381,7 +381,7 @@ class Pipeline:
                 wave = sound()
             return frames(video, lambda: wave), wave
         components.sound_stream.wait_stream(torch.cuda.current_stream(self.device))
-        decoding = spawn(sound, "sound")
+        decoding = spawn(sound, "magihuman sound")
         try:
             pictures = frames(video, decoding.result)
             with self.stage("decode_audio"):

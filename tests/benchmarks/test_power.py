@@ -294,7 +294,7 @@ def test_attention_in_fp8_is_that_of_the_operators():
     found = forward_parts.attentions(size.arch, rows, rows - 3, CPU)
     assert list(found) == ["fp8", "reference"]
     narrow = found["fp8"]()
-    *parts, gate, length, local = narrow.args
+    *parts, gate, length, local, _ = narrow.args
     assert length.item() == rows - 3 and local == [] and gate.shape == (rows, size.arch.heads)
     assert narrow.func is ops.gated_attention_fp8 and len(parts) == 5
     assert narrow()[: rows - 3].isfinite().all()

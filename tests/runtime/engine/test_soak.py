@@ -95,11 +95,16 @@ def heap_bytes() -> int:
     return info.uordblks + info.hblkhd
 
 
+def threads(kept: bool) -> list[threading.Thread]:
+    """Those that are kept for the next clip, or all others."""
+    return [t for t in threading.enumerate() if t.name.startswith("magihuman") == kept]
+
+
 def held() -> tuple[int, int, int]:
-    """Tensors alive, threads, open files."""
+    """Tensors alive, threads that are not kept, open files."""
     gc.collect()
     tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
-    return tensors, threading.active_count(), len(os.listdir("/proc/self/fd"))
+    return tensors, len(threads(kept=False)), len(os.listdir("/proc/self/fd"))
 
 
 def joined(chunks) -> np.ndarray:
@@ -232,6 +237,7 @@ def test_soak(tiny_dir, tmp_path, monkeypatch, request):
             time.sleep(0.01)
         growth = heaps[1] - heaps[0]
         assert after[0] <= before[0] and after[1:] == before[1:]
+        assert len(threads(kept=True)) <= 3 * THREADS  # of clips, sounds and encoders
         assert growth < HEAP_GROWTH_BYTES
         assert list(tmp_path.iterdir()) == []
         print(f"{requests} requests: {dict(counts)}, memory grew by {growth} bytes")
