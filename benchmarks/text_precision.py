@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -136,13 +136,13 @@ def of_random(build: Build, device: torch.device) -> dict[str, Any]:
     return figures
 
 
-def of_nano(device: torch.device, clips: int) -> dict[str, Any]:
+def of_nano(device: torch.device, clips: int, precisions: Sequence[str]) -> dict[str, Any]:
     """The nano model: embeddings of its held-out prompts, and its score."""
     folder = NANO_FOLDER / TEXT_FOLDER
     prompts = (NANO_FOLDER / "score" / "prompts.txt").read_text().splitlines()
     exact = load_text_encoder(folder, device, torch.float32)
     figures: dict[str, Any] = {}
-    for precision in PRECISIONS:
+    for precision in precisions:
         encoder = load_text_encoder(folder, device, BF16, precision)
         pairs = [
             [each.encode(each.tokenize(prompt)[0]) for each in (encoder, exact)]
@@ -171,7 +171,8 @@ def main() -> None:
         "clips": 1 if arguments.tiny else arguments.clips,
         "random": of_random(builder(layers, arguments.tiny), device),
     }
-    figures["nano"] = of_nano(device, figures["clips"])
+    scored = ("int8",) if arguments.tiny else PRECISIONS
+    figures["nano"] = of_nano(device, figures["clips"], scored)
     print(f"wrote {environment.write('text_precision', figures, arguments.folder)}")
 
 
