@@ -170,7 +170,7 @@ def test_the_model_may_come_from_the_environment(tiny_dir, tmp_path, monkeypatch
         (["--sr", "540p", "--width", "1024"], "super-resolution must not shrink the clip"),
         (["--sr", "720p"], "sr must be one of '540p', '1080p', got '720p'"),
         (["--variant", "turbo"], "variant must be one of 'base', 'distill', got 'turbo'"),
-        (["--precision", "fp16"], "precision must be one of 'bf16', 'fp32', 'fp8', 'fp8-attn', g"),
+        (["--precision", "fp16"], "precision must be one of 'bf16', 'fp32', 'fp8', 'fp8-attn'"),
         (["--precision", "fp8", "--device", "cpu"], "precision='fp8' needs the compiled transfo"),
         (["--precision", "fp8", "--keep-bf16", "a,b"], "keep_bf16 must name linears of the blo"),
         (

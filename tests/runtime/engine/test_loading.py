@@ -42,7 +42,7 @@ def copy_without(tiny_dir: Path, target: Path, *names: str) -> Path:
         ({"sr": "720p"}, "sr must be one of None, '540p', '1080p', got '720p'"),
         (
             {"precision": "fp16"},
-            "precision must be one of 'bf16', 'fp32', 'fp8', 'fp8-attn', got 'fp16'",
+            "precision must be one of 'bf16', 'fp32', 'fp8', 'fp8-attn', 'int8', got 'fp16'",
         ),
         ({"kernels": "hopper"}, "kernels must be one of 'auto', 'portable', got 'hopper'"),
         ({"device": "tpu"}, "device must be cpu, cuda or cuda:N, got 'tpu'"),
