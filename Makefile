@@ -2,6 +2,7 @@
 #   make demo    out/demo.mp4, a drawn head that speaks
 #   make test    lint, types, imports, unit tests
 #   make test-versions   fast tests with the oldest and the newest dependencies
+#   make test-thorough   tests that take long, too
 #   make test-clients    clients of video servers, as they are installed; needs the network
 #   make audit   known vulnerabilities of the dependencies; needs the network
 #   make dockerfile   the steps of deploy/Dockerfile in clean Debian roots; as root, with debootstrap
@@ -34,7 +35,7 @@ SLOW := windows_cover_the_sound or less_than_two_shards or imports_no_model_libr
 # mend. No such archive is read here.
 ACCEPTED := --ignore-vuln CVE-2026-136426 --ignore-vuln CVE-2026-136427
 
-.PHONY: audit bench demo dockerfile test test-clients test-versions test-oldest test-newest install-versions lint types imports unit clean
+.PHONY: audit bench demo dockerfile test test-clients test-thorough test-versions test-oldest test-newest install-versions lint types imports unit clean
 
 test: lint types imports unit
 
@@ -52,6 +53,10 @@ imports: $(VENV)/.installed
 # the order of tests/conftest.py.
 unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Those too that take long.
+test-thorough: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --thorough
 
 # Side by side, each on a core; what one prints is shown once it is done.
 test-versions:

@@ -35,8 +35,12 @@ LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long files, for what is given out file by file."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the long files, for what is given out file by file, and leave out what takes too
+    long for every change.
+    """
+    if not config.getoption("--thorough"):
+        items[:] = [item for item in items if item.get_closest_marker("thorough") is None]
     names = {str(Path(__file__).parent / name): index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: names.get(str(item.path), len(names)))
 
@@ -83,6 +87,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=2000,
         help="damaged images, and as many sounds, of tests/runtime/media/test_fuzz.py",
+    )
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="also tests that take long, which `make test` leaves out",
     )
     parser.addoption(
         "--clients",

@@ -14,8 +14,7 @@ from magihuman.runtime.errors import InvalidRequestError, one_of
 
 if TYPE_CHECKING:
     from magihuman.kernels.target import Kernels
-    from magihuman.runtime.memory.cards import Card
-    from magihuman.runtime.memory.outlook import Outlook
+    from magihuman.runtime.memory import Card, Outlook
 
 
 def describe_card(name: str, options: PlanOptions) -> None:
@@ -24,9 +23,7 @@ def describe_card(name: str, options: PlanOptions) -> None:
     Raises:
         InvalidRequestError: there is no such card, or it has no such precision.
     """
-    from magihuman.runtime.memory import check_limit
-    from magihuman.runtime.memory.cards import card_of
-    from magihuman.runtime.memory.outlook import SIZES, outlook
+    from magihuman.runtime.memory import CARD_SIZES, card_of, check_limit, outlook_of
 
     one_of("variant", options.variant, BASE_VARIANTS)
     one_of("sr", options.sr, (None, *SR_SIZES))
@@ -40,7 +37,7 @@ def describe_card(name: str, options: PlanOptions) -> None:
     asked = cast("Kernels", options.kernels)
     card = card_of(name).asked_for(asked)
     made = [
-        outlook(
+        outlook_of(
             card,
             size,
             options.precision,
@@ -49,7 +46,7 @@ def describe_card(name: str, options: PlanOptions) -> None:
             limit_gb=options.memory_limit_gb,
             kernels=asked,
         )
-        for size in SIZES
+        for size in CARD_SIZES
         if options.sr is None or size == options.sr
     ]
     if options.as_json:

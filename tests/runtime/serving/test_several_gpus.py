@@ -35,6 +35,7 @@ def figure(server, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_a_process_of_an_engine_is_killed_and_nothing_is_lost(server_at, tmp_path) -> None:
     """Of two engines of two processes. The engine's other process ends, and is replaced."""
