@@ -40,7 +40,7 @@ TINY: dict[str, list[str]] = {
     "super_resolution": ["--plain"],
     "context_parallel": [
         *("--ranks", "2", "--precision", "bf16", "--sizes", "256p", "1080p"),
-        *("--requests", "256p"),
+        *("--requests", "256p", "--loads"),
     ],
     "exchanges": [],
     "full_size": ["--scratch", "{scratch}"],
