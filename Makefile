@@ -25,7 +25,7 @@ DEMO := "A woman with long black hair in a yellow shirt on a pink background loo
 # What `make test-versions` runs, within two minutes of one core.
 VERSION_EXTRAS := onnx,otel,serve,test
 FAST := runtime/test_request.py runtime/test_files.py runtime/test_hooks.py runtime/test_threads.py \
-    runtime/media/test_freed.py runtime/media/test_image.py runtime/media/test_mp4.py \
+    runtime/media/test_freed.py runtime/media/test_mp4.py \
     runtime/media/test_sound.py runtime/model runtime/pipeline/test_golden.py \
     runtime/weights/test_checkpoint.py \
     runtime/weights/test_shipped.py runtime/weights/test_t5gemma.py runtime/cli/test_options.py

@@ -73,6 +73,7 @@ def entry(commit: str, day: int, milliseconds: float, gpu: str | None = GPU) -> 
     }
 
 
+@pytest.mark.thorough
 def test_the_kernels_are_measured_on_a_cpu(report):
     found = {benchmark["name"]: benchmark["extra_info"] for benchmark in report["benchmarks"]}
     assert "test_activation[tiny-reference-swiglu7]" in found

@@ -103,6 +103,7 @@ def test_a_failure_midway_leaves_nothing(tiny_dir, tmp_path, monkeypatch, fault)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_interrupting_a_build_ends_it(engines_dir):
     manifest = read_manifest(engines_dir)
     steps: list[int] = []

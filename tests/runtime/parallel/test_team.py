@@ -71,6 +71,7 @@ def test_a_process_that_ends_amid_an_exchange_is_named(cache: Path) -> None:
             shared.close()
 
 
+@pytest.mark.thorough
 def test_four_processes(cache: Path) -> None:
     """Each with two of eight key/value heads. When one ends amid an exchange, all know which."""
     shared = start([*teams.GROUPED_FORMS, teams.GROUPED_DYING], cache, ranks=4)

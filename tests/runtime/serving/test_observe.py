@@ -181,6 +181,7 @@ def collector() -> Iterator[Collector]:
         server.shutdown()
 
 
+@pytest.mark.thorough
 def test_a_server_logs_and_traces_as_its_environment_says(
     server_at, collector, tmp_path, monkeypatch
 ):
