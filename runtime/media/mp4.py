@@ -92,9 +92,7 @@ class FilmWriter(ClipWriter):
         picture, sound = self._add_streams(container)
         picture.width, picture.height = self._size
         picture.pix_fmt = "yuv420p"
-        context = picture.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED_RANGE
+        tell_colours(picture.codec_context)
         container.start_encoding()  # before two threads use what it opens
 
         muxing = threading.Lock()
@@ -125,16 +123,9 @@ class FilmWriter(ClipWriter):
 
     def _blocks(self, part: _Sound) -> Iterator[Any]:
         """The sound as far as the picture goes, cut for the encoder."""
-        import av
-
-        wave = np.ascontiguousarray(self._heard(part).T)
-        for start in range(0, wave.shape[1], AUDIO_BLOCK):
-            block = np.ascontiguousarray(wave[:, start : start + AUDIO_BLOCK])
-            samples = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
-            samples.sample_rate = self._rate
-            samples.pts = start
-            samples.time_base = Fraction(1, self._rate)
-            yield samples
+        wave = self._heard(part)
+        for start in range(0, len(wave), AUDIO_BLOCK):
+            yield sound_frame(wave[start : start + AUDIO_BLOCK], self._rate, start)
 
 
 class Mp4Writer(FilmWriter):
@@ -159,9 +150,7 @@ class Mp4Writer(FilmWriter):
         )
         # Whole frames at once, not slices of one (PyAV's choice), which wait for each other.
         picture.codec_context.thread_type = "FRAME"
-        sound = container.add_stream("aac", rate=self._rate, layout="stereo", options=AUDIO_ENCODER)
-        sound.bit_rate = AUDIO_BIT_RATE
-        return picture, sound
+        return picture, add_aac(container, self._rate)
 
     def _settle(self, temporary: Path) -> None:
         mark(temporary)
@@ -180,14 +169,21 @@ def _pictures(part: _Frames) -> Iterator[Any]:
     Its chroma is half a pixel to the right of that of `to_yuv420`.
     """
     import av
+
+    if part.planes is None:
+        yield from picture_frames(part.pixels)
+        return
+    for planes in part.planes:
+        yield av.VideoFrame.from_numpy_buffer(planes, format="yuv420p")
+
+
+def picture_frames(frames: npt.NDArray[np.uint8]) -> Iterator[Any]:
+    """RGB frames [T, H, W, 3] as encoders of H.264 and VP9 take them, in yuv420p."""
+    import av
     from av.video.reformatter import VideoReformatter
 
-    if part.planes is not None:
-        for planes in part.planes:
-            yield av.VideoFrame.from_numpy_buffer(planes, format="yuv420p")
-        return
     converter: Any = VideoReformatter()  # one for all frames: it keeps its tables
-    for pixels in part.pixels:
+    for pixels in frames:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         yield converter.reformat(
             frame,
@@ -195,6 +191,30 @@ def _pictures(part: _Frames) -> Iterator[Any]:
             dst_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
             dst_color_range="MPEG",
         )
+
+
+def sound_frame(samples: npt.NDArray[np.float32], rate_hz: int, begin: int) -> Any:
+    """Samples [n, 2] as encoders of sound take them. begin: of the first, in samples."""
+    import av
+
+    block = np.ascontiguousarray(samples.T)
+    frame: Any = av.AudioFrame.from_ndarray(block, format="fltp", layout="stereo")
+    frame.sample_rate, frame.pts = rate_hz, begin
+    frame.time_base = Fraction(1, rate_hz)
+    return frame
+
+
+def tell_colours(context: Any) -> None:
+    """Have a picture's encoder say that its colours are those of BT.709, in limited range."""
+    context.colorspace = context.color_primaries = context.color_trc = BT709
+    context.color_range = LIMITED_RANGE
+
+
+def add_aac(container: Any, rate_hz: int) -> Any:
+    """Add a stream of stereo sound in AAC."""
+    sound = container.add_stream("aac", rate=rate_hz, layout="stereo", options=AUDIO_ENCODER)
+    sound.bit_rate = AUDIO_BIT_RATE
+    return sound
 
 
 def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:

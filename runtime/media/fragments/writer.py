@@ -21,14 +21,17 @@ from magihuman.runtime.media.fragments.boxes import (
     length_prefixed,
 )
 from magihuman.runtime.media.guard import freed
+from magihuman.runtime.media.mp4 import (
+    AUDIO_BLOCK,
+    add_aac,
+    picture_frames,
+    sound_frame,
+    tell_colours,
+)
 
 # Nothing is kept for later: no pictures that refer to later ones, and no looking ahead.
 ENCODER = {"preset": "superfast", "tune": "zerolatency", "crf": "20"}
 CONTAINER = {"movflags": "empty_moov+default_base_moof"}
-AUDIO_ENCODER = {"aac_coder": "fast"}
-AUDIO_BIT_RATE = 192_000
-AUDIO_BLOCK = 1024
-BT709, LIMITED_RANGE = 1, 1  # code points of ITU-T H.273, and of FFmpeg
 VIDEO_TRACK, AUDIO_TRACK = 1, 2
 
 
@@ -111,13 +114,8 @@ class _Encoders:
         self._picture = self._container.add_stream("libx264", rate=fps, options=ENCODER)
         self._picture.width, self._picture.height = width_px, height_px
         self._picture.pix_fmt = "yuv420p"
-        context = self._picture.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED_RANGE
-        self._sound = self._container.add_stream(
-            "aac", rate=sample_rate_hz, layout="stereo", options=AUDIO_ENCODER
-        )
-        self._sound.bit_rate = AUDIO_BIT_RATE
+        tell_colours(self._picture.codec_context)
+        self._sound = add_aac(self._container, sample_rate_hz)
         self._container.start_encoding()
         self.init = init_segment(file.getvalue()) + XMP_BOX
 
@@ -148,20 +146,11 @@ class _Encoders:
 
     def _pictures(self, frames: npt.NDArray[np.uint8]) -> list[Sample]:
         """The first can be decoded without those before it."""
-        import av
         from av.video.frame import PictureType
-        from av.video.reformatter import VideoReformatter
 
-        converter: Any = VideoReformatter()  # one for all frames: it keeps its tables
         duration = round(1 / self._fps / self._picture.time_base)
         samples = []
-        for index, pixels in enumerate(frames):
-            frame: Any = converter.reformat(
-                av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"),
-                format="yuv420p",
-                dst_colorspace="ITU709",  # by name: PyAV 14.0 looks members up by it alone
-                dst_color_range="MPEG",
-            )
+        for index, frame in enumerate(picture_frames(frames)):
             frame.pts, frame.time_base = self._frames, Fraction(1, self._fps)
             if index == 0:
                 frame.pict_type = PictureType.I
@@ -173,21 +162,14 @@ class _Encoders:
 
     def _blocks(self, audio: npt.NDArray[np.float32], is_last: bool) -> list[Sample]:
         """The encoder's own first block, from before the beginning, is left out."""
-        import av
-
         wave = np.concatenate([self._rest, audio])
         whole = len(wave) if is_last else len(wave) // AUDIO_BLOCK * AUDIO_BLOCK
         self._rest = wave[whole:]
         packets = []
         for start in range(0, whole, AUDIO_BLOCK):
-            block = np.ascontiguousarray(wave[start : min(start + AUDIO_BLOCK, whole)].T)
-            samples: Any = av.AudioFrame.from_ndarray(
-                block.clip(-1, 1), format="fltp", layout="stereo"
-            )
-            samples.sample_rate, samples.pts = self._rate, self._samples
-            samples.time_base = Fraction(1, self._rate)
-            self._samples += block.shape[1]
-            packets += self._sound.encode(samples)
+            block = wave[start : min(start + AUDIO_BLOCK, whole)].clip(-1, 1)
+            packets += self._sound.encode(sound_frame(block, self._rate, self._samples))
+            self._samples += len(block)
         if is_last:
             packets += self._sound.encode(None)
         return [

@@ -3,17 +3,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import wave
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
 import av
 import numpy as np
 import pytest
+from disks import largest_file
 from PIL import Image
 from sounds import loudest_hz, sine
 
@@ -60,17 +58,6 @@ def content(path: Path) -> bytes:
     """The bytes of a file, or of all files of a folder."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return b"".join(file.read_bytes() for file in files)
-
-
-@contextmanager
-def largest_file(size_bytes: int) -> Iterator[None]:
-    """Writing beyond this size fails, as on a full disk (with EFBIG instead of ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # -- what is in the files ---------------------------------------------------------------------

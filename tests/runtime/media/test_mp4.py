@@ -1,18 +1,16 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
+from disks import largest_file
 from sounds import loudest_hz, sine
 
 from magihuman.kernels.decoder import reference as ref
@@ -65,17 +63,6 @@ def boxes(path: Path) -> list[str]:
         assert size >= 8
         position += size
     return names
-
-
-@contextmanager
-def largest_file(size_bytes: int) -> Iterator[None]:
-    """Writing beyond this size fails, as on a full disk (with EFBIG instead of ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # -- what is in the file ----------------------------------------------------------------------
