@@ -7,8 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from magihuman.runtime.errors import InvalidRequestError
+
+LOCAL = {"protocol_whitelist": "file"}  # what a file names elsewhere is not opened
 
 
 @contextmanager
@@ -63,6 +66,26 @@ def checked_file(what: str, source: object) -> Path:
     if size == 0:
         raise InvalidRequestError(f"{what} must not be empty, got {path} of 0 bytes")
     return path
+
+
+@contextmanager
+def opened_video(source: Path, what: str, formats: tuple[str, ...] = ()) -> Iterator[Any]:
+    """Open a video's file for PyAV to read, and none that it names elsewhere.
+
+    what: it is, for the message. formats: FFmpeg's names of those that may be opened, any by
+    default. Raises `InvalidRequestError` where there is no such file, or no picture in it.
+    """
+    import av
+
+    if not source.is_file():
+        raise InvalidRequestError(f"{what} must be a file that exists, got {source}")
+    options = {"format_whitelist": ",".join(formats)} if formats else {}
+    # By its protocol: a name like 12:30.mp4 would be an address.
+    file = f"file:{source.absolute()}"
+    with av.open(file, container_options={**LOCAL, **options}, **tolerant()) as container:
+        if not container.streams.video:
+            raise InvalidRequestError(f"{what} must have a picture, got {source} without one")
+        yield container
 
 
 def tolerant() -> dict[str, str]:

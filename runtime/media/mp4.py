@@ -19,7 +19,7 @@ from magihuman.runtime.media.clip import NOTHING_KNOWN, ClipWriter, Origin, Outp
 from magihuman.runtime.media.clip import Frames as _Frames
 from magihuman.runtime.media.clip import GivenUpError as _GivenUpError
 from magihuman.runtime.media.clip import Sound as _Sound
-from magihuman.runtime.media.guard import freed, readable, tolerant
+from magihuman.runtime.media.guard import freed, opened_video, readable
 from magihuman.runtime.threads import spawn
 
 ENCODER = {
@@ -39,7 +39,6 @@ AUDIO_BLOCK = 1024
 KEYFRAME_S = 2  # from one at which players can begin, and cutters cut, to the next
 BT709 = 1  # code point of ITU-T H.273 for matrix, primaries and transfer
 LIMITED_RANGE = 1
-LOCAL = {"protocol_whitelist": "file"}
 BITS_PER_PIXEL = 2  # far above what encoders need at this quality
 
 
@@ -222,8 +221,6 @@ def read_frames(path: Path) -> tuple[npt.NDArray[np.uint8], int]:
 
     Raises `InvalidRequestError` for what is missing, damaged or no video.
     """
-    if not path.is_file():
-        raise InvalidRequestError(f"the clip must be a file that exists, got {path}")
     with readable("the clip", str(path)):
         rate, frames = _read_frames(path)
     if not frames:
@@ -237,11 +234,7 @@ def _read_frames(path: Path) -> tuple[float, list[npt.NDArray[np.uint8]]]:
     import av
 
     try:
-        # By its protocol: a name like 12:30.mp4 would be an address.
-        file = f"file:{path.absolute()}"
-        with av.open(file, container_options=LOCAL, **tolerant()) as container:
-            if not container.streams.video:
-                raise InvalidRequestError(f"the clip must have a picture, got {path} without one")
+        with opened_video(path, "the clip") as container:
             rate = float(container.streams.video[0].average_rate)  # no Fraction since PyAV 19
             frames = [_rgb(frame) for frame in container.decode(video=0)]
     except av.FFmpegError as error:

@@ -14,7 +14,7 @@ import numpy as np
 
 from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.media.downmix import MAX_CHANNELS, Wave, mix, samples_of
-from magihuman.runtime.media.guard import checked_file, freed, readable, tolerant
+from magihuman.runtime.media.guard import LOCAL, checked_file, freed, readable, tolerant
 from magihuman.runtime.media.ogg import Span, links
 
 MAX_BLOCK_VALUES = 2**26  # 256 MiB of floats; what is recorded has some 10,000 in a block
@@ -77,7 +77,7 @@ def _read_part(
     """
     import av
 
-    options = {"protocol_whitelist": "file"}
+    options = dict(LOCAL)
     if formats is not None:
         options["format_whitelist"] = ",".join(formats)
     opened = {"container_options": options, **tolerant()}

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from magihuman.runtime.errors import InvalidRequestError
-from magihuman.runtime.media.guard import freed, readable, tolerant
+from magihuman.runtime.media.guard import freed, opened_video, readable
 
 if TYPE_CHECKING:
     from av.container import InputContainer
 
-LOCAL = {"protocol_whitelist": "file"}  # what a file names elsewhere is not opened
 # FFmpeg's numbers of colour spaces and ranges.
 BT709, SD_SPACES, FULL_RANGE = 1, (5, 6), 2
 HD_PX = 720  # rows from which a video that does not say is taken to be BT.709
@@ -42,18 +41,10 @@ def read_last_frame(
     max_pixels: of a frame, where that is bounded. formats: FFmpeg's names of those that may be
     opened, any by default. Raises `InvalidRequestError` for what is missing, damaged or no video.
     """
-    import av
-
-    if not Path(source).is_file():
-        raise InvalidRequestError(f"a video must be a file that exists, got {source}")
-    options = {**LOCAL, "format_whitelist": ",".join(formats)} if formats else LOCAL
-    file = f"file:{Path(source).absolute()}"
     with (
         readable("a video", str(source)),
-        av.open(file, container_options=options, **tolerant()) as container,
+        opened_video(Path(source), "a video", formats) as container,
     ):
-        if not container.streams.video:
-            raise InvalidRequestError(f"a video must have a picture, got {source} without one")
         stream = container.streams.video[0]
         width, height = stream.codec_context.width, stream.codec_context.height
         if max_pixels is not None and not 1 <= width * height <= max_pixels:

@@ -14,14 +14,13 @@ from PIL import Image
 from magihuman.runtime.errors import InvalidRequestError, OutputError
 from magihuman.runtime.files import atomic_path
 from magihuman.runtime.media.clip import XMP, check_place
-from magihuman.runtime.media.guard import freed, readable, tolerant
+from magihuman.runtime.media.guard import freed, opened_video, readable
 from magihuman.runtime.media.output.folder import png_info
 
 LONGEST_PX = 512
 SHEET_FRAMES, SHEET_TILE_PX = 16, 160
 FORMATS = {".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 QUALITY = 85
-LOCAL = {"protocol_whitelist": "file"}
 EARLIER_S = 1e-3  # times are rounded to a clip's time base
 
 Frames = npt.NDArray[np.uint8]
@@ -78,22 +77,13 @@ def check_thumbnail(path: Path) -> None:
 @freed()
 def _stills(clip: Path, count: int, longest_px: int) -> list[Image.Image]:
     """So many frames from the middles of equal parts of a clip, scaled down."""
-    import av
-
-    if not clip.is_file():
-        raise InvalidRequestError(f"the clip must be a file that exists, got {clip}")
-    with readable("the clip", str(clip)):
-        # By its protocol: a name like 12:30.mp4 would be an address.
-        file = f"file:{clip.absolute()}"
-        with av.open(file, container_options=LOCAL, **tolerant()) as container:
-            if not container.streams.video:
-                raise InvalidRequestError(f"the clip must have a picture, got {clip} without one")
-            stream = container.streams.video[0]
-            length = max(1, stream.frames)
-            count = min(count, length)
-            wanted = ((2 * index + 1) * length // (2 * count) for index in range(count))
-            rate = float(stream.average_rate or 1)
-            return [_scaled(_frame_at(container, n / rate), longest_px) for n in wanted]
+    with readable("the clip", str(clip)), opened_video(clip, "the clip") as container:
+        stream = container.streams.video[0]
+        length = max(1, stream.frames)
+        count = min(count, length)
+        wanted = ((2 * index + 1) * length // (2 * count) for index in range(count))
+        rate = float(stream.average_rate or 1)
+        return [_scaled(_frame_at(container, n / rate), longest_px) for n in wanted]
 
 
 def _frame_at(container: Any, time_s: float) -> Image.Image:
