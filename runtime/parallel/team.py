@@ -204,7 +204,7 @@ class Team:
                 peers.forget()
             raise
         with self.together():
-            peers.meet(self._of_all)
+            peers.meet(self.gather)
 
     def call(self, name: str, *arguments: object) -> None:
         """On rank 0: have every other process do this next."""
@@ -313,12 +313,6 @@ class Team:
             dist.destroy_process_group()
         _end(self._workers, 0 if self.lost else END_S)
 
-    def _of_all(self, given: bytes) -> list[bytes]:
-        """What every process gives, by rank."""
-        told: list[Any] = [None] * self.ranks
-        dist.all_gather_object(told, given, self._calls)
-        return told
-
     def _connect_peers(self) -> None:
         """Exchange by stores if every process can: a first, small room is met in."""
         from magihuman.kernels.parallel.peers import Peers
@@ -336,7 +330,7 @@ class Team:
         try:
             peers = self.agree(make)
             try:
-                peers.meet(self._of_all)
+                peers.meet(self.gather)
             except Exception as error:  # in this process perhaps alone, so all are asked
                 failure = error
             self.agree(meet)
