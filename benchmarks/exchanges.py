@@ -44,8 +44,7 @@ def exchanges(team: Team, rows: int) -> dict[str, Exchanged]:
         return x.to(torch.bfloat16)
 
     qkv, out = randn(rows, columns), randn(rows * ranks, HEADS * DIM // ranks)
-    width = -(-columns // ranks // 8) * 8
-    team.reserve(rows * ranks * width * 2, rows * HEADS * DIM * 2)
+    team.reserve(*exchange.room_bytes(rows, columns, HEADS * DIM, ranks, qkv.element_size()))
     return {
         GIVES[0]: partial(exchange.rows_to_heads, qkv, HEADS, KV_HEADS, ranks),
         GIVES[1]: partial(exchange.heads_to_rows, out, ranks),

@@ -255,6 +255,11 @@ def split_qkv(
     return q, k, v.contiguous(), gate
 
 
+def packed_width(columns: int, ranks: int) -> int:
+    """Values in a row of a projection of so many columns that one of the processes gets."""
+    return -(-columns // ranks // PACKED_COLUMNS) * PACKED_COLUMNS
+
+
 def pack_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
     """A projection's columns by the process that attends with them.
 
@@ -265,7 +270,8 @@ def pack_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
     dim = (qkv.shape[1] - heads) // (heads + 2 * kv_heads)
     parts = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim, heads], dim=-1)
     packed = torch.cat([part.unflatten(1, (ranks, -1)) for part in parts], dim=2)
-    return F.pad(packed, (0, -packed.shape[2] % PACKED_COLUMNS)).transpose(0, 1).contiguous()
+    width = packed_width(qkv.shape[1], ranks)
+    return F.pad(packed, (0, width - packed.shape[2])).transpose(0, 1).contiguous()
 
 
 def unpack_heads(x: Tensor) -> Tensor:

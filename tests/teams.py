@@ -252,9 +252,7 @@ def exchange_both_ways(team: Team, _: object = None) -> list[bool]:
     for heads, kv_heads, dim, dtype, rows in EXCHANGED:
         ranks = team.ranks
         columns = (heads + 2 * kv_heads) * dim + heads
-        width = -(-columns // ranks // ref.PACKED_COLUMNS) * ref.PACKED_COLUMNS
-        size = dtype.itemsize
-        team.reserve(rows * ranks * width * size, rows * heads * dim * size)
+        team.reserve(*exchange.room_bytes(rows, columns, heads * dim, ranks, dtype.itemsize))
         for seed in range(2):
             made = []
             for peers in (team._peers, None):

@@ -50,6 +50,16 @@ def apart() -> Iterator[None]:
         _is_apart.reset(token)
 
 
+def room_bytes(rows: int, columns: int, width: int, ranks: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that a process is sent in one exchange of rows for heads, and in one back.
+
+    rows: of each process; columns: of the projection; width: of attention's result over all heads;
+    itemsize: bytes of a value.
+    """
+    heads = rows * ranks * ref.packed_width(columns, ranks)
+    return heads * itemsize, rows * width * itemsize
+
+
 def _all_to_all(x: Tensor) -> Tensor:
     """Entry r of [ranks, S, W] goes to process r; entry r of the result comes from it."""
     received = torch.empty_like(x)
@@ -80,9 +90,9 @@ def rows_to_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
 
 @rows_to_heads.register_fake
 def _(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
-    rows, columns = qkv.shape[0] * ranks, qkv.shape[1] // ranks
-    width = -(-columns // ref.PACKED_COLUMNS) * ref.PACKED_COLUMNS
-    return qkv.new_empty(rows, width)[:, :columns]
+    rows, columns = qkv.shape
+    out = qkv.new_empty(rows * ranks, ref.packed_width(columns, ranks))
+    return out[:, : columns // ranks]
 
 
 @torch.library.custom_op("magihuman::heads_to_rows", mutates_args=())

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from magihuman.kernels.reference import PACKED_COLUMNS
+from magihuman.kernels.reference import packed_width
 
 BLOCK = 512  # 16 bytes for each thread of two warps
 WARPS = 2
@@ -83,7 +83,7 @@ def pack_heads(qkv: Tensor, heads: int, kv_heads: int, ranks: int) -> Tensor:
     dim = (columns - heads) // (heads + 2 * kv_heads)
     if heads > 64 * ranks:
         raise ValueError(f"a process takes at most 64 heads, got {heads} over {ranks}")
-    width = -(-columns // ranks // PACKED_COLUMNS) * PACKED_COLUMNS
+    width = packed_width(columns, ranks)
     out = qkv.new_empty(ranks, rows, width)
     lanes = math.gcd(8, qkv.stride(0))
     if rows:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from magihuman.kernels.jit import nvrtc
-from magihuman.kernels.reference import PACKED_COLUMNS
+from magihuman.kernels.reference import packed_width
 
 SOURCE = Path(__file__).with_name("peer_exchange.cu")
 MOST = 8  # processes
@@ -210,7 +210,7 @@ class Peers:
         """
         rows, columns = qkv.shape
         dim = (columns - heads) // (heads + 2 * kv_heads)
-        width = -(-columns // ranks // PACKED_COLUMNS) * PACKED_COLUMNS
+        width = packed_width(columns, ranks)
         room, size = self._rooms[-1], qkv.element_size()
         out = _view(room.own_heads, qkv.dtype, ranks * rows, width)
         q, kv = heads // ranks * dim * size, kv_heads // ranks * dim * size

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from magihuman.kernels import reference as ref
 from magihuman.kernels.decoder.bands import AXES, LARGE_PIXELS, Turn, schedule
+from magihuman.kernels.parallel import exchange
 from magihuman.runtime.config import VIDEO_STRIDE
 from magihuman.runtime.device import PeerLost, is_cuda_error
 from magihuman.runtime.model import DiT, TurboVAE
@@ -291,13 +292,12 @@ class ContextParallel:
 
 def _exchanged_bytes(model: DiT, sharding: ref.Sharding) -> tuple[int, int]:
     """The most that a process is sent in one exchange of rows for heads, and in one back."""
-    config, ranks = model.config, sharding.ranks
+    config = model.config
     weights = model.block.named_parameters()
     size = next(w.element_size() for name, w in weights if name.endswith("linear_qkv.weight"))
     size = max(2, size)  # of activations, where weights have a byte
-    width = -(-config.qkv_rows // ranks // ref.PACKED_COLUMNS) * ref.PACKED_COLUMNS
-    heads_bytes = sharding.rows * ranks * width * size
-    return heads_bytes, sharding.rows * config.heads * config.head_dim * size
+    width = config.heads * config.head_dim
+    return exchange.room_bytes(sharding.rows, config.qkv_rows, width, sharding.ranks, size)
 
 
 def _plain(
