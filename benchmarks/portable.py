@@ -193,11 +193,15 @@ TRIED = [
 
 
 def weights_of(arch: Any, device: torch.device, precision: str) -> DiT:
-    """The model in a precision, with the same random weights in each."""
-    model = random_weights.dit(arch, 0, device, torch.bfloat16, "distill")
+    """The model in a precision, with the same random weights in each, rounded layer by layer."""
+    quantized: dict[str, torch.dtype] = {}
     if precision != "bf16":
-        names = quantization.quantized_linears(arch)
-        quantization.quantize_model(model, names, DTYPES[precision])
+        quantized = dict.fromkeys(quantization.quantized_linears(arch), DTYPES[precision])
+    model, layers = random_weights.dit_by_layer(
+        arch, 0, device, torch.bfloat16, "distill", quantized
+    )
+    for _ in layers:
+        pass
     release()
     return model
 

@@ -43,6 +43,7 @@ SPLITS = {
 PRECISIONS = {
     "bf16": {},
     "fp8": {"precision": "fp8"},
+    "int8": {"precision": "int8", "text_precision": "int8"},
     "plain": {"compile": False, "vae": "plain"},
 }
 
@@ -83,6 +84,8 @@ def same(a: runtime.Video, b: runtime.Video) -> bool:
         *(("bf16", split) for split in SPLITS),
         ("fp8", "some layers"),
         ("fp8", "all layers"),
+        ("int8", "some layers"),
+        ("int8", "all layers"),
         ("plain", "some layers"),
     ],
 )

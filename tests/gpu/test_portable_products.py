@@ -76,8 +76,10 @@ def test_product(
 ) -> None:
     x, weight, scales, product = operands(rows, depth, columns, counts, dtype)
     rounded = product.to(BF16)
-    # Of int8 sums are exact. Of e4m3 Hopper's tensor cores keep about 14 bits of one.
-    room = 3e-3 if dtype == FP8 else 1e-4 if dtype == INT8 else 1e-7
+    # Of int8 sums are exact. Of e4m3 Hopper's tensor cores keep about 14 bits of one, again and
+    # again: 1.5e-3 at a depth of 5120.
+    deep = max(1.0, depth / 5120)
+    room = 3e-3 * deep if dtype == FP8 else 1e-4 if dtype == INT8 else 1e-7
     if epilogue == "add":
         before = randn(rows, columns)
         out, exact, plain = before.clone(), before + product, before + rounded.double()
@@ -145,7 +147,11 @@ def test_values_behind_rows_are_read_only_where_they_are_zeros(
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_of_the_largest_values(name: str, dtype: torch.dtype) -> None:
-    """Rows of 13652 numbers at the ends of the range: int32 holds their sum, and it is exact."""
+    """Rows of 13652 numbers at the ends of the range: int32 holds their sum, and it is exact.
+
+    Of e4m3 it is finite. Tensor cores cut products to the bits that they keep of the sum so far,
+    and of numbers that all are alike lose as much again and again: a fifth, with 14 bits.
+    """
     if dtype == BF16:
         pytest.skip("has no such end")
     end = ref.LIMITS[dtype]
@@ -157,7 +163,8 @@ def test_sums_of_the_largest_values(name: str, dtype: torch.dtype) -> None:
     exact = torch.full_like(out, -end * end * 13652)
     if dtype == INT8:
         assert torch.equal(out, exact)
-    assert golden.error(out, exact) <= 3e-3
+    else:
+        assert golden.error(out, exact) <= 0.3
 
 
 @pytest.mark.parametrize("name", OWN)
