@@ -100,7 +100,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("magihuman::linear_add_int8_", ("CPU", "CUDA"))
+@scaled.kernel_of("magihuman::linear_add_int8_")
 def linear_add_int8_(
     stream: Tensor,
     x: Tensor,

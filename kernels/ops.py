@@ -305,7 +305,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("magihuman::linear_add_", ("CPU", "CUDA"))
+@scaled.kernel_of("magihuman::linear_add_")
 def linear_add_(
     stream: Tensor, x: Tensor, weight: Tensor, modality_rows: list[int], route: str = UNSET
 ) -> Tensor:
@@ -395,7 +395,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("magihuman::linear_add_fp8_", ("CPU", "CUDA"))
+@scaled.kernel_of("magihuman::linear_add_fp8_")
 def linear_add_fp8_(
     stream: Tensor,
     x: Tensor,

@@ -6,12 +6,30 @@ which dtype they are over. On a CPU they compute the reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from magihuman.kernels import reference as ref
 
 BF16_ROW = 8  # columns of bf16 in 16 bytes
+
+Kernel = TypeVar("Kernel", bound=Callable[..., object])
+
+
+def kernel_of(operator: str) -> Callable[[Kernel], Kernel]:
+    """Register a function as what computes a declared operator, on a CPU and on a GPU.
+
+    `torch.library.impl` does so too, but leaves nothing under the function's own name.
+    """
+
+    def register(kernel: Kernel) -> Kernel:
+        torch.library.impl(operator, ("CPU", "CUDA"), kernel)
+        return kernel
+
+    return register
 
 
 def runs_of(rows: list[int]) -> ref.Counts | None:

@@ -226,6 +226,16 @@ def registered() -> set[str]:
     }
 
 
+@pytest.mark.parametrize("name", sorted(RETURN_WHAT_THEY_CHANGE))
+def test_operators_that_change_their_input_can_be_called_by_name(name: str) -> None:
+    function = getattr(int8 if name.endswith("int8_") else ops, name)
+    for (stream, *rest), (again, *_) in zip(CASES[name](), CASES[name](), strict=True):
+        before = again.copy_(stream).clone()
+        expected = getattr(torch.ops.magihuman, name)(again, *rest)
+        assert function(stream, *rest) is stream
+        assert torch.equal(stream, expected) and not torch.equal(stream, before)
+
+
 @pytest.mark.parametrize("name", sorted(registered()))
 def test_operators_are_as_they_are_registered(name: str) -> None:
     """Schemas say what is changed and what shares memory, fake versions have shapes and strides."""
