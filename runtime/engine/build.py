@@ -128,7 +128,7 @@ class FromFiles:
         path, device = self._paths.text_encoder, self._placer.rest(TEXT)
         precision = self._blueprint.options.held_text
         encoder = load_text_encoder(path, device, torch.bfloat16, precision, self._placer.device)
-        return _placed_text_encoder(self._placer, encoder)
+        return _placed_text_encoder(self._placer, encoder, encoder.model.encoder.layers)
 
     def dit(self, spec: TransformerSpec, part: str) -> DiT:
         """A transformer; part: its name in the memory plan."""
@@ -167,10 +167,10 @@ class AtRandom:
 
     def text_encoder(self) -> TextEncoder:
         """The text encoder, over activations in bf16."""
-        encoder = random_weights.text_encoder(
+        encoder, layers = random_weights.text_encoder(
             self._seed, self._device, torch.bfloat16, self._text_precision
         )
-        return _placed_text_encoder(self._placer, encoder)
+        return _placed_text_encoder(self._placer, encoder, layers)
 
     def dit(self, spec: TransformerSpec, part: str) -> DiT:
         """A transformer; part: its name in the memory plan."""
@@ -196,8 +196,18 @@ def _placed_image_vae(placer: Placer, vae: ImageVAE) -> ImageVAE:
     return vae
 
 
-def _placed_text_encoder(placer: Placer, encoder: TextEncoder) -> TextEncoder:
-    placer.place(TEXT, encoder.model, encoder.model.encoder.layers, encoder.model.encoder)
+def _placed_text_encoder(
+    placer: Placer, encoder: TextEncoder, layers: Iterable[nn.Module]
+) -> TextEncoder:
+    """The encoder where the plan has it. layers: its own, which may get their weights when they are
+    asked for.
+    """
+    if not placer.moves(TEXT):
+        for _ in layers:
+            pass
+        return encoder
+    runs = encoder.model.encoder
+    placer.place(TEXT, encoder.model, list(runs.layers), runs, layers)
     return encoder
 
 

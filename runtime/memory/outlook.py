@@ -185,6 +185,5 @@ def _spec(name: str, precision: str) -> TransformerSpec:
 
 @functools.lru_cache
 def parts_of(text: config.TextPrecision) -> tuple[Part, ...]:
-    """All parts but the transformers, as they are read from files."""
-    parts = synthetic_parts(torch.bfloat16, text)
-    return tuple(dataclasses.replace(part, made_whole=False) for part in parts)
+    """All parts but the transformers."""
+    return tuple(synthetic_parts(torch.bfloat16, text))

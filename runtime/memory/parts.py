@@ -59,9 +59,7 @@ def text_part(folder: Path, precision: config.TextPrecision = "bf16") -> Part:
 
 
 def text_part_of(
-    shapes: Mapping[str, tuple[int, ...]],
-    precision: config.TextPrecision = "bf16",
-    made_whole: bool = False,
+    shapes: Mapping[str, tuple[int, ...]], precision: config.TextPrecision = "bf16"
 ) -> Part:
     """The text encoder, from the shapes of its tensors by their names."""
     outside, layers, widest = 0, dict[int, int](), 0
@@ -76,7 +74,7 @@ def text_part_of(
             outside += size
     each = tuple(layers[i] for i in sorted(layers))
     widened = 0 if precision == "bf16" else widest
-    return Part(TEXT, outside, each, made_whole=made_whole, widened_bytes=widened)
+    return Part(TEXT, outside, each, widened_bytes=widened)
 
 
 def part_of(
@@ -140,7 +138,7 @@ def synthetic_parts(
     with torch.device("meta"):
         named = random_weights.text_model().encoder.named_parameters()
         shapes = {key: tuple(parameter.shape) for key, parameter in named}
-        text = text_part_of(shapes, text_precision, made_whole=True)
+        text = text_part_of(shapes, text_precision)
         small = small_parts(
             TurboVAE(config.TurboVAEConfig()),
             Oobleck(OobleckConfig()),

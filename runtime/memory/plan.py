@@ -56,7 +56,6 @@ class Part:
         layer_bytes: bytes of each layer, in the order in which they run; empty where the part is
             moved as a whole.
         can_move: whether it may rest in host memory.
-        made_whole: whether it is on the device as a whole before it goes to rest.
         widened_bytes: of its largest weight in bf16, where each is widened for its product.
     """
 
@@ -64,7 +63,6 @@ class Part:
     outside_bytes: int
     layer_bytes: tuple[int, ...] = ()
     can_move: bool = True
-    made_whole: bool = False
     widened_bytes: int = 0
 
     @property
@@ -260,8 +258,7 @@ class _Problem:
         captured: Collection[str],
     ) -> tuple[StageMemory, ...]:
         """The memory of all stages; first comes loading, when what stays may be there already."""
-        whole = [self.parts[name].total_bytes for name in streamed if self.parts[name].made_whole]
-        load = Stage(LOAD, (), max(self.loading_bytes, *whole, 0))
+        load = Stage(LOAD, (), self.loading_bytes)
         stages = (load, *self.stages)
         return tuple(self._stage(stage, staying, streamed, captured) for stage in stages)
 

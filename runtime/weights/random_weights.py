@@ -8,9 +8,9 @@ activations finite through all layers. What comes out of such a model is noise.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from magihuman.runtime.weights.quiet import quiet_diffusers
 Module = TypeVar("Module", bound=nn.Module)
 
 WAN_BASE_DIM = 160  # width of the published image encoder
+TEXT_LAYERS = "encoder.layers"  # of T5Gemma
 AUDIO_GAIN = 0.55  # snake adds up to 1 to every channel; keeps the waveform within about [-1, 1]
 
 
@@ -191,14 +192,12 @@ def image_vae(seed: int, device: torch.device, dtype: torch.dtype) -> ImageVAE:
 
 def text_encoder(
     seed: int, device: torch.device, dtype: torch.dtype, precision: TextPrecision = "bf16"
-) -> TextEncoder:
-    """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte.
-
-    With a precision of 8 bits each weight is rounded before the next is drawn.
+) -> tuple[TextEncoder, Iterator[nn.Module]]:
+    """A T5Gemma encoder of the size of t5gemma-9b-9b-ul2, with a tokenizer of one token a byte; and
+    its layers, as those of `drawn_text_layers`.
     """
-    return TextEncoder(
-        byte_tokenizer(), drawn_text_model(text_model, seed, device, dtype, precision)
-    )
+    model, layers = drawn_text_layers(text_model, seed, device, dtype, precision)
+    return TextEncoder(byte_tokenizer(), model), layers
 
 
 def drawn_text_model(
@@ -209,6 +208,23 @@ def drawn_text_model(
     precision: TextPrecision = "bf16",
 ) -> Module:
     """The encoder that `build` makes, with random weights on the device."""
+    model, layers = drawn_text_layers(build, seed, device, dtype, precision)
+    for _ in layers:
+        pass
+    return model
+
+
+def drawn_text_layers(
+    build: Callable[[], Module],
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: TextPrecision = "bf16",
+) -> tuple[Module, Iterator[nn.Module]]:
+    """As `drawn_text_model`, and its layers, each of which gets its weights when it is asked for:
+    so it can go elsewhere before the next is made. In 8 bits each weight is rounded before the next
+    is drawn.
+    """
     with torch.device("meta"):
         model = with_tables(build(), device)
     depth = _depth(model)
@@ -218,11 +234,21 @@ def drawn_text_model(
     ]
     if precision != "bf16":
         narrowed(model, precision, dtype)
-    for key, parameter, owner in drawn:
-        value = torch.empty_like(parameter, dtype=dtype, device=device)
-        _fill(value, key, owner, depth, f"{seed}:text_encoder")
-        put(model, key, value)
-    return frozen(model)
+
+    def make(some: Iterable[tuple[str, nn.Parameter, nn.Module]]) -> None:
+        for key, parameter, owner in some:
+            value = torch.empty_like(parameter, dtype=dtype, device=device)
+            _fill(value, key, owner, depth, f"{seed}:text_encoder")
+            put(model, key, value)
+
+    def layers() -> Iterator[nn.Module]:
+        for index, layer in enumerate(cast("nn.ModuleList", model.get_submodule(TEXT_LAYERS))):
+            prefix = f"{TEXT_LAYERS}.{index}."
+            make(each for each in drawn if each[0].startswith(prefix))
+            yield layer
+
+    make(each for each in drawn if not each[0].startswith(f"{TEXT_LAYERS}."))
+    return frozen(model), layers()
 
 
 def text_model() -> Any:

@@ -90,7 +90,7 @@ def test_the_parts_of_the_published_model(others):
         ("bf16", "540p", 78, {SR}),  # 0.6 s, behind a forward of 0.7 s
         ("fp8", "1080p", 78, set()),  # without graphs of the decoder, for which there is no room
         ("bf16", "1080p", 40, {TEXT, BASE, SR}),
-        ("fp8", "540p", 24, {TEXT, BASE, SR}),
+        ("fp8", "540p", 24, {TEXT, SR}),
     ],
 )
 def test_line_ups_of_the_published_model(others, precision, sr, limit_gib, moving):
@@ -241,9 +241,9 @@ def test_plans_over_many_limits(others, precision, sr):
 def test_the_smallest_limit_that_is_named_works(others):
     for precision, sr in (("bf16", "1080p"), ("fp8", "540p"), ("fp8", None)):
         with pytest.raises(DeviceError) as caught:
-            planned(others, precision, sr, 8)
+            planned(others, precision, sr, 4)
         said = str(caught.value)
-        assert said.startswith("no way to run in 8.0 GiB was found: with all that can rest in host")
+        assert said.startswith("no way to run in 4.0 GiB was found: with all that can rest in host")
         (least,) = re.findall(r"memory_limit_gb=([\d.]+) or more", said)
         assert planned(others, precision, sr, float(least)).peak_bytes <= float(least) * GIB
         with pytest.raises(DeviceError):
@@ -360,14 +360,6 @@ def test_seconds_of_moving():
     assert len(made.streamed["a"]) == 6  # 4 stay, 2 slots
     assert made.extra_s == pytest.approx(1.0 - 0.2 + 2 * (0.6 - 0.2))
     assert made.stages[1].copied_bytes == (10 + 2 * 6) * size
-
-
-def test_what_is_made_whole_has_to_fit_once():
-    part = Part("a", 4 * GIB, made_whole=True)
-    stages = [Stage("x", ("a",), 0), Stage("y", (), 3 * GIB)]
-    assert make_plan([part], stages, 5 * GIB).stages[0].working_bytes == 4 * GIB
-    with pytest.raises(DeviceError, match=r"the stage load takes 5\.0 GiB"):
-        make_plan([part], stages, 4 * GIB)
 
 
 def test_layers_of_like_size_share_slots():

@@ -129,27 +129,48 @@ def test_eight_bits_take_half_of_the_published_size():
     assert sizes == {"bf16": 17.2, "int8": 8.6, "fp8": 8.6}
 
 
+def smallest() -> nn.Module:
+    """An encoder of two layers."""
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel
+
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 32)
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes["head_dim"] = 16
+    return T5GemmaEncoderModel(
+        T5GemmaConfig(encoder=sizes, decoder=dict(sizes), is_encoder_decoder=False)
+    )
+
+
 @pytest.mark.parametrize("precision", EIGHT)
 def test_random_weights_are_rounded_as_they_are_drawn(precision):
-    def build() -> nn.Module:
-        from transformers import T5GemmaConfig, T5GemmaEncoderModel
-
-        sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 32)
-        sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-        sizes["head_dim"] = 16
-        return T5GemmaEncoderModel(
-            T5GemmaConfig(encoder=sizes, decoder=dict(sizes), is_encoder_decoder=False)
-        )
-
-    wide = random_weights.drawn_text_model(build, 5, CPU, BF16)
-    made = random_weights.drawn_text_model(build, 5, CPU, BF16, precision)
+    wide = random_weights.drawn_text_model(smallest, 5, CPU, BF16)
+    made = random_weights.drawn_text_model(smallest, 5, CPU, BF16, precision)
     for key, value in wide.named_parameters():
         found = made.get_submodule(key.rpartition(".")[0]).weight
         wanted = quantize_rows(value, precision)[0] if value.ndim == 2 else value
         assert torch.equal(found.float(), wanted.float()), key
     with torch.device("meta"):
-        sketch = narrowed(with_tables(build(), CPU), precision, BF16)
+        sketch = narrowed(with_tables(smallest(), CPU), precision, BF16)
     assert made.state_dict().keys() == sketch.state_dict().keys()
+
+
+@pytest.mark.parametrize("precision", ["bf16", *EIGHT])
+def test_random_layers_are_drawn_when_they_are_asked_for(precision):
+    """So that the first can be at rest before there is a second, which a small limit asks for."""
+    given = smallest, 5, CPU, BF16, precision
+    model, layers = random_weights.drawn_text_layers(*given)
+
+    def missing() -> set[str]:
+        held = (*model.named_parameters(), *model.named_buffers())
+        return {key for key, value in held if value.is_meta}
+
+    stem = random_weights.TEXT_LAYERS
+    assert {name[: len(stem) + 2] for name in missing()} == {f"{stem}.0", f"{stem}.1"}
+    assert next(layers) is model.encoder.layers[0]
+    assert {name[: len(stem) + 2] for name in missing()} == {f"{stem}.1"}
+    assert list(layers) == [model.encoder.layers[1]] and not missing()
+    wanted = random_weights.drawn_text_model(*given).state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("precision", EIGHT)
