@@ -76,4 +76,6 @@ def _clip_cell(made: Outlook) -> str:
     said = f"{made.seconds:.{digits}f} s, {kind}"
     if made.text_precision != "bf16":
         said += f", text {made.text_precision}"
+    assert made.plan is not None
+    said += ", bands" if made.plan.bands > 1 else ""
     return said + (", streams" if made.places["streamed"] else "")

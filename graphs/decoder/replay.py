@@ -32,7 +32,8 @@ Call = tuple[Sequence[int], bool, int, int]  # a decoder's arguments, the shape 
 SMALL = 512
 STRIDE = 16  # pixels of a latent's side
 COLORS = 3
-UNCAPTURED = 8  # sizes of which the graph is kept where none is captured
+# Sizes of which the graph is kept where none is captured: four kinds of window in four bands.
+UNCAPTURED = 16
 ROOM = 1.03  # of the memory that a graph's tensors take, since they leave gaps
 
 

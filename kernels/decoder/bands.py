@@ -1,4 +1,5 @@
-"""A picture decoded in bands, by several devices: which part of it each of them needs.
+"""A picture decoded in bands, by several devices or one after another by one: which part of it each
+band needs.
 
 The decoder only convolves, and norms over channels, so a pixel depends on what is near it alone. A
 band of the picture is decoded from its latents and as many on each side as its convolutions reach
@@ -157,6 +158,14 @@ def _bands_of(axis: int, length: int, ranks: int, config: Any) -> tuple[tuple[Ba
 
     bands = tuple(split(length, ranks, axis, share))
     return bands, max(share(band) for band in bands)
+
+
+def bands_of(size: tuple[int, int], count: int, config: Any) -> tuple[Band, ...]:
+    """A picture of so many rows and columns of latents in bands of like work, `count` of them or,
+    if those are fewer, as many as it has latents along its longer side.
+    """
+    axis, length = longest_axis(*size)
+    return _bands_of(axis, length, min(count, length), config)[0]
 
 
 def longest_axis(rows: int, columns: int) -> tuple[int, int]:

@@ -264,11 +264,13 @@ def _settings(
         suited=suited(model),
         enhancer=enhancer,
         prompts=prompts(model),
-        # The least that is taken, by fused kernels: what is refused would fit in no way.
+        # The least that is taken, by fused kernels, and of a window by its bands: what is refused
+        # would fit in no way.
         capacity=Capacity(
             memory_bytes,
             token_bytes=estimate.denoising_bytes(1, rows, is_compiled=True) / each,
-            pixel_bytes=estimate.decoding_bytes(1, 1, is_compiled=True) / each,
+            pixel_bytes=estimate.decoding_bytes(1, 1, is_compiled=True)
+            / max(each, estimate.BANDS[-1]),
         ),
     )
 

@@ -19,7 +19,7 @@ from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.memory import BASE, SR, MemoryPlan, Placer
 from magihuman.runtime.model import DiT, TextEncoder, TurboVAE
 from magihuman.runtime.parallel import Team, share
-from magihuman.runtime.pipeline import Components
+from magihuman.runtime.pipeline import BandedDecoder, Components, PlainDecoder
 from magihuman.runtime.weights import TransformerSpec
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def assemble(
         components = with_compiled_transformers(components, blueprint, team)
     if options.vae != "plain":
         components = with_compiled_decoder(components, blueprint)
+    components = with_bands(components, blueprint.placer)
     is_compiled = components.forward is not None
     info = EngineInfo(
         variant=options.base,
@@ -122,6 +123,15 @@ def with_compiled_decoder(components: Components, blueprint: Blueprint) -> Compo
     )
     captured = (*components.captured, decoder)
     return dataclasses.replace(components, decoder=decoder, captured=captured)
+
+
+def with_bands(components: Components, placer: Placer) -> Components:
+    """Components whose windows of frames are decoded in bands where the memory plan wants it."""
+    vae = components.turbo_vae
+    if placer.bands == 1 or not isinstance(vae, TurboVAE):
+        return components
+    decoder = BandedDecoder(components.decoder or PlainDecoder(vae), vae.config, placer.bands)
+    return dataclasses.replace(components, decoder=decoder)
 
 
 def compiled(

@@ -108,8 +108,8 @@ def draw(
 
     limit_gb = options.memory_limit_gb
     transformers = options.for_transformers(device)
-    is_asked = limit_gb is not None
-    memory = plan_placement(others, base, sr, limit_bytes, is_asked, transformers, captures)
+    is_asked, vae = limit_gb is not None, options.vae or "fast"
+    memory = plan_placement(others, base, sr, limit_bytes, is_asked, transformers, captures, vae)
     cap = None if limit_gb is None else Cap(device, int(limit_gb * GIB))
     placer = Placer(memory, device, Residency(cap))
     trained = None if isinstance(options.model, Synthetic) else learnt(options.model)

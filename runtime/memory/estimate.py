@@ -31,6 +31,8 @@ BYTES_PER_EXCHANGED_TOKEN = 2 * (7208 + 5120)
 BYTES_PER_PIXEL = 35 * 2**9
 BYTES_PER_DECODED_PIXEL = 28 * 3  # of the frames of a window
 BESIDE_BAND = 8
+# In how many bands a process decodes a window. More would read the same weights for ever less.
+BANDS = (1, 2, 3, 4)
 BYTES_PER_PIXEL_COMPILED = 10 * 2**10
 # Estimates from the shapes: of an image's encoder at its widest; of the sound's decoder, whose last
 # blocks hold 128 channels of 51,200 samples a second in fp32, about eight times over; of the text
@@ -79,20 +81,23 @@ def denoising_bytes(tokens: int, rows: int, is_compiled: bool = False, ranks: in
     return int(own * rows * per_row) + (shared if ranks > 1 else 0)
 
 
-def decoding_bytes(width: int, height: int, is_compiled: bool = False, ranks: int = 1) -> int:
+def decoding_bytes(
+    width: int, height: int, is_compiled: bool = False, ranks: int = 1, bands: int = 1
+) -> int:
     """Bytes that decoding one window of frames of this many pixels takes.
 
     ranks: processes that share it, of which the first's bytes are meant. Each decodes a window, or
-    where that is large a band, and the first holds what all have made.
+    where that is large a band, and the first holds what all have made. bands: of the window, that
+    one process decodes one after another, and holds all that they have made.
     """
     whole = width * height * (BYTES_PER_PIXEL_COMPILED if is_compiled else BYTES_PER_PIXEL)
-    if ranks == 1:
-        return whole
     frames = width * height * BYTES_PER_DECODED_PIXEL
-    if width * height <= LARGE_PIXELS:
+    if ranks > 1 and width * height <= LARGE_PIXELS:
         return whole + (ranks + 1) * frames
+    if max(ranks, bands) == 1:
+        return whole
     # What is beside a band, of latents, where the most memory is taken.
-    part = 1 / ranks + BESIDE_BAND * VIDEO_STRIDE[1] / max(width, height)
+    part = 1 / max(ranks, bands) + BESIDE_BAND * VIDEO_STRIDE[1] / max(width, height)
     return int(min(1.0, part) * whole) + 3 * frames
 
 

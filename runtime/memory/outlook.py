@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from magihuman.kernels.decoder.bands import bands_of, cost, longest_axis
 from magihuman.kernels.target import HOPPER, Kernels
 from magihuman.runtime import config
 from magihuman.runtime.errors import DeviceError, one_of
@@ -17,6 +18,7 @@ from magihuman.runtime.memory.parts import synthetic_parts
 from magihuman.runtime.memory.placement import MARGIN_BYTES, Clips, plan_memory, stages_of
 from magihuman.runtime.memory.plan import CONTEXT_BYTES, GIB, TEXT, MemoryPlan, Part
 from magihuman.runtime.memory.speeds import Speeds
+from magihuman.runtime.request import Request
 from magihuman.runtime.weights import PrecisionPolicy, TransformerSpec, linears_in_8_bits
 
 SIZES: dict[str, str | None] = {"256p": None, "540p": "540p", "1080p": "1080p"}
@@ -148,14 +150,23 @@ def _timed(
     of_card = card.name, card.kernels, specs[0].variant.name
     if of_card == (MEASURED_CARD, HOPPER, MEASURED_VARIANT):
         measured = measured_s(made.size, made.precision)
-    if measured is not None:
+    if measured is not None and made.plan.bands == 1:
         seconds = measured + made.plan.extra_s
         return dataclasses.replace(made, seconds=seconds, is_measured=not made.plan.streamed)
     given = [spec for spec in specs if spec is not None]
     stages = stages_of(given, (), clips)
     forwards = sum(stage.forwards * stage.forward_s for stage in stages if stage.forward_s)
     decoding = DECODE_S[made.size] * H100_FLOPS / card.linear_flops("bf16")
+    decoding *= _work_in_bands(made.size, made.plan.bands)
     return dataclasses.replace(made, seconds=forwards + decoding + made.plan.extra_s)
+
+
+def _work_in_bands(size: str, count: int) -> float:
+    """Work of all bands of a window, with what is decoded beside each, over that of the whole."""
+    vae, plan = config.TurboVAEConfig(), Request("-").plan(config.VARIANTS["distill"], SIZES[size])
+    latents = plan.sr_rows or plan.rows, plan.sr_columns or plan.columns
+    length = longest_axis(*latents)[1]
+    return sum(cost(band, length, vae) for band in bands_of(latents, count, vae))
 
 
 def measured_s(size: str, precision: str) -> float | None:

@@ -42,6 +42,7 @@ from magihuman.runtime.weights import TransformerOptions, TransformerSpec
 log = logging.getLogger("magihuman")
 
 CPU = torch.device("cpu")
+DECODE = "decode"  # the stage
 MARGIN_BYTES = GIB  # of a card, left free where no limit is given
 
 
@@ -56,6 +57,8 @@ class Clips:
             that of one of them.
         captures: whether graphs may be captured.
         speeds: of the device.
+        vae: what decodes frames, as of `load`.
+        bands: in which a window of frames is decoded, one after another.
     """
 
     is_compiled: bool
@@ -63,6 +66,14 @@ class Clips:
     ranks: int = 1
     captures: bool = True
     speeds: Speeds = H100
+    vae: config.Vae = "fast"
+    bands: int = 1
+
+    @property
+    def cuttings(self) -> tuple[int, ...]:
+        """In how many bands windows may be decoded, none first; exported engines take none."""
+        can_cut = self.is_compiled and self.ranks == 1 and self.vae != "tensorrt"
+        return estimate.BANDS if can_cut else (1,)
 
 
 def plan_memory(
@@ -72,7 +83,8 @@ def plan_memory(
     limit_bytes: int,
     clips: Clips,
 ) -> MemoryPlan:
-    """The plan for clips of the default sizes.
+    """The plan for clips of the default sizes. Where there is none since a window of frames has no
+    room, windows are cut into as few bands as give one.
 
     Args:
         others: all parts but the transformers, that are on the device of this process.
@@ -88,6 +100,20 @@ def plan_memory(
     if clips.ranks > 1:
         transformers = [dataclasses.replace(part, can_move=False) for part in transformers]
     parts = [*others, *transformers]
+    *fewer, most = clips.cuttings
+    for bands in fewer:
+        try:
+            return _plan_in(parts, specs, limit_bytes, dataclasses.replace(clips, bands=bands))
+        except NoPlanError as error:
+            if error.stage != DECODE:
+                raise
+    return _plan_in(parts, specs, limit_bytes, dataclasses.replace(clips, bands=most))
+
+
+def _plan_in(
+    parts: Sequence[Part], specs: Sequence[TransformerSpec], limit_bytes: int, clips: Clips
+) -> MemoryPlan:
+    """The plan with windows in as many bands as `clips` says; specs: of the transformers."""
     stages = [
         dataclasses.replace(
             stage,
@@ -97,7 +123,8 @@ def plan_memory(
         for stage in stages_of(specs, parts, clips)
     ]
     reading, bus = max(reading_bytes(spec) for spec in specs), clips.speeds.copy_bytes_per_s
-    return make_plan(parts, stages, limit_bytes, reading, clips.captures, bus)
+    made = make_plan(parts, stages, limit_bytes, reading, clips.captures, bus)
+    return dataclasses.replace(made, bands=clips.bands)
 
 
 def plan_placement(
@@ -108,6 +135,7 @@ def plan_placement(
     is_limit_asked: bool,
     options: TransformerOptions,
     captures: bool = True,
+    vae: config.Vae = "fast",
 ) -> MemoryPlan | None:
     """Where weights will be; None on a CPU. Without a limit that was asked for, what is free may
     be too little for clips of the default sizes: there are smaller ones.
@@ -124,7 +152,7 @@ def plan_placement(
     parts, plan, share = [*others(), *already], None, 1.0
     speeds = speeds_of(options.device)
     while plan is None:
-        clips = Clips(is_compiled, share, options.ranks, captures, speeds)
+        clips = Clips(is_compiled, share, options.ranks, captures, speeds, vae)
         try:
             plan = plan_memory(parts, base, sr, limit_bytes, clips)
         except NoPlanError as error:
@@ -140,6 +168,8 @@ def plan_placement(
                 log.warning("clips of the default size have no room, smaller ones may: %s", error)
             share -= 0.1
     check_host(plan)
+    if plan.bands > 1:
+        log.info("decoding windows of frames in %d bands, one after another", plan.bands)
     if plan.streamed:
         log.info("resting in host memory between stages: %s", ", ".join(plan.streamed))
     return plan
@@ -249,10 +279,11 @@ def stages_of(
                 graph_bytes=working if is_compiled else 0,
             )
         )
-    window = estimate.decoding_bytes(width, height, is_compiled, ranks)
+    is_rewritten = is_compiled and clips.vae != "plain"
+    window = estimate.decoding_bytes(width, height, is_rewritten, ranks, clips.bands)
     decoders = tuple(name for name in (VIDEO, AUDIO) if name in held)
-    kept = window if is_compiled else 0
-    frames = Stage("decode", decoders, window + sound, graph_bytes=kept, spares_graphs=True)
+    kept = window if is_rewritten and clips.bands == 1 else 0
+    frames = Stage(DECODE, decoders, window + sound, graph_bytes=kept, spares_graphs=True)
     return [*stages, frames]
 
 
@@ -294,7 +325,13 @@ class Placer:
     @property
     def replays_frames(self) -> bool:
         """Whether graphs of the video decoder are among those captured."""
-        return self.replays and not (self.plan is not None and "decode" in self.plan.spared)
+        spares = self.plan is not None and DECODE in self.plan.spared
+        return self.replays and not spares and self.bands == 1
+
+    @property
+    def bands(self) -> int:
+        """In how many bands each window of frames is decoded."""
+        return 1 if self.plan is None else self.plan.bands
 
     def moves(self, name: str) -> bool:
         """Whether the part rests in host memory."""

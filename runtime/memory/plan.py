@@ -40,11 +40,12 @@ class NoPlanError(DeviceError):
 
     Attributes:
         found: the message without its remedy.
+        stage: the name of the one that takes most, if the limit is below that.
     """
 
-    def __init__(self, found: str, remedy: str) -> None:
+    def __init__(self, found: str, remedy: str, stage: str = "") -> None:
         super().__init__(f"{found}; {remedy}")
-        self.found = found
+        self.found, self.stage = found, stage
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class MemoryPlan:
         host_bytes: of pinned memory, for parts that move.
         spared: names of the stages that run without graphs even so, which have no room for them.
         copy_bytes_per_s: from host memory to the device, by which times were reckoned.
+        bands: in which a window of frames is decoded, one after another.
     """
 
     limit_bytes: int
@@ -145,6 +147,7 @@ class MemoryPlan:
     host_bytes: int
     spared: frozenset[str] = frozenset()
     copy_bytes_per_s: float = COPY_BYTES_PER_S
+    bands: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -185,6 +188,7 @@ class MemoryPlan:
             "copy_bytes_per_s": self.copy_bytes_per_s,
             "replays": self.replays,
             "spared": sorted(self.spared),
+            "bands": self.bands,
             "moves": {name: list(layers) for name, layers in self.streamed.items()},
             "stages": [{**vars(stage), "total_bytes": stage.total_bytes} for stage in self.stages],
         }
@@ -363,6 +367,7 @@ def make_plan(
         f" {CONTEXT_BYTES / GIB:.1f} the driver's",
         f"give memory_limit_gb={_ceil_gb(worst.total_bytes):g} or more, load without sr or with a"
         " smaller one, or use precision='fp8' or 'int8'",
+        worst.name,
     )
 
 

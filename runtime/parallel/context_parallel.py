@@ -38,6 +38,7 @@ from magihuman.runtime.pipeline import (
     PlainDecoder,
     decode_group,
     frames_shape,
+    whole_picture,
 )
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ def _in_order(
         yield from zip(parts, magnitudes, strict=False)
     else:
         # The largest, and NaN where one is: what `finite.largest` says of all.
-        yield torch.cat(parts, dim=1 + AXES.index(turn.bands[0].axis)), magnitudes.max()
+        yield whole_picture(parts, turn.bands), magnitudes.max()
 
 
 def share(parts: Components, team: Team) -> tuple[Components, ContextParallel]:

@@ -12,6 +12,7 @@ from magihuman.runtime.pipeline.audio import (
     resample,
     whole_frames,
 )
+from magihuman.runtime.pipeline.banded import BandedDecoder
 from magihuman.runtime.pipeline.components import Components, Encoded, Prepared
 from magihuman.runtime.pipeline.continuing import joined
 from magihuman.runtime.pipeline.decode import (
@@ -22,6 +23,7 @@ from magihuman.runtime.pipeline.decode import (
     decode_frames,
     decode_group,
     frames_shape,
+    whole_picture,
 )
 from magihuman.runtime.pipeline.denoise import EmbedsText, Forward
 from magihuman.runtime.pipeline.limits import Limits
@@ -30,6 +32,7 @@ from magihuman.runtime.pipeline.pipeline import Pipeline
 __all__ = [
     "LATENT_SAMPLES",
     "AudioVAE",
+    "BandedDecoder",
     "Components",
     "Decoder",
     "EmbedsText",
@@ -48,4 +51,5 @@ __all__ = [
     "joined",
     "resample",
     "whole_frames",
+    "whole_picture",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from magihuman.kernels.decoder import ops as decoder_ops
 from magihuman.kernels.decoder import reference as ref
-from magihuman.kernels.decoder.bands import Band, Reach
+from magihuman.kernels.decoder.bands import AXES, Band, Reach
 from magihuman.runtime.config import VIDEO_STRIDE, video_frames
 from magihuman.runtime.model import TurboVAE, Window, decode_band
 from magihuman.runtime.pipeline.finite import VIDEO_DECODER, check, largest
@@ -214,6 +214,11 @@ def decode_group(
     # Copies: the next window may overwrite the decoder's own.
     pixels = decoder(latents, *_kind(group[0]), band=band).flatten(0, 1).clone()
     return pixels, decoder.magnitude.clone()
+
+
+def whole_picture(parts: Sequence[Tensor], bands: Sequence[Band]) -> Tensor:
+    """The picture that bands make: their pixels, [..., rows, columns, channels], in their order."""
+    return torch.cat(list(parts), dim=AXES.index(bands[0].axis) - 1 - len(AXES))
 
 
 class PlainDecoder:

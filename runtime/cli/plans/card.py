@@ -92,8 +92,9 @@ def _print_clips(made: list[Outlook]) -> None:
             continue
         places = each.places
         moving = [*places["moved"], *(f"{name}, streamed" for name in places["streamed"])]
+        bands = f", frames in {each.plan.bands} bands" if each.plan.bands > 1 else ""
         table.add_row(
-            each.size,
+            f"{each.size}{bands}",
             seconds_text(each),
             each.text_precision,
             ", ".join(places["resident"]),

@@ -201,6 +201,8 @@ def print_plan(plan: MemoryPlan) -> None:
         )
         before = stage
     print_table(table)
+    if plan.bands > 1:
+        out.print(f"windows of frames are decoded in {plan.bands} bands, one after another")
     if not plan.streamed:
         out.print("all weights stay on the device")
         return

@@ -96,10 +96,24 @@ def test_what_each_size_of_memory_holds(made):
 
 
 def test_where_there_is_no_way_it_says_why(made):
-    each = made["4080", "1080p"]
+    each = outlook(card_of("4080"), "1080p", limit_gb=8)
     assert each.plan is None and each.seconds is None
-    assert "no way to run in 15.4 GiB was found" in each.reason and "decode" in each.reason
+    assert "no way to run in 8.0 GiB was found" in each.reason and "super_res" in each.reason
     assert each.as_dict()["memory_plan"] == {"error": each.reason}
+
+
+def test_frames_are_decoded_in_bands_where_memory_is_small(made):
+    """What is beside a band is decoded more than once."""
+    assert all(each.plan is not None for each in made.values())
+    in_bands = {key for key, each in made.items() if each.plan.bands > 1}
+    assert ("4080", "1080p") in in_bands and {size for _, size in in_bands} == {"1080p"}
+    assert all(CARDS[name].memory_gib < 24 for name, _ in in_bands)
+    work = [outlooks._work_in_bands("1080p", bands) for bands in (1, 2, 4)]
+    assert work == sorted(work) and work[0] == pytest.approx(1) and 1.05 < work[2] < 1.5
+    cut = outlook(card_of("h100"), "1080p", limit_gb=16)
+    assert (
+        cut.plan.bands > 1 and not cut.is_measured and cut.seconds > made["h100", "1080p"].seconds
+    )
 
 
 def test_a_limit_below_the_card_is_kept():
@@ -211,6 +225,13 @@ def test_more_of_anything_is_no_slower(made):
 
 def run(*arguments: str):
     return CliRunner().invoke(main.app, ["doctor", *arguments], env={"COLUMNS": "200"})
+
+
+def test_doctor_tells_of_bands():
+    said = run("--card", "4080", "--sr", "1080p").stdout
+    assert "1080p, frames in 2 bands" in said
+    assert "windows of frames are decoded in 2 bands, one after another" in said
+    assert "bands" not in run("--card", "4080", "--sr", "540p").stdout
 
 
 def test_doctor_tells_of_a_card():
