@@ -16,7 +16,7 @@ from magihuman.runtime.errors import DeviceError, one_of
 from magihuman.runtime.memory.cards import Card
 from magihuman.runtime.memory.parts import synthetic_parts
 from magihuman.runtime.memory.placement import MARGIN_BYTES, Clips, plan_memory, stages_of
-from magihuman.runtime.memory.plan import CONTEXT_BYTES, GIB, TEXT, MemoryPlan, Part
+from magihuman.runtime.memory.plan import CONTEXT_BYTES, GIB, STARTED_BYTES, TEXT, MemoryPlan, Part
 from magihuman.runtime.memory.speeds import Speeds
 from magihuman.runtime.request import Request
 from magihuman.runtime.weights import PrecisionPolicy, TransformerSpec, linears_in_8_bits
@@ -107,7 +107,8 @@ def outlook(
     one_of("precision", precision, (None, *card.precisions))
     card = card.asked_for(kernels)
     chosen = precision or card.precisions[0]
-    limit = card.memory_bytes + CONTEXT_BYTES - MARGIN_BYTES
+    # As `limit_of` has it once the process uses the card.
+    limit = card.memory_bytes - STARTED_BYTES + CONTEXT_BYTES - MARGIN_BYTES
     limit = limit if limit_gb is None else min(limit, int(limit_gb * GIB))
     specs = specs_of(variant, size, chosen)
     speeds = Speeds(card.bus, card.linear_flops(chosen), card.attention_flops)

@@ -25,8 +25,9 @@ LOAD = "load"  # the stage before all
 SLOTS = 2  # of streamed layers of like size: one is computed while the next is brought over
 COPY_BYTES_PER_S = 50e9  # from pinned memory over PCIe 5.0 x16, where none was measured
 # What the driver, the libraries and the code of kernels hold beside what PyTorch allocates, on an
-# H100; rounded up.
-CONTEXT_BYTES = 3 * 2**28
+# H100; 0.91 GiB once cuDNN has run, rounded up.
+CONTEXT_BYTES = 2**30
+STARTED_BYTES = 5 * 2**27  # of it, as soon as a process uses the device; 0.60 GiB there
 # What PyTorch allocates beside weights and activations: cuBLAS's workspaces, latents, embeddings,
 # and what rounding blocks up leaves.
 SLACK_BYTES = 2**28
