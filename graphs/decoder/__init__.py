@@ -4,8 +4,9 @@
 and size of window, and `peak` says how much memory one takes.
 """
 
-from magihuman.graphs.decoder.replay import CompiledDecoder
+from magihuman.graphs.decoder.replay import CompiledDecoder, batch_of
 
 __all__ = [
     "CompiledDecoder",
+    "batch_of",
 ]

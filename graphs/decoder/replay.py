@@ -30,6 +30,7 @@ Call = tuple[Sequence[int], bool, int, int]  # a decoder's arguments, the shape 
 # Latents of a frame up to which windows are decoded together: 2 % faster at 480x256 (480 of them),
 # for 4 GiB more.
 SMALL = 512
+BATCH = 3
 STRIDE = 16  # pixels of a latent's side
 COLORS = 3
 # Sizes of which the graph is kept where none is captured: four kinds of window in four bands.
@@ -98,7 +99,7 @@ class CompiledDecoder:
         config: Any,
         *,
         dtype: torch.dtype = torch.uint8,
-        batch: int = 3,
+        batch: int = BATCH,
         budget_bytes: int | None = None,
         capturing: AbstractContextManager[Any] | None = None,
         replays: bool = True,
@@ -192,7 +193,7 @@ class CompiledDecoder:
 
     def batch_of(self, rows: int, columns: int) -> int:
         """How many windows of latents of this size a caller should decode at once, at most."""
-        return self._batch if rows * columns <= SMALL else 1
+        return batch_of(rows, columns, self._batch)
 
     def _prepare(self, size: Size) -> _Captured:
         """The captured graph of this size, captured now if need be."""
@@ -246,6 +247,11 @@ class CompiledDecoder:
         graph, _ = self._captures.record(warm_up, run)
         log.info("captured the decoder of %s in %.1f s", size, time.perf_counter() - start)
         return _Captured(graph, latents, pixels, magnitude)
+
+
+def batch_of(rows: int, columns: int, most: int = BATCH) -> int:
+    """How many windows of so many latent rows and columns a graph is of: of small ones, `most`."""
+    return most if rows * columns <= SMALL else 1
 
 
 def _size(

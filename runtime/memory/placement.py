@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from magihuman.graphs.decoder import batch_of
 from magihuman.graphs.support import why_not
 from magihuman.runtime import config
 from magihuman.runtime.errors import DeviceError, InvalidRequestError
@@ -282,7 +283,9 @@ def stages_of(
     is_rewritten = is_compiled and clips.vae != "plain"
     window = estimate.decoding_bytes(width, height, is_rewritten, ranks, clips.bands)
     decoders = tuple(name for name in (VIDEO, AUDIO) if name in held)
-    kept = window if is_rewritten and clips.bands == 1 else 0
+    # A graph is of several windows where they are small; without one they come one at a time.
+    together = batch_of(*sizes[-1]) if ranks == 1 else 1
+    kept = together * window if is_rewritten and clips.bands == 1 else 0
     frames = Stage(DECODE, decoders, window + sound, graph_bytes=kept, spares_graphs=True)
     return [*stages, frames]
 

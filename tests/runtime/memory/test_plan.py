@@ -196,6 +196,19 @@ def test_gpus_that_work_together_share_large_frames(others, ranks, most):
     assert aside - small == (ranks + 1) * 480 * 256 * 3 * 28
 
 
+@pytest.mark.parametrize(("sr", "name", "together"), [(None, "256p", 3), ("540p", "540p", 1)])
+def test_graphs_of_small_windows_are_of_several(others, sr, name, together):
+    """And take the memory that was measured for all of them."""
+    specs = [spec("distill", "fp8"), *([] if sr is None else [spec(f"{sr}_sr", "fp8")])]
+    stage = placement.stages_of(specs, others, Clips(is_compiled=True))[-1]
+    window = estimate.decoding_bytes(*((480, 256) if sr is None else config.SR_SIZES[sr]), True)
+    assert stage.graph_bytes == together * window
+    shared = placement.stages_of(specs, others, Clips(is_compiled=True, ranks=2))[-1]
+    assert shared.graph_bytes < 2 * window
+    found = json.loads((RESULTS / "vae_decode.json").read_text())[name]
+    assert 0.8 * stage.graph_bytes < found["default"]["device_gib"] * GIB < 1.03 * stage.graph_bytes
+
+
 def test_without_captures_no_stage_keeps_a_graph(compiles, others):
     made = placed(others, "fp8", "540p", 4, captures=False)
     assert not made.replays and not made.spared and "without captured graphs" in made.held
