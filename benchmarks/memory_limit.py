@@ -41,12 +41,25 @@ from magihuman.runtime import config
 from magihuman.runtime.memory import estimate
 from magihuman.runtime.memory.plan import GIB
 
+FP8, INT8 = {"precision": "fp8"}, {"precision": "int8"}
+TEXT_INT8 = {"text_precision": "int8"}  # else bf16
+PORTABLE = {"kernels": "portable"}
 CASES: dict[str, dict[str, Any]] = {
     "1080p bf16 in 40": {"sr": "1080p", "precision": "bf16", "memory_limit_gb": 40.0},
     "540p fp8 in 24": {"sr": "540p", "precision": "fp8", "memory_limit_gb": 24.0},
+    "540p int8, text int8 in 24": {"sr": "540p", **INT8, **TEXT_INT8, "memory_limit_gb": 24.0},
+    # The transformer stays, the text encoder moves.
+    "256p int8 in 24": {**INT8, "memory_limit_gb": 24.0},
+    "256p fp8 in 16": {**FP8, "memory_limit_gb": 16.0},
+    "256p int8, text int8 in 16": {**INT8, **TEXT_INT8, "memory_limit_gb": 16.0},
 }
-# Run where they are named: with layers streamed; with nothing moved, to compare with.
+# Run where they are named: by portable kernels; with frames in bands; with layers streamed; with
+# nothing moved, to compare with.
 OTHERS: dict[str, dict[str, Any]] = {
+    "256p fp8, text int8 in 16": {**FP8, **TEXT_INT8, "memory_limit_gb": 16.0},
+    "256p fp8, portable in 16": {**FP8, **PORTABLE, "memory_limit_gb": 16.0},
+    "256p int8, portable in 16": {**INT8, **PORTABLE, "memory_limit_gb": 16.0},
+    "1080p fp8, text int8 in 16": {"sr": "1080p", **FP8, **TEXT_INT8, "memory_limit_gb": 16.0},
     "1080p bf16 in 30": {"sr": "1080p", "precision": "bf16", "memory_limit_gb": 30.0},
     "540p fp8": {"sr": "540p", "precision": "fp8"},
 }
@@ -112,6 +125,8 @@ def run_case(
     host = estimate.free_bytes(torch.device("cpu"))
     limit_gb = options.get("memory_limit_gb")
     found: dict[str, Any] = {
+        "environment": environment.environment(),  # cases of several runs share a file
+        "options": options,
         "limit_gib": limit_gb,
         "sr_steps": sr_steps,
         "first_request_sr_steps": 1,
@@ -136,12 +151,18 @@ def run_case(
         plan = engine.memory_plan
         assert (plan is None) == (size.device.type == "cpu")
         found["plan"] = None if plan is None else plan.as_dict()
+        found["kernels"] = engine.kernels
         phase("load_s", time.perf_counter() - start)
         if plan is not None:
-            print(f"moves {list(plan.streamed)}; {plan.extra_s:.2f} s more expected", flush=True)
+            peak = f"{plan.peak_bytes / GIB:.2f} GiB and {plan.extra_s:.2f} s more expected"
+            moves = {name: len(layers) for name, layers in plan.streamed.items()}
+            print(f"streams {moves}, {plan.bands} bands; {peak}", flush=True)
         for name, steps in (("first_request_s", 1), ("request_s", sr_steps)):
             start = time.perf_counter()
-            video = engine.generate(size.prompt, seed=1, sr_steps=steps, **size.request)
+            asked = (
+                size.request if options.get("sr") is None else {**size.request, "sr_steps": steps}
+            )
+            video = engine.generate(size.prompt, seed=1, **asked)
             seconds = {**video.timings_s, "total": time.perf_counter() - start}
             found["frames"] = list(video.frames.shape)
             phase(name, seconds)
@@ -172,7 +193,7 @@ def held(sampler: Sampler, limit_gb: float | None) -> dict[str, Any]:
 
 def allowed(size: sizes.Size, options: dict[str, Any]) -> dict[str, Any]:
     """What this machine can: without a GPU neither a limit nor fp8."""
-    return options if size.device.type == "cuda" else {"sr": options["sr"]}
+    return options if size.device.type == "cuda" else {"sr": options.get("sr")}
 
 
 def main() -> None:

@@ -401,14 +401,20 @@ def memory_table(cases: dict[str, Any]) -> list[str]:
     """Whole clips in little memory; what is held was read every 20 ms."""
     stages = ("text", "denoise", "super_resolve", "decode_video", "total")
     lines = [
-        "| 5 s with `memory_limit_gb` | held, at most | text | base steps | super-resolution |"
-        " frames | in all |",
-        "|---|---|---|---|---|---|---|",
+        "| 5 s with `memory_limit_gb` | held, at most | in host memory | text | base steps |"
+        " super-resolution | frames | in all |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, case in sorted(cases.items()):
-        clip, limit = name.split(" in ")
-        seconds = " | ".join(f"{case['request_s'][stage]:.2f} s" for stage in stages)
-        lines.append(f"| {clip}, {limit} GiB | {case['device_gib']:.2f} GiB | {seconds} |")
+    limited = [name for name in cases if " in " in name and "request_s" in cases[name]]
+    for name in sorted(limited, key=lambda name: (-int(name.partition("p ")[0]), name)):
+        case, (clip, _, limit) = cases[name], name.rpartition(" in ")
+        seconds = [
+            f"{case['request_s'][stage]:.2f} s" if stage in case["request_s"] else "-"
+            for stage in stages
+        ]
+        rests = f"{(case['plan'] or {}).get('host_bytes', 0) / 2**30:.1f} GiB"
+        held = f"{case['device_gib']:.2f} GiB"
+        lines.append(f"| {clip}, {limit} GiB | {held} | {rests} | {' | '.join(seconds)} |")
     return [
         *lines,
         "",
