@@ -41,7 +41,7 @@ from magihuman.runtime.prompts import check as check_prompt
 from magihuman.runtime.request import Chunk, Plan, Progress, Request, Video
 
 if TYPE_CHECKING:
-    from magihuman.runtime.engine import Engine, load
+    from magihuman.runtime.engine import Engine, LiveChunk, LiveVoice, load
     from magihuman.runtime.evaluate import verify
     from magihuman.runtime.media import Output
     from magihuman.runtime.weights import Synthetic as synthetic
@@ -59,6 +59,8 @@ __all__ = [
     "Hooks",
     "InvalidRequestError",
     "Line",
+    "LiveChunk",
+    "LiveVoice",
     "MagiHumanError",
     "MissingExtraError",
     "NonFiniteError",
@@ -88,6 +90,8 @@ __all__ = [
 
 _LAZY = {
     "Engine": ("engine", "Engine"),
+    "LiveChunk": ("engine", "LiveChunk"),
+    "LiveVoice": ("engine", "LiveVoice"),
     "Output": ("media", "Output"),
     "convert": ("weights", "convert"),
     "load": ("engine", "load"),

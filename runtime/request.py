@@ -205,12 +205,9 @@ class Request:
         )
 
 
-class RequestOptions(TypedDict, total=False):
-    """The fields of `Request` beside the prompt, as keywords."""
+class LookOptions(TypedDict, total=False):
+    """Those fields of `Request` that have no file in them, and no length, as keywords."""
 
-    image: str | os.PathLike[str] | Image | None
-    audio: str | os.PathLike[str] | npt.NDArray[np.float32] | None
-    seconds: float
     width: int
     height: int
     sr_width: int | None
@@ -221,6 +218,14 @@ class RequestOptions(TypedDict, total=False):
     sr_steps: int | None
     guidance: float | None
     sr_guidance: float | None
+
+
+class RequestOptions(LookOptions, total=False):
+    """The fields of `Request` beside the prompt, as keywords."""
+
+    image: str | os.PathLike[str] | Image | None
+    audio: str | os.PathLike[str] | npt.NDArray[np.float32] | None
+    seconds: float
     continue_from: Video | str | os.PathLike[str] | None
 
 

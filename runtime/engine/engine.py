@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import torch
 
@@ -21,22 +23,32 @@ from magihuman.runtime import config
 from magihuman.runtime.device import forget, neutral
 from magihuman.runtime.engine.callers import Callers
 from magihuman.runtime.engine.failures import Failures, advice
+from magihuman.runtime.engine.live import (
+    LiveChunk,
+    LiveOptions,
+    LiveVoice,
+    Session,
+    live_options,
+    pump_of,
+)
+from magihuman.runtime.engine.live.options import PROMPT, WINDOW_S
 from magihuman.runtime.engine.long import LongOptions, checked_window_s, chunks, long_request
 from magihuman.runtime.engine.queue import QueueStage, RequestQueue, Ticket
 from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, awaited
 from magihuman.runtime.engine.warmup import Size, requests_of, warm
-from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
+from magihuman.runtime.errors import InvalidRequestError, MagiHumanError, shown
 from magihuman.runtime.exported import TensorRTVAE
 from magihuman.runtime.hooks import REQUEST, Hooks, spans
 from magihuman.runtime.media import ClipWriter, Output, check_output
 from magihuman.runtime.memory import MemoryPlan
 from magihuman.runtime.parallel import ContextParallel
-from magihuman.runtime.pipeline import Components, Limits, Pipeline
+from magihuman.runtime.pipeline import Components, Limits, Pipeline, Row, WindowPipeline
 from magihuman.runtime.prompts import Prompt, Scene
 from magihuman.runtime.request import (
     STANDARD_SIZE,
     Chunk,
     ClipSize,
+    LookOptions,
     ProgressCallback,
     Request,
     RequestOptions,
@@ -44,17 +56,27 @@ from magihuman.runtime.request import (
     request_of,
 )
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 log = logging.getLogger("magihuman")
+
+MOST_KEPT = 2  # chunks of a live picture that nobody has taken yet
+PROMPT_STEP = 64  # letters by which prompts are told apart that may need graphs of their own
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request that has arrived: its place in the queue, the file it goes to and its callback."""
+    """A request that has arrived: its place in the queue, the file it goes to and its callback.
+
+    row: of a window of a picture that goes on.
+    """
 
     request: Request
     ticket: Ticket
     save: Output | None
     on_progress: ProgressCallback | None
+    row: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +152,7 @@ class Engine:
         self._variant = info.variant
         self._callers = Callers()
         self._queue = RequestQueue(queue_limit)
+        self._live_costs: dict[tuple[object, ...], dict[int, float]] = {}
         self._failures = Failures(info.device, self._queue)
         self._context_parallel = shared
         self.rank = 0 if shared is None else shared.team.rank
@@ -247,7 +270,7 @@ class Engine:
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
         **options: Unpack[RequestOptions],
-    ) -> Stream:
+    ) -> Stream[Chunk]:
         """Make one clip, and hand it over as `Chunk`s: frames with their sound as they are decoded.
 
         Arguments and errors are those of `generate`. What is wrong with the request, or with the
@@ -295,6 +318,60 @@ class Engine:
         made = LongOptions(window_s, path, on_progress, cancel, deadline_s, values)
         return chunks(self.generate, scenes, voice, made)
 
+    def live(
+        self,
+        image: str | os.PathLike[str] | Image,
+        voice: LiveVoice,
+        prompt: str | Prompt = PROMPT,
+        *,
+        window_seconds: float = WINDOW_S,
+        on_ready: Callable[[], None] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        **options: Unpack[LookOptions],
+    ) -> Stream[LiveChunk]:
+        """Have a face speak while its voice is still coming, and yield `LiveChunk`s.
+
+        Each is a window of the voice that has come since the one before; where none has, the face
+        idles. A window goes on from the last frame of the one before. No more of them are kept than
+        are under way: chunks that nobody takes hold the session up, and make it late.
+
+        Args:
+            image: of the face.
+            voice: that is fed, or has a source, meanwhile.
+            prompt: of all windows.
+            window_seconds: of a window, 0.64 to 4; up to twice as long where the device falls
+                behind. A sound is seen after a window and what making it takes.
+            on_ready: called once every model has run and the clock starts, from another thread;
+                feed a microphone from then on.
+            on_progress: as `generate` says, of each window.
+            cancel: as of `generate`; closing the stream does the same.
+            options: size, steps, guidance and seed, as of `generate`. The seed counts up by one
+                with each window.
+
+        Raises `InvalidRequestError` here, and what `generate` raises where a chunk is taken.
+        """
+        made = partial(live_options, image, prompt, window_seconds, options)
+        asked = made(self._suited, on_ready=on_ready, on_progress=on_progress, cancel=cancel)
+        return self._live(voice, asked, None)
+
+    def alive(
+        self,
+        image: str | os.PathLike[str] | Image,
+        voice: LiveVoice,
+        prompt: str | Prompt = PROMPT,
+        *,
+        window_seconds: float = WINDOW_S,
+        on_ready: Callable[[], None] | None = None,
+        on_progress: ProgressCallback | None = None,
+        cancel: threading.Event | None = None,
+        **options: Unpack[LookOptions],
+    ) -> AsyncStream[LiveChunk]:
+        """As `live`, for `async for` and `async with`; the voice may have an async source."""
+        made = partial(live_options, image, prompt, window_seconds, options)
+        asked = made(self._suited, on_ready=on_ready, on_progress=on_progress, cancel=cancel)
+        return AsyncStream(self._live(voice, asked, asyncio.get_running_loop()))
+
     async def agenerate(
         self,
         prompt: str | Prompt | Request,
@@ -323,7 +400,7 @@ class Engine:
         cancel: threading.Event | None = None,
         deadline_s: float | None = None,
         **options: Unpack[RequestOptions],
-    ) -> AsyncStream:
+    ) -> AsyncStream[Chunk]:
         """Make one clip as `generate_stream` does, for `async for` and `async with`."""
         return AsyncStream(
             self.generate_stream(
@@ -413,6 +490,33 @@ class Engine:
             self._serve(call)
         return call
 
+    def _live(
+        self, voice: LiveVoice, options: LiveOptions, loop: asyncio.AbstractEventLoop | None
+    ) -> Stream[LiveChunk]:
+        """Begin what `live` says. loop: where a source of the voice runs that is asynchronous."""
+        self._callers.check("live()")
+        self._check_rank()
+        if not isinstance(voice, LiveVoice):
+            raise InvalidRequestError(
+                f"voice must be a LiveVoice, got {shown(voice)}; make one of the rate and, where"
+                " there is one, the iterator of its samples"
+            )
+        request = Request(prompt=options.prompt, **options.request)
+        size = request.plan(self._variant, self.sr).size_px
+        longest_s = options.lengths[-1] / config.FPS
+        pump = pump_of(voice, 2 * longest_s, loop)
+        limits, row = Limits(options.cancel), Row()
+        voice.take()
+
+        def begin(request: Request) -> Callable[[], Video]:
+            call = Call(request, self._queue.join(limits), None, options.on_progress, row)
+            return partial(self._serve, call)
+
+        known = (size, request.steps, options.lengths, len(options.prompt) // PROMPT_STEP)
+        costs = self._live_costs.setdefault(known, {})
+        session = Session(begin, row.begin_again, voice, options, limits, costs)
+        return Stream(limits, lambda emit: session.run(emit, pump), self._callers, most=MOST_KEPT)
+
     def _check_rank(self) -> None:
         if self.rank:
             raise InvalidRequestError(
@@ -487,7 +591,8 @@ class Engine:
     def _pipeline(self, call: Call) -> Pipeline:
         """The stages of a request, none of them done yet."""
         assert self._parts is not None  # for as long as a request has a place
-        return Pipeline(
+        kind = Pipeline if call.row is None else partial(WindowPipeline, call.row)
+        return kind(
             self._parts,
             self._variant,
             self.sr,

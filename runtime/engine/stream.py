@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Generic, Self, TypeVar, cast
 
 from magihuman.runtime.config import FPS, SAMPLE_RATE_HZ
 from magihuman.runtime.engine.callers import Callers
@@ -18,6 +18,7 @@ from magihuman.runtime.request import Chunk, Video
 from magihuman.runtime.threads import spawn
 
 Result = TypeVar("Result")
+Piece = TypeVar("Piece", bound=Chunk)
 Emit = Callable[[Chunk], None]
 Part = Chunk | BaseException | None  # a piece, why there are no more, or that it was the last
 
@@ -88,9 +89,11 @@ class Chunker:
 class _Pipe:
     """Chunks on their way from one thread to another, or to an event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits, most: int | None) -> None:
+        """limits: end what waits to put. most: chunks that may lie here; None for any number."""
         self.maker: int | None = None  # the thread that makes chunks, while it does
-        self._changed = threading.Lock()
+        self._limits, self._most = limits, most
+        self._changed = threading.Condition()
         self._ready: deque[Part] = deque()
         self._waiting: Future[Part] | None = None
 
@@ -105,13 +108,19 @@ class _Pipe:
             future: Future[Part] = Future()
             if self._ready:
                 future.set_result(self._ready.popleft())
+                self._changed.notify_all()
             else:
                 self._waiting = future
             return future
 
     def put(self, part: Part) -> None:
-        """Add what comes next, without waiting for the consumer."""
+        """Add what comes next; a chunk waits for the consumer where as many lie here as may."""
         with self._changed:
+            while isinstance(part, Chunk) and self._most is not None:
+                self._limits.check()
+                if len(self._ready) < self._most:
+                    break
+                self._changed.wait(self._limits.look_s())
             waiting, self._waiting = self._waiting, None
             if waiting is not None and waiting.set_running_or_notify_cancel():
                 waiting.set_result(part)
@@ -119,18 +128,26 @@ class _Pipe:
                 self._ready.append(part)
 
 
-class Stream:
+class Stream(Generic[Piece]):
     """The chunks of one clip, in order: an iterator, and a context that closes itself.
 
     The clip is made in another thread, whether or not chunks are taken, so a slow consumer
     does not hold the device. A stream that nobody holds any more is cancelled.
     """
 
-    def __init__(self, limits: Limits, work: Callable[[Emit], object], callers: Callers) -> None:
-        """Begin. callers: of the engine that makes the clip."""
+    def __init__(
+        self,
+        limits: Limits,
+        work: Callable[[Emit], object],
+        callers: Callers,
+        most: int | None = None,
+    ) -> None:
+        """Begin. callers: of the engine that makes the clip. most: chunks that may wait to be
+        taken, after which work waits; None for any number.
+        """
         self._limits, self._callers = limits, callers
         self._is_over = False
-        self._pipe = pipe = _Pipe()
+        self._pipe = pipe = _Pipe(limits, most)
 
         def run() -> None:
             pipe.maker = threading.get_ident()
@@ -148,7 +165,7 @@ class Stream:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Chunk:
+    def __next__(self) -> Piece:
         if not self._is_over:
             self._check()
         chunk = None if self._is_over else self._taken(self._pipe.next().result())
@@ -179,7 +196,7 @@ class Stream:
         if self._pipe.maker != threading.get_ident():
             wait([self._made])
 
-    async def take(self) -> Chunk | None:
+    async def take(self) -> Piece | None:
         """The next chunk, None after the last; cancelling this cancels the clip."""
         if self._is_over:
             return None
@@ -197,23 +214,23 @@ class Stream:
         if not self._pipe.has_next:
             self._callers.check("a stream that has nothing ready")
 
-    def _taken(self, part: Part) -> Chunk | None:
+    def _taken(self, part: Part) -> Piece | None:
         self._is_over = not isinstance(part, Chunk)
         if isinstance(part, BaseException):
             raise part
-        return part
+        return cast("Piece | None", part)
 
 
-class AsyncStream:
+class AsyncStream(Generic[Piece]):
     """A `Stream` for `async for`, and a context that closes itself."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream[Piece]) -> None:
         self._stream = stream
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Chunk:
+    async def __anext__(self) -> Piece:
         chunk = await self._stream.take()
         if chunk is None:
             raise StopAsyncIteration

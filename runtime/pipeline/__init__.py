@@ -2,7 +2,8 @@
 
 `pipeline` has the stages, `components` the models they use and what they hand on. `denoise` has the
 loops over `schedulers`, `decode` makes frames, `audio` sound, `limits` ends a request early, and
-`finite` one that would make a wrong clip. `continuing` has one clip go on from another.
+`finite` one that would make a wrong clip. `continuing` has one clip go on from another, and
+`windows` a row of them without an end.
 """
 
 from magihuman.runtime.pipeline.audio import (
@@ -28,6 +29,7 @@ from magihuman.runtime.pipeline.decode import (
 from magihuman.runtime.pipeline.denoise import EmbedsText, Forward
 from magihuman.runtime.pipeline.limits import Limits
 from magihuman.runtime.pipeline.pipeline import Pipeline
+from magihuman.runtime.pipeline.windows import Row, WindowPipeline
 
 __all__ = [
     "LATENT_SAMPLES",
@@ -43,8 +45,10 @@ __all__ = [
     "Pipeline",
     "PlainDecoder",
     "Prepared",
+    "Row",
     "VideoDecoder",
     "Waveform",
+    "WindowPipeline",
     "decode_frames",
     "decode_group",
     "frames_shape",

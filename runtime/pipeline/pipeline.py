@@ -168,14 +168,7 @@ class Pipeline:
         plan, components = prepared.plan, self.components
         with self.encoders(), self.on_stream(components.encode_stream):
             self.generator.manual_seed(self.request.seed)
-            with self.stage("text", TEXT):
-                text = self.text_encoder.encode(prepared.ids)
-                null_text = None
-                if plan.guidance is not None or plan.sr_guidance is not None:
-                    null_ids, _ = self.text_encoder.tokenize(self.request.negative_prompt)
-                    null_text = self.text_encoder.encode(null_ids)
-                self.finite.watch(text, TEXT_ENCODER)
-                self.finite.watch(null_text, TEXT_ENCODER)
+            text, null_text = self.encode_text(prepared)
             with self.stage("audio", *(() if prepared.samples is None else (AUDIO,))):
                 if prepared.samples is None:
                     audio = self.draw(1, plan.audio, config.AUDIO_CHANNELS)
@@ -419,6 +412,19 @@ class Pipeline:
             return v_video, v_audio
 
         return watched
+
+    def encode_text(self, prepared: Prepared) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of the prompt and, where there is guidance, of the negative prompt."""
+        plan = prepared.plan
+        with self.stage("text", TEXT):
+            text = self.text_encoder.encode(prepared.ids)
+            null_text = None
+            if plan.guidance is not None or plan.sr_guidance is not None:
+                null_ids, _ = self.text_encoder.tokenize(self.request.negative_prompt)
+                null_text = self.text_encoder.encode(null_ids)
+            self.finite.watch(text, TEXT_ENCODER)
+            self.finite.watch(null_text, TEXT_ENCODER)
+        return text, null_text
 
     def encode_image(self, image: Image | None, rows: int, columns: int) -> Tensor | None:
         """The reference image's latent [1, 48, 1, rows, columns], where there is an image."""
