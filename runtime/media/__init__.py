@@ -10,7 +10,7 @@ formats, and stills. `quality` says how far two clips are apart.
 from magihuman.runtime.media import quality
 from magihuman.runtime.media.apart import Decoders, FrameTask, ImageTask, SoundTask, StillTask
 from magihuman.runtime.media.clip import ClipWriter, Origin, Output, mark, xmp_of
-from magihuman.runtime.media.fragments import FragmentWriter
+from magihuman.runtime.media.fragments import Fragments, FragmentWriter
 from magihuman.runtime.media.image import fit, open_image
 from magihuman.runtime.media.mp4 import Mp4Writer, read_frames, write_mp4
 from magihuman.runtime.media.output import (
@@ -32,6 +32,7 @@ __all__ = [
     "ClipWriter",
     "Decoders",
     "FragmentWriter",
+    "Fragments",
     "FrameTask",
     "Frames",
     "ImageTask",

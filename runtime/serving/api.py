@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from magihuman.runtime.files import version
 from magihuman.runtime.serving.asked.rules import refusal
 from magihuman.runtime.serving.errors import ApiError, too_large
+from magihuman.runtime.serving.face.routes import FaceRoutes
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.live.routes import LiveRoutes
 from magihuman.runtime.serving.metrics import Metrics
@@ -75,6 +76,7 @@ def create_app(
     ModelRoutes(settings).add_to(app, check)
     SyncRoute(videos).add_to(app, check)
     LiveRoutes(jobs).add_to(app, check)
+    FaceRoutes(settings, jobs).add_to(app)
     return app
 
 
@@ -90,11 +92,17 @@ class LimitsMiddleware:
         self._is_local = settings.is_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, as ASGI has it; what is no HTTP is passed on."""
-        if scope["type"] != "http":
+        """Answer a request, as ASGI has it."""
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        if scope["type"] == "websocket":
+            if self._refusal("CONNECT", headers) is None:
+                await self._app(scope, receive, send)
+            else:  # with the status 403, before it is one
+                await send({"type": "websocket.close"})
+            return
         status = 500
         received = 0
 

@@ -25,7 +25,16 @@ from magihuman.runtime.serving.cluster.local import cluster
 from magihuman.runtime.serving.cluster.loopback import close_replica
 from magihuman.runtime.serving.front.server import Front
 from magihuman.runtime.serving.jobs import Jobs
-from magihuman.runtime.serving.messages import EngineLost, Event, Figures, Make, Report, Work
+from magihuman.runtime.serving.messages import (
+    EngineLost,
+    Event,
+    Figures,
+    LiveWork,
+    Make,
+    Report,
+    Spoken,
+    Work,
+)
 from magihuman.runtime.serving.metrics import FOLDER_VARIABLES, EngineFigures, Metrics
 from magihuman.runtime.serving.observe import relay, tracing
 from magihuman.runtime.serving.replica import EngineReplica
@@ -83,7 +92,7 @@ class Replica(EngineReplica):
         super().__init__(options, warmup, tracing.hooks(), encoding)
 
     async def make(
-        self, work: Work, carrier: tracing.Carrier | None = None
+        self, work: Work | LiveWork, carrier: tracing.Carrier | None = None
     ) -> AsyncGenerator[Event, None]:
         """Make a video, as `EngineReplica.make` does; Ray tells the caller if the process ended.
 
@@ -92,7 +101,9 @@ class Replica(EngineReplica):
         try:
             async with aclosing(tracing.below(carrier or {}, super().make(work))) as events:
                 async for event in events:
-                    if not isinstance(event, Report):  # who is told of the end finds it counted
+                    if not isinstance(
+                        event, (Report, Spoken)
+                    ):  # who is told of the end finds it counted
                         await self._tell()
                     yield event
         except EngineLost:
@@ -239,8 +250,8 @@ def _has_begun() -> bool:
 def _remote(engines: DeploymentHandle[Any]) -> Make:
     streaming = engines.options(stream=True)
 
-    async def make(work: Work) -> AsyncGenerator[Event, None]:
-        with tracing.attempt(work.save.parent.name) as carrier:
+    async def make(work: Work | LiveWork) -> AsyncGenerator[Event, None]:
+        with tracing.attempt(work.name) as carrier:
             answer = streaming.make.remote(work, carrier)
             response = cast("DeploymentResponseGenerator[Event]", answer)
             try:

@@ -7,8 +7,14 @@ import heapq
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import (
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +47,10 @@ SHARES = {
 
 class LineFull(Exception):  # noqa: N818 - an outcome, not a fault
     """As many videos wait as may."""
+
+
+class EnginesBusy(Exception):  # noqa: N818 - an outcome, not a fault
+    """No engine is without a video that is made, or a face that speaks."""
 
 
 class Draining(Exception):  # noqa: N818 - a state
@@ -102,6 +112,9 @@ class Jobs:
         self._store = Store(settings.folder, settings.keep_s)
         self._slots = asyncio.Semaphore(slots)
         self._abreast = max(1, slots // 2)  # made at a time
+        self._of_engine = min(2, slots)  # slots that an engine has
+        self._being_made = self._faces = 0
+        self._leaving = asyncio.Event()
         self._attempts: dict[str, Attempt] = {}  # of jobs that have not ended
         self._bells = Bells()
         self._writers = asyncio.Semaphore(WRITERS)
@@ -207,6 +220,29 @@ class Jobs:
         finally:
             self._arriving -= 1
 
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[Make]:
+        """Keep an engine from videos for as long as the context lasts, for a face that speaks.
+
+        Raises `EnginesBusy` where each has something to make, or `Draining`.
+        """
+        if self.is_draining:
+            raise Draining
+        if self._being_made + self._faces >= self._abreast:
+            raise EnginesBusy
+        self._faces += 1
+        try:
+            async with AsyncExitStack() as stack:
+                for _ in range(self._of_engine):
+                    await stack.enter_async_context(self._slots)
+                yield self._make
+        finally:
+            self._faces -= 1
+
+    async def leaving(self) -> None:
+        """Return once the server is about to stop."""
+        await self._leaving.wait()
+
     async def add(self, job: Job, fill: Callable[[Path], None]) -> None:
         """Write the job and put it in line, even where whoever asks has gone meanwhile.
 
@@ -245,6 +281,7 @@ class Jobs:
     async def drain(self, bound_s: float) -> None:
         """Take no more jobs, let those being made end within so many seconds; all others stay."""
         self.is_draining = True
+        self._leaving.set()
         self._bells.ring_all()
         running = []
         for name, task in self._tasks.items():
@@ -260,6 +297,7 @@ class Jobs:
     async def close(self) -> None:
         """Give up what is being made; it is queued again on disk."""
         self.is_draining = True
+        self._leaving.set()
         self._bells.ring_all()
         tasks = [*self._tasks.values(), *filter(None, [self._sweeper])]
         for task in tasks:
@@ -302,6 +340,13 @@ class Jobs:
         self._bells.ring_all()
 
     async def _attempt(self, job: Job) -> None:
+        self._being_made += 1
+        try:
+            await self._made(job)
+        finally:
+            self._being_made -= 1
+
+    async def _made(self, job: Job) -> None:
         store = self._store
         save, live = store.video(job), store.live(job)
         work = Work(store.request(job), save, self._settings.timeout_s, live)

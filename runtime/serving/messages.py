@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from magihuman.runtime.request import Request
 
@@ -27,6 +27,44 @@ class Work:
     save: Path
     deadline_s: float | None
     live: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the video."""
+        return self.save.parent.name
+
+
+@dataclass(frozen=True)
+class LiveWork:
+    """A face that speaks while its voice is still coming.
+
+    Attributes:
+        name: of the session.
+        image, prompt, options: of `Engine.live`.
+        rate_hz: of the voice.
+        socket: a Unix socket to connect to. The voice comes from there, mono and 16 bits, and
+            fragmented mp4 goes back.
+    """
+
+    name: str
+    image: Path
+    prompt: str
+    rate_hz: int
+    socket: Path
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A window of a face has gone to its socket; the fields are those of a `LiveChunk`."""
+
+    index: int
+    start_s: float
+    frames: int
+    window_s: float
+    delay_s: float
+    late: bool
+    repeated: int
 
 
 @dataclass(frozen=True)
@@ -95,5 +133,5 @@ class EngineLost(Exception):  # noqa: N818 - a state, not a fault of this reques
     """The engine has gone, with what it was making; another can make it again."""
 
 
-Event = Report | Window | Made | Failed
-Make = Callable[[Work], AsyncGenerator[Event, None]]  # may raise EngineLost
+Event = Report | Window | Spoken | Made | Failed
+Make = Callable[[Work | LiveWork], AsyncGenerator[Event, None]]  # may raise EngineLost

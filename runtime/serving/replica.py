@@ -11,7 +11,7 @@ import resource
 import secrets
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from magihuman import runtime
 from magihuman.runtime.files import sync
 from magihuman.runtime.hooks import Hooks
 from magihuman.runtime.media import FragmentWriter, check_output
+from magihuman.runtime.serving.face.speaking import code_of, speak
 from magihuman.runtime.serving.messages import (
     EngineLost,
     Event,
     Failed,
     Figures,
+    LiveWork,
     Made,
     Report,
     Window,
@@ -67,14 +69,20 @@ class EngineReplica:
         if not self._engine.is_usable:
             raise RuntimeError("the engine can make no more videos; start another process")
 
-    async def make(self, work: Work) -> AsyncGenerator[Event, None]:
-        """Make one video and say how far it is. Closing this, or cancelling it, gives it up.
+    async def make(self, work: Work | LiveWork) -> AsyncGenerator[Event, None]:
+        """Make one video, or have a face speak, and say how far it is. Closing this, or cancelling
+        it, gives it up.
 
         Raises:
             EngineLost: the engine has failed for good.
         """
         yield Report("prepare", 0, 0)
         _count_memory()
+        if isinstance(work, LiveWork):
+            async with aclosing(speak(self._engine, work)) as spoken:
+                async for said in spoken:
+                    yield said
+            return
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -183,7 +191,7 @@ async def _outcome(making: asyncio.Task[runtime.Chunk], path: Path) -> Made | Fa
     except runtime.EngineUnusable as error:
         raise EngineLost(str(error)) from error
     except runtime.MagiHumanError as error:
-        return Failed(_code(error), str(error).replace(str(path.parent), "the server's folder"))
+        return Failed(code_of(error), str(error).replace(str(path.parent), "the server's folder"))
     except Exception:
         log.exception("%s has failed", path.parent.name)
         message = "something went wrong in the engine; the server's log has the details"
@@ -202,18 +210,3 @@ def _peak_memory_mb() -> float:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def _code(error: runtime.MagiHumanError) -> str:
-    match error:
-        case runtime.InvalidRequestError():
-            return "invalid_request"
-        case runtime.DeadlineExceeded():
-            return "deadline_exceeded"
-        case runtime.DeviceError():
-            return "device"
-        case runtime.OutputError():
-            return "disk"
-        case runtime.NonFiniteError():
-            return "model"
-    return "engine"

@@ -3,6 +3,6 @@
 `boxes` lays fragments out, `writer` encodes windows of a clip and writes them.
 """
 
-from magihuman.runtime.media.fragments.writer import FragmentWriter
+from magihuman.runtime.media.fragments.writer import Fragments, FragmentWriter
 
-__all__ = ["FragmentWriter"]
+__all__ = ["FragmentWriter", "Fragments"]

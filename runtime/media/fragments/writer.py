@@ -35,6 +35,39 @@ CONTAINER = {"movflags": "empty_moov+default_base_moof"}
 VIDEO_TRACK, AUDIO_TRACK = 1, 2
 
 
+class Fragments:
+    """Encodes windows of a clip, each to what a player can have at once.
+
+    For one thread at a time.
+    """
+
+    def __init__(self, fps: int, sample_rate_hz: int) -> None:
+        self._fps, self._rate = fps, sample_rate_hz
+        self._encoders: _Encoders | None = None
+        self._number = 0
+
+    def add(
+        self, frames: npt.NDArray[np.uint8], audio: npt.NDArray[np.float32], is_last: bool
+    ) -> bytes:
+        """Encode the next window: a fragment, behind what a file begins with where it is the first.
+
+        frames: [n, H, W, 3] RGB, n at least 1. audio: [samples, 2], of the same span; of the last
+        window, what is longer than its frames is left out. Raises `av.FFmpegError`.
+        """
+        beginning = b""
+        if self._encoders is None:
+            self._encoders = _Encoders(frames.shape[2], frames.shape[1], self._fps, self._rate)
+            beginning = self._encoders.init
+        self._number += 1
+        return beginning + fragment(self._number, self._encoders.runs(frames, audio, is_last))
+
+    def close(self) -> None:
+        """Free the encoders. May be called again."""
+        encoders, self._encoders = self._encoders, None
+        if encoders is not None:
+            encoders.close()
+
+
 class FragmentWriter:
     """Writes a fragmented mp4, a fragment for each window, that can be read while it grows.
 
@@ -46,9 +79,7 @@ class FragmentWriter:
         path.unlink(missing_ok=True)
         number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._file = open(number, "wb", buffering=0)  # noqa: SIM115 - closed with this
-        self._fps, self._rate = fps, sample_rate_hz
-        self._encoders: _Encoders | None = None
-        self._number = 0
+        self._fragments = Fragments(fps, sample_rate_hz)
         self._bytes = 0
 
     def __enter__(self) -> Self:
@@ -65,27 +96,16 @@ class FragmentWriter:
     def add(
         self, frames: npt.NDArray[np.uint8], audio: npt.NDArray[np.float32], is_last: bool
     ) -> int:
-        """Encode and write the next window, and return the bytes of the file so far.
-
-        frames: [n, H, W, 3] RGB, n at least 1. audio: [samples, 2], of the same span; of the last
-        window, what is longer than its frames is left out.
-
-        Raises:
-            OSError, av.FFmpegError: it cannot be written or encoded.
+        """Encode and write the next window, as `Fragments.add` says, and return the bytes of the
+        file so far. Raises `OSError` or `av.FFmpegError`.
         """
-        if self._encoders is None:
-            self._encoders = _Encoders(frames.shape[2], frames.shape[1], self._fps, self._rate)
-            self._write(self._encoders.init)
-        self._number += 1
-        self._write(fragment(self._number, self._encoders.runs(frames, audio, is_last)))
+        self._write(self._fragments.add(frames, audio, is_last))
         return self._bytes
 
     def close(self) -> None:
         """Close the file, which stays as it is. May be called again."""
         self._file.close()
-        encoders, self._encoders = self._encoders, None
-        if encoders is not None:
-            encoders.close()
+        self._fragments.close()
 
     def _write(self, content: bytes) -> None:
         view = memoryview(content)

@@ -71,7 +71,9 @@ def said(value: object) -> str:
     return shown(repr(value)) if isinstance(value, (str, int, float)) else "a value of another kind"
 
 
-def _whole(least: int, most: int) -> tuple[Read, tuple[Schema, ...]]:
+def whole(least: int, most: int) -> tuple[Read, tuple[Schema, ...]]:
+    """Return what reads a whole number in a range, also as text, and its schemas."""
+
     def read(value: Any) -> int:
         if isinstance(value, str) and re.fullmatch(WHOLE, value):
             value = int(value)
@@ -88,7 +90,9 @@ def _whole(least: int, most: int) -> tuple[Read, tuple[Schema, ...]]:
     return read, kinds
 
 
-def _number(least: float, most: float, also: tuple[float, ...] = ()) -> tuple[Read, Any]:
+def number(least: float, most: float, also: tuple[float, ...] = ()) -> tuple[Read, Any]:
+    """Return what reads a number in a range, also as text, and its schemas."""
+
     def read(value: Any) -> float:
         if isinstance(value, str) and re.fullmatch(NUMBER, value):
             value = float(value)
@@ -97,8 +101,8 @@ def _number(least: float, most: float, also: tuple[float, ...] = ()) -> tuple[Re
             raise ValueError
         return float(value)
 
-    number = {"type": "number", "minimum": min(least, *also, least), "maximum": most}
-    return read, (number, {"type": "string", "pattern": NUMBER})
+    plain = {"type": "number", "minimum": min(least, *also, least), "maximum": most}
+    return read, (plain, {"type": "string", "pattern": NUMBER})
 
 
 def text(value: Any) -> str:
@@ -132,7 +136,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 SIDE_MUST = f"a whole number of pixels from {MIN_SIDE_PX} to {MAX_SIDE_PX}"
-SIDES = _whole(MIN_SIDE_PX, MAX_SIDE_PX)
+SIDES = whole(MIN_SIDE_PX, MAX_SIDE_PX)
 TEXT: Schema = {"type": "string"}
 TEXT_MUST = "text of valid Unicode"
 
@@ -151,7 +155,7 @@ FIELDS: dict[str, Rule] = {
     "seconds": Rule(
         f"a number from {MIN_SECONDS:g} to {MAX_SECONDS:g}",
         "ask for a length in this range",
-        *_number(MIN_SECONDS, MAX_SECONDS),
+        *number(MIN_SECONDS, MAX_SECONDS),
         "Of the clip.",
     ),
     "size": Rule(
@@ -166,19 +170,19 @@ FIELDS: dict[str, Rule] = {
     "num_frames": Rule(
         f"a whole number from {MIN_FRAMES} to {MAX_FRAMES}",
         "or give seconds",
-        *_whole(MIN_FRAMES, MAX_FRAMES),
+        *whole(MIN_FRAMES, MAX_FRAMES),
         f"In place of seconds; {FPS} frames are one.",
     ),
     "fps": Rule(
         f"a number from 1 to {MAX_FPS}",
         f"leave it out: clips have {FPS} frames a second",
-        *_number(1, MAX_FPS),
+        *number(1, MAX_FPS),
         f"Clips have {FPS} frames a second; any other number is a warning.",
     ),
     "seed": Rule(
         f"a whole number from 0 to {MAX_SEED}",
         "leave it out for 42",
-        *_whole(0, MAX_SEED),
+        *whole(0, MAX_SEED),
         "Same seed, same clip; 42 by default.",
     ),
     "negative_prompt": Rule(
@@ -187,13 +191,13 @@ FIELDS: dict[str, Rule] = {
     "num_inference_steps": Rule(
         f"a whole number from 1 to {MAX_STEPS}",
         "leave it out for as many as the model was made for",
-        *_whole(1, MAX_STEPS),
+        *whole(1, MAX_STEPS),
         "Denoising steps.",
     ),
     "guidance_scale": Rule(
         "0 or 1, which both turn guidance off, or a number from 1 to 100",
         "leave it out for the model's",
-        *_number(1, 100, also=(0,)),
+        *number(1, 100, also=(0,)),
         "Of the base model; 0 and 1 turn it off.",
     ),
     "enhance": Rule(
@@ -206,7 +210,7 @@ FIELDS: dict[str, Rule] = {
     "n": Rule(
         "a whole number from 1 up",
         "leave it out",
-        *_whole(1, MAX_COUNT),
+        *whole(1, MAX_COUNT),
         "Videos, of which a request makes one.",
     ),
 }

@@ -18,6 +18,7 @@ class Bounds:
         idle_s: until a client that takes nothing of an answer is dropped.
         linger_s: for what a client still sends that has been refused, so that it reads why.
         connections: open at once.
+        message_bytes: of a message of a WebSocket.
     """
 
     head_bytes: int = 64 * 2**10
@@ -26,6 +27,7 @@ class Bounds:
     idle_s: float = 60.0
     linger_s: float = 2.0
     connections: int = 1000
+    message_bytes: int = 12 * 2**20
 
 
 def room_for(connections: int) -> int:

@@ -76,6 +76,12 @@ class Connection(H11Protocol):
             self._stop_waiting()
             self._crowd.busy(self)
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Be a connection no more: what comes is for a `Channel`."""
+        self._stop_waiting()
+        self._crowd.leave(self)
+        super().handle_websocket_upgrade(event)
+
     def on_response_complete(self) -> None:
         """Wait for the next request, and for the rest of this one's body."""
         self._crowd.idle(self)

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from magihuman.runtime.serving.front.bounds import Bounds, room_for
+from magihuman.runtime.serving.front.channel import Channel
 from magihuman.runtime.serving.front.connection import Connection
 from magihuman.runtime.serving.front.crowd import Crowd
 
@@ -43,7 +44,9 @@ class Front:
             uvicorn.Config(
                 cast("Any", app),
                 http=cast("Any", partial(Connection, crowd=self._crowd, bounds=bounds)),
-                ws="none",
+                ws=cast("Any", partial(Channel, crowd=self._crowd)),
+                ws_max_size=bounds.message_bytes,
+                ws_per_message_deflate=False,
                 lifespan="off",
                 log_config=None,
                 access_log=False,
