@@ -17,7 +17,7 @@ from magihuman.runtime.serving.errors import ApiError
 from magihuman.runtime.serving.settings import Settings
 
 STATIC = "magihuman.runtime.serving"  # where the folder `static` is
-PAGE = "page.html"
+PAGE, LIVE = "page.html", "live.html"
 PLACE = re.compile(r"\{\{([a-z-]+)\}\}")  # {{seconds}}
 MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
 # The page loads its own files alone, runs nothing that is written into it, and may ask this server.
@@ -41,13 +41,16 @@ class PageRoutes:
     def add_to(self, app: FastAPI) -> None:
         """Bind the routes, which are for everybody."""
         app.get("/", response_class=HTMLResponse, include_in_schema=False)(self.page)
+        app.get("/live", response_class=HTMLResponse, include_in_schema=False)(self.live)
         app.get("/static/{name}", include_in_schema=False)(self.file)
 
     async def page(self) -> HTMLResponse:
         """Answer with the page, filled in for the model."""
-        values = self._values()
-        text = PLACE.sub(lambda found: values[found[1]], _read(PAGE).decode())
-        return HTMLResponse(text, headers={"Content-Security-Policy": POLICY})
+        return self._filled(PAGE)
+
+    async def live(self) -> HTMLResponse:
+        """Answer with the page of a face that answers."""
+        return self._filled(LIVE)
 
     async def file(self, name: str) -> Response:
         """Answer with a style or script of the page."""
@@ -55,6 +58,11 @@ class PageRoutes:
         if kind is None:
             raise ApiError(404, "not_found", "there is no such file")
         return Response(_read(name), media_type=kind)
+
+    def _filled(self, name: str) -> HTMLResponse:
+        values = self._values()
+        text = PLACE.sub(lambda found: values[found[1]], _read(name).decode())
+        return HTMLResponse(text, headers={"Content-Security-Policy": POLICY})
 
     def _values(self) -> Mapping[str, str]:
         """What is written into the page, as HTML."""

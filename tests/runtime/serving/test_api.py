@@ -1034,20 +1034,21 @@ def test_the_description(local):
     assert "HTTPValidationError" not in json.dumps(described)
 
 
-def test_the_page_loads_files_of_its_own_alone(local):
-    page = httpx.get(local.url)
+@pytest.mark.parametrize(("path", "script"), [("/", "main.js"), ("/live", "live.js")])
+def test_the_page_loads_files_of_its_own_alone(local, path, script):
+    page = httpx.get(local.url + path)
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page.text)
     loaded = re.findall(r"""(?:src|href)="(static/[^"]+)\"""", page.text)
-    assert set(loaded) == {"static/page.css", "static/main.js"}
+    assert set(loaded) == {"static/page.css", f"static/{script}"}
     for name, kind in zip(sorted(loaded), ("text/javascript", "text/css"), strict=True):
         answer = httpx.get(f"{local.url}/{name}")
         assert answer.headers["content-type"] == f"{kind}; charset=utf-8"
         assert answer.headers["x-content-type-options"] == "nosniff"
         for other in re.findall(r"""from "\./([^"]+)\"""", answer.text):
             assert httpx.get(f"{local.url}/static/{other}").status_code == 200
-    for name in ("page.html", "none.js", "..%2fapi.py", "%2e%2e/api.py", ""):
+    for name in ("page.html", "live.html", "none.js", "..%2fapi.py", "%2e%2e/api.py", ""):
         assert httpx.get(f"{local.url}/static/{name}").status_code == 404
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 from video_client import LONG, PATIENCE_S, SMALL, TOKEN, until
+from websockets.sync.client import connect
 
 from magihuman.runtime.cli import serve
 from magihuman.runtime.cli.main import app
@@ -42,6 +44,23 @@ def test_all_verbs(server, face, voice):
     assert (part.status_code, part.content) == (206, whole.content[:100])
     server.delete(name)
     assert server.http.get(f"/v1/videos/{name}").status_code == 404
+
+
+def test_a_face_is_talked_to(server, face):
+    """The voice and the picture pass between the processes."""
+    picture = base64.b64encode(face.read_bytes()).decode()
+    asked = {"image": f"data:image/png;base64,{picture}", "token": TOKEN, "sample_rate": 16_000}
+    asked |= {"size": "64x64", "num_inference_steps": 1, "window_seconds": 0.64}
+    address = server.url.replace("http:", "ws:") + "/v1/live"
+    with connect(address, proxy=None, open_timeout=60) as client:
+        client.send(json.dumps(asked))
+        assert json.loads(client.recv(timeout=120)) == {"type": "ready"}
+        client.send(bytes(16_000))
+        client.send('{"type": "end"}')
+        messages = list(client)
+        assert client.close_code == 1000
+    assert json.loads(messages[-1]) == {"type": "end"}
+    assert b"moof" in b"".join(each for each in messages if isinstance(each, bytes))
 
 
 def test_openais_client(server, face, tmp_path):
