@@ -126,20 +126,25 @@ class Session:
             voice = np.zeros((length + 1) * LATENT_SAMPLES, np.float32)
             start_s = time.monotonic()
             self._begin(self._request(voice, length))()
-            self._costs[length] = time.monotonic() - start_s
+            # Capturing graphs is part of it: no more than what it takes to keep up.
+            self._costs[length] = min(time.monotonic() - start_s, length / config.FPS)
         self._windows = 0
         self._begin_again()
 
     def _catch_up(self, working: list[Future[None]], emit: Emit) -> None:
-        """Repeat the last frame as long as the device is too far behind the voice."""
+        """Repeat the last frame as long as the device is too far behind the voice, and choose how
+        long the next window is.
+        """
         lengths = self._options.lengths
-        if self._made == 0 or self._behind_s() <= lengths[-1] / config.FPS:
-            self._adapt()
-            return
-        settle(working)
-        self._free_s, self._longer = 0.0, len(lengths) - 1
-        while (behind_s := self._behind_s()) > lengths[-1] / config.FPS:
-            self._repeat(min(int(behind_s * config.FPS), lengths[-1]), emit, is_last=False)
+        most_s = lengths[-1] / config.FPS
+        if self._made and self._behind_s() > most_s:
+            settle(working)
+            self._free_s = 0.0
+            if self._behind_s() > most_s:
+                self._longer = len(lengths) - 1
+            while (behind_s := self._behind_s()) > most_s:
+                self._repeat(min(int(behind_s * config.FPS), lengths[-1]), emit, is_last=False)
+        self._adapt()
 
     def _behind_s(self) -> float:
         """How long the voice of the shortest window will have waited once the device is free."""
