@@ -107,7 +107,12 @@ class Session:
             if not self._is_over:
                 self._repeat(1, emit, is_last=True)
         except Cancelled:
-            settle([future for future in working if future.done()])  # one has ended the others
+            self._limits.stop.set()
+            wait(working)
+            for future in working:  # one that has failed has ended the others
+                error = future.exception()
+                if error is not None and not isinstance(error, Cancelled):
+                    raise error from None
             raise
         finally:
             self._voice.leave()

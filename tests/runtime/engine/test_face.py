@@ -129,8 +129,9 @@ def test_the_next_voice_is_encoded_while_this_window_denoises(engine, monkeypatc
         ready.set()
 
     rehearsed = 0
-    voice = runtime.LiveVoice(RATE, blocks(noise(3.0)))
-    with engine.live(FACE, voice, on_ready=note, on_progress=wait_for_the_next, **SMALL) as stream:
+    voice = runtime.LiveVoice(RATE, blocks(noise(5.0)))
+    longer = {**SMALL, "window_seconds": 1.6}  # a machine that stops for 3 s is not too slow
+    with engine.live(FACE, voice, on_ready=note, on_progress=wait_for_the_next, **longer) as stream:
         next(stream)
     assert overlaps[0]
     assert counts["text"] == counts["image"] == 1
@@ -287,6 +288,22 @@ def test_a_source_that_gives_no_samples_or_fails(engine):
         engine.live(FACE, voice, **SMALL)
 
 
+def test_a_window_that_fails_ends_the_session(engine):
+    """While the next one waits for its voice."""
+    ready = threading.Event()
+
+    def fail(progress: runtime.Progress) -> None:
+        if ready.is_set() and progress.stage == "decode_video":
+            raise ValueError("the hook does not want to")
+
+    voice = runtime.LiveVoice(RATE)
+    voice.feed(noise(0.7))
+    stream = engine.live(FACE, voice, on_ready=ready.set, on_progress=fail, **SMALL)
+    with pytest.raises(ValueError, match="does not want to"):
+        next(stream)
+    assert engine.queue_length == 0 and next(stream, None) is None
+
+
 def test_an_image_that_is_none(engine, tmp_path):
     path = tmp_path / "face.png"
     path.write_bytes(b"no picture")
@@ -393,3 +410,13 @@ def test_no_more_may_wait_than_half_a_minute():
         voice.feed(np.zeros(7_990, np.int16))
     with pytest.raises(runtime.QueueFull, match="30 s"):
         voice.feed(np.zeros(8_000, np.int16))
+
+
+def test_super_resolution_goes_on_too(tiny_dir):
+    small = {**SMALL, "sr_width": 96, "sr_height": 96, "sr_steps": 1}
+    with runtime.load(tiny_dir, sr="540p", device="cpu") as sr:
+        voice = runtime.LiveVoice(RATE, blocks(noise(1.0)))
+        with sr.live(FACE, voice, **small) as stream:
+            chunks = list(stream)
+    check_row(chunks)
+    assert chunks[0].frames.shape[1:] == (96, 96, 3) and len(chunks) >= 2

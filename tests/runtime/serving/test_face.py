@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from magihuman.runtime.media import read_audio, read_frames
+from magihuman.runtime.serving.face import routes
+from magihuman.runtime.serving.face import talk as session
+from magihuman.runtime.serving.front.bounds import Bounds
 from magihuman.runtime.serving.settings import Limits, Settings
 
 RATE = 16_000
@@ -193,3 +197,24 @@ def test_a_server_that_stops_says_so(local, face):
         with pytest.raises(ConnectionClosed):
             client.recv(timeout=120)
         assert client.close_code == 1001
+
+
+def test_bounds_of_messages_and_of_silence(settings, replica, serve_here, face, monkeypatch):
+    monkeypatch.setattr(session, "SILENT_S", 0.3)
+    monkeypatch.setattr(routes, "OPENING_S", 0.3)
+    large = opening(face)
+    with serve_here(settings, replica, bounds=Bounds(message_bytes=len(large) + 100)) as local:
+        with talk(local) as client:  # says nothing
+            assert refused(client)[0]["code"] == "too_slow"
+        with talk(local) as client:
+            with suppress(ConnectionClosed):
+                client.send("x" * (len(large) + 200))
+            with pytest.raises(ConnectionClosed):
+                client.recv(timeout=120)
+        assert client.close_code == 1009
+        monkeypatch.setattr(routes, "OPENING_S", 60)
+        with talk(local) as client:
+            client.send(large)
+            told(client, "ready")
+            assert json.loads(list(client)[-1]) == {"type": "end"}  # it has said nothing since
+        until(lambda: local.jobs[0]._faces == 0)
