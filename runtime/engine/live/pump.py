@@ -37,7 +37,7 @@ def _pump(voice: LiveVoice, source: Iterable[object], most_s: float) -> None:
     blocks = iter(source)
     try:
         for block in blocks:
-            while voice.ahead_s > most_s and not voice.is_over:
+            while not voice.has_room(most_s):
                 time.sleep(LOOK_S)
             if not voice.put(block):
                 return
@@ -54,14 +54,13 @@ async def _apump(voice: LiveVoice, source: AsyncIterable[object], most_s: float)
     blocks = aiter(source)
     try:
         async for block in blocks:
-            while voice.ahead_s > most_s and not voice.is_over:
+            while not voice.has_room(most_s):
                 await asyncio.sleep(LOOK_S)
             if not voice.put(block):
                 return
         voice.close()
     except asyncio.CancelledError as error:
-        if not voice.is_over:
-            voice.fail(error)
+        voice.fail(error)
         raise
     except BaseException as error:
         voice.fail(error)

@@ -69,7 +69,8 @@ class LiveVoice:
         self._came: deque[tuple[int, float]] = deque()  # up to where, and when
         self._zero_s: float | None = None  # when the voice's beginning was spoken
         self._fed_s = 0.0
-        self._is_closed = self._is_over = self._is_idle = self._is_taken = False
+        self._is_closed = self._is_over = self._is_taken = False
+        self._is_idle = self._is_held = False
         self._error: BaseException | None = None
 
     def feed(self, samples: Samples) -> None:
@@ -138,10 +139,14 @@ class LiveVoice:
                 self._feed(mono)
             return not self._is_over
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the session has ended."""
-        return self._is_over
+    def has_room(self, most_s: float) -> bool:
+        """Whether `put` may be called, where no more than so many seconds are to be ahead.
+
+        Where it may not, samples are held for it, and there is no silence in their place.
+        """
+        with self._changed:
+            self._is_held = self.ahead_s > most_s and not self._is_over
+            return not self._is_held
 
     @property
     def ahead_s(self) -> float:
@@ -177,19 +182,22 @@ class LiveVoice:
         """
         end += REACH
         with self._changed:
-            has_waited = False
+            has_waited, began_s = False, time.monotonic()
             while self._end < end and not self._is_closed:
                 limits.check()
                 self._check()
                 now = time.monotonic()
-                if now >= max(self.due_s(end), self._fed_s + QUIET_S):
+                # In a pause there is silence at once; else a source that was held up goes first.
+                quiet_s = self._fed_s if self._is_idle else max(self._fed_s, began_s)
+                if not self._is_held and now >= max(self.due_s(end), quiet_s + QUIET_S):
                     if not self._is_idle:
                         self._follow(end, now)
                     self._is_idle, has_waited = True, False
                     self._add(np.zeros(end - self._end, np.float32), now)
                     break
                 has_waited = True
-                self._changed.wait(min(limits.look_s(), max(1e-3, self.due_s(end) - now)))
+                due_s = self.due_s(end) - now
+                self._changed.wait(min(limits.look_s(), due_s) if due_s > 0 else limits.look_s())
             self._check()
             if has_waited and not self._is_closed:
                 self._follow(end, time.monotonic())
@@ -228,7 +236,8 @@ class LiveVoice:
         elif self._is_idle and self._zero_s is not None:
             gap = round((spoken_s - self._zero_s) * RATE) - self._end
             self._add(np.zeros(max(0, gap), np.float32), now)
-        self._is_idle, self._fed_s = False, now
+        self._is_idle = self._is_held = False
+        self._fed_s = now
         self._add(self._resampler.add(mono), now)
 
     def _add(self, block: Waveform, now: float) -> None:

@@ -388,6 +388,21 @@ def test_what_is_not_fed_is_silence_until_it_is():
     np.testing.assert_array_equal(voice.samples(voice.length - len(samples), voice.length), samples)
 
 
+def test_a_source_that_was_held_up_is_not_silent():
+    """However long ago it was asked for more."""
+    voice = runtime.LiveVoice(RATE)
+    voice.begin()
+    voice.feed(noise(1.0))
+    time.sleep(0.5)
+    assert not voice.has_room(0.5)
+    feeding = threading.Timer(0.6, lambda: voice.put(noise(1.0, seed=2)))
+    feeding.start()
+    voice.wait(45 * LATENT, Limits())
+    np.testing.assert_array_equal(voice.samples(RATE, 2 * RATE), noise(1.0, seed=2))
+    voice.use(45 * LATENT)
+    assert voice.has_room(0.5)
+
+
 @pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
 def test_other_rates_and_whole_numbers(rate):
     times = np.arange(rate) / rate
