@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import live_tables
 import portable_tables
 import team_tables
 
@@ -44,6 +45,7 @@ FILES = {  # which tables each has
         "memory",
         "request",
         "several-gpus",
+        "live",
         "loading",
         "kernels",
         "checks",
@@ -69,6 +71,7 @@ def tables(folder: Path) -> dict[str, str]:
         "headline": headline_table(folder),
         "headline-gpus": team_tables.headline_lines(folder),
         "several-gpus": team_tables.lines(folder),
+        "live": live_table(folder),
         "denoising": denoising_table(result("compiled_forward")),
         "fp8": fp8_table(result("fp8")),
         "fp8-errors": error_table(result("fp8_errors")),
@@ -470,6 +473,13 @@ def power_table(folder: Path) -> list[str]:
     if not (folder / "power.json").exists():
         return []
     return power_tables.power_lines(read(folder, "power"))
+
+
+def live_table(folder: Path) -> list[str]:
+    """Of a face that answers, once it has been measured."""
+    if not (folder / "live.json").exists():
+        return []
+    return live_tables.live_lines(read(folder, "live"))
 
 
 def portable_table(folder: Path) -> list[str]:

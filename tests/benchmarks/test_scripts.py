@@ -220,6 +220,9 @@ def test_the_readme_is_rendered_from_these_results(results):
     text = (folder.parent / "out" / "docs" / "performance.md").read_text()
     section = text.split("<!-- power:start -->")[1].split("<!-- power:end -->")[0]
     assert section.strip() == render_readme.tables(folder)["power"].strip()
+    live = json.loads((folder / "live.json").read_text())
+    assert f"| bf16, 1 GPU | 64x64 | {live['bf16']['1']['window_s']:.2f} s |" in text
+    assert f"| nano, {live['nano']['threads']} threads of the CPU | 32x32 |" in text
     for picture in ("latency.png", "power.png"):
         assert (folder.parent / "out" / picture).stat().st_size > 0
 

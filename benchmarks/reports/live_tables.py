@@ -1,0 +1,43 @@
+"""The table of docs/performance.md about a face that answers, from results/live.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BESIDE = ("environment", "text_tokens", "block_s", "nano")  # of the results: no precision
+
+
+def live_lines(figures: dict[str, Any]) -> list[str]:
+    """Of each number of GPUs in each precision, and of nano on the CPU."""
+    machine = figures["environment"]
+    rows = [
+        _row(f"{precision}, {ranks} GPU{'' if ranks == '1' else 's'}", of_ranks[ranks])
+        for precision, of_ranks in figures.items()
+        if precision not in BESIDE
+        for ranks in of_ranks
+    ]
+    if "nano" in figures:
+        nano = figures["nano"]
+        rows.append(_row(f"nano, {nano['threads']} threads of the CPU", nano))
+    return [
+        "## A face that answers",
+        "",
+        f"{machine.get('gpu', 'CPU')}, torch {machine['torch']}, {machine['date']}. A voice was fed"
+        " as it would be spoken. The factor is",
+        "seconds of picture by seconds of making it. The delay is from when a sound came until its"
+        " frame was handed over:",
+        "a player that begins the most of it late never stops.",
+        "",
+        "| | size | window | factor | delay: median | 99 % | most | jitter | frames repeated |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _row(name: str, found: dict[str, Any]) -> str:
+    delays = (found[f"delay_{each}_s"] for each in ("median", "p99", "max"))
+    return (
+        f"| {name} | {found['width']}x{found['height']} | {found['window_s']:.2f} s |"
+        f" {found['factor']:.2f} | {' | '.join(f'{delay:.2f} s' for delay in delays)} |"
+        f" {1e3 * found['jitter_s']:.0f} ms | {found['repeated_frames']} |"
+    )
