@@ -10,6 +10,7 @@ import pytest
 import typer
 from PIL import Image
 from sounds import write_sine
+from starlette.routing import WebSocketRoute
 from typer.testing import CliRunner
 
 import pages
@@ -151,7 +152,8 @@ def test_the_server_has_the_routes_and_codes_that_are_told(tmp_path):
     routes = {(m.upper(), path) for path, methods in described.items() for m in methods}
     told = [row for rows in pages.first_cells("docs/serving.md", "request") for row in rows]
     shown = {tuple(row.replace("{id}", "{video_id}").split()) for row in told}
-    assert shown == routes | {("GET", "/openapi.json")}
+    sockets = {("WS", r.path) for r in app.routes if isinstance(r, WebSocketRoute)}
+    assert shown == routes | sockets | {("GET", "/openapi.json")}
     answers = {
         code for ways in described.values() for way in ways.values() for code in way["responses"]
     }
