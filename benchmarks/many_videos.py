@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,12 +22,13 @@ import httpx
 from prometheus_client import generate_latest
 
 from harness import environment
-from magihuman.runtime.serving import record
 from magihuman.runtime.serving.api import create_app
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.metrics import Metrics
+from magihuman.runtime.serving.records.database import Database, in_folder
+from magihuman.runtime.serving.records.records import Records
 from magihuman.runtime.serving.settings import Settings
-from magihuman.runtime.serving.store import STATE, Job, Status, Store
+from magihuman.runtime.serving.store import Job, Status, Store
 
 PAGE = 100
 TIMES = 10
@@ -57,7 +57,7 @@ def main() -> None:
 
 def write_finished(folder: Path, count: int) -> None:
     """So many videos, as a server leaves them, but for what is in their files."""
-    now = time.time()
+    now, jobs = time.time(), []
     for index in range(count):
         job = Job("A woman smiles and says: hello!", dict(OPTIONS), created_at=now - count + index)
         job.status, job.started_at, job.completed_at = Status.COMPLETED, now, now
@@ -65,9 +65,10 @@ def write_finished(folder: Path, count: int) -> None:
         job.timings_s = {"text": 0.1, "denoise": 1.4, "decode_video": 0.3, "write": 0.1}
         place = folder / job.id
         place.mkdir(parents=True, mode=0o700)
-        for name, content in ((STATE, json.dumps(record.kept(job))), ("video.mp4", "mp4")):
-            (place / name).write_text(content)
-            (place / name).chmod(0o600)
+        (place / "video.mp4").write_text("mp4")
+        (place / "video.mp4").chmod(0o600)
+        jobs.append(job)
+    Records(Database(in_folder(folder))).save(*jobs)
 
 
 def least(call: Callable[[], Any]) -> dict[str, float]:

@@ -6,9 +6,14 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
+
+from magihuman.runtime.serving.record import Job
+from magihuman.runtime.serving.records.database import FILE, Database, in_folder
+from magihuman.runtime.serving.records.records import Records
 
 TOKEN = "the-token-of-these-tests"  # noqa: S105 - of no server that stays
 TOKEN_SHA256 = hashlib.sha256(TOKEN.encode()).digest()
@@ -69,3 +74,14 @@ class Client:
 
     def content(self, name: str, **headers: str) -> httpx.Response:
         return self.http.get(f"/v1/videos/{name}/content", headers=headers)
+
+
+def kept(folder: Path) -> dict[str, Job]:
+    """The jobs in a server's folder, by its records."""
+    found = Records(Database(in_folder(folder))).load()
+    return {name: job for name, job in found.items() if job is not None}
+
+
+def left_in(folder: Path) -> list[str]:
+    """What lies in a server's folder beside its records."""
+    return [place.name for place in folder.iterdir() if not place.name.startswith(FILE)]

@@ -307,7 +307,8 @@ def _size(text: str) -> tuple[int, int, float]:
 
 def _check_extra() -> None:
     """Refuse where a library of the extra is not installed."""
-    need("serve", "serve", "fastapi", "python_multipart", "prometheus_client", "ray.serve")
+    modules = ("fastapi", "python_multipart", "prometheus_client", "ray.serve", "sqlalchemy")
+    need("serve", "serve", *modules)
 
 
 def _observe(options: ServeOptions) -> None:
@@ -402,10 +403,11 @@ def _wait(place: str, is_told: Callable[[], bool]) -> None:
 
 def _check_place(options: ServeOptions, settings: Settings) -> None:
     """Refuse a folder or an address that another has, and warn where everybody is let in."""
+    from magihuman.runtime.serving.records.database import Database, in_folder
     from magihuman.runtime.serving.store import locked
 
-    with locked(settings.folder, WAIT_S):
-        pass  # the process that keeps the jobs takes it
+    with locked(settings.folder, WAIT_S):  # the process that keeps the jobs takes it
+        Database(in_folder(settings.folder)).check()
     _check_port(options.host, options.port)
     if options.host not in LOOPBACK and settings.token_sha256 is None:
         _say(

@@ -110,7 +110,7 @@ def held(folder: Path) -> dict[str, bool]:
 
 
 def read(folder: Path, names: Mapping[str, bool] | None = None) -> Job:
-    """Read the job of a folder.
+    """Read the job that an earlier release has left in a folder.
 
     names: what `held` has found there, where it was asked already.
 
@@ -119,17 +119,26 @@ def read(folder: Path, names: Mapping[str, bool] | None = None) -> Job:
         OSError: it cannot be read.
     """
     names = held(folder) if names is None else names
-    for name in (IMAGE, AUDIO, VIDEO, LIVE):
-        if not names.get(name, True):
-            raise ValueError(f"{name} must be a file")
-    try:
-        values = json.loads(_content(folder / STATE).decode("utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    job = _job(values)
+    check_files(names)
+    job = checked(parsed(_content(folder / STATE).decode("utf-8")))
     if job.id != folder.name:
         raise ValueError(f"it is of {job.id}")
     return job
+
+
+def check_files(names: Mapping[str, bool]) -> None:
+    """Raise `ValueError` where what lies in a job's folder, by `held`, is no file but should be."""
+    for name in (IMAGE, AUDIO, VIDEO, LIVE):
+        if not names.get(name, True):
+            raise ValueError(f"{name} must be a file")
+
+
+def parsed(text: str) -> object:
+    """Return what JSON has. Raises `ValueError`."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def is_file(path: Path) -> bool:
@@ -152,8 +161,8 @@ def _content(path: Path) -> bytes:
     return content
 
 
-def _job(values: object) -> Job:
-    """Make a job of what JSON had. Raises `ValueError`."""
+def checked(values: object) -> Job:
+    """Make a job of what JSON, or a row of a table, had. Raises `ValueError`."""
     if not isinstance(values, dict):
         raise ValueError(f"it must be a JSON object, got {reprlib.repr(values)}")
     missing = {"prompt", "options", "id", "status"} - values.keys()

@@ -1,18 +1,20 @@
-"""Jobs and their videos on disk: a folder for each, which a restart finds as they were.
+"""Jobs and their videos on disk, which a restart finds as they were.
 
-    video_0123.../job.json    what was asked for, and how far it is
+    records.sqlite            of each job, what was asked for and how far it is
     video_0123.../image       the reference image and the voice as uploaded, until the job has ended
     video_0123.../audio
     video_0123.../live.mp4    grows while the video is made; goes where that fails
     video_0123.../video.mp4   there once it is whole
 
-Every other change is a rename, so that a process killed at any moment leaves no half-written state.
+Every other change is a rename or a transaction, so that a process killed at any moment leaves no
+half-written state. A record whose folder has gone is of a job that was removed. Earlier releases
+kept each record in its folder, as `job.json`: those go into the database when they are found.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
+import json
 import logging
 import os
 import secrets
@@ -22,14 +24,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from magihuman.runtime.errors import OutputError
 from magihuman.runtime.files import (
     atomic_folder,
-    atomic_path,
     close_to_others,
     sync,
     sync_folder,
-    write_json,
 )
 from magihuman.runtime.request import Request
 from magihuman.runtime.serving import record
@@ -46,6 +45,9 @@ from magihuman.runtime.serving.record import (
     Status,
     request_of,
 )
+from magihuman.runtime.serving.records.database import FILE, Database, RecordsError, in_folder
+from magihuman.runtime.serving.records.locking import locked
+from magihuman.runtime.serving.records.records import Records
 
 __all__ = [
     "AUDIO",
@@ -61,7 +63,7 @@ __all__ = [
 
 log = logging.getLogger("magihuman")
 
-DRAFT, REMOVED, LOCK = ".magihuman-", ".removed-", ".lock"  # drafts are those of `files`
+DRAFT, REMOVED = ".magihuman-", ".removed-"  # drafts are those of `files`
 
 CLOCK_SET_S = 1.0  # less is how clocks are kept right all the time
 
@@ -76,17 +78,14 @@ class Store:
         self._unsaved: set[str] = set()  # whose state the disk has not taken yet
         self._removed: set[Path] = set()  # folders of which something is left
         self._folder, self._keep_s = folder, keep_s
+        self._dropped: set[str] = set()  # jobs without a folder whose record is still there
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._records = Records(Database(in_folder(self._folder)))
         names = os.listdir(self._folder)
         self._removed.update(self._folder / n for n in names if n.startswith((DRAFT, REMOVED)))
         self._clear()
         self._close_to_others()
-        for name in names:
-            found = _read(self._folder / name) if name.startswith(PREFIX) else None
-            if found is not None:
-                job, held = found
-                self.jobs[job.id] = job
-                self._recover(job, held)
+        self._take_up(name for name in names if name.startswith(PREFIX))
 
     def queued(self) -> list[Job]:
         """Return the jobs that wait, oldest first."""
@@ -108,14 +107,21 @@ class Store:
     @contextmanager
     def create(self, job: Job) -> Iterator[Path]:
         """Give a folder for the uploads, the job's once the context ends well. For any thread."""
-        with atomic_folder(self._folder / job.id, 0o700) as draft:
-            yield draft
-            for name in (IMAGE, AUDIO):
-                if (draft / name).exists():
-                    sync(draft / name)
-            write_json(draft / STATE, record.kept(job))
-            if (draft / STATE).stat().st_size > MAX_STATE_BYTES:  # no restart would read it
-                raise OSError(errno.EFBIG, "the state of a job is too large")
+        is_kept = False
+        try:
+            with atomic_folder(self._folder / job.id, 0o700) as draft:
+                yield draft
+                for name in (IMAGE, AUDIO):
+                    if (draft / name).exists():
+                        sync(draft / name)
+                if len(json.dumps(record.kept(job))) > MAX_STATE_BYTES:  # no restart would read it
+                    raise OSError(errno.EFBIG, "the state of a job is too large")
+                is_kept = True
+                self._records.save(job)
+        except BaseException:
+            if is_kept:
+                self._drop(job.id)
+            raise
         sync_folder(self._folder)
 
     def begin(self, job: Job) -> None:
@@ -172,6 +178,7 @@ class Store:
         del self.jobs[job.id]
         self._unsaved.discard(job.id)
         self._removed.add(gone)
+        self._drop(job.id)
         self._clear()
 
     def sweep(self) -> None:
@@ -179,6 +186,8 @@ class Store:
         self.save_again()
         self.expire()
         self._clear()
+        if self._dropped:
+            self._drop()
 
     def save_again(self) -> None:
         """Write the states that the disk has not taken before."""
@@ -225,6 +234,14 @@ class Store:
         with suppress(OSError):
             self.live(job).unlink(missing_ok=True)
 
+    def _drop(self, *names: str) -> None:
+        """Remove records of jobs that have no folder, or else try again with the next sweep."""
+        self._dropped.update(names)
+        gone = set(self._dropped)
+        with suppress(RecordsError):
+            self._records.remove(gone)
+            self._dropped -= gone
+
     def _clear(self) -> None:
         for place in list(self._removed):
             with suppress(OSError):
@@ -234,7 +251,9 @@ class Store:
 
     def _close_to_others(self) -> None:
         """Let nobody else in, unless other things lie in the folder: others may need those."""
-        is_shared = any(not name.startswith((".", PREFIX)) for name in os.listdir(self._folder))
+        is_shared = any(
+            not name.startswith((".", PREFIX, FILE)) for name in os.listdir(self._folder)
+        )
         place = self._folder
         try:
             if not is_shared:
@@ -249,6 +268,36 @@ class Store:
                 " videos are not; give the server a folder of its own",
                 self._folder,
             )
+
+    def _take_up(self, names: Iterable[str]) -> None:
+        """Find the jobs of these folders, by their records, and go on from how each was left."""
+        known = self._records.load()
+        strange: list[Job] = []
+        for name in names:
+            is_known = name in known
+            found = _found(self._folder / name, known.pop(name)) if is_known else None
+            if not is_known and (found := _read(self._folder / name)) is not None:
+                strange.append(found[0])
+            if found is not None:
+                self.jobs[name] = found[0]
+                self._recover(*found)
+        self._take_over(strange)
+        if known:
+            self._drop(*known)
+
+    def _take_over(self, jobs: list[Job]) -> None:
+        """Take records of an earlier release into the database, at once or with the next sweeps."""
+        if not jobs:
+            return
+        log.warning("%d records of an earlier release go into %s", len(jobs), FILE)
+        self._unsaved.update(job.id for job in jobs)
+        try:
+            self._records.save(*jobs)
+        except RecordsError:
+            log.exception("they could not all be written; this is tried again")
+            return
+        for job in jobs:
+            self._save(job)
 
     def _recover(self, job: Job, held: Mapping[str, bool]) -> None:
         """Go on from how a job was left. held: what lies in its folder."""
@@ -284,9 +333,8 @@ class Store:
         if job.id not in self.jobs:  # removed while it was being made
             return False
         try:
-            with atomic_path(self._folder / job.id / STATE) as temporary:
-                write_json(temporary, record.kept(job))
-            for name in (IMAGE, AUDIO) if job.has_ended else ():
+            self._records.save(job)
+            for name in (STATE, IMAGE, AUDIO) if job.has_ended else (STATE,):
                 (self._folder / job.id / name).unlink(missing_ok=True)
         except OSError:
             if job.id not in self._unsaved:  # said once
@@ -297,61 +345,11 @@ class Store:
         return True
 
 
-@contextmanager
-def locked(folder: Path, wait_s: float) -> Iterator[None]:
-    """Have the folder to oneself, made if need be; a process that dies gives it up.
-
-    wait_s: for a server that has just been killed. Raises `OutputError` where another has it.
-    """
-    end_s = time.monotonic() + wait_s
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        number = _lockable(folder)
-        try:
-            while not _has_locked(number):
-                if time.monotonic() >= end_s:
-                    raise OutputError(
-                        f"the folder must be of one server alone, and another has {folder};"
-                        " stop it, or name another folder"
-                    )
-                time.sleep(0.1)
-            yield
-        finally:
-            os.close(number)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"the folder {folder} cannot be written to: {error.strerror}") from error
-
-
-def _lockable(folder: Path) -> int:
-    """Open the folder, which takes no room; or a file in it, where its file system locks no folder.
-
-    No link is followed to that file, and what it holds stays.
-    """
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _has_locked(number)
-    except OSError:  # NFS locks only what is open for writing
-        os.close(number)
-        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | record.NO_WAIT, 0o600)
-    return number
-
-
-def _has_locked(number: int) -> bool:
-    """Lock an open file or folder, unless another process has."""
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _open_to_others(folder: Path) -> Iterator[Path]:
     """Yield the jobs' folders, and what lies in them, that others may use. No link is followed."""
     with os.scandir(folder) as entries:
-        jobs = [entry for entry in entries if entry.name.startswith(PREFIX)]
-    for job in jobs:
+        ours = [entry for entry in entries if entry.name.startswith((PREFIX, FILE))]
+    for job in ours:
         if job.is_symlink():
             continue
         inside = list(os.scandir(job.path)) if job.is_dir() else []
@@ -360,8 +358,24 @@ def _open_to_others(folder: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
+def _found(place: Path, job: Job | None) -> tuple[Job, Mapping[str, bool]] | None:
+    """Return the job of a record with what lies in its folder, or None, with a line in the log.
+
+    job: None where its record cannot be used, which has been logged.
+    """
+    if job is None:
+        return None
+    try:
+        held = record.held(place)
+        record.check_files(held)
+        return job, held
+    except (OSError, ValueError) as error:
+        log.warning("%s is left alone: %.300s", place, error)
+        return None
+
+
 def _read(place: Path) -> tuple[Job, Mapping[str, bool]] | None:
-    """Read the job of a folder, and what lies there, by `record.held`.
+    """Read the job of a folder that has no record, and what lies there, by `record.held`.
 
     None, and a line in the log, where there is none to be had.
     """
@@ -369,5 +383,10 @@ def _read(place: Path) -> tuple[Job, Mapping[str, bool]] | None:
         held = record.held(place)
         return record.read(place, held), held
     except (OSError, ValueError) as error:
-        log.warning("%s is left alone: its %s cannot be used (%.300s)", place, STATE, error)
+        log.warning(
+            "%s is left alone: it has no record, and its %s cannot be used (%.300s)",
+            place,
+            STATE,
+            error,
+        )
         return None

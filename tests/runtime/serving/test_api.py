@@ -33,16 +33,18 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from sounds import write_sine
-from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
+from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, kept, left_in, until
 
 from magihuman.runtime import PrometheusHooks
 from magihuman.runtime.cli.serve import ServeOptions, _settings
 from magihuman.runtime.serving.jobs import WRITERS
 from magihuman.runtime.serving.messages import EngineLost, Figures, Made, Report
 from magihuman.runtime.serving.metrics import EngineFigures
+from magihuman.runtime.serving.records.database import RecordsError
+from magihuman.runtime.serving.records.records import Records
 from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Limits, Settings
-from magihuman.runtime.serving.store import AUDIO, IMAGE, STATE, Job, Store
+from magihuman.runtime.serving.store import AUDIO, IMAGE, Job, Store
 from magihuman.runtime.serving.uploads import DECODERS
 
 LIMITS = Limits(
@@ -266,7 +268,7 @@ def test_removing_cancels_what_runs_and_what_waits(local, settings, replica):
         error_of(local.http.get(f"/v1/videos/{name}"), 404)
         error_of(local.http.delete(f"/v1/videos/{name}"), 404)
     until(lambda: replica._engine.queue_length == 0)
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
     local.when(local.create(), "completed")
     # None of the others was made to its end.
     assert samples(local)["magihuman_requests_total", "done"] == done + 1
@@ -277,7 +279,7 @@ def test_removing_a_finished_one(local, settings):
     local.when(name, "completed")
     local.delete(name)
     assert error_of(local.content(name), 404)["code"] == "video_not_found"
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
 
 
 def test_finished_ones_expire(settings, replica, serve_here, monkeypatch):
@@ -286,7 +288,7 @@ def test_finished_ones_expire(settings, replica, serve_here, monkeypatch):
     with serve_here(brief, replica) as local:
         name = local.create()
         until(lambda: local.http.get(f"/v1/videos/{name}").status_code == 404)
-        assert list(settings.folder.iterdir()) == []
+        assert left_in(settings.folder) == [] and kept(settings.folder) == {}
 
 
 def test_expiry_goes_on_where_one_cannot_be_removed(settings, replica, serve_here, monkeypatch):
@@ -404,7 +406,7 @@ def test_values_that_cannot_be_served(local, settings, fields, param):
     parts = {name: (None, value) for name, value in fields.items()} or {"x": (None, "y")}
     assert error_of(local.http.post("/v1/videos", files=parts), 422)["param"] == param
     assert error_of(local.http.post("/v1/videos", json=fields), 422)["param"] == param
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
 
 
 def test_what_the_engine_would_refuse_is_refused_before_it_waits(local):
@@ -499,7 +501,7 @@ def test_bodies_beyond_the_limit(local, settings):
 
     headers = {"Content-Type": "application/json"}
     error_of(local.http.post("/v1/videos", content=without_a_length(), headers=headers), 413)
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
 
 
 def test_pages_of_others_cannot_post(local):
@@ -617,7 +619,7 @@ def test_images_that_are_none(local, settings, content, says):
     error = error_of(local.post(SMALL, input_reference=content), 422)
     assert error["param"] == "input_reference" and says in error["message"]
     assert str(settings.folder) not in error["message"]
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -649,7 +651,7 @@ def test_sounds_that_are_none(local, settings, tmp_path):
         assert error["param"] == "audio" and says in error["message"], error
         assert str(settings.folder) not in error["message"]
         assert str(target) not in error["message"]
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
 
 
 @pytest.mark.parametrize("kind", ["wav", "mp3", "flac"])
@@ -673,14 +675,14 @@ def test_a_decoder_that_crashes_costs_one_answer(local, settings, voice, number)
     assert error["param"] == "audio" and number.name in error["message"]
     local.when(kept, "completed")
     local.when(local.create(SMALL, audio=voice.read_bytes()), "completed")
-    assert len(list(settings.folder.iterdir())) == 2  # and nothing of the other
+    assert len(left_in(settings.folder)) == 2  # and nothing of the other
 
 
 def test_engines_are_given_no_file_of_a_stranger(local, settings, face, voice, monkeypatch):
     monkeypatch.setattr(local.jobs[0], "_launch", lambda job: None)  # it waits
     name = local.create(SMALL, input_reference=face.read_bytes(), audio=voice.read_bytes())
     folder = settings.folder / name
-    assert sorted(path.name for path in folder.iterdir()) == [AUDIO, IMAGE, STATE]
+    assert sorted(path.name for path in folder.iterdir()) == [AUDIO, IMAGE]
     with Image.open(folder / IMAGE) as image:
         assert (image.format, image.mode) == ("BMP", "RGB")
     with av.open(str(folder / AUDIO)) as sound:
@@ -726,7 +728,7 @@ def test_a_client_that_goes_away_leaves_nothing(local, settings):
     with half_sent(local):
         until(lambda: local.jobs[0]._arriving == 1)
     local.when(local.create(), "completed")
-    assert len(list(settings.folder.iterdir())) == 1
+    assert len(left_in(settings.folder)) == 1
     until(lambda: local.jobs[0]._arriving == 0)
     key = ("magihuman_http_requests_total", "/v1/videos", "400", "POST")
     until(lambda: key in samples(local))  # and not as a fault of the server
@@ -842,11 +844,14 @@ def test_a_lost_engine(settings, replica, serve_here, monkeypatch):
 def test_states_that_the_disk_does_not_take_hold_nothing_up(
     settings, replica, serve_here, monkeypatch
 ):
-    def full(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(records, *jobs):
+        if any(job.attempts for job in jobs):
+            raise RecordsError(errno.ENOSPC, "No space left on device")
+        save(records, *jobs)
 
+    save = Records.save
     monkeypatch.setattr("magihuman.runtime.serving.jobs.PAUSE_S", 0.1)
-    monkeypatch.setattr("magihuman.runtime.serving.store.atomic_path", full)
+    monkeypatch.setattr(Records, "save", full)
     with serve_here(settings, replica, lost_times(replica, 1)) as local:
         name = local.create()
         local.when(name, "completed")
@@ -882,8 +887,7 @@ def test_an_end_that_the_disk_has_refused_outlives_a_restart(
         local.run(fail())
         assert local.get(name)["status"] == "failed"
         disk.free()
-        state = settings.folder / name / STATE
-        until(lambda: json.loads(state.read_text())["status"] == "failed")
+        until(lambda: kept(settings.folder)[name].status == "failed")
     with serve_here(settings, replica) as local:
         assert local.get(name)["error"] == {"code": "disk", "message": "the disk is full"}
         error_of(local.http.get(f"/v1/videos/{other}"), 404)
@@ -897,8 +901,8 @@ def test_a_restart_takes_up_what_waited(settings, replica, serve_here):
     with serve_here(settings, replica, Kept(replica).make) as local:
         names = [local.create({**SMALL, "num_inference_steps": steps}) for steps in ("99", *"111")]
         local.when(names[0], "in_progress")
-    kept = Store(settings.folder, settings.keep_s).jobs
-    assert [kept[name].attempts for name in names] == [0] * 4
+    found = Store(settings.folder, settings.keep_s).jobs
+    assert [found[name].attempts for name in names] == [0] * 4
     with serve_here(settings, replica) as local:
         assert local.content(done).content == content
         for name in names:

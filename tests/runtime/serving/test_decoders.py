@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import time
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from PIL import Image
-from video_client import LONG, SMALL, TOKEN_SHA256, until
+from video_client import LONG, SMALL, TOKEN_SHA256, kept, until
 
 from magihuman.runtime.media import Decoders
 from magihuman.runtime.serving import uploads
@@ -38,8 +37,8 @@ def a_running_job(tmp_path, replica, serve_here):
         name = local.create(ENDLESS)
         local.when(name, "in_progress")
         yield local
-        kept = json.loads((settings.folder / name / "job.json").read_text())
-        assert (kept["status"], kept["attempts"]) == ("in_progress", 1)
+        job = kept(settings.folder)[name]
+        assert (job.status, job.attempts) == ("in_progress", 1)
         assert [place.name for place in settings.folder.glob("video_*")] == [name]
         local.delete(name)
 

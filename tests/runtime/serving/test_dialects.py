@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
+from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, left_in, until
 
 from magihuman.runtime.media import write_mp4
 from magihuman.runtime.serving.settings import Limits, Settings
@@ -305,7 +305,7 @@ def test_a_client_that_leaves_cancels(local, settings, replica):
         local.http.post("/v1/videos/sync", files=parts, timeout=1.5)
     until(lambda: local.jobs[0]._store.jobs == {})
     until(lambda: replica._engine.queue_length == 0)
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
     local.when(local.create(), "completed")
 
 
@@ -346,7 +346,7 @@ def test_images_of_a_video(local, settings):
     assert "variant must be video, thumbnail or spritesheet, got 'gif'" in message
     assert not any(path.stat().st_mode & 0o077 for path in settings.folder.rglob("*"))
     local.delete(name)
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
 
 
 def test_the_head_of_content(local):
@@ -489,7 +489,7 @@ def test_videos_that_are_none(local, settings, clip):
     for content in (clip[: len(clip) // 4], clip[:40], b"\x1aE\xdf\xa3" + bytes(100)):
         message = refused(local.post(SMALL, input_reference=content), 422, "input_reference")
         assert "a video" in message and str(settings.folder) not in message
-    assert list(settings.folder.iterdir()) == []
+    assert left_in(settings.folder) == []
 
 
 # -- addresses ------------------------------------------------------------------------------------
@@ -557,7 +557,7 @@ def test_addresses_of_named_hosts_are_fetched(settings, replica, serve_here, red
             assert "/a.png?x=1" in asked and asked.count("/a.png?x=1") == 1
             for other in ("http://localhost/x", f"http://u:p@{place}/x", f"http://x@{place}"):
                 refused(as_json(local, reference_url=other), 422, "reference_url")
-            assert len(asked) == 5 and len(list(settings.folder.iterdir())) == 1
+            assert len(asked) == 5 and len(left_in(settings.folder)) == 1
 
 
 @pytest.mark.parametrize(

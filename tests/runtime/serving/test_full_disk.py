@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from video_client import SMALL, until
+from video_client import SMALL, kept, until
 
 from magihuman.runtime.serving.store import Job, Store
 
@@ -48,6 +46,5 @@ def test_a_full_disk_ends_no_process_and_no_reading(disk, server_at):
     disk.free()
     server.when(server.create(SMALL), "completed")
     assert server.processes(ENGINE) == engines and len(engines) == 1
-    state = disk.place / "videos" / waiting.id / "job.json"
-    until(lambda: json.loads(state.read_text())["status"] == "failed")  # as it has said
+    until(lambda: kept(disk.place / "videos")[waiting.id].status == "failed")  # as it has said
     assert not list(disk.place.rglob("*.db"))

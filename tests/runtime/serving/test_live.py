@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import socket
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +24,7 @@ from magihuman.runtime.media import check_output
 from magihuman.runtime.serving.live import events, watching
 from magihuman.runtime.serving.live.stream import media_type
 from magihuman.runtime.serving.messages import EngineLost, Made, Report, Window
+from magihuman.runtime.serving.records.database import FILE
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.transfer import download
 
@@ -235,8 +237,8 @@ def test_a_restart_finds_the_stream(settings, replica, serve_here, tmp_path):
         local.when(name, "completed")
         content = local.http.get(stream_of(name)).content
     half = shutil.copytree(settings.folder, tmp_path / "half")
-    state = half / name / "job.json"
-    state.write_text(state.read_text().replace('"completed"', '"in_progress"'))
+    with sqlite3.connect(half / FILE) as records:
+        records.execute("UPDATE magihuman_videos SET status = 'in_progress'")
     with serve_here(settings, replica) as local:
         assert local.http.get(stream_of(name)).content == content
     # Killed when the video was whole, and what can be seen of it perhaps not yet.

@@ -1,4 +1,6 @@
-"""A `job.json` can say anything: it is a job that can be served, or it is left alone."""
+"""A record can say anything, in a `job.json` of an earlier release or in a row of a table: it is a
+job that can be served, or it is left alone.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,12 @@ import json
 import os
 import random
 import resource
+import sqlite3
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +21,19 @@ import pytest
 
 from magihuman.runtime.serving import record
 from magihuman.runtime.serving.record import MAX_STATE_BYTES, STATE, Job, Status
+from magihuman.runtime.serving.records.database import FILE
 from magihuman.runtime.serving.schema import VideoObject
 from magihuman.runtime.serving.store import Store
 
+
+@pytest.fixture
+def tmp_path(tmp_path) -> Iterator[Path]:
+    """In memory where there is such a place: each start here makes a database of its own."""
+    with tempfile.TemporaryDirectory(dir=SHM if os.path.isdir(SHM) else tmp_path) as place:
+        yield Path(place)
+
+
+SHM = "/dev/shm"  # noqa: S108 - a folder is drawn in it
 NUMBER, TEXT, NULL, LIST, OBJECT = (int, float), (str,), (type(None),), (list,), (dict,)
 TYPES: dict[str, tuple[type, ...]] = {
     "prompt": TEXT,
@@ -53,13 +69,27 @@ VALUES: list[Any] = [
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """Of a job that is there, and has all fields and options."""
+    """Of a job that an earlier release has left, and that has all fields and options."""
     options = {"seconds": 0.2, "width": 32, "height": 32, "seed": 7}
     options |= {"negative_prompt": "no", "steps": 1, "guidance": 1.0}
     job = Job("hi", options)
-    with Store(folder, 100).create(job):
-        pass
-    return json.loads((folder / job.id / STATE).read_text())
+    (folder / job.id).mkdir(parents=True)
+    values = json.loads(json.dumps(record.kept(job)))
+    put(folder, values)
+    return values
+
+
+def put(folder: Path, values: dict[str, Any], name: str | None = None) -> None:
+    """Leave a file as an earlier release did. name: of the job that it is to be of."""
+    (folder / (name or values["id"]) / STATE).write_text(json.dumps(values))
+
+
+def started(folder: Path, *others: dict[str, Any]) -> Store:
+    """A server that finds what lies there, these jobs too, and has no records yet."""
+    (folder / FILE).unlink(missing_ok=True)
+    for values in others:
+        put(folder, values)
+    return Store(folder, 100)
 
 
 def served(store: Store, name: str) -> bool:
@@ -74,7 +104,8 @@ def served(store: Store, name: str) -> bool:
     if job.status is Status.QUEUED:
         store.begin(job)
         store.fail(job, "x", "y")
-    assert record.read(store._folder / name).id == name
+    kept = store._records.load()[name]
+    assert kept is not None and kept.id == name
     return True
 
 
@@ -87,8 +118,8 @@ def test_every_field_times_every_value(tmp_path, field, option):
     for value in VALUES:
         values = dict(good)
         values[field] = value if option is None else {**good["options"], option: value}
-        (tmp_path / good["id"] / STATE).write_text(json.dumps(values))
-        store = Store(tmp_path, 100)
+        put(tmp_path, values, good["id"])
+        store = started(tmp_path, neighbour)
         assert neighbour["id"] in store.jobs
         is_served = served(store, good["id"])
         assert not is_served or type(value) in allowed, value
@@ -100,8 +131,8 @@ def test_several_wrong_fields_at_once(tmp_path, seed):
     good, neighbour = state(tmp_path), state(tmp_path)
     for _ in range(10):
         values = {name: draw.choice((good[name], *VALUES)) for name in draw.sample(list(good), 11)}
-        (tmp_path / good["id"] / STATE).write_text(json.dumps(values))
-        store = Store(tmp_path, 100)
+        put(tmp_path, values, good["id"])
+        store = started(tmp_path, neighbour)
         assert neighbour["id"] in store.jobs
         served(store, good["id"])
 
@@ -110,18 +141,18 @@ def test_fields_that_are_not_there(tmp_path):
     good = state(tmp_path)
     for name in good:
         values = {key: value for key, value in good.items() if key != name}
-        (tmp_path / good["id"] / STATE).write_text(json.dumps(values))
+        put(tmp_path, values, good["id"])
         is_needed = name in ("prompt", "options", "id", "status")
-        assert served(Store(tmp_path, 100), good["id"]) == (not is_needed)
+        assert served(started(tmp_path), good["id"]) == (not is_needed)
     for name in good["options"]:
         options = {key: value for key, value in good["options"].items() if key != name}
-        (tmp_path / good["id"] / STATE).write_text(json.dumps({**good, "options": options}))
-        assert served(Store(tmp_path, 100), good["id"])
+        put(tmp_path, {**good, "options": options})
+        assert served(started(tmp_path), good["id"])
 
 
 def test_an_ended_one_without_its_end_is_not_kept_for_ever(tmp_path):
     good = {**state(tmp_path), "status": "failed", "error": {"code": "x", "message": "y"}}
-    (tmp_path / good["id"] / STATE).write_text(json.dumps(good))
+    put(tmp_path, good)
     store = Store(tmp_path, 0)
     store.expire()
     assert store.jobs == {}
@@ -129,10 +160,29 @@ def test_an_ended_one_without_its_end_is_not_kept_for_ever(tmp_path):
 
 def test_a_waiting_one_does_not_expire(tmp_path):
     good = {**state(tmp_path), "expires_at": 1.0}
-    (tmp_path / good["id"] / STATE).write_text(json.dumps(good))
+    put(tmp_path, good)
     store = Store(tmp_path, 0)
     store.expire()
     assert list(store.jobs) == [good["id"]]
+
+
+# Of SQLite itself: null where there must be something, numbers of more than 64 bits, half pairs.
+REFUSALS = (sqlite3.IntegrityError, OverflowError, UnicodeEncodeError)
+COLUMNS = ("status", "created_at", "started_at", "expires_at", "attempts", "request", "result")
+
+
+@pytest.mark.parametrize("column", ["id", *COLUMNS])
+def test_every_column_times_every_value(tmp_path, column):
+    good, neighbour = state(tmp_path), state(tmp_path)
+    for value in [*VALUES, "[" * 100_000, '{"prompt": "x"}', '{"status": "failed"}', b"\xff"]:
+        started(tmp_path, good, neighbour)
+        content = json.dumps(value) if isinstance(value, (list, dict)) else value
+        change = f"UPDATE OR IGNORE magihuman_videos SET {column} = ? WHERE id = ?"  # noqa: S608
+        with sqlite3.connect(tmp_path / FILE) as records, suppress(*REFUSALS):
+            records.execute(change, [content, good["id"]])
+        store = Store(tmp_path, 100)
+        assert neighbour["id"] in store.jobs
+        served(store, good["id"])
 
 
 BOMBS = {
@@ -189,7 +239,7 @@ def test_a_state_that_no_restart_would_read_is_refused(tmp_path):
     job = Job("x" * MAX_STATE_BYTES, {})
     with pytest.raises(OSError, match="too large"), Store(tmp_path, 100).create(job):
         pass
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("video_*")) and Store(tmp_path, 100).jobs == {}
 
 
 def test_the_longest_prompts_can_be_read_again(tmp_path):

@@ -12,7 +12,7 @@ from contextlib import suppress
 import httpx
 import pytest
 from typer.testing import CliRunner
-from video_client import LONG, PATIENCE_S, SMALL, TOKEN, until
+from video_client import LONG, PATIENCE_S, SMALL, TOKEN, kept, until
 from websockets.sync.client import connect
 
 from magihuman.runtime.cli import serve
@@ -257,6 +257,7 @@ def test_told_to_stop_while_it_loads(server, tmp_path, begun):
     [
         (["--model", "nowhere"], "model must be a directory"),
         (["--model", "{damaged}"], "is damaged or cut short"),
+        (["--folder", "{broken}"], "broken/records.sqlite is not: file is not a database"),
         (["--port", "{port}"], "must be able to listen on 127.0.0.1 port {port}"),
         (["--folder", "{folder}"], "must be of one server alone, and another has {folder}"),
         (["--min-replicas", "2", "--max-replicas", "1"], "--max-replicas must be from"),
@@ -284,9 +285,12 @@ def test_bad_arguments(server, tiny_dir, tmp_path, monkeypatch, arguments, says)
     known = {
         "port": server.url.rpartition(":")[2],
         "folder": server.folder(),
+        "broken": tmp_path / "broken",
         "empty": tmp_path / "empty",
         "damaged": shutil.copytree(tiny_dir, tmp_path / "damaged"),
     }
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "records.sqlite").write_text("no database at all " * 100)
     os.truncate(tmp_path / "damaged" / "distill" / "model.safetensors", 1000)
     command = ["serve", "--model", tiny_dir, "--device", "cpu", "--folder", tmp_path / "videos"]
     command += [argument.format(**known) for argument in arguments]
@@ -351,9 +355,6 @@ def test_told_to_stop_it_lets_what_runs_end_and_keeps_the_rest(server):
     assert refused.json()["error"]["code"] == "draining" and "retry-after" in refused.headers
     assert server.process.wait(PATIENCE_S) == 0
     assert not own.exists()
-    folder = server.folder()
-    states = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/job.json")}
-    assert states[running]["status"] == states[waiting]["status"] == "completed"
-    assert [(states[name]["status"], states[name]["attempts"]) for name in last] == [
-        ("queued", 0)
-    ] * 2
+    jobs = kept(server.folder())
+    assert jobs[running].status == jobs[waiting].status == "completed"
+    assert [(jobs[name].status, jobs[name].attempts) for name in last] == [("queued", 0)] * 2

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import pytest
 
 from magihuman.runtime import InvalidRequestError, OutputError
 from magihuman.runtime.media import write_mp4
-from magihuman.runtime.serving.store import MAX_ATTEMPTS, Job, Status, Store, locked
+from magihuman.runtime.serving import record
+from magihuman.runtime.serving.records.database import FILE, RecordsError
+from magihuman.runtime.serving.store import MAX_ATTEMPTS, STATE, Job, Status, Store, locked
 
 OPTIONS = {"seconds": 0.2, "width": 32, "height": 32, "seed": 7}
 
@@ -43,7 +46,17 @@ def again(store: Store) -> Store:
 
 
 def files(store: Store) -> set[str]:
-    return {str(p.relative_to(store._folder)) for p in store._folder.rglob("*") if p.is_file()}
+    """All but the records."""
+    found = {str(p.relative_to(store._folder)) for p in store._folder.rglob("*") if p.is_file()}
+    return {name for name in found if not name.startswith(FILE)}
+
+
+def left_by_an_earlier_release(store: Store, job: Job, content: str | None = None) -> None:
+    """A job whose state lies in its folder, and in no database."""
+    place = store._folder / job.id
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (place / STATE).write_text(json.dumps(record.kept(job)) if content is None else content)
+    store._records.remove([job.id])
 
 
 def test_a_job_is_found_as_it_was(store):
@@ -68,12 +81,12 @@ def open_to_others(store: Store) -> set[str]:
 def test_nothing_in_the_folder_is_for_anybody_else(store):
     job = added(store, image=b"1", audio=b"2")
     store.begin(job)
-    assert open_to_others(store) == set() and len(files(store)) == 3
+    assert open_to_others(store) == set() and len(files(store)) == 2
     frames, sound = np.zeros((5, 32, 32, 3), np.uint8), np.zeros((9600, 2), np.float32)
     write_mp4(store.video(job), frames, sound, 25, 48000)
     store.complete(job, {}, ())
     assert open_to_others(store) == set()
-    assert files(store) == {f"{job.id}/job.json", f"{job.id}/video.mp4"}
+    assert files(store) == {f"{job.id}/video.mp4"}
 
 
 def test_what_was_open_to_others_is_closed(store, tmp_path):
@@ -106,16 +119,27 @@ def test_a_job_that_cannot_be_filled_leaves_nothing(store):
 
     with pytest.raises(ValueError, match="no"), store.create(Job("hi", {})) as folder:
         fill(folder)
-    assert list(store._folder.iterdir()) == []
+    assert files(store) == set() and list(store._folder.glob("video_*")) == []
+    assert again(store).jobs == {}
 
 
 def test_what_a_kill_left_behind_is_removed(store):
     job = added(store)
+    (store._folder / job.id / "image").write_bytes(b"1")
     for name in (".magihuman-1234", f".removed-{job.id}"):
         (store._folder / name).mkdir()
         (store._folder / name / "image").write_bytes(b"1")
     again(store)
-    assert files(store) == {f"{job.id}/job.json"}
+    assert files(store) == {f"{job.id}/image"}
+
+
+def test_a_record_without_a_folder_is_of_a_removed_job(store):
+    """As where a server is killed between the two."""
+    job, other = added(store), added(store)
+    (store._folder / job.id).rename(store._folder / f".removed-{job.id}")
+    assert list(again(store).jobs) == [other.id]
+    (store._folder / job.id).mkdir()
+    assert list(again(store).jobs) == [other.id]
 
 
 def test_finished_ones_keep_their_video_and_lose_their_uploads(store):
@@ -123,7 +147,7 @@ def test_finished_ones_keep_their_video_and_lose_their_uploads(store):
     store.begin(job)
     store.video(job).write_bytes(b"mp4")
     store.complete(job, {"text": 0.5}, ("a note",))
-    assert files(store) == {f"{job.id}/job.json", f"{job.id}/video.mp4"}
+    assert files(store) == {f"{job.id}/video.mp4"}
     (restored,) = again(store).jobs.values()
     assert restored.status is Status.COMPLETED and restored.progress == 100
     assert (restored.timings_s, restored.warnings) == ({"text": 0.5}, ["a note"])
@@ -179,9 +203,53 @@ def test_a_video_that_was_taken_away_has_failed(store):
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"status": "mad"}', '{"id": "x"}'])
 def test_a_state_that_cannot_be_read_stops_nobody(store, content, caplog):
     job, other = added(store), added(store)
-    (store._folder / job.id / "job.json").write_text(content)
+    left_by_an_earlier_release(store, job, content)
     assert list(again(store).jobs) == [other.id]
     assert "is left alone" in caplog.text and f"{job.id}/job.json" in files(store)
+
+
+def test_what_an_earlier_release_has_left_is_taken_over(store):
+    """Once, and by the records from then on."""
+    jobs = [added(store, image=b"1") for _ in range(3)]
+    store.begin(jobs[0])
+    store.video(jobs[0]).write_bytes(b"mp4")
+    store.complete(jobs[0], {"text": 0.5}, ("a note",))
+    for job in jobs:
+        left_by_an_earlier_release(store, job)
+    found = again(store)
+    assert found.jobs == store.jobs and not any(STATE in name for name in files(store))
+    (store._folder / jobs[1].id / STATE).write_text("{}")
+    assert again(store).jobs == store.jobs
+
+
+def test_what_an_earlier_release_has_left_is_served_from_a_full_disk(disk):
+    store = Store(disk.place / "videos", keep_s=100)
+    jobs = [added(store) for _ in range(3)]
+    for job in jobs:
+        left_by_an_earlier_release(store, job)
+    (store._folder / FILE).unlink()
+    disk.fill()
+    found = again(store)
+    assert found.jobs == store.jobs
+    found.sweep()
+    disk.free()
+    found.sweep()
+    assert files(store) == set() and again(store).jobs == store.jobs
+
+
+def test_records_of_a_later_release_are_refused(store):
+    added(store)
+    with sqlite3.connect(store._folder / FILE) as later:
+        later.execute("UPDATE magihuman_schema SET version = 99")
+    with pytest.raises(OutputError, match=r"must be of version 1 at most, and .* has version 99"):
+        again(store)
+
+
+def test_damaged_records_are_refused(store):
+    added(store)
+    (store._folder / FILE).write_bytes(b"no database" * 1000)
+    with pytest.raises(RecordsError, match="file is not a database"):
+        again(store)
 
 
 def test_a_full_disk_loses_nothing(store, monkeypatch):
@@ -190,11 +258,11 @@ def test_a_full_disk_loses_nothing(store, monkeypatch):
         store.begin(job)
     store.video(ready).write_bytes(b"whole")
 
-    def full(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(records, *jobs):
+        raise RecordsError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("magihuman.runtime.serving.store.atomic_path", full)
+        patch.setattr("magihuman.runtime.serving.records.records.Records.save", full)
         store.complete(ready, {}, ())
         store.fail(failed, "disk", "the disk is full")
         assert (ready.status, failed.status) == (Status.COMPLETED, Status.FAILED)
@@ -220,10 +288,9 @@ def test_states_that_a_full_disk_has_refused_are_written_later(disk):
     found = again(store).jobs
     assert found == {failed.id: failed, begun.id: begun}
     assert f"{failed.id}/image" not in files(store) and f"{begun.id}/image" in files(store)
-    for place in store._folder.glob("*/job.json"):
-        place.unlink()
+    store._records.remove(store.jobs)
     store.sweep()  # what has been written is not written again
-    assert not any(name.endswith("job.json") for name in files(store))
+    assert store._records.load() == {}
 
 
 def test_a_job_is_gone_only_where_the_disk_takes_it(disk):
@@ -240,8 +307,7 @@ def test_a_job_is_gone_only_where_the_disk_takes_it(disk):
     disk.refuse(False)
     store.sweep()
     store.remove(job)
-    assert set(store.jobs) == set(again(store).jobs) == {late.id}
-    assert files(store) == {f"{late.id}/job.json"}
+    assert set(store.jobs) == set(again(store).jobs) == set(store._records.load()) == {late.id}
 
 
 def test_uploads_that_cannot_be_removed_do_not_change_the_end(disk):
@@ -255,7 +321,7 @@ def test_uploads_that_cannot_be_removed_do_not_change_the_end(disk):
     disk.refuse(False)
     store.sweep()
     assert again(store).jobs == {job.id: job}
-    assert files(store) == {f"{job.id}/job.json", f"{job.id}/video.mp4"}
+    assert files(store) == {f"{job.id}/video.mp4"}
 
 
 def test_what_happens_to_a_removed_job_is_not_written(store):
@@ -318,7 +384,7 @@ def test_removal_while_a_file_is_being_written(store):
     with (store._folder / job.id / ".magihuman-x.mp4").open("wb") as file:
         store.remove(job)
         file.write(b"still")
-    assert list(store._folder.iterdir()) == [] and store.jobs == {}
+    assert files(store) == set() and store.jobs == {}
 
 
 def test_two_servers_cannot_share_a_folder(tmp_path):
@@ -388,7 +454,7 @@ def test_what_a_dead_engine_has_half_written_is_removed(store):
     store.back_in_line(job, is_its_fault=True)
     assert f"{job.id}/.magihuman-0123.mp4" not in files(store)
     again(store)
-    assert files(store) == {f"{each.id}/job.json" for each in (job, other)}
+    assert files(store) == set()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -491,9 +557,7 @@ def test_killed_at_any_moment_no_finished_job_is_lost(tmp_path):
         kept = [name for name in finished if name[0] != "-"]
         assert {jobs[name].status for name in kept} == {Status.COMPLETED}
         assert not {f"-{name}" for name in jobs} & set(finished)  # nothing that was removed is back
-        for place in tmp_path.iterdir():
-            state = json.loads((place / "job.json").read_text())  # whole, whatever it says
-            assert state["id"] == place.name
+        assert {place.name for place in tmp_path.glob("video_*")} == jobs.keys()
     assert len(finished) >= 3
 
 
@@ -530,7 +594,7 @@ def test_a_restart_reads_each_finished_one_once(store, counting):
     found = again(store)
     reads = sorted(counting)
     assert len(found.jobs) == 20
-    assert [name for name in reads if not name.startswith("video_")] == ["job.json"] * 20
+    assert all(name.startswith("video_") for name in reads)  # SQLite's own are not counted
     assert len(reads) <= 20 + 2 * 20  # and each folder at most twice: once for its modes
     counting.clear()
     asked = found.jobs.values()
