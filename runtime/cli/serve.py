@@ -34,10 +34,11 @@ from magihuman.runtime.serving.cluster.isolation import isolate
 
 if TYPE_CHECKING:
     from magihuman.runtime.prompts import Enhancer
-    from magihuman.runtime.serving.settings import Settings
+    from magihuman.runtime.serving.settings import Settings, Shared
 
 TOKEN_VARIABLE = "MAGIHUMAN_TOKEN"  # noqa: S105 - where it is, not what
 MAX_PROMPT_CHARS = 150_000  # two of them fit a job's state, which is bounded
+SHARED = "shared.sqlite"  # in the folder, of servers that share a storage alone
 POLL_S = 0.1
 WAIT_S = 15.0  # for the processes of a server that has just been killed
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -51,6 +52,19 @@ class ServeOptions(EngineOptions, EnhanceOptions, EncodingOptions):
     folder: Annotated[
         Path, typer.Option(help="Where videos and what is asked for are kept; made if need be.")
     ] = Path("videos")
+    database: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Records in a database that several servers share, as postgresql://...",
+        ),
+    ] = None
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Clips and uploads where all of them are, as s3://bucket/folder."
+        ),
+    ] = None
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000
     token_file: Annotated[
@@ -254,6 +268,7 @@ def _settings(
         timeout_s=options.timeout_seconds,
         token_sha256=token,
         is_local=options.host in LOOPBACK and token is None,
+        shared=_shared(options),
         limits=Limits(
             body_bytes=options.max_upload_mib * 2**20,
             prompt_chars=options.max_prompt_chars,
@@ -272,6 +287,20 @@ def _settings(
             pixel_bytes=estimate.decoding_bytes(1, 1, is_compiled=True)
             / max(each, estimate.BANDS[-1]),
         ),
+    )
+
+
+def _shared(options: ServeOptions) -> Shared | None:
+    """Return where records and files lie that several servers have, if they do."""
+    from magihuman.runtime.serving.settings import Shared
+
+    if options.database is None and options.storage is None:
+        return None
+    folder = options.folder.absolute()
+    storage = options.storage or str(folder)
+    return Shared(
+        options.database or f"sqlite:///{folder / SHARED}",
+        storage if "://" in storage else str(Path(storage).absolute()),
     )
 
 
@@ -403,17 +432,36 @@ def _wait(place: str, is_told: Callable[[], bool]) -> None:
 
 def _check_place(options: ServeOptions, settings: Settings) -> None:
     """Refuse a folder or an address that another has, and warn where everybody is let in."""
-    from magihuman.runtime.serving.records.database import Database, in_folder
-    from magihuman.runtime.serving.store import locked
+    if settings.shared is None:
+        from magihuman.runtime.serving.records.database import Database, in_folder
+        from magihuman.runtime.serving.store import locked
 
-    with locked(settings.folder, WAIT_S):  # the process that keeps the jobs takes it
-        Database(in_folder(settings.folder)).check()
+        with locked(settings.folder, WAIT_S):  # the process that keeps the jobs takes it
+            Database(in_folder(settings.folder)).check()
+    else:
+        _check_shared(settings.shared)
     _check_port(options.host, options.port)
     if options.host not in LOOPBACK and settings.token_sha256 is None:
         _say(
             f"warning: without a token, everybody who reaches {options.host} can make videos"
             f" and fetch them; set {TOKEN_VARIABLE} or --token-file"
         )
+
+
+def _check_shared(shared: Shared) -> None:
+    """Refuse a database or a storage that cannot be used."""
+    from magihuman.runtime.serving.records.database import Database
+    from magihuman.runtime.serving.storage.files import Storage
+
+    storage = Storage(shared.storage)
+    Database(shared.database).check()
+    try:
+        storage.check()
+    except OSError as error:
+        raise runtime.OutputError(
+            f"the storage must take files, and {shared.storage} does not:"
+            f" {error.strerror or error}; make it, or let the server write to it"
+        ) from error
 
 
 def _check_port(host: str, port: int) -> None:

@@ -39,6 +39,8 @@ from magihuman.runtime.serving.metrics import FOLDER_VARIABLES, EngineFigures, M
 from magihuman.runtime.serving.observe import relay, tracing
 from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.shared.jobs import SharedJobs
+from magihuman.runtime.serving.shared.staging import staged
 from magihuman.runtime.serving.store import locked
 from magihuman.runtime.serving.uploads import DECODERS
 
@@ -99,7 +101,8 @@ class Replica(EngineReplica):
         carrier: of the span below which it is made.
         """
         try:
-            async with aclosing(tracing.below(carrier or {}, super().make(work))) as events:
+            making = tracing.below(carrier or {}, staged(work, super().make))
+            async with aclosing(making) as events:
                 async for event in events:
                     if not isinstance(
                         event, (Report, Spoken)
@@ -135,8 +138,12 @@ class Api:
         close_replica()
         relay.set_up()
         self._lock = ExitStack()  # held until the process ends
-        self._lock.enter_context(locked(settings.folder, LOCK_WAIT_S))
-        self.jobs = Jobs(settings, _remote(engines), slots)
+        if settings.shared is None:
+            self._lock.enter_context(locked(settings.folder, LOCK_WAIT_S))
+            self.jobs = Jobs(settings, _remote(engines), slots)
+        else:
+            settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.jobs = SharedJobs(settings, _remote(engines), slots)
         self._figures = EngineFigures()
         self._capacity = settings.capacity
         self.metrics = Metrics(self.jobs, self._figures.text)

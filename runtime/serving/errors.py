@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from fastapi.responses import JSONResponse
 
+log = logging.getLogger("magihuman")
+
+DISK, DISK_RETRY_S = "disk", 60
 MAX_SHOWN = 100  # characters of what a client chose, where it comes back to it
 MAX_NAME = 256  # characters of a field's name
 DECODER_RETRY_S = 30  # for a process that decodes to start
@@ -76,6 +81,31 @@ def no_decoder() -> ApiError:
     headers = {"Retry-After": str(DECODER_RETRY_S)}
     message = "no process that decodes files can be started; try again later"
     return ApiError(503, "decoder", message, headers=headers)
+
+
+def retry(seconds: int) -> dict[str, str]:
+    """Return the header that says in how many seconds to come again."""
+    return {"Retry-After": str(seconds)}
+
+
+def refused(error: OSError) -> ApiError:
+    """Return the error of a disk, or of what a server has in place of one."""
+    place = getattr(error, "place", DISK)
+    if place == DISK:
+        message = f"the server's disk does not take it: {error.strerror}"
+    else:  # what it says can name addresses
+        log.warning("the %s cannot be used: %s", place, error.strerror)
+        message = f"the server's {place} cannot be used now; try again later"
+    return ApiError(503, place, message, headers=retry(DISK_RETRY_S))
+
+
+@contextmanager
+def disk_taken() -> Iterator[None]:
+    """Turn what a disk does not take into an `ApiError`."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(error) from error
 
 
 def _whole(text: str) -> str:

@@ -15,9 +15,9 @@ from contextlib import (
     contextmanager,
     nullcontext,
 )
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from magihuman.runtime.serving.line.attempt import Attempt, Bells
 from magihuman.runtime.serving.messages import (
     EngineLost,
     Failed,
@@ -29,6 +29,7 @@ from magihuman.runtime.serving.messages import (
 )
 from magihuman.runtime.serving.observe.lines import log_end
 from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.storage.files import Stored
 from magihuman.runtime.serving.store import Job, Status, Store
 
 log = logging.getLogger("magihuman")
@@ -57,43 +58,8 @@ class Draining(Exception):  # noqa: N818 - a state
     """The server is about to stop and takes no more."""
 
 
-@dataclass
-class Attempt:
-    """How far an engine is with a job. Another attempt has another of these.
-
-    Attributes:
-        step, of: steps of the stage that are finished, and how many there are.
-        frames: that are decoded.
-        live_bytes: of the job's live file that can be read.
-        begun_s: when it began, by the monotonic clock.
-    """
-
-    step: int = 0
-    of: int = 0
-    frames: int = 0
-    live_bytes: int = 0
-    begun_s: float = field(default_factory=time.monotonic)
-
-
-class Bells:
-    """Wakes those who wait for jobs to change. For one event loop."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[str, asyncio.Event] = {}
-
-    async def wait(self, name: str) -> None:
-        """Return once a job has changed; who looked at it before without a pause misses nothing."""
-        await self._waiting.setdefault(name, asyncio.Event()).wait()
-
-    def ring(self, name: str) -> None:
-        """Wake those who wait for a job."""
-        if (event := self._waiting.pop(name, None)) is not None:
-            event.set()
-
-    def ring_all(self) -> None:
-        """Wake everybody, as where the line has moved."""
-        for name in list(self._waiting):
-            self.ring(name)
+class LeaseLost(Exception):  # noqa: N818 - a state
+    """Another process has the video now, or it has been removed."""
 
 
 class Jobs:
@@ -102,14 +68,17 @@ class Jobs:
     Attributes:
         is_draining: whether new jobs are refused, because the server is about to stop.
         requeued: jobs put back in line because their engine had gone.
+        has_live: whether a video can be seen while it is made, and a face talked to.
     """
+
+    has_live = True
 
     def __init__(self, settings: Settings, make: Make, slots: int) -> None:
         """slots: jobs given to engines at once; at each of them one is made, one gets ready."""
         self.is_draining = False
         self.requeued = 0
         self._settings, self._make = settings, make
-        self._store = Store(settings.folder, settings.keep_s)
+        self._jobs = self._open()
         self._slots = asyncio.Semaphore(slots)
         self._abreast = max(1, slots // 2)  # made at a time
         self._of_engine = min(2, slots)  # slots that an engine has
@@ -125,6 +94,11 @@ class Jobs:
         self._last_s: float | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
+    def _open(self) -> dict[str, Job]:
+        """Return the jobs that are known, by their ids, as they are from now on."""
+        self._store = Store(self._settings.folder, self._settings.keep_s)
+        return self._store.jobs
+
     def start(self) -> None:
         """Take up what waits, and remove what has expired from now on."""
         for job in self._store.queued():
@@ -133,7 +107,7 @@ class Jobs:
 
     def count(self) -> dict[Status, int]:
         """Count the jobs of each status."""
-        jobs = self._store.jobs.values()
+        jobs = self._jobs.values()
         return {status: sum(job.status is status for job in jobs) for status in Status}
 
     def page(self, after: Job | None, limit: int, newest_first: bool) -> tuple[list[Job], bool]:
@@ -142,7 +116,7 @@ class Jobs:
         after: the one before the first; None begins at the beginning.
         """
         key = operator.attrgetter("created_at", "id")
-        jobs: Iterable[Job] = self._store.jobs.values()
+        jobs: Iterable[Job] = self._jobs.values()
         if after is not None:
             edge = key(after)
             jobs = [job for job in jobs if (key(job) < edge if newest_first else key(job) > edge)]
@@ -158,10 +132,17 @@ class Jobs:
 
     def get(self, name: str) -> Job | None:
         """Return the job of this id, or None."""
-        return self._store.jobs.get(name)
+        return self._jobs.get(name)
 
-    def video(self, job: Job) -> Path:
-        """Return the path of the mp4, which is there once the job is completed."""
+    async def find(self, name: str) -> Job | None:
+        """Return the job of this id as it is now, whoever has changed it, or None."""
+        return self.get(name)
+
+    async def catch_up(self) -> None:
+        """Learn of all that others have changed; nobody else changes anything here."""
+
+    def video(self, job: Job) -> Path | Stored:
+        """Return the place of the mp4, which is there once the job is completed."""
         return self._store.video(job)
 
     def live(self, job: Job) -> Path:
@@ -180,7 +161,7 @@ class Jobs:
         """Return the place in line of a job that waits, from 1."""
         if job.status is not Status.QUEUED:
             return None
-        waiting = (other for other in self._store.jobs.values() if other.status is Status.QUEUED)
+        waiting = (other for other in self._jobs.values() if other.status is Status.QUEUED)
         return 1 + sum(other.created_at < job.created_at for other in waiting)
 
     def seconds_left(self, job: Job) -> float | None:
@@ -261,17 +242,21 @@ class Jobs:
                 await asyncio.to_thread(write)
         finally:
             self._arriving -= 1
-        self._store.jobs[job.id] = job
+        self._jobs[job.id] = job
         if not self.is_draining:  # else it is on disk for the next start
             self._launch(job)
 
-    def remove(self, job: Job) -> None:
+    async def remove(self, job: Job) -> None:
         """Forget a job; what is being made of it is cancelled.
 
         Raises:
             OSError: the disk refuses, and nothing has changed.
         """
         self._store.remove(job)
+        self._cancel(job)
+
+    def _cancel(self, job: Job) -> None:
+        """Give up what is being made of a job that is no more."""
         task = self._tasks.get(job.id)
         if task is not None:
             task.cancel()
@@ -312,27 +297,54 @@ class Jobs:
 
     async def _run(self, job: Job) -> None:
         while job.status is Status.QUEUED:
-            try:
-                async with self._second_try if job.attempts else nullcontext(), self._slots:
-                    await self._attempt(job)
-            except EngineLost as lost:
-                log.warning("%s has lost its engine: %s", job.id, str(lost).partition("\n")[0])
-                self.requeued += 1
-                if job.is_running:
-                    self._store.back_in_line(job, is_its_fault=True)
-                self._start_over(job)
+            async with self._second_try if job.attempts else nullcontext(), self._slots:
+                is_lost = not await self._try(job)
+            if is_lost:
                 await asyncio.sleep(PAUSE_S)
-            except asyncio.CancelledError:
-                if job.id in self._store.jobs and job.is_running:
-                    self._store.back_in_line(job, is_its_fault=False)
-                    self._start_over(job)
-                raise
-            except Exception:
-                log.exception("%s has failed", job.id)
-                message = "something went wrong in the server; its log has the details"
-                self._store.fail(job, "internal_error", message)
-                self._start_over(job)
         log_end(job)
+
+    async def _try(self, job: Job) -> bool:
+        """Have an engine make a job, and return whether it was there until the end."""
+        try:
+            await self._attempt(job)
+        except EngineLost as lost:
+            log.warning("%s has lost its engine: %s", job.id, str(lost).partition("\n")[0])
+            self.requeued += 1
+            if job.is_running:
+                await self._put_back(job, is_its_fault=True)
+            self._start_over(job)
+            return False
+        except asyncio.CancelledError:
+            if job.id in self._jobs and job.is_running:
+                await self._put_back(job, is_its_fault=False)
+                self._start_over(job)
+            raise
+        except LeaseLost:
+            raise
+        except Exception:
+            log.exception("%s has failed", job.id)
+            message = "something went wrong in the server; its log has the details"
+            await self._fail(job, "internal_error", message)
+            self._start_over(job)
+        return True
+
+    async def _begin(self, job: Job) -> None:
+        self._store.begin(job)
+
+    async def _complete(self, job: Job, made: Made) -> None:
+        self._store.complete(job, made.timings_s, made.warnings)
+
+    async def _fail(self, job: Job, code: str, message: str) -> None:
+        self._store.fail(job, code, message)
+
+    async def _put_back(self, job: Job, is_its_fault: bool) -> None:
+        self._store.back_in_line(job, is_its_fault)
+
+    def _work(self, job: Job) -> Work:
+        """Return what an engine is told. Raises `InvalidRequestError`."""
+        store = self._store
+        request, save, live = store.request(job), store.video(job), store.live(job)
+        return Work(request, save, self._settings.timeout_s, live)
 
     def _start_over(self, job: Job) -> None:
         """Forget an attempt that has ended."""
@@ -347,33 +359,31 @@ class Jobs:
             self._being_made -= 1
 
     async def _made(self, job: Job) -> None:
-        store = self._store
-        save, live = store.video(job), store.live(job)
-        work = Work(store.request(job), save, self._settings.timeout_s, live)
+        work = self._work(job)
         start = time.monotonic()
         async with aclosing(self._make(work)) as events:
             async for event in events:
                 match event:
                     case Report() | Window():
-                        self._note(job, event)
+                        await self._note(job, event)
                     case Made():
                         self._last_s = time.monotonic() - start
                         job.peak_memory_mb = event.peak_memory_mb
-                        store.complete(job, event.timings_s, event.warnings)
+                        await self._complete(job, event)
                         self._start_over(job)
                         return
                     case Failed():
-                        store.fail(job, event.code, event.message)
+                        await self._fail(job, event.code, event.message)
                         self._start_over(job)
                         return
         raise EngineLost("it said nothing of the end")
 
-    def _note(self, job: Job, event: Report | Window) -> None:
+    async def _note(self, job: Job, event: Report | Window) -> None:
         """Take how far an engine is."""
         attempt = self.attempt(job)
         if job.status is Status.QUEUED:
             attempt.begun_s = time.monotonic()
-            self._store.begin(job)
+            await self._begin(job)
             self._bells.ring_all()
         match event:
             case Report(stage, step, of):

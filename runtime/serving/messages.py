@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Stays:
+    """Where the files of a video lie that another machine is to find.
+
+    Attributes:
+        url: of the storage.
+        folder: of the video, in it; has the uploads.
+        video: the name of the mp4, in the storage too.
+    """
+
+    url: str
+    folder: str
+    video: str
+
+
+@dataclass(frozen=True)
 class Work:
     """One video to make.
 
@@ -21,12 +36,15 @@ class Work:
         save: the mp4 to write, whole or not at all.
         live: a file to write windows to while the clip is made, as fragmented mp4; None for none.
         deadline_s: from when the engine has it.
+        stays: where the uploads come from and the mp4 goes; the request then has no files, and
+            `save` is on the engine's own disk. None where all of it is on one machine.
     """
 
     request: Request
     save: Path
     deadline_s: float | None
     live: Path | None = None
+    stays: Stays | None = None
 
     @property
     def name(self) -> str:

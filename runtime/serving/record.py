@@ -89,6 +89,15 @@ def request_of(job: Job, folder: Path) -> Request:
     return Request(prompt=job.prompt, image=image, audio=audio, **job.options)
 
 
+def engine_lost(attempts: int) -> tuple[str, str]:
+    """Return code and message of a job whose engine has gone so many times."""
+    return (
+        "engine_lost",
+        f"the process that made this video ended unexpectedly, {attempts} times in a row; ask for a"
+        " shorter or smaller one, or look at the server's log",
+    )
+
+
 def kept(job: Job) -> dict[str, object]:
     """Return what `read` is to find again."""
     values = asdict(job)

@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 from magihuman.runtime.serving import uploads
-from magihuman.runtime.serving.errors import ApiError
+from magihuman.runtime.serving.errors import ApiError, disk_taken, refused, retry
 from magihuman.runtime.serving.jobs import Draining, Jobs, LineFull
 from magihuman.runtime.serving.metrics import Metrics
 from magihuman.runtime.serving.schema import (
@@ -25,12 +25,13 @@ from magihuman.runtime.serving.schema import (
     errors_of,
 )
 from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.storage.files import StorageError
 from magihuman.runtime.serving.store import Job, Status
-from magihuman.runtime.serving.transfer.download import Download
 from magihuman.runtime.serving.transfer.spool import Budget
 from magihuman.runtime.serving.transfer.stills import Stills
+from magihuman.runtime.serving.transfer.stored import check_there, download
 
-DRAIN_RETRY_S, DISK_RETRY_S = 30, 60
+DRAIN_RETRY_S = 30
 BODY_S = 300.0  # for a body, which has a place in line meanwhile; 32 MiB at 0.9 Mbit/s
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
@@ -145,7 +146,7 @@ class VideoRoutes:
 
     async def added(self, request: Request) -> Job:
         """Put what a body asks for in line. Raises `ApiError` where it cannot be."""
-        with _disk_taken():
+        with disk_taken():
             with _place_in_line(self.jobs()):
                 new = await _read(request, self.settings, self.budget)
             try:
@@ -157,7 +158,7 @@ class VideoRoutes:
 
     async def retrieve(self, video_id: str) -> VideoObject:
         """A video's status and progress."""
-        return VideoObject.of(self._job(video_id), self.settings.model)
+        return VideoObject.of(await self._job(video_id), self.settings.model)
 
     async def content(
         self,
@@ -165,9 +166,9 @@ class VideoRoutes:
         variant: Annotated[
             Variant, Query(description="The mp4, a frame of it, or sixteen.")
         ] = "video",
-    ) -> Download:
+    ) -> Response:
         """The finished mp4, whole or in ranges; or an image of it, as WebP."""
-        job = self._job(video_id)
+        job = await self._job(video_id)
         if job.status is not Status.COMPLETED:
             wait = None if job.has_ended else retry(self.jobs().retry_after_s)
             raise ApiError(
@@ -180,32 +181,30 @@ class VideoRoutes:
         video = self.jobs().video(job)
         try:
             if variant == "video":
-                return Download(video, "video/mp4", f"{job.id}.mp4")
-            video.lstat()
-            with _disk_taken():
+                return await download(video, "video/mp4", f"{job.id}.mp4")
+            await check_there(video)
+            with disk_taken():
                 image = await self.stills.of(video, variant)
-            return Download(image, "image/webp", f"{job.id}-{variant}.webp")
+            return await download(image, "image/webp", f"{job.id}-{variant}.webp")
         except FileNotFoundError:  # removed by hand
             raise _not_found() from None
+        except StorageError as error:
+            raise refused(error) from error
 
     async def delete(self, video_id: str) -> Deleted:
         """Cancel a video that waits or is being made, or remove a finished one."""
-        job = self._job(video_id)
-        with _disk_taken():
-            self.jobs().remove(job)
+        job = await self._job(video_id)
+        with disk_taken():
+            await self.jobs().remove(job)
         return Deleted(id=job.id)
 
-    def _job(self, video_id: str) -> Job:
+    async def _job(self, video_id: str) -> Job:
         """Return the job of an id. Raises `ApiError` where there is none."""
-        job = self.jobs().get(video_id)
+        with disk_taken():
+            job = await self.jobs().find(video_id)
         if job is None:
             raise _not_found()
         return job
-
-
-def retry(seconds: int) -> dict[str, str]:
-    """Return the header that says in how many seconds to come again."""
-    return {"Retry-After": str(seconds)}
 
 
 def _not_found() -> ApiError:
@@ -222,20 +221,6 @@ async def _read(request: Request, settings: Settings, budget: Budget) -> uploads
         raise ApiError(408, "body_too_slow", message) from None
     except ClientDisconnect:  # nobody is told, and it is no fault of the server
         raise ApiError(400, "malformed_body", "the body must be sent to its end") from None
-
-
-@contextmanager
-def _disk_taken() -> Iterator[None]:
-    """Turn what a disk does not take into an `ApiError`."""
-    try:
-        yield
-    except OSError as error:
-        raise ApiError(
-            503,
-            "disk",
-            f"the server's disk does not take it: {error.strerror}",
-            headers=retry(DISK_RETRY_S),
-        ) from error
 
 
 @contextmanager

@@ -75,6 +75,21 @@ class Capacity:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What several API processes have together.
+
+    Attributes:
+        database: URL of the records.
+        storage: URL of clips and uploads, or a folder that all machines have.
+        lease_s: how long an API process has a video without saying that it still runs.
+    """
+
+    database: str = field(repr=False)  # can have a password
+    storage: str
+    lease_s: float = 15.0
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the part that speaks HTTP and keeps the videos is told.
 
@@ -95,6 +110,7 @@ class Settings:
         prompts: that the page has for examples.
         capacity: of each engine, where it is known; what has no room is refused.
         enhancer: rewrites prompts for clients who ask for that; None refuses them.
+        shared: where records and files lie that several processes have; None keeps all in `folder`.
     """
 
     folder: Path
@@ -113,6 +129,7 @@ class Settings:
     aliases: tuple[str, ...] = ()
     is_model_strict: bool = False
     fetched_hosts: tuple[str, ...] = ()
+    shared: Shared | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -153,12 +153,7 @@ class Store:
         if is_its_fault:
             self._clear_drafts(job)
         if is_its_fault and job.attempts >= MAX_ATTEMPTS:
-            self.fail(
-                job,
-                "engine_lost",
-                f"the process that made this video ended unexpectedly, {job.attempts} times in a"
-                " row; ask for a shorter or smaller one, or look at the server's log",
-            )
+            self.fail(job, *record.engine_lost(job.attempts))
             return
         if not is_its_fault:
             job.attempts -= 1

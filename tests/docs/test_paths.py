@@ -27,7 +27,7 @@ CLASS = re.compile(r"[A-Z]+[a-z]\w*[A-Z]\w*")
 # Written for users, in folders of theirs.
 WRITTEN = {"job.json", "manifest.json", "model.safetensors.index.json", "request.json"}
 MADE = ("benchmarks/results/history", "benchmarks/results/latency.png")  # by `make bench`
-FILES = {"bin", "mp4", "safetensors"}  # `weights.bin` is no member
+FILES = {"bin", "mp4", "safetensors", "sqlite"}  # `weights.bin` is no member
 INSTANCES = {"engine": "Engine"}  # as the pages' examples call it
 
 

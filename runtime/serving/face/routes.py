@@ -67,6 +67,9 @@ class FaceRoutes:
     async def _talk(self, client: WebSocket) -> None:
         jobs = self.jobs()
         opening = await self._open(client)
+        if not jobs.has_live:
+            message = "servers that share their videos talk to nobody; ask one that shares none"
+            raise ApiError(503, "not_live", message)
         try:
             async with jobs.alone() as make, Bridge() as bridge:
                 image = await asyncio.to_thread(opening.write_image, bridge.folder, self.settings)

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import BinaryIO
 
 from magihuman.runtime.serving.errors import ApiError
-from magihuman.runtime.serving.jobs import Attempt
+from magihuman.runtime.serving.line.attempt import Attempt
 from magihuman.runtime.serving.live.watching import Watching
 from magihuman.runtime.serving.store import Job, Status
 
@@ -61,6 +61,8 @@ class LiveStream(Watching):
             if self.is_gone:
                 raise ApiError(404, "video_not_found", "the video has been removed", "video_id")
             refuse(self.job)
+            if not self.jobs.has_live:
+                raise not_live()
             if self.is_left:
                 raise ApiError(503, "draining", "the server is about to stop; try again later")
             if self.job.status is Status.COMPLETED:

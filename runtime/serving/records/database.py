@@ -29,7 +29,19 @@ CLOCKS = {
 
 
 class RecordsError(OSError):
-    """The database does not take or give a record. `strerror` says why, without its address."""
+    """The database does not take or give a record. `strerror` says why.
+
+    Attributes:
+        place: where it is: on the disk, or elsewhere.
+    """
+
+    place = "disk"
+
+
+class DatabaseAway(RecordsError):  # noqa: N818 - a state
+    """A database on another machine cannot be reached, or refuses."""
+
+    place = "database"
 
 
 class Database:
@@ -69,6 +81,8 @@ class Database:
 
     def has_tables(self) -> bool:
         """Whether there is something to read. Raises `RecordsError`, and as `writing` does."""
+        if self._is_ready:
+            return True
         if self._is_sqlite and not os.path.exists(self._url.database or ""):
             return False  # to connect would make it, as open as anybody's files
         with self.reading() as connection:
@@ -134,10 +148,9 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sa.exc.DBAPIError as error:
-            raise RecordsError(_number(error), _reason(error)) from error
         except sa.exc.SQLAlchemyError as error:
-            raise RecordsError(errno.EIO, str(error)) from error
+            kind = RecordsError if self._is_sqlite else DatabaseAway
+            raise kind(_number(error), _reason(error)) from error
 
 
 def in_folder(folder: Path) -> str:
@@ -185,6 +198,7 @@ def _postgresql(url: sa.URL) -> sa.Engine:
             pool_pre_ping=True,
             pool_timeout=CONNECT_S,
             connect_args={
+                "client_encoding": "utf8",  # where the database has none of its own
                 "connect_timeout": CONNECT_S,
                 "options": f"-c statement_timeout={STATEMENT_MS}",
             },
@@ -193,11 +207,12 @@ def _postgresql(url: sa.URL) -> sa.Engine:
         raise MissingExtraError("PostgreSQL", "cluster", error.name or "psycopg") from error
 
 
-def _number(error: sa.exc.DBAPIError) -> int:
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+def _number(error: sa.exc.SQLAlchemyError) -> int:
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0) & 0xFF
     return {8: errno.EROFS, 13: errno.ENOSPC}.get(code, errno.EIO)
 
 
-def _reason(error: sa.exc.DBAPIError) -> str:
+def _reason(error: sa.exc.SQLAlchemyError) -> str:
     """Return what the database says, in a line, without what it was asked."""
-    return " ".join(str(error.orig).split()) or type(error.orig).__name__
+    cause = getattr(error, "orig", None) or error
+    return " ".join(str(cause).split()) or type(cause).__name__

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, FastAPI, Query
 
-from magihuman.runtime.serving.errors import ApiError
+from magihuman.runtime.serving.errors import ApiError, disk_taken
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.schema import VideoList, VideoObject, errors_of
 from magihuman.runtime.serving.settings import Settings
@@ -42,6 +42,8 @@ class ListRoutes:
     ) -> VideoList:
         """The videos that are kept, the newest first."""
         jobs = self.jobs()
+        with disk_taken():
+            await jobs.catch_up()
         last = None if after is None else jobs.get(after)
         if after is not None and last is None:
             message = "after must be the id of a video that is there; begin at the first page again"

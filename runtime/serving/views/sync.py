@@ -8,14 +8,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse
 
 from magihuman.runtime.serving.errors import ApiError
 from magihuman.runtime.serving.routes import VideoRoutes, draining
 from magihuman.runtime.serving.schema import body_schema, errors_of
 from magihuman.runtime.serving.store import Job, Status
-from magihuman.runtime.serving.transfer.download import Download
+from magihuman.runtime.serving.transfer.stored import download
 
 log = logging.getLogger("magihuman")
 
@@ -42,7 +42,7 @@ class SyncRoute:
             dependencies=[Depends(check)],
         )(self.make)
 
-    async def make(self, request: Request) -> Download:
+    async def make(self, request: Request) -> Response:
         """Make a video and answer with its mp4; a client that leaves cancels it."""
         job = await self.videos.added(request)
         await self._wait(request, job)
@@ -54,7 +54,7 @@ class SyncRoute:
             raise ApiError(404, "video_not_found", "the video was removed while it was made")
         if job.status is not Status.COMPLETED:
             raise draining()
-        answer = Download(jobs.video(job), "video/mp4", f"{job.id}.mp4")
+        answer = await download(jobs.video(job), "video/mp4", f"{job.id}.mp4")
         answer.headers.update(self._figures(job))
         return answer
 
@@ -66,7 +66,7 @@ class SyncRoute:
         try:
             await asyncio.wait([ended, left], return_when=asyncio.FIRST_COMPLETED)
             if not ended.done() and jobs.get(job.id) is not None:
-                jobs.remove(job)
+                await jobs.remove(job)
         except OSError:
             log.exception("%s has no client any more, and cannot be removed", job.id)
         finally:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from magihuman.runtime.serving.messages import Make
 from magihuman.runtime.serving.metrics import Metrics
 from magihuman.runtime.serving.replica import EngineReplica
 from magihuman.runtime.serving.settings import Settings
+from magihuman.runtime.serving.shared.jobs import SharedJobs
+from magihuman.runtime.serving.shared.staging import staged
 from magihuman.runtime.serving.uploads import DECODERS
 
 
@@ -59,10 +62,11 @@ def served(
     async def is_ready() -> bool:
         return True
 
+    line = Jobs if settings.shared is None else SharedJobs
     app = create_app(settings, lambda: local.jobs[0], is_ready, lambda: local.metrics[0])
 
     async def main() -> None:
-        jobs = Jobs(settings, make or replica.make, slots=2)
+        jobs = line(settings, make or partial(staged, make=replica.make), slots=2)
         local.loop.append(asyncio.get_running_loop())
         local.jobs.append(jobs)
         local.metrics.append(Metrics(jobs, lambda: generate_latest(replica.registry)))
