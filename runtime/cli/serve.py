@@ -33,6 +33,8 @@ from magihuman.runtime.request import MAX_SECONDS, MIN_SECONDS, MIN_SIDE_PX
 from magihuman.runtime.serving.cluster.isolation import isolate
 
 if TYPE_CHECKING:
+    from ray.serve import Application
+
     from magihuman.runtime.prompts import Enhancer
     from magihuman.runtime.serving.settings import Settings, Shared
 
@@ -65,6 +67,15 @@ class ServeOptions(EngineOptions, EnhanceOptions, EncodingOptions):
             metavar="URL", help="Clips and uploads where all of them are, as s3://bucket/folder."
         ),
     ] = None
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Run on this Ray cluster, or on that of this machine (auto)."
+        ),
+    ] = None
+    api_replicas: Annotated[
+        int, typer.Option(min=1, help="Processes that speak HTTP; on a Ray cluster alone.")
+    ] = 1
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000
     token_file: Annotated[
@@ -150,10 +161,18 @@ class ServeOptions(EngineOptions, EnhanceOptions, EncodingOptions):
 def serve(options: ServeOptions) -> None:
     """Serve videos over HTTP, with a page to try it. Needs pip install 'magihuman[serve]'."""
     with user_errors(), noted_signals() as is_told:
-        token = _token(options.token_file)
+        token = token_of(options.token_file)
         enhancer = enhancer_of(options)
         _check_numbers(options)
         _check_encoding(options)
+        if options.ray_address is not None:
+            _serve_on(options.ray_address, options, token, enhancer, is_told)
+            return
+        if options.api_replicas != 1:
+            raise runtime.InvalidRequestError(
+                f"--api-replicas must go with --ray-address, got {options.api_replicas}; leave it"
+                " out, or start the server more than once"
+            )
         sizes = tuple(_size(text) for text in options.warmup or ())
         isolate()
         _check_extra()
@@ -183,6 +202,67 @@ def serve(options: ServeOptions) -> None:
             lambda: _wait(options.place, is_told),
             options.ray_logs,
         )
+
+
+def _serve_on(
+    cluster: str,
+    options: ServeOptions,
+    token: bytes | None,
+    enhancer: Enhancer | None,
+    is_told: Callable[[], bool],
+) -> None:
+    """Serve on a Ray cluster that is there, until the process is told to stop."""
+    _check_extra()
+    built = clustered(options, token, enhancer)
+    from magihuman.runtime.serving import app
+
+    _warn_of_strangers(options, token)
+    _say(f"loading {options.model}")
+    place = options.host, options.port
+    app.run_on(
+        cluster, built, place, is_told, lambda: _wait(options.place, is_told), options.ray_logs
+    )
+
+
+def clustered(options: ServeOptions, token: bytes | None, enhancer: Enhancer | None) -> Application:
+    """Return what Ray Serve runs on a cluster.
+
+    Of the model no more is read than its `request.json`, where it is there: its machines have it.
+
+    Args:
+        token: SHA-256 of the bearer token.
+        enhancer: rewrites prompts, where somebody is to.
+
+    Raises:
+        InvalidRequestError: an option cannot be used, or one that a cluster needs is missing.
+    """
+    _check_numbers(options)
+    _check_encoding(options)
+    _observe(options)
+    if options.database is None or options.storage is None:
+        missing = "--database" if options.database is None else "--storage"
+        raise runtime.InvalidRequestError(
+            f"on a cluster --database and --storage must name what all of its machines reach, and"
+            f" {missing} is not given"
+        )
+    from magihuman.runtime.engine import LoadOptions
+    from magihuman.runtime.serving import app
+
+    is_cpu = options.device == "cpu"
+    arguments = {**options.load_arguments(), "device": "cpu" if is_cpu else "cuda:0"}
+    LoadOptions(**arguments).check()
+    most = max(options.min_replicas, options.max_replicas or 1)
+    engines = app.Engines(
+        arguments,
+        tuple(_size(text) for text in options.warmup or ()),
+        0 if is_cpu else options.context_parallel,
+        options.min_replicas,
+        most,
+        options.encoding,
+    )
+    settings = _settings(options, token, None, 0, enhancer)
+    _check_shared(settings.shared)
+    return app.clustered(settings, engines, options.api_replicas)
 
 
 def _check_numbers(options: ServeOptions) -> None:
@@ -234,7 +314,7 @@ def _max_replicas(options: ServeOptions, gpus: int) -> int:
 def _settings(
     options: ServeOptions,
     token: bytes | None,
-    memory_bytes: int,
+    memory_bytes: int | None,
     rows: int,
     enhancer: Enhancer | None = None,
 ) -> Settings:
@@ -242,7 +322,7 @@ def _settings(
 
     Args:
         token: SHA-256 of the bearer token.
-        memory_bytes: of the device of an engine.
+        memory_bytes: of the device of an engine, None where it is not known.
         rows: output rows of the transformer's widest linear.
         enhancer: rewrites prompts, where somebody is to.
     """
@@ -253,7 +333,7 @@ def _settings(
     model, each = options.model, options.context_parallel
     name = Path(model).absolute().name if Path(model).exists() else model
     names = tuple(dict.fromkeys(options.served_model_name or [name]))
-    if options.memory_limit_gb is not None:
+    if memory_bytes is not None and options.memory_limit_gb is not None:
         memory_bytes = min(memory_bytes, int(options.memory_limit_gb * 2**30))
     most = largest(model)
     return Settings(
@@ -267,7 +347,7 @@ def _settings(
         keep_s=options.keep_hours * 3600,
         timeout_s=options.timeout_seconds,
         token_sha256=token,
-        is_local=options.host in LOOPBACK and token is None,
+        is_local=options.host in LOOPBACK and token is None and options.ray_address is None,
         shared=_shared(options),
         limits=Limits(
             body_bytes=options.max_upload_mib * 2**20,
@@ -281,7 +361,9 @@ def _settings(
         prompts=prompts(model),
         # The least that is taken, by fused kernels, and of a window by its bands: what is refused
         # would fit in no way.
-        capacity=Capacity(
+        capacity=None
+        if memory_bytes is None
+        else Capacity(
             memory_bytes,
             token_bytes=estimate.denoising_bytes(1, rows, is_compiled=True) / each,
             pixel_bytes=estimate.decoding_bytes(1, 1, is_compiled=True)
@@ -304,7 +386,7 @@ def _shared(options: ServeOptions) -> Shared | None:
     )
 
 
-def _token(file: Path | None) -> bytes | None:
+def token_of(file: Path | None) -> bytes | None:
     """Return the token's SHA-256, and take the token out of the environment that others inherit."""
     token = os.environ.pop(TOKEN_VARIABLE, None)
     if file is not None:
@@ -441,15 +523,20 @@ def _check_place(options: ServeOptions, settings: Settings) -> None:
     else:
         _check_shared(settings.shared)
     _check_port(options.host, options.port)
-    if options.host not in LOOPBACK and settings.token_sha256 is None:
+    _warn_of_strangers(options, settings.token_sha256)
+
+
+def _warn_of_strangers(options: ServeOptions, token: bytes | None) -> None:
+    if options.host not in LOOPBACK and token is None:
         _say(
             f"warning: without a token, everybody who reaches {options.host} can make videos"
             f" and fetch them; set {TOKEN_VARIABLE} or --token-file"
         )
 
 
-def _check_shared(shared: Shared) -> None:
+def _check_shared(shared: Shared | None) -> None:
     """Refuse a database or a storage that cannot be used."""
+    assert shared is not None
     from magihuman.runtime.serving.records.database import Database
     from magihuman.runtime.serving.storage.files import Storage
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -19,9 +20,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.schema import ApplicationStatus
+from starlette.types import ASGIApp
 
 from magihuman.runtime.serving.api import create_app
-from magihuman.runtime.serving.cluster.local import cluster
+from magihuman.runtime.serving.cluster.local import cluster, joined
 from magihuman.runtime.serving.cluster.loopback import close_replica
 from magihuman.runtime.serving.front.server import Front
 from magihuman.runtime.serving.jobs import Jobs
@@ -47,6 +49,7 @@ from magihuman.runtime.serving.uploads import DECODERS
 log = logging.getLogger("magihuman")
 
 APPLICATION, API, ENGINE = "magihuman", "api", "engine"
+REQUESTS_PER_API = 1000
 REQUESTS_PER_ENGINE = 2  # one on the device, one that gets ready beside it
 # For what an engine makes when fewer are needed: Serve stops the newest, busy or not. When the
 # server stops, all are idle by then.
@@ -87,9 +90,13 @@ class Replica(EngineReplica):
         options: dict[str, Any],
         warmup: Sequence[tuple[int, int, float]],
         encoding: dict[str, Any],
+        is_alone: bool = True,
     ) -> None:
-        """options, warmup, encoding: as of `EngineReplica`."""
-        close_replica()
+        """options, warmup, encoding: as of `EngineReplica`. is_alone: whether it is called from
+        this machine alone.
+        """
+        if is_alone:
+            close_replica()
         relay.set_up()
         super().__init__(options, warmup, tracing.hooks(), encoding)
 
@@ -123,19 +130,17 @@ class Replica(EngineReplica):
     async def _tell(self) -> None:
         """Send what is counted to the process that speaks HTTP, or else the next time."""
         try:
-            api = serve.get_deployment_handle(API, APPLICATION)
+            api = serve.get_deployment_handle(API, _name())
             await asyncio.wait_for(api.note.remote(self.figures()), TELL_S)
         except Exception as error:  # no figure is worth a video
             log.debug("figures have not been taken: %r", error)
 
 
-class Api:
-    """The process that speaks HTTP."""
+class Line:
+    """The application that speaks HTTP, with its jobs."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, engines: DeploymentHandle[Any], settings: Settings, slots: int, address: Address
-    ) -> None:
-        close_replica()
+    def open(self, engines: DeploymentHandle[Any], settings: Settings, slots: int) -> ASGIApp:
+        """Take up what waits, and return the application. For an event loop."""
         relay.set_up()
         self._lock = ExitStack()  # held until the process ends
         if settings.shared is None:
@@ -151,14 +156,7 @@ class Api:
         self.jobs.start()
         DECODERS.warm()
         app = create_app(settings, lambda: self.jobs, self.is_ready, lambda: self.metrics)
-        self._front = Front(tracing.traced(app))
-        await self._front.start(*address)
-
-    async def drain(self, bound_s: float) -> None:
-        """Take no more jobs, let those end that are being made, then answer no more."""
-        await self.jobs.drain(bound_s)
-        await self._front.stop()
-        await asyncio.to_thread(tracing.flush)
+        return tracing.traced(app)
 
     async def note(self, figures: Figures) -> None:
         """Take the figures of an engine."""
@@ -174,8 +172,69 @@ class Api:
         return self._is_ready
 
 
+class Api(Line):
+    """The process that speaks HTTP, and listens itself."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, engines: DeploymentHandle[Any], settings: Settings, slots: int, address: Address
+    ) -> None:
+        close_replica()
+        self._front = Front(self.open(engines, settings, slots))
+        await self._front.start(*address)
+
+    async def drain(self, bound_s: float) -> None:
+        """Take no more jobs, let those end that are being made, then answer no more."""
+        await self.jobs.drain(bound_s)
+        await self._front.stop()
+        await asyncio.to_thread(tracing.flush)
+
+
+class Ingress(Line):
+    """One of the processes of a cluster that speak HTTP, behind Serve's proxies."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, engines: DeploymentHandle[Any], settings: Settings, slots: int
+    ) -> None:
+        self._app = self.open(engines, settings, slots)
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self._app
+
+    async def __del__(self) -> None:
+        await self.jobs.close()
+
+
 def application(settings: Settings, engines: Engines, address: Address) -> serve.Application:
     """Make what Serve runs: the process that speaks HTTP at an address, bound to the engines."""
+    front = serve.deployment(
+        name=API,
+        num_replicas=1,  # it alone has the jobs
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=5,
+    )(Api)
+    slots = REQUESTS_PER_ENGINE * engines.max_replicas
+    return front.bind(_bound(engines, is_alone=True), settings, slots, address)
+
+
+def clustered(settings: Settings, engines: Engines, apis: int) -> serve.Application:
+    """Make what Serve runs on a cluster that others have started too.
+
+    apis: processes that speak HTTP, which share the line of `settings.shared`.
+    """
+    front = serve.deployment(
+        name=API,
+        num_replicas=apis,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=REQUESTS_PER_API,
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=10,
+    )(serve.ingress()(Ingress))
+    slots = max(1, math.ceil(REQUESTS_PER_ENGINE * engines.max_replicas / apis))
+    return front.bind(_bound(engines, is_alone=False), settings, slots)
+
+
+def _bound(engines: Engines, is_alone: bool) -> serve.Application:
+    """Make what Serve runs for the engines. is_alone: as of `Replica`."""
     threads = max(1, (os.cpu_count() or 1) // engines.max_replicas)
     variables = {"OMP_NUM_THREADS": str(threads)}  # Ray would have it be one
     if engines.options.get("context_parallel", 1) > 1:  # the processes of one talk on loopback
@@ -198,16 +257,7 @@ def application(settings: Settings, engines: Engines, address: Address) -> serve
         health_check_timeout_s=60,
         graceful_shutdown_timeout_s=ENDING_S,
     )(Replica)
-
-    front = serve.deployment(
-        name=API,
-        num_replicas=1,  # it alone has the jobs
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=5,
-    )(Api)
-    slots = REQUESTS_PER_ENGINE * engines.max_replicas
-    bound = replica.bind(engines.options, engines.warmup, engines.encoding)
-    return front.bind(bound, settings, slots, address)
+    return replica.bind(engines.options, engines.warmup, engines.encoding, is_alone)
 
 
 def run(
@@ -236,6 +286,34 @@ def run(
             return  # nothing is being made, and what waits is on disk
         wait()
         handle.drain.remote(drain_s).result(timeout_s=drain_s + 30)
+
+
+def run_on(
+    cluster_address: str,
+    built: serve.Application,
+    address: Address,
+    is_told: Callable[[], bool],
+    wait: Callable[[], None],
+    is_loud: bool = False,
+) -> None:
+    """Serve on a cluster that is there, until `wait` returns; the cluster stays.
+
+    cluster_address: of Ray, or "auto". address: of the proxies on its nodes, unless it has some
+    already. is_told, wait, is_loud: as of `run`.
+    """
+    with joined(cluster_address, is_loud):
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        http = {"host": address[0], "port": address[1]}
+        serve.start(proxy_location="EveryNode", http_options=http, logging_config=quiet)
+        target = serve.RunTarget(built, APPLICATION, route_prefix="/", logging_config=quiet)
+        serve.run_many([target], wait_for_applications_running=False)
+        try:
+            while not is_told() and not _has_begun():
+                time.sleep(POLL_S)
+            if not is_told():
+                wait()
+        finally:
+            serve.delete(APPLICATION)
 
 
 def _deploy(built: serve.Application) -> DeploymentHandle[Any]:
@@ -273,6 +351,11 @@ def _remote(engines: DeploymentHandle[Any]) -> Make:
     return make
 
 
+def _name() -> str:
+    """The application's, which on a cluster its config file chooses."""
+    return serve.get_replica_context().app_name
+
+
 def _is_running() -> bool:
-    states = serve.status().applications[APPLICATION].deployments[ENGINE].replica_states
+    states = serve.status().applications[_name()].deployments[ENGINE].replica_states
     return any(state == "RUNNING" and count > 0 for state, count in states.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,7 @@ class Figures:
     Attributes:
         engine: a name that no other engine has or had.
         process: its number.
+        node: the name of its machine.
         order: higher in later ones of this engine.
         families: the figures, as a registry collects them.
         room_bytes: what its memory plan leaves each stage to work in; none on a CPU.
@@ -145,6 +147,7 @@ class Figures:
     order: int
     families: list[Metric]
     room_bytes: Mapping[str, int] = field(default_factory=dict)
+    node: str = field(default_factory=platform.node)
 
 
 class EngineLost(Exception):  # noqa: N818 - a state, not a fault of this request

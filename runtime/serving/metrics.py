@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
@@ -12,6 +14,7 @@ from prometheus_client.registry import Collector
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.messages import Figures
 
+SILENT_S = 120.0  # of an engine on another machine, which is then believed to have ended
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # prometheus_client's own. Figures would be mapped files, and a full disk kills who writes to those.
 FOLDER_VARIABLES = ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir")
@@ -69,6 +72,7 @@ class EngineFigures(Collector):
 
     def __init__(self) -> None:
         self._latest: dict[str, Figures] = {}
+        self._noted_s: dict[str, float] = {}  # when something was heard last
         self._ended: list[Metric] = []
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -76,18 +80,27 @@ class EngineFigures(Collector):
     def note(self, figures: Figures) -> None:
         """Take what an engine has counted, unless something later has come before."""
         known = self._latest.get(figures.engine)
+        if figures.engine in self._noted_s and known is None:
+            return  # it is counted among those that have ended
+        self._noted_s[figures.engine] = time.monotonic()
         if known is None or known.order < figures.order:
             self._latest[figures.engine] = figures
 
     def collect(self) -> Iterator[Metric]:
         """Yield the sum of each figure."""
         for name, figures in list(self._latest.items()):
-            if not _is_running(figures.process):
+            if not self._is_there(figures):
                 del self._latest[name]
                 counted = [family for family in figures.families if family.type != "gauge"]
                 self._ended = _sums([*self._ended, *counted])
         families = [family for figures in self._latest.values() for family in figures.families]
         yield from _sums([*self._ended, *families])
+
+    def _is_there(self, figures: Figures) -> bool:
+        """Whether an engine runs; of one on another machine, whether it has said so lately."""
+        if figures.node == platform.node():
+            return _is_running(figures.process)
+        return time.monotonic() - self._noted_s[figures.engine] < SILENT_S
 
     def text(self) -> bytes:
         """Return the figures in the text format of Prometheus."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
-from magihuman.runtime import PrometheusHooks
+from magihuman.runtime import InvalidRequestError, PrometheusHooks
 from magihuman.runtime.cli.main import app
 from magihuman.runtime.cli.options import ENVIRONMENT
 from magihuman.runtime.cli.serve import TOKEN_VARIABLE, ServeOptions
@@ -54,6 +55,7 @@ def instructions() -> list[tuple[str, str]]:
 COMPOSE = yaml.safe_load(read("compose.yaml"))
 DEPLOYMENT, SERVICE = yaml.safe_load_all(read("kubernetes.yaml"))
 TEMPLATE = DEPLOYMENT["spec"]["template"]
+RAY_SERVICE = yaml.safe_load(read("rayservice.yaml"))
 
 
 # -- names ------------------------------------------------------------------------------------
@@ -216,6 +218,48 @@ def test_the_pod_mounts_what_it_has_and_is_found():
     assert {each["name"] for each in container["env"]} <= VARIABLES
     ports = {port["name"] for port in container["ports"]}
     assert {port["targetPort"] for port in SERVICE["spec"]["ports"]} <= ports
+
+
+def ray_groups() -> dict[str, dict]:
+    """The specs of the pods of a RayService."""
+    spec = RAY_SERVICE["spec"]["rayClusterConfig"]
+    groups = {"head": spec["headGroupSpec"]}
+    groups |= {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    return {name: group["template"]["spec"] for name, group in groups.items()}
+
+
+@pytest.mark.parametrize("name", ray_groups())
+def test_pods_of_the_ray_service_follow_the_schemas_of_kubernetes(name):
+    validate = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate is not installed"
+    )
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}}
+    spec = ray_groups()[name]
+    validate.validate({**pod, "spec": spec}, "1.34", strict=True)
+    with pytest.raises(validate.ValidationError):
+        validate.validate({**pod, "spec": {**spec, "container": []}}, "1.34", strict=True)
+    (container,) = spec["containers"]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in spec["volumes"]}
+    named = {each["name"] for each in container["env"] if each["name"].startswith(ENVIRONMENT)}
+    assert named <= VARIABLES and TOKEN_VARIABLE in named
+
+
+def test_the_ray_service_runs_what_ray_serve_takes(monkeypatch, tmp_path):
+    """Its config by Ray's own schema, and its options by the command's."""
+    schema = pytest.importorskip("ray.serve.schema", reason="the extra [serve] is not installed")
+    assert (RAY_SERVICE["apiVersion"], RAY_SERVICE["kind"]) == ("ray.io/v1", "RayService")
+    config = yaml.safe_load(RAY_SERVICE["spec"]["serveConfigV2"])
+    (application,) = schema.ServeDeploySchema(**config).applications
+    module, _, name = application.import_path.partition(":")
+    build = getattr(importlib.import_module(module), name)
+    monkeypatch.setenv("MAGIHUMAN_DATABASE", f"sqlite:///{tmp_path}/records.sqlite")
+    args = {**application.args, "model": "nano", "storage": str(tmp_path), "device": "cpu"}
+    api = build(args)._bound_deployment
+    engine = api.init_args[0]._bound_deployment
+    assert (api.num_replicas, engine._deployment_config.autoscaling_config.max_replicas) == (2, 4)
+    with pytest.raises(InvalidRequestError, match="No such option: --min-replica"):
+        build({**args, "min_replica": 2})
 
 
 def test_the_unit_is_one_that_systemd_takes(tmp_path):

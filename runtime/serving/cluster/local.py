@@ -1,4 +1,4 @@
-"""A cluster of this machine alone, that begins and ends with this process."""
+"""A cluster of this machine alone, that begins and ends with this process; or one that is there."""
 
 from __future__ import annotations
 
@@ -48,6 +48,23 @@ def cluster(is_loud: bool = False) -> Iterator[None]:
             raise DeviceError(f"the server cannot run: {error}") from error
         finally:
             ray.shutdown()  # with all its processes, also those of Serve
+
+
+@contextmanager
+def joined(address: str, is_loud: bool = False) -> Iterator[None]:
+    """Take part in a cluster that is there, and leave it in the end. Signals stay as they are.
+
+    Raises `DeviceError` where it cannot be reached, or ends.
+    """
+    level = logging.WARNING if is_loud else logging.ERROR
+    try:
+        with _signals_kept():
+            ray.init(address, logging_level=level, log_to_driver=is_loud)
+        yield
+    except (RayError, RayServeException, RuntimeError, ConnectionError) as error:
+        raise DeviceError(f"the cluster at {address} cannot be used: {error}") from error
+    finally:
+        ray.shutdown()
 
 
 def _start(folder: Path, is_loud: bool) -> None:

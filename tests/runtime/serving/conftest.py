@@ -308,6 +308,12 @@ def free_port() -> int:
     raise AssertionError("no free port found")
 
 
+@pytest.fixture(name="free_port")
+def port_finder():
+    """See `free_port`."""
+    return free_port
+
+
 @pytest.fixture
 def server_at(tiny_dir, tmp_path) -> Iterator[Callable[[Path], Server]]:
     """Makes a server of a folder, yet to be started. Its service has no home."""
