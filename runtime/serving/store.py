@@ -292,7 +292,9 @@ class Store:
             log.exception("they could not all be written; this is tried again")
             return
         for job in jobs:
-            self._save(job)
+            with suppress(OSError):
+                self._tidy(job)
+                self._unsaved.discard(job.id)
 
     def _recover(self, job: Job, held: Mapping[str, bool]) -> None:
         """Go on from how a job was left. held: what lies in its folder."""
@@ -320,6 +322,11 @@ class Store:
         job.expires_at = job.completed_at + self._keep_s
         self._save(job)
 
+    def _tidy(self, job: Job) -> None:
+        """Remove the files that a job, whose record is written, needs no more. Raises `OSError`."""
+        for name in (STATE, IMAGE, AUDIO) if job.has_ended else (STATE,):
+            (self._folder / job.id / name).unlink(missing_ok=True)
+
     def _save(self, job: Job) -> bool:
         """Write the state, and return whether the disk took it. A full one holds nothing up.
 
@@ -329,8 +336,7 @@ class Store:
             return False
         try:
             self._records.save(job)
-            for name in (STATE, IMAGE, AUDIO) if job.has_ended else (STATE,):
-                (self._folder / job.id / name).unlink(missing_ok=True)
+            self._tidy(job)
         except OSError:
             if job.id not in self._unsaved:  # said once
                 log.exception("the state of %s, %s, could not be written", job.id, job.status.value)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 
 from magihuman.runtime.serving import record
 from magihuman.runtime.serving.record import Job
@@ -23,7 +23,7 @@ RESULT = ("timings_s", "warnings", "error", "peak_memory_mb")
 
 
 class Records:
-    """What a database has of jobs, for a server that has them to itself. For any thread."""
+    """What an SQLite file has of jobs, for a server that has it to itself. For any thread."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -41,9 +41,10 @@ class Records:
 
     def save(self, *jobs: Job) -> None:
         """Write the states of jobs, all or none. Raises `RecordsError`."""
+        if not jobs:
+            return
         with self._database.writing() as connection:
-            for job in jobs:
-                connection.execute(self._put(job))
+            connection.execute(self._put(), [row_of(job) for job in jobs])
 
     def remove(self, names: Iterable[str]) -> None:
         """Forget jobs. Raises `RecordsError`."""
@@ -51,13 +52,10 @@ class Records:
             for name in names:
                 connection.execute(VIDEOS.delete().where(VIDEOS.c.id == name))
 
-    def _put(self, job: Job) -> sa.Insert:
-        values = {**row_of(job), "changed_at": self._database.now}
-        is_sqlite = str(self._database).startswith("sqlite")
-        put = (sqlite.insert if is_sqlite else postgresql.insert)(VIDEOS)
-        return put.values(generation=0, **values).on_conflict_do_update(
-            index_elements=["id"], set_=values
-        )
+    def _put(self) -> sa.Insert:
+        put = sqlite.insert(VIDEOS).values(generation=0, changed_at=self._database.now)
+        changed = {name: put.excluded[name] for name in (*PLAIN, "request", "result", "changed_at")}
+        return put.on_conflict_do_update(index_elements=["id"], set_=changed)
 
 
 def row_of(job: Job) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import pytest
 from magihuman.runtime import InvalidRequestError, OutputError
 from magihuman.runtime.media import write_mp4
 from magihuman.runtime.serving import record
-from magihuman.runtime.serving.records.database import FILE, RecordsError
+from magihuman.runtime.serving.records.database import FILE, Database, RecordsError
 from magihuman.runtime.serving.store import MAX_ATTEMPTS, STATE, Job, Status, Store, locked
 
 OPTIONS = {"seconds": 0.2, "width": 32, "height": 32, "seed": 7}
@@ -220,6 +220,19 @@ def test_what_an_earlier_release_has_left_is_taken_over(store):
     assert found.jobs == store.jobs and not any(STATE in name for name in files(store))
     (store._folder / jobs[1].id / STATE).write_text("{}")
     assert again(store).jobs == store.jobs
+
+
+def test_thousands_of_an_earlier_release_are_one_transaction(store, monkeypatch):
+    """Each takes the disk as long as a hundred rows."""
+    for _ in range(20):
+        job = added(store)
+        store.fail(job, "x", "y")
+        left_by_an_earlier_release(store, job)
+    begun, begin = [], Database._begun
+    monkeypatch.setattr(Database, "_begun", lambda self: begun.append(self) or begin(self))
+    found = again(store)
+    assert found.jobs == store.jobs and len(begun) == 1
+    assert found._unsaved == set() and files(store) == set()
 
 
 def test_what_an_earlier_release_has_left_is_served_from_a_full_disk(disk):
