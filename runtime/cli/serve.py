@@ -215,7 +215,9 @@ def _serve_on(
     _check_extra()
     built = clustered(options, token, enhancer)
     from magihuman.runtime.serving import app
+    from magihuman.runtime.serving.cluster.local import check_reached
 
+    check_reached(cluster)
     _warn_of_strangers(options, token)
     _say(f"loading {options.model}")
     place = options.host, options.port

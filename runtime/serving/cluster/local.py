@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,11 +17,12 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from magihuman.runtime.errors import DeviceError
+from magihuman.runtime.errors import DeviceError, InvalidRequestError
 from magihuman.runtime.serving.cluster.folder import close_to_others, private_folder, remove
 from magihuman.runtime.serving.cluster.watch import watched
 from magihuman.runtime.serving.observe import relay
 
+REACH_S = 10.0
 OBJECT_STORE_BYTES = 256 * 2**20  # messages alone pass through it; videos go by the disk
 
 
@@ -54,8 +56,10 @@ def cluster(is_loud: bool = False) -> Iterator[None]:
 def joined(address: str, is_loud: bool = False) -> Iterator[None]:
     """Take part in a cluster that is there, and leave it in the end. Signals stay as they are.
 
-    Raises `DeviceError` where it cannot be reached, or ends.
+    Raises `DeviceError` where it cannot be reached, or ends, and `InvalidRequestError` for what is
+    no address.
     """
+    check_reached(address)
     level = logging.WARNING if is_loud else logging.ERROR
     try:
         with _signals_kept():
@@ -65,6 +69,28 @@ def joined(address: str, is_loud: bool = False) -> Iterator[None]:
         raise DeviceError(f"the cluster at {address} cannot be used: {error}") from error
     finally:
         ray.shutdown()
+
+
+def check_reached(address: str) -> None:
+    """Refuse an address where nobody listens: Ray would go on trying, whatever it is told.
+
+    Raises `DeviceError`, and `InvalidRequestError` for what is no address.
+    """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise InvalidRequestError(
+            f"the address of a Ray cluster must be auto, or HOST:PORT of its head, got {address}"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise DeviceError(
+            f"the cluster at {address} cannot be reached: {error}; start it, or name another"
+        ) from error
 
 
 def _start(folder: Path, is_loud: bool) -> None:

@@ -262,6 +262,19 @@ def test_told_to_stop_while_it_loads(server, tmp_path, begun):
         (["--database", "sqlite:///{broken}/records.sqlite"], "is not: file is not a database"),
         (["--storage", "ftpx://host/x"], "the storage must be a folder or a URL that fsspec knows"),
         (["--storage", "/proc/none"], "the storage must take files, and /proc/none does not"),
+        (["--api-replicas", "2"], "--api-replicas must go with --ray-address, got 2"),
+        (["--ray-address", "auto"], "must name what all of its machines reach, and --database is"),
+        (
+            [
+                "--ray-address",
+                "ray://x:1",
+                "--database",
+                "sqlite:///{broken}/x",
+                "--storage",
+                "{new}",
+            ],
+            "the address of a Ray cluster must be auto, or HOST:PORT of its head, got ray://x:1",
+        ),
         (["--port", "{port}"], "must be able to listen on 127.0.0.1 port {port}"),
         (["--folder", "{folder}"], "must be of one server alone, and another has {folder}"),
         (["--min-replicas", "2", "--max-replicas", "1"], "--max-replicas must be from"),
@@ -290,6 +303,7 @@ def test_bad_arguments(server, tiny_dir, tmp_path, monkeypatch, arguments, says)
         "port": server.url.rpartition(":")[2],
         "folder": server.folder(),
         "broken": tmp_path / "broken",
+        "new": tmp_path / "new",
         "empty": tmp_path / "empty",
         "damaged": shutil.copytree(tiny_dir, tmp_path / "damaged"),
     }
