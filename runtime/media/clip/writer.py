@@ -83,6 +83,7 @@ class ClipWriter(ABC):
         self._size = width_px, height_px
         self._tags = origin.tags() if self.output.tags else {}
         self._parts: queue.SimpleQueue[Frames | Sound | End] = queue.SimpleQueue()
+        self._first: Frames | Sound | End
         self._error: BaseException | None = None
         self._is_finished = self._is_given_up = False
         self._thread = threading.Thread(target=self._run, name="clip", daemon=True)
@@ -179,8 +180,9 @@ class ClipWriter(ABC):
     def _whole(self) -> Iterator[Frames | Sound]:
         """All frames and the sound, as they come. Raises `GivenUpError`, also after the last."""
         done, is_heard = 0, False
+        parts = self._given()
         while done < self._frames or not is_heard:
-            part = self._parts.get()
+            part = next(parts)
             if isinstance(part, End):
                 raise GivenUpError
             yield part
@@ -188,9 +190,14 @@ class ClipWriter(ABC):
                 is_heard = True
             else:
                 done += len(part.pixels)
-        end = self._parts.get()  # the caller may give up even now
+        end = next(parts)  # the caller may give up even now
         if not isinstance(end, End) or not end.is_wanted:
             raise GivenUpError
+
+    def _given(self) -> Iterator[Frames | Sound | End]:
+        yield self._first
+        while True:
+            yield self._parts.get()
 
     def _each(self, part: Frames) -> Iterator[npt.NDArray[np.uint8]]:
         """Frames [H, W, 3], one after the other. Raises `GivenUpError`."""
@@ -207,6 +214,10 @@ class ClipWriter(ABC):
     def _run(self) -> None:
         import av
 
+        # Only in its context does a caller who is ended by a signal remove what is half-written.
+        self._first = self._parts.get()
+        if isinstance(self._first, End):
+            return
         try:
             with self._temporary() as temporary:
                 self._write(temporary)

@@ -216,6 +216,23 @@ def test_a_failure_at_any_point_leaves_what_was_there(tmp_path, share, old):
     assert old is None or path.read_bytes() == old
 
 
+def test_no_file_is_begun_before_something_is_given(tmp_path):
+    """Until then a caller who is ended by a signal may not have the context that removes it."""
+    begun = []
+
+    class Noted(Mp4Writer):
+        def _temporary(self):
+            begun.append(self.path)
+            return super()._temporary()
+
+    with Noted(tmp_path / "a.mp4", 5, 64, 64, FPS, RATE):
+        pass
+    assert begun == []
+    with Noted(tmp_path / "a.mp4", 5, 64, 64, FPS, RATE) as writer:
+        writer.add(np.zeros((1, 64, 64, 3), np.uint8))
+    assert begun == [tmp_path / "a.mp4"] and list(tmp_path.iterdir()) == []
+
+
 def test_a_picture_the_codec_refuses_leaves_nothing(tmp_path):
     odd = np.zeros((5, 63, 65, 3), np.uint8)
     with pytest.raises(OutputError, match=r"clip.mp4 could not be written: .*; nothing is left"):
