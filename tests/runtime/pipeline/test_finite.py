@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -227,10 +226,13 @@ def test_the_graph_gives_the_magnitude_of_the_frames_it_keeps(vae):
         assert float(part(latents)[1]) <= float(magnitude)
 
 
-@pytest.mark.parametrize("name", ["conv_in.conv.weight", "conv_out.conv.bias"])
-@pytest.mark.parametrize("value", BAD)
-def test_the_rewritten_decoder_tells_by_window(vae, tmp_path: Path, name, value):
-    latents = torch.randn(1, 48, 15, 4, 6, generator=torch.Generator().manual_seed(1))
+@pytest.fixture(scope="module")
+def latents() -> Tensor:
+    """Of two windows."""
+    return torch.randn(1, 48, 15, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_rewritten_decoder_tells_by_window(vae, latents):
     decoder = CompiledDecoder(vae.decoder, vae.config, budget_bytes=0, replays=False)
     clean = decode_frames(vae, latents, decoder=decoder)
     assert clean.shape == (57, 64, 96, 3)
@@ -241,6 +243,19 @@ def test_the_rewritten_decoder_tells_by_window(vae, tmp_path: Path, name, value)
         decode_frames(vae, late, decoder=decoder, on_window=lambda frames, planes: seen.append(0))
     assert (raised.value.component, raised.value.step) == ("video decoder", 2)
     assert len(seen) == 1
+
+
+# A decoder is rewritten for each, in seconds; each weight and each value is once among the first.
+FIRST, LAST = "conv_in.conv.weight", "conv_out.conv.bias"
+PAIRS = [(FIRST, BAD[0]), (LAST, BAD[1]), (FIRST, BAD[2])]
+MORE = [(LAST, BAD[0]), (FIRST, BAD[1]), (LAST, BAD[2])]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.thorough) for pair in MORE)],
+)
+def test_the_rewritten_decoder_tells_of_a_bad_weight(vae, latents, name, value):
     with spoilt(vae.decoder.get_parameter(name), value):
         spoilt_decoder = CompiledDecoder(vae.decoder, vae.config, budget_bytes=0, replays=False)
     with pytest.raises(NonFiniteError, match="step 1"):

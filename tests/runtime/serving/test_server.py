@@ -223,7 +223,9 @@ def test_everything_killed_and_started_again(server):
         server.when(name, "completed")
 
 
-@pytest.mark.parametrize("part", ["raylet/raylet ", "gcs/gcs_server "])
+@pytest.mark.parametrize(
+    "part", ["raylet/raylet ", pytest.param("gcs/gcs_server ", marks=pytest.mark.thorough)]
+)
 def test_a_server_whose_ray_has_ended_ends(server, part):
     """It would go on accepting, and answer nobody."""
     own = server.private_folder()
@@ -239,7 +241,14 @@ def test_a_server_whose_ray_has_ended_ends(server, part):
     assert server.get(finished)["status"] == "completed"
 
 
-@pytest.mark.parametrize("begun", ["", "raylet/raylet ", "ray::ServeReplica:magihuman:engine"])
+@pytest.mark.parametrize(
+    "begun",
+    [
+        "",
+        pytest.param("raylet/raylet ", marks=pytest.mark.thorough),
+        "ray::ServeReplica:magihuman:engine",
+    ],
+)
 def test_told_to_stop_while_it_loads(server, tmp_path, begun):
     """At any moment: before Ray, while Ray starts, while the engine does."""
     other = server.another(tmp_path)
