@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from magihuman.graphs.cuda_graphs import NoBindingsError, Recorded, bindings
-from magihuman.graphs.explain import one_of_each
 from magihuman.graphs.support import why_not, why_not_decode
 from magihuman.kernels.reference import Counts
 from magihuman.kernels.target import Kernels, target_of
@@ -32,13 +31,13 @@ from magihuman.runtime.weights import (
     TEXT_FOLDER,
     TURBO_FOLDER,
     TransformerOptions,
+    checked_state,
     checkpoint,
     exists,
     file_of,
     image_folder,
     in_model,
     layout_of,
-    load_image_vae,
     plan,
     random_weights,
     stored_encoder,
@@ -218,6 +217,8 @@ def recorded_forward(counts: Counts) -> Recorded:
     Raises:
         InvalidRequestError: this machine cannot compile, or cannot read what it has recorded.
     """
+    from magihuman.graphs.explain import one_of_each
+
     config = one_of_each(DiTConfig())
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     reason = why_not(config, torch.bfloat16, device)
@@ -278,7 +279,7 @@ def place_of(root: Path, name: str) -> Path | None:
 
 def _inspect_image(root: Path, check: bool) -> Component:
     def read(folder: Path) -> Tensors:
-        load_image_vae(folder, torch.device("cpu"), torch.float32)
+        checked_state(folder)
         return _held(stored_encoder(file_of(folder)), check)
 
     place = image_folder(root)

@@ -143,8 +143,11 @@ class Rope(nn.Module):
 
     def __init__(self, bands: int) -> None:
         super().__init__()
-        exponent = torch.arange(bands, dtype=torch.float32) / bands
-        self.register_buffer("bands", 1.0 / 10000.0**exponent)
+        values = torch.empty(bands, dtype=torch.float32)
+        if not values.is_meta:  # arithmetic on no values would import PyTorch's compiler
+            exponent = torch.arange(bands, dtype=torch.float32) / bands
+            values = 1.0 / 10000.0**exponent
+        self.register_buffer("bands", values)
         self.bands: Tensor
 
     def forward(self, coords: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from magihuman.runtime.weights.transformer import (
 )
 from magihuman.runtime.weights.wan_vae import (
     WEIGHTS_NAME,
+    checked_state,
     diffusers_key,
     encoder_state,
     file_of,
@@ -62,6 +63,7 @@ __all__ = [
     "Synthetic",
     "TransformerOptions",
     "TransformerSpec",
+    "checked_state",
     "checkpoint",
     "convert",
     "diffusers_key",

@@ -328,7 +328,12 @@ def undrawn(
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.is_meta:
-                room = torch.empty_like(parameter, dtype=dtype, device=device)
+                room = torch.empty_strided(
+                    parameter.shape,
+                    parameter.stride(),
+                    dtype=dtype or parameter.dtype,
+                    device=device,
+                )
                 setattr(owner, name, nn.Parameter(room, requires_grad=False))
     return module.to(device)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from magihuman.runtime.config import LATENT_CHANNELS
 from magihuman.runtime.errors import CheckpointError
 from magihuman.runtime.model import ImageVAE, wan_vae
-from magihuman.runtime.weights.checkpoint import check_keys, frozen
+from magihuman.runtime.weights.checkpoint import check_shapes, frozen
 from magihuman.runtime.weights.layouts import weight_files
 from magihuman.runtime.weights.quiet import quiet_diffusers
 from magihuman.runtime.weights.reading import exists, load_pickle, names, open_shard, shapes
@@ -24,6 +25,8 @@ DIFFUSERS_KEYS = re.compile(
     r"encoder\.(conv_in|conv_out|norm_out|down_blocks|mid_block)\.|quant_conv\."
 )
 RES_BLOCKS = 2  # per level of the encoder; the level's downsampler has the next number
+WIDTHS = (1, 2, 4, 4)  # of the levels, in widths of the first
+IN_TIME = (1, 2)  # levels at whose end frames are halved too
 _WAN_KEYS = (
     (r"conv1\.(\w+)", r"quant_conv.\1"),
     (r"encoder\.conv1\.(\w+)", r"encoder.conv_in.\1"),
@@ -67,6 +70,20 @@ def load_image_vae(place: Path, device: torch.device, dtype: torch.dtype) -> Ima
     Raises:
         CheckpointError: the file is missing, damaged, or another model's.
     """
+    state = checked_state(place)
+    with torch.device("meta"):
+        vae = wan_vae(len(state["encoder.conv_in.weight"]))
+        del vae.decoder, vae.post_quant_conv
+    vae.load_state_dict(state, assign=True)
+    with quiet_diffusers():
+        return ImageVAE(frozen(vae.to(device=device, dtype=dtype)))
+
+
+def checked_state(place: Path) -> dict[str, Tensor]:
+    """The encoder's tensors, as diffusers names them, mapped, once names and shapes are the
+    encoder's; without diffusers, which takes seconds to import. `CheckpointError` as from
+    `load_image_vae`.
+    """
     path = file_of(place)
     state = encoder_state(path)
     sizes = shapes(state, str(path))
@@ -81,13 +98,47 @@ def load_image_vae(place: Path, device: torch.device, dtype: torch.dtype) -> Ima
         raise CheckpointError(
             f"{path}: encoder.conv1.weight must have 1 to {MOST_CHANNELS} rows, got {first[0]}"
         )
-    with torch.device("meta"):
-        vae = wan_vae(first[0])
-        del vae.decoder, vae.post_quant_conv
-    check_keys(sizes, vae, f"{path} ({layout_of(path)})")
-    vae.load_state_dict(state, assign=True)
-    with quiet_diffusers():
-        return ImageVAE(frozen(vae.to(device=device, dtype=dtype)))
+    check_shapes(sizes, encoder_shapes(first[0]), f"{path} ({layout_of(path)})")
+    return state
+
+
+def encoder_shapes(base_dim: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of the encoder by its name; base_dim: width of the first level."""
+    moments = 2 * LATENT_CHANNELS
+    found = _layer("encoder.conv_in", base_dim, 12, 3, 3, 3)
+    inner = base_dim
+    for level, times in enumerate(WIDTHS):
+        stem, outer = f"encoder.down_blocks.{level}", times * base_dim
+        for block in range(RES_BLOCKS):
+            found |= _resnet(f"{stem}.resnets.{block}", inner if block == 0 else outer, outer)
+        inner = outer
+        if level < len(WIDTHS) - 1:
+            found |= _layer(f"{stem}.downsampler.resample.1", outer, outer, 3, 3)
+        if level in IN_TIME:
+            found |= _layer(f"{stem}.downsampler.time_conv", outer, outer, 3, 1, 1)
+    middle = "encoder.mid_block"
+    found |= {f"{middle}.attentions.0.norm.gamma": (inner, 1, 1)}
+    found |= _layer(f"{middle}.attentions.0.to_qkv", 3 * inner, inner, 1, 1)
+    found |= _layer(f"{middle}.attentions.0.proj", inner, inner, 1, 1)
+    for block in range(2):
+        found |= _resnet(f"{middle}.resnets.{block}", inner, inner)
+    found |= {"encoder.norm_out.gamma": (inner, 1, 1, 1)}
+    found |= _layer("encoder.conv_out", moments, inner, 3, 3, 3)
+    return found | _layer("quant_conv", moments, moments, 1, 1, 1)
+
+
+def _resnet(stem: str, inner: int, outer: int) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {f"{stem}.norm1.gamma": (inner, 1, 1, 1)}
+    found |= _layer(f"{stem}.conv1", outer, inner, 3, 3, 3)
+    found |= {f"{stem}.norm2.gamma": (outer, 1, 1, 1)}
+    found |= _layer(f"{stem}.conv2", outer, outer, 3, 3, 3)
+    return found | (
+        _layer(f"{stem}.conv_shortcut", outer, inner, 1, 1, 1) if inner != outer else {}
+    )
+
+
+def _layer(stem: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    return {f"{stem}.weight": shape, f"{stem}.bias": shape[:1]}
 
 
 def file_of(place: Path) -> Path:

@@ -204,6 +204,21 @@ def test_importing_the_runtime_imports_no_model_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_looking_at_models_and_converting_them_imports_no_model_library(tiny_dir, tmp_path):
+    """Nor PyTorch's compiler; each takes seconds."""
+    code = """
+import sys
+from typer.testing import CliRunner
+from magihuman.export.cli import cli
+for arguments in (["inspect", sys.argv[1]], ["convert", sys.argv[2], "-m", sys.argv[1]]):
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+heavy = {"diffusers", "transformers", "sympy", "torch._dynamo"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code, tiny_dir, tmp_path / "converted"], check=True)
+
+
 def test_the_package_lists_what_it_has():
     from magihuman import runtime
 

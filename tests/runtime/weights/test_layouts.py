@@ -39,7 +39,7 @@ from magihuman.runtime.weights.locate import (
     TURBO_FOLDER,
 )
 from magihuman.runtime.weights.tiny import DIT, WAN_BASE_DIM
-from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME
+from magihuman.runtime.weights.wan_vae import WEIGHTS_NAME, encoder_shapes
 
 CPU = torch.device("cpu")
 BF16, FP32, FP8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
@@ -593,6 +593,15 @@ def test_two_files_without_an_index_are_named(tmp_path):
 
 
 # -- the image encoder ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [7, WAN_BASE_DIM, 160])
+def test_the_encoders_shapes_are_those_of_diffusers_model(width):
+    with torch.device("meta"):
+        vae = wan_vae(width)
+    del vae.decoder, vae.post_quant_conv
+    wanted = {key: tuple(value.shape) for key, value in vae.state_dict().items()}
+    assert encoder_shapes(width) == wanted
 
 
 def write_vae(folder: Path, tiny_dir: Path) -> Path:
