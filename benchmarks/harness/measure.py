@@ -191,9 +191,9 @@ def distilled_steps(
 
 
 def release() -> None:
-    """What is no longer used is free for what comes next."""
-    gc.collect()
+    """Device memory that is no longer used is free for what comes next."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -69,13 +69,15 @@ READERS: dict[str, list[str]] = {
 }
 # One process runs them all: importing torch takes longer than most of them.
 DRIVER = """
-import json, os, runpy, sys, time, traceback
+import gc, json, os, runpy, sys, time, traceback
 root, ends = sys.argv[1], {}
 sys.path.insert(0, "")
 for name, arguments in json.load(sys.stdin):
     sys.argv = [f"{root}/{name}.py", *arguments]
     sys.path[0] = os.path.dirname(sys.argv[0])
     start, end = time.process_time(), "ok"
+    gc.collect()
+    gc.freeze()  # or each collection would look at all that was imported before
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as exit:
