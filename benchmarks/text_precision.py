@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +32,7 @@ from magihuman.runtime.weights.shipped import NANO_FOLDER
 PRECISIONS = ("bf16", "int8", "fp8")
 VOCABULARY = 4096  # rows of the table: errors are those of rows, however many there are
 TOKENS = 300
+TINY_SECONDS = 1.0  # of a clip
 OUTLIERS, FACTOR = 0.001, 30.0  # share of the columns, and how much larger they are
 BF16 = torch.bfloat16
 Build = Callable[[], Any]
@@ -136,8 +137,10 @@ def of_random(build: Build, device: torch.device) -> dict[str, Any]:
     return figures
 
 
-def of_nano(device: torch.device, clips: int, precisions: Sequence[str]) -> dict[str, Any]:
-    """The nano model: embeddings of its held-out prompts, and its score."""
+def of_nano(
+    device: torch.device, precisions: Sequence[str], asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The nano model: embeddings of its held-out prompts, and its score over clips as asked."""
     folder = NANO_FOLDER / TEXT_FOLDER
     prompts = (NANO_FOLDER / "score" / "prompts.txt").read_text().splitlines()
     exact = load_text_encoder(folder, device, torch.float32)
@@ -151,7 +154,7 @@ def of_nano(device: torch.device, clips: int, precisions: Sequence[str]) -> dict
         found, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
         figures[precision] = errors(found, wanted)
         with runtime.load("nano", device=device, text_precision=precision) as engine:
-            figures[precision]["score"] = asdict(score_model(engine, NANO_FOLDER, clips))
+            figures[precision]["score"] = asdict(score_model(engine, NANO_FOLDER, **asked))
         print(precision, figures[precision], flush=True)
     return figures
 
@@ -171,8 +174,11 @@ def main() -> None:
         "clips": 1 if arguments.tiny else arguments.clips,
         "random": of_random(builder(layers, arguments.tiny), device),
     }
+    asked: dict[str, Any] = {"clips": figures["clips"]}
+    if arguments.tiny:
+        asked["seconds"] = TINY_SECONDS
     scored = ("int8",) if arguments.tiny else PRECISIONS
-    figures["nano"] = of_nano(device, figures["clips"], scored)
+    figures["nano"] = of_nano(device, scored, asked)
     print(f"wrote {environment.write('text_precision', figures, arguments.folder)}")
 
 

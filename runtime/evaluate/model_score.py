@@ -85,6 +85,7 @@ def score_model(
     folder: Path,
     clips: int | None = None,
     on_clip: OnClip = lambda kind, done, of: None,
+    seconds: float = SECONDS,
 ) -> ModelScore:
     """Make clips and score them.
 
@@ -93,6 +94,7 @@ def score_model(
         folder: the model's, with `SCORE_FOLDER` in it.
         clips: of each kind at most; by default all.
         on_clip: told of progress.
+        seconds: of the clips; thresholds are for the default, which has the whole prompt.
 
     Raises:
         CheckpointError: the folder lacks a prompt, an image or a voice.
@@ -105,21 +107,21 @@ def score_model(
     prompted: list[ClipScore] = []
     for i, prompt in enumerate(asked):
         on_clip("prompts", i, len(asked))
-        prompted.append(_score(engine, _request(prompt, i)))
+        prompted.append(_score(engine, _request(prompt, i, seconds)))
     on_clip("prompts", len(asked), len(asked))
 
     pictured, voiced, pixels, sounds = [], [], [], []
     for i in references:
         on_clip("references", i, len(references))
         image, voice = (folder / SCORE_FOLDER / f"{i}.{kind}" for kind in ("png", "flac"))
-        pictured.append(_score(engine, _request(prompts[i], i, image=image)))
+        pictured.append(_score(engine, _request(prompts[i], i, seconds, image=image)))
         # What another prompt says, so that the mouth can know it from the sound alone.
         said = prompts[(i + 1) % len(numbers)]
-        voiced.append(_score(engine, _request(said, i, audio=voice)))
-        with engine.hold(_request(prompts[i], i)) as pipeline, torch.inference_mode():
+        voiced.append(_score(engine, _request(said, i, seconds, audio=voice)))
+        with engine.hold(_request(prompts[i], i, seconds)) as pipeline, torch.inference_mode():
             image_vae, audio_vae = pipeline.components.image_vae, pipeline.audio_vae
             assert image_vae is not None
-            wave, _ = open_driving_audio(voice, SECONDS)
+            wave, _ = open_driving_audio(voice, seconds)
             frames, again = pipeline.decode(
                 image_vae.encode(open_image(image), SIZE_PX, SIZE_PX, STILL_FRAMES),
                 audio_vae.encode(wave, pipeline.noise),
@@ -159,9 +161,13 @@ def spectral_snr_db(wave: Wave, expected: Wave) -> float:
 
 
 def _request(
-    prompt: str, seed: int, image: Path | None = None, audio: Path | None = None
+    prompt: str,
+    seed: int,
+    seconds: float,
+    image: Path | None = None,
+    audio: Path | None = None,
 ) -> Request:
-    return Request(prompt, image, audio, SECONDS, SIZE_PX, SIZE_PX, seed=seed)
+    return Request(prompt, image, audio, seconds, SIZE_PX, SIZE_PX, seed=seed)
 
 
 def _score(engine: Engine, request: Request) -> ClipScore:
