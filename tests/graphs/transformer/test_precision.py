@@ -25,10 +25,15 @@ LAYOUT = tokens.Layout(frames=3, rows=4, columns=6, audio=9, text=7)
     ("keep", "quantized", "dtype"),
     [
         ("none", "all", ref.FP8),
-        (["*.down_proj"], "all but down_proj", ref.FP8),
+        pytest.param(["*.down_proj"], "all but down_proj", ref.FP8, marks=pytest.mark.thorough),
         (["*.up_gate_proj"], "all but up_gate_proj", ref.FP8),
         ("none", "all in int8", ref.INT8),
-        (["*.up_gate_proj"], "all but up_gate_proj in int8", ref.INT8),
+        pytest.param(
+            ["*.up_gate_proj"],
+            "all but up_gate_proj in int8",
+            ref.INT8,
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_quantized_linears(

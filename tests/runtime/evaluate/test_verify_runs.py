@@ -77,12 +77,12 @@ def broken(broken_dir) -> Report:
     ("keep", "attention", "dtype"),
     [
         ("none", False, torch.float8_e4m3fn),
-        (["*.down_proj"], False, torch.float8_e4m3fn),
+        pytest.param(["*.down_proj"], False, torch.float8_e4m3fn, marks=pytest.mark.thorough),
         (["*.up_gate_proj"], False, torch.float8_e4m3fn),
-        ("none", True, torch.float8_e4m3fn),
+        pytest.param("none", True, torch.float8_e4m3fn, marks=pytest.mark.thorough),
         (["block.layers.2.attention.*"], True, torch.float8_e4m3fn),
         ("none", False, torch.int8),
-        (["*.up_gate_proj"], False, torch.int8),
+        pytest.param(["*.up_gate_proj"], False, torch.int8, marks=pytest.mark.thorough),
     ],
 )
 def test_the_simulation_is_the_rewritten_graph(keep, attention, dtype, tmp_path):

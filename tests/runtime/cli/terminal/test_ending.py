@@ -106,7 +106,13 @@ def limit(size_bytes: int):
 
 
 @pytest.mark.parametrize(
-    ("size_bytes", "is_new"), [(100, True), (20_000, False), (200_000, True), (200_000, False)]
+    ("size_bytes", "is_new"),
+    [
+        pytest.param(100, True, marks=pytest.mark.thorough),
+        (20_000, False),
+        (200_000, True),
+        pytest.param(200_000, False, marks=pytest.mark.thorough),
+    ],
 )
 def test_tiny_on_a_full_disk(tiny_dir, tmp_path, size_bytes, is_new):
     folder = tmp_path / "parent" / "model"
