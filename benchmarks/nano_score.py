@@ -9,45 +9,16 @@ With --tiny, one short clip of each kind.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from harness import environment
-from magihuman import runtime
-from magihuman.graphs import quantization
-from magihuman.graphs.support import why_not
-from magihuman.runtime.device import pick_device
 from magihuman.runtime.evaluate.model_score import score_model
-from magihuman.runtime.evaluate.simulated import Mode, Simulated
-from magihuman.runtime.request import Request
+from magihuman.runtime.evaluate.precisions import loaded
 from magihuman.runtime.weights import PrecisionPolicy
 from magihuman.runtime.weights.shipped import NANO_FOLDER
 
 TINY_SECONDS = 1.0
-
-
-@contextmanager
-def loaded(precision: PrecisionPolicy) -> Iterator[tuple[runtime.Engine, bool]]:
-    """The model in a precision, and whether that is simulated."""
-    with runtime.load(NANO_FOLDER, precision="bf16", compile=False) as engine:
-        with engine.hold(Request("a man")) as pipeline:
-            dit = pipeline.components.dit
-        narrow, device = precision.narrow, pick_device(None)
-        if narrow is not None and why_not(
-            dit.config, precision.linear_dtype, device, fp8=precision.is_fp8
-        ):
-            names = quantization.quantized_linears(dit.config)
-            attention = precision.is_fp8_attention
-            with (
-                Simulated(dit, names, attention, narrow) as simulation,
-                simulation.running(Mode.NARROW),
-            ):
-                yield engine, True
-            return
-    with runtime.load(NANO_FOLDER, precision=precision.value) as engine:
-        yield engine, False
 
 
 def main() -> None:
@@ -60,7 +31,7 @@ def main() -> None:
     asked: dict[str, Any] = {"clips": 1, "seconds": TINY_SECONDS} if arguments.tiny else {}
     figures: dict[str, Any] = {}
     for precision in arguments.precisions:
-        with loaded(PrecisionPolicy(precision)) as (engine, is_simulated):
+        with loaded(NANO_FOLDER, PrecisionPolicy(precision)) as (engine, is_simulated):
             figures["device"] = str(engine.device)
             figures[precision] = asdict(score_model(engine, NANO_FOLDER, **asked))
         if is_simulated:

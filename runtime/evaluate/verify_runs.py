@@ -20,8 +20,9 @@ from magihuman.kernels.reference import LocalAttention
 from magihuman.runtime import config
 from magihuman.runtime.device import pick_device
 from magihuman.runtime.engine import Engine, OnLoad, loading
-from magihuman.runtime.errors import InvalidRequestError, one_of
+from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.evaluate import clip_score
+from magihuman.runtime.evaluate.precisions import check_resident, transformer_config
 from magihuman.runtime.evaluate.simulated import QKV, Mode, Simulated, relative_error
 from magihuman.runtime.evaluate.verify_report import (
     AtSteps,
@@ -36,13 +37,7 @@ from magihuman.runtime.media import quality
 from magihuman.runtime.model import DiT
 from magihuman.runtime.pipeline import Pipeline, decode_frames
 from magihuman.runtime.request import Progress, ProgressCallback, Request
-from magihuman.runtime.weights import (
-    PrecisionPolicy,
-    TransformerOptions,
-    linears_in_8_bits,
-    locate,
-    plan,
-)
+from magihuman.runtime.weights import PrecisionPolicy, linears_in_8_bits, locate
 
 SHOWN_FRAMES = 3
 Latents = tuple[Tensor, Tensor]
@@ -153,13 +148,10 @@ def verify(
 
 def _check_keep(model: locate.PathLike, settings: _Settings) -> None:
     """Refuse a `keep_bf16` that names no linear before weights are read."""
-    variant = settings.variant
-    one_of("variant", variant, config.BASE_VARIANTS)
-    chosen = config.VARIANTS[variant]
-    paths = locate.find(model, chosen, None, {variant: settings.transformer})
-    device = pick_device(settings.device)
-    options = TransformerOptions(device, PrecisionPolicy.BF16, None, compile=False)
-    linears_in_8_bits(plan(chosen, paths.dit, options).config, settings.keep_bf16)
+    architecture = transformer_config(
+        model, settings.variant, settings.transformer, pick_device(settings.device)
+    )
+    linears_in_8_bits(architecture, settings.keep_bf16)
 
 
 @torch.inference_mode()
@@ -169,12 +161,7 @@ def _verify(engine: Engine, requests: list[Request], settings: _Settings) -> Rep
         raise InvalidRequestError(
             f"the engine must be loaded with precision='bf16', got {engine.precision!r}"
         )
-    if engine.memory_plan is not None and engine.memory_plan.streamed:
-        raise InvalidRequestError(
-            "the engine's weights must all stay on the GPU to be compared, and"
-            f" {', '.join(engine.memory_plan.streamed)} rest in host memory between stages; use a"
-            " larger GPU, device='cpu', or load without memory_limit_gb"
-        )
+    check_resident(engine)
     keep_bf16, thresholds = settings.keep_bf16, settings.thresholds or Thresholds()
     clips, measured = [], []
     with engine.hold(requests[0]) as pipeline:
