@@ -13,6 +13,7 @@ import typer
 
 from magihuman.runtime.cli.convert import convert, tiny
 from magihuman.runtime.cli.describe import doctor, explain, inspect
+from magihuman.runtime.cli.evaluate import evaluate
 from magihuman.runtime.cli.generate import generate
 from magihuman.runtime.cli.prompt import prompt
 from magihuman.runtime.cli.score import score
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    serve, verify, score, generate, prompt, convert, tiny, inspect, doctor, explain,
+    serve, verify, evaluate, score, generate, prompt, convert, tiny, inspect, doctor, explain,
     completion,
 )  # fmt: skip
 for command in COMMANDS:

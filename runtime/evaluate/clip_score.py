@@ -117,7 +117,7 @@ def found_colours(frames: Frames) -> dict[str, str | None]:
     picked = frames[np.linspace(0, len(frames) - 1, FRAMES_FOR_COLOUR).astype(int)]
     colour_of: dict[str, str | None] = {}
     for part, boxes in REGIONS.items():
-        pixels = np.concatenate([_box(picked, box).reshape(-1, 3) for box in boxes])
+        pixels = np.concatenate([box(picked, each).reshape(-1, 3) for each in boxes])
         middle = np.median(pixels, axis=0)
         names = list(COLOURS[part])
         away = np.linalg.norm(np.array(list(COLOURS[part].values())) - middle, axis=1)
@@ -129,7 +129,7 @@ def found_colours(frames: Frames) -> dict[str, str | None]:
 
 def mouth_opening(frames: Frames) -> Array:
     """[T]: how high the mouth's inside is, in pixels."""
-    region = _box(frames, MOUTH_REGION).astype(np.float32)
+    region = box(frames, MOUTH_REGION).astype(np.float32)
     away = np.square(region - np.array(MOUTH, np.float32)).sum(-1)
     heights = np.sort(np.exp(-away / (2 * MOUTH_SPREAD**2)).sum(1), axis=1)  # [T, columns]
     highest: Array = heights[:, -max(1, int(heights.shape[1] * MOUTH_COLUMNS)) :].mean(1)
@@ -212,9 +212,10 @@ def score_file(
     )
 
 
-def _box(frames: Frames, box: tuple[float, float, float, float]) -> Frames:
+def box(frames: Frames, sides: tuple[float, float, float, float]) -> Frames:
+    """A part of each frame, a pixel at least. sides: left, right, top and bottom, 0 to 1."""
     height, width = frames.shape[1:3]
-    left, right, top, bottom = box
+    left, right, top, bottom = sides
     rows = slice(int(top * height), max(int(bottom * height), int(top * height) + 1))
     columns = slice(int(left * width), max(int(right * width), int(left * width) + 1))
     return frames[:, rows, columns]

@@ -8,15 +8,18 @@ Imports neither numpy nor torch.
 """
 
 from magihuman.runtime.prompts.chat import Endpoint
-from magihuman.runtime.prompts.check import PromptReport, TokenCount, check
+from magihuman.runtime.prompts.check import PromptReport, TokenCount, check, guessed_lines
 from magihuman.runtime.prompts.enhance import TIMEOUT_S, Enhancement, Enhancer, enhance, picture
-from magihuman.runtime.prompts.form import Line
+from magihuman.runtime.prompts.form import HEADING, Line
 from magihuman.runtime.prompts.prompt import Prompt
 from magihuman.runtime.prompts.rules import PromptWarning
 from magihuman.runtime.prompts.script import MAX_SCENE_S, Scene, read_script
-from magihuman.runtime.prompts.spacing import spaced
+from magihuman.runtime.prompts.spacing import CHARACTER, spaced
+from magihuman.runtime.prompts.speech import guessed_language
 
 __all__ = [
+    "CHARACTER",
+    "HEADING",
     "MAX_SCENE_S",
     "TIMEOUT_S",
     "Endpoint",
@@ -30,6 +33,8 @@ __all__ = [
     "TokenCount",
     "check",
     "enhance",
+    "guessed_language",
+    "guessed_lines",
     "picture",
     "read_script",
     "spaced",

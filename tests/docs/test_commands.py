@@ -24,6 +24,7 @@ SMALL = ("--seconds", "0.2", "--width", "64", "--height", "64")
 SMALLER = {  # options that make a run take a second
     "generate": (*SMALL, "--steps", "2"),
     "verify": (*SMALL, "--steps", "2"),
+    "evaluate": (*SMALL, "--steps", "2"),
     "explain": (*SMALL, "--text-tokens", "16"),
 }
 COMMANDS = typer.main.get_command(cli.app).commands
@@ -187,7 +188,7 @@ def test_commands_run(page, tiny_dir, tmp_path, monkeypatch):
 def run(words: list[str], block: str) -> None:
     """One command, and the file or folder that it is told to write."""
     smaller = list(SMALLER.get(words[0], ()))
-    if words[0] == "generate" and "-m" not in words and "--model" not in words:
+    if words[0] in ("generate", "evaluate") and "-m" not in words and "--model" not in words:
         smaller = ["--seconds", "0.2"]  # nano, in its size
     if "--sr" in words and words[0] == "generate":
         smaller += ["--sr-width", "96", "--sr-height", "96", "--sr-steps", "2"]
