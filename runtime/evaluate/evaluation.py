@@ -197,9 +197,7 @@ class _Run:
         self._precisions = _precisions(precisions)
         self._requests = self._asked()
         self._load: dict[str, Any] = {
-            name: options[name]
-            for name in ("variant", "transformer", "device")
-            if name in options
+            name: options[name] for name in ("variant", "transformer", "device") if name in options
         }
         for precision in self._precisions:
             must_simulate(model, PrecisionPolicy(precision), **self._load)
