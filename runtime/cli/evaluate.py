@@ -33,7 +33,9 @@ class EvaluateOptions(DeviceOptions, JsonOptions):
         list[str] | None,
         typer.Option(help="bf16, fp8, fp8-attn, int8; by default bf16 fp8 int8."),
     ] = None
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None  # of the precisions
+    more: Annotated[list[str] | None, typer.Argument(metavar="PRECISION", hidden=True)] = (
+        None  # what follows the first after --precisions
+    )
     asr: Annotated[
         str | None,
         typer.Option(help="Speech recognition, as Whisper: a folder, a hub id, or a plug-in's."),
