@@ -254,6 +254,7 @@ def test_the_ray_service_runs_what_ray_serve_takes(monkeypatch, tmp_path):
     module, _, name = application.import_path.partition(":")
     build = getattr(importlib.import_module(module), name)
     monkeypatch.setenv("MAGIHUMAN_DATABASE", f"sqlite:///{tmp_path}/records.sqlite")
+    monkeypatch.setenv("MAGIHUMAN_LOG_FORMAT", "text")  # set anew here, and so put back
     args = {**application.args, "model": "nano", "storage": str(tmp_path), "device": "cpu"}
     api = build(args)._bound_deployment
     engine = api.init_args[0]._bound_deployment

@@ -25,7 +25,9 @@ BELOW_TOP = re.compile(rf"(?:{'|'.join(TOP)})/[\w./-]+")
 DOTTED = re.compile(r"(?:magihuman\.)?(\w+)\.(\w+)(?:\(.*\))?")
 CLASS = re.compile(r"[A-Z]+[a-z]\w*[A-Z]\w*")
 # Written for users, in folders of theirs.
-WRITTEN = {"job.json", "manifest.json", "model.safetensors.index.json", "request.json"}
+WRITTEN = {
+    "evaluation.json", "job.json", "manifest.json", "model.safetensors.index.json", "request.json",
+}  # fmt: skip
 MADE = ("benchmarks/results/history", "benchmarks/results/latency.png")  # by `make bench`
 FILES = {"bin", "mp4", "safetensors", "sqlite"}  # `weights.bin` is no member
 INSTANCES = {"engine": "Engine"}  # as the pages' examples call it

@@ -295,7 +295,8 @@ def test_random_weights_are_drawn_from_generators_of_their_own(monkeypatch):
     cpu = torch.device("cpu")
 
     def states() -> list[dict[str, torch.Tensor]]:
-        encoder = random_weights.text_encoder(5, cpu, torch.bfloat16)
+        encoder, layers = random_weights.text_encoder(5, cpu, torch.bfloat16)
+        assert len(list(layers)) == 2
         return [encoder.model.state_dict(), {"hidden": encoder.encode(torch.arange(9)[None])}]
 
     plain = states()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 from prompt_texts import body, stub
-from video_client import SMALL, TOKEN_SHA256
+from video_client import SMALL, TOKEN_SHA256, kept
 
 from magihuman.runtime import Line, Prompt
 from magihuman.runtime.cli.serve import ServeOptions, _settings
 from magihuman.runtime.prompts import Endpoint, Enhancer
 from magihuman.runtime.serving.settings import Settings
-from magihuman.runtime.serving.store import STATE
 
 GOOD = str(Prompt(body("Hello!"), [Line("Woman", "English", "Hello!")]))
 ORIGINAL = 'She says "hello!"'
@@ -61,8 +59,8 @@ def test_the_rewritten_prompt_is_made_with_the_image_shown(settings, replica, se
         assert answer.status_code == 200 and video["prompt"] == GOOD
         done = local.when(video["id"], "completed")
         assert done["prompt"] == GOOD and "rewritten" not in str(done["warnings"])
-        state = (settings.folder / video["id"] / STATE).read_text()
-        assert json.loads(state)["prompt"] == GOOD and KEY not in state
+        job = kept(settings.folder)[video["id"]]
+        assert job.prompt == GOOD and KEY not in str(job)
         assert 'id="enhance-row" class="check" >' in local.http.get("/").text
     (asked,) = endpoint.asked
     words, picture = asked.body["messages"][1]["content"]
