@@ -84,6 +84,8 @@ class Cluster:
         for process in (*children, self._process):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        self._process.wait(60)
+        self._process.stdout.close()
 
     def _tell(self, what: str) -> None:
         self._process.stdin.write(f"{what}\n")

@@ -6,6 +6,7 @@ import asyncio
 import random
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -60,11 +61,14 @@ def test_nothing_half_written_is_seen(storage, storage_url, tmp_path):
     versions = [bytes([number]) * (PIECE_BYTES + number) for number in range(4)]
     seen, is_over = set(), threading.Event()
     other = Storage(storage_url)
+    # fsspec's own memory is for one thread, and can lose a name while it lists them.
+    passed_over = (StorageError,) if storage_url.startswith("memory") else ()
 
     def look() -> None:
         while not is_over.is_set():
-            for name in other.names("video_1"):
-                seen.add((name, other.read(f"video_1/{name}", 0, 2 * PIECE_BYTES)))
+            with suppress(*passed_over):
+                for name in other.names("video_1"):
+                    seen.add((name, other.read(f"video_1/{name}", 0, 2 * PIECE_BYTES)))
 
     looking = threading.Thread(target=look)
     looking.start()
