@@ -388,6 +388,11 @@ class Tail:
     look: npt.NDArray[np.float32]
     drift: npt.NDArray[np.float32]
 
+    @property
+    def seen(self) -> npt.NDArray[np.float32]:
+        """The last latents of the clip as it is decoded."""
+        return self.video if self.sr_video is None else self.sr_video
+
 
 @dataclass(frozen=True)
 class Video:

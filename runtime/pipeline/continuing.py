@@ -49,10 +49,15 @@ def new_tail(
     )
 
 
-def first_latent(tail: Tail, latents: np.ndarray, device: torch.device) -> Tensor:
-    """The last of a tail's latents, [1, 48, 1, H, W], its colours and exposure as at the beginning
-    of the row of clips.
+def first_latents(tail: Tail, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The last of a tail's latents, [1, 48, 1, H, W], before super-resolution and, where there was
+    one, after it; their colours and exposure as at the beginning of the row of clips.
     """
+    sr = None if tail.sr_video is None else _first_latent(tail, tail.sr_video, device)
+    return _first_latent(tail, tail.video, device), sr
+
+
+def _first_latent(tail: Tail, latents: np.ndarray, device: torch.device) -> Tensor:
     drift = torch.from_numpy(tail.drift.clip(-MAX_DRIFT, MAX_DRIFT)).view(1, -1, 1, 1, 1)
     return (torch.from_numpy(latents[:, :, -1:]) - drift).to(device)
 

@@ -41,7 +41,7 @@ from magihuman.runtime.pipeline.continuing import (
     Skipping,
     context_frames,
     context_samples,
-    first_latent,
+    first_latents,
     new_tail,
     tail_of,
     with_context,
@@ -186,10 +186,7 @@ class Pipeline:
                     sr_image = self.encode_image(prepared.image, plan.sr_rows, plan.sr_columns)
         tail = prepared.tail
         if tail is not None:
-            image = first_latent(tail, tail.video, self.device)
-            sr_image = (
-                None if tail.sr_video is None else first_latent(tail, tail.sr_video, self.device)
-            )
+            image, sr_image = first_latents(tail, self.device)
         encoded = Encoded(plan, text, null_text, audio, video, image, sr_image, tail)
         if self.device.type == "cuda":
             for tensor in encoded.tensors():  # made on another stream than that of the loops
@@ -332,8 +329,7 @@ class Pipeline:
         components = self.components
         skipped = skipped_samples = 0
         if before is not None:
-            latents = before.video if before.sr_video is None else before.sr_video
-            video, audio = with_context(video, latents, 2), with_context(audio, before.audio, 1)
+            video, audio = with_context(video, before.seen, 2), with_context(audio, before.audio, 1)
             skipped, skipped_samples = context_frames(before), context_samples(before)
         skip = Skipping(skipped)
 

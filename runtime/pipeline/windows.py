@@ -16,7 +16,7 @@ from magihuman.runtime.media import ClipWriter
 from magihuman.runtime.memory import VIDEO
 from magihuman.runtime.pipeline.audio import LATENT_SAMPLES, Waveform
 from magihuman.runtime.pipeline.components import Encoded, Prepared
-from magihuman.runtime.pipeline.continuing import context_frames, first_latent, with_context
+from magihuman.runtime.pipeline.continuing import context_frames, first_latents, with_context
 from magihuman.runtime.pipeline.decode import Frames, decode_frames
 from magihuman.runtime.pipeline.pipeline import Pipeline
 from magihuman.runtime.request import Tail
@@ -87,9 +87,7 @@ class WindowPipeline(Pipeline):
         tail = self._before = row.tail
         image, sr_image = row.image, row.sr_image
         if tail is not None:
-            image = first_latent(tail, tail.video, self.device)
-            if tail.sr_video is not None:
-                sr_image = first_latent(tail, tail.sr_video, self.device)
+            image, sr_image = first_latents(tail, self.device)
         made = super().sample(
             dataclasses.replace(encoded, image=image, sr_image=sr_image, tail=tail)
         )
@@ -108,7 +106,7 @@ class WindowPipeline(Pipeline):
         """Frames as `Pipeline.decode` gives them, and no sound; no other argument is looked at."""
         tail, parts, skipped = self._before, self.components, 0
         if tail is not None:
-            video = with_context(video, tail.video if tail.sr_video is None else tail.sr_video, 2)
+            video = with_context(video, tail.seen, 2)
             skipped = context_frames(tail)
         report = self.reporter("decode_video")
         with self.stage("decode_video", VIDEO):
