@@ -20,6 +20,11 @@ AUDIO_CHANNELS = 64
 PATCH = 2  # latents per token along height and width
 MAX_TEXT_TOKENS = 640
 FRAME_REACH = 11  # frames seen each way by frame-local attention
+# A picture that speaks live, as `Engine.live` and the server's route take it.
+LIVE_PROMPT = "A person looks into the camera and speaks. The camera is static."
+LIVE_WINDOW_S = 1.44  # two of the decoder's windows, with what it sees of the one before
+MIN_LIVE_WINDOW_S, MAX_LIVE_WINDOW_S = 0.64, 4.0
+MIN_LIVE_RATE_HZ, MAX_LIVE_RATE_HZ = 8_000, 192_000
 
 Precision = Literal["bf16", "fp32", "fp8", "fp8-attn", "int8"]
 TextPrecision = Literal["bf16", "int8", "fp8"]

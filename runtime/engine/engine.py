@@ -31,7 +31,6 @@ from magihuman.runtime.engine.live import (
     live_options,
     pump_of,
 )
-from magihuman.runtime.engine.live.options import PROMPT, WINDOW_S
 from magihuman.runtime.engine.long import LongOptions, checked_window_s, chunks, long_request
 from magihuman.runtime.engine.queue import QueueStage, RequestQueue, Ticket
 from magihuman.runtime.engine.stream import AsyncStream, Chunker, Emit, Stream, awaited
@@ -322,9 +321,9 @@ class Engine:
         self,
         image: str | os.PathLike[str] | Image,
         voice: LiveVoice,
-        prompt: str | Prompt = PROMPT,
+        prompt: str | Prompt = config.LIVE_PROMPT,
         *,
-        window_seconds: float = WINDOW_S,
+        window_seconds: float = config.LIVE_WINDOW_S,
         on_ready: Callable[[], None] | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
@@ -351,25 +350,41 @@ class Engine:
 
         Raises `InvalidRequestError` here, and what `generate` raises where a chunk is taken.
         """
-        made = partial(live_options, image, prompt, window_seconds, options)
-        asked = made(self._suited, on_ready=on_ready, on_progress=on_progress, cancel=cancel)
+        asked = live_options(
+            image,
+            prompt,
+            window_seconds,
+            options,
+            self._suited,
+            on_ready=on_ready,
+            on_progress=on_progress,
+            cancel=cancel,
+        )
         return self._live(voice, asked, None)
 
     def alive(
         self,
         image: str | os.PathLike[str] | Image,
         voice: LiveVoice,
-        prompt: str | Prompt = PROMPT,
+        prompt: str | Prompt = config.LIVE_PROMPT,
         *,
-        window_seconds: float = WINDOW_S,
+        window_seconds: float = config.LIVE_WINDOW_S,
         on_ready: Callable[[], None] | None = None,
         on_progress: ProgressCallback | None = None,
         cancel: threading.Event | None = None,
         **options: Unpack[LookOptions],
     ) -> AsyncStream[LiveChunk]:
         """As `live`, for `async for` and `async with`; the voice may have an async source."""
-        made = partial(live_options, image, prompt, window_seconds, options)
-        asked = made(self._suited, on_ready=on_ready, on_progress=on_progress, cancel=cancel)
+        asked = live_options(
+            image,
+            prompt,
+            window_seconds,
+            options,
+            self._suited,
+            on_ready=on_ready,
+            on_progress=on_progress,
+            cancel=cancel,
+        )
         return AsyncStream(self._live(voice, asked, asyncio.get_running_loop()))
 
     async def agenerate(
@@ -501,7 +516,7 @@ class Engine:
                 f"voice must be a LiveVoice, got {shown(voice)}; make one of the rate and, where"
                 " there is one, the iterator of its samples"
             )
-        request = Request(prompt=options.prompt, **options.request)
+        request = options.request
         size = request.plan(self._variant, self.sr).size_px
         longest_s = options.lengths[-1] / config.FPS
         pump = pump_of(voice, 2 * longest_s, loop)
@@ -512,7 +527,7 @@ class Engine:
             call = Call(request, self._queue.join(limits), None, options.on_progress, row)
             return partial(self._serve, call)
 
-        known = (size, request.steps, options.lengths, len(options.prompt) // PROMPT_STEP)
+        known = (size, request.steps, options.lengths, len(request.prompt) // PROMPT_STEP)
         costs = self._live_costs.setdefault(known, {})
         session = Session(begin, row.begin_again, voice, options, limits, costs)
         return Stream(limits, lambda emit: session.run(emit, pump), self._callers, most=MOST_KEPT)

@@ -113,12 +113,17 @@ def checked_window_s(seconds: float | None, suited: ClipSize) -> float:
     """The longest that a window may be, by default what suits. Raises `InvalidRequestError`."""
     if seconds is None:
         return suited["seconds"]
-    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not is_number or not MIN_WINDOW_S <= seconds <= MAX_SECONDS:
-        raise InvalidRequestError(
-            f"window_seconds must be {MIN_WINDOW_S:g} to {MAX_SECONDS:g}, got {shown(seconds)}"
-        )
+    check_window_s(seconds, MIN_WINDOW_S, MAX_SECONDS)
     return seconds
+
+
+def check_window_s(seconds: object, low: float, high: float) -> None:
+    """Raise `InvalidRequestError` where a window may not be as long as was asked for."""
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not low <= seconds <= high:  # type: ignore[operator]  # so NaN is none
+        raise InvalidRequestError(
+            f"window_seconds must be {low:g} to {high:g}, got {shown(seconds)}"
+        )
 
 
 def read_voice(audio: object) -> Waveform | None:

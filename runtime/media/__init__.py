@@ -25,10 +25,11 @@ from magihuman.runtime.media.output import (
     writer_type,
 )
 from magihuman.runtime.media.quality import Frames, psnr_db
-from magihuman.runtime.media.sound import read_audio
+from magihuman.runtime.media.sound import MAX_PEAK, read_audio
 from magihuman.runtime.media.voice import open_driving_audio
 
 __all__ = [
+    "MAX_PEAK",
     "ClipWriter",
     "Decoders",
     "FragmentWriter",

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from magihuman.runtime import config
-from magihuman.runtime.errors import InvalidRequestError, shown
+from magihuman.runtime.engine.long import check_window_s
+from magihuman.runtime.errors import InvalidRequestError
 from magihuman.runtime.prompts import Prompt
 from magihuman.runtime.request import ClipSize, LookOptions, ProgressCallback, Request
 
-PROMPT = "A person looks into the camera and speaks. The camera is static."
-WINDOW_S = 1.44  # two of the decoder's windows, with what it sees of the one before
-MIN_WINDOW_S, MAX_WINDOW_S = 0.64, 4.0
 STRIDE = config.VIDEO_STRIDE[0]  # frames of a latent
 LONGER = (1.0, 1.5, 2.0)  # lengths of windows, each where the one before is too slow
 OWN = ("audio", "seconds", "continue_from")  # fields that are not for the caller
@@ -27,15 +25,13 @@ class LiveOptions:
     Attributes:
         lengths: frames that windows go on for, the shortest first; no other length is made, so
             that captured graphs serve all of them.
-        request: the fields of `Request` that all windows have, the image and the seed among them.
-        prompt: text.
+        request: what all windows have of theirs, the image and the first's seed among it.
         on_ready: called once, when the clock starts.
         on_progress, cancel: as of `Engine.generate`.
     """
 
     lengths: tuple[int, ...]
-    request: dict[str, Any]
-    prompt: str
+    request: Request
     on_ready: Callable[[], None] | None = None
     on_progress: ProgressCallback | None = None
     cancel: threading.Event | None = None
@@ -60,19 +56,13 @@ def live_options(
                 f"{name} must be left out of what speaks live; it has its own"
             )
     size = {} if suited is None else {side: suited[side] for side in ("width", "height")}
-    values: dict[str, Any] = {"seed": 42, **size, **options, "image": image}
-    text = str(prompt) if isinstance(prompt, Prompt) else prompt
-    Request(prompt=text, **values)
-    return LiveOptions(lengths_of(window_seconds), values, text, **callbacks)
+    values: dict[str, Any] = {**size, **options, "image": image}
+    request = Request(prompt=str(prompt) if isinstance(prompt, Prompt) else prompt, **values)
+    return LiveOptions(lengths_of(window_seconds), request, **callbacks)
 
 
 def lengths_of(window_seconds: float) -> tuple[int, ...]:
     """Frames of the windows that are made. Raises `InvalidRequestError`."""
-    is_number = isinstance(window_seconds, (int, float)) and not isinstance(window_seconds, bool)
-    if not is_number or not MIN_WINDOW_S <= window_seconds <= MAX_WINDOW_S:
-        raise InvalidRequestError(
-            f"window_seconds must be {MIN_WINDOW_S:g} to {MAX_WINDOW_S:g}, got"
-            f" {shown(window_seconds)}"
-        )
+    check_window_s(window_seconds, config.MIN_LIVE_WINDOW_S, config.MAX_LIVE_WINDOW_S)
     frames = round(window_seconds * config.FPS, 6)
     return tuple(int(frames * factor) // STRIDE * STRIDE for factor in LONGER)

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -28,6 +28,7 @@ from magihuman.runtime.threads import spawn
 Emit = Callable[[LiveChunk], None]
 Begin = Callable[[Request], Callable[[], Video]]  # takes a place in the queue, and gives the work
 Costs = dict[int, float]  # seconds that a window of so many frames takes
+SILENCE = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -177,30 +178,35 @@ class Session:
             if keep <= 0 and self._made:
                 return None
             keep, self._is_over = max(1, keep), True
-        part = Part(
-            first=self._made,
-            length=length,
-            keep=keep,
-            due_s=voice.due_s(end * LATENT_SAMPLES),
-            came_s=voice.came_s(self._made * LATENT_SAMPLES),
-            voice=voice.samples(begin * LATENT_SAMPLES, end * LATENT_SAMPLES),
-            sound=voice.sound(self._made, keep),
-            is_last=self._is_over,
-        )
-        self._use(keep)
+        heard = voice.samples(begin * LATENT_SAMPLES, end * LATENT_SAMPLES)
+        part = self._part(length, keep, end, self._is_over, heard)
         self._free_s = max(self._free_s, time.monotonic()) + self._costs[length]
         return part
 
-    def _use(self, frames: int) -> None:
-        self._made += frames
-        self._voice.use((self._made - 1) * LATENT_SAMPLES)
+    def _part(
+        self, length: int, keep: int, end: int, is_last: bool, heard: Waveform = SILENCE
+    ) -> Part:
+        """The next frames, `keep` of them, whose voice is used up then. end: of what is made."""
+        voice, first = self._voice, self._made
+        part = Part(
+            first=first,
+            length=length,
+            keep=keep,
+            due_s=voice.due_s(end * LATENT_SAMPLES),
+            came_s=voice.came_s(first * LATENT_SAMPLES),
+            voice=heard,
+            sound=voice.sound(first, keep),
+            is_last=is_last,
+        )
+        self._made += keep
+        voice.use((self._made - 1) * LATENT_SAMPLES)
+        return part
 
     def _request(self, voice: Waveform, length: int) -> Request:
-        values = dict(self._options.request)
-        values["seed"] = (values["seed"] + self._windows) % (MAX_SEED + 1)
+        like = self._options.request
+        seed = (like.seed + self._windows) % (MAX_SEED + 1)
         self._windows += 1
-        seconds = length / config.FPS
-        return Request(prompt=self._options.prompt, audio=voice, seconds=seconds, **values)
+        return replace(like, audio=voice, seconds=length / config.FPS, seed=seed)
 
     def _make(
         self, part: Part, work: Callable[[], Video], before: Future[None] | None, emit: Emit
@@ -224,19 +230,7 @@ class Session:
     def _repeat(self, count: int, emit: Emit, is_last: bool) -> None:
         """Hand over the last frame again, with the voice of that time."""
         assert self._last is not None
-        voice, first = self._voice, self._made
-        end = (first + count) * LATENT_SAMPLES
-        part = Part(
-            first=first,
-            length=count,
-            keep=count,
-            due_s=voice.due_s(end),
-            came_s=voice.came_s(first * LATENT_SAMPLES),
-            voice=np.zeros(0, np.float32),
-            sound=voice.sound(first, count),
-            is_last=is_last,
-        )
-        self._use(count)
+        part = self._part(count, count, self._made + count, is_last)
         self._hand_over(part, np.repeat(self._last[None], count, axis=0), emit, repeated=count)
 
     def _hand_over(self, part: Part, frames: Frames, emit: Emit, repeated: int = 0) -> None:
@@ -251,7 +245,7 @@ class Session:
                 fps=config.FPS,
                 sample_rate_hz=config.SAMPLE_RATE_HZ,
                 is_last=part.is_last,
-                seed=self._options.request["seed"],
+                seed=self._options.request.seed,
                 index=index,
                 start_s=part.first / config.FPS,
                 window_s=part.length / config.FPS,

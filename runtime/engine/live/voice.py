@@ -16,13 +16,13 @@ import scipy.signal
 
 from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError, QueueFull, shown
+from magihuman.runtime.media import MAX_PEAK
 from magihuman.runtime.pipeline import LATENT_SAMPLES, Limits, Waveform
 
 RATE = config.LATENT_AUDIO_RATE_HZ
 UP, DOWN = 441, 512  # from that to the rate of what is handed over
 FRAME_SAMPLES = config.SAMPLE_RATE_HZ // config.FPS
-MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 192_000
-MAX_PEAK = 8.0  # of full scale, as of a file's samples
+MIN_RATE_HZ, MAX_RATE_HZ = config.MIN_LIVE_RATE_HZ, config.MAX_LIVE_RATE_HZ
 MOST_AHEAD_S = 30.0  # that may be fed and not yet used
 QUIET_S = 0.2  # without a sample, after which there is silence
 REACH = 16  # samples beyond a frame that its sound is made from

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from magihuman.runtime.config import VARIANTS
+from magihuman.runtime import config
 from magihuman.runtime.errors import InvalidRequestError, MagiHumanError
 from magihuman.runtime.media import ImageTask
 from magihuman.runtime.request import Request
@@ -22,21 +22,19 @@ from magihuman.runtime.serving.uploads import DECODERS, IMAGE_FORMATS
 
 log = logging.getLogger("magihuman")
 
-MIN_RATE_HZ, MAX_RATE_HZ = 8_000, 192_000
-MIN_WINDOW_S, MAX_WINDOW_S, WINDOW_S = 0.64, 4.0, 1.44
-DEFAULT_PROMPT = "A person looks into the camera and speaks. The camera is static."
+WINDOW_S = config.LIVE_WINDOW_S
 RULES: dict[str, Rule] = {
     "prompt": PROMPT,
     "sample_rate": Rule(
-        f"a whole number from {MIN_RATE_HZ} to {MAX_RATE_HZ}",
+        f"a whole number from {config.MIN_LIVE_RATE_HZ} to {config.MAX_LIVE_RATE_HZ}",
         "say how many samples a second the voice has",
-        *whole(MIN_RATE_HZ, MAX_RATE_HZ),
+        *whole(config.MIN_LIVE_RATE_HZ, config.MAX_LIVE_RATE_HZ),
         "Of the voice.",
     ),
     "window_seconds": Rule(
-        f"a number from {MIN_WINDOW_S:g} to {MAX_WINDOW_S:g}",
+        f"a number from {config.MIN_LIVE_WINDOW_S:g} to {config.MAX_LIVE_WINDOW_S:g}",
         f"leave it out for {WINDOW_S:g}",
-        *number(MIN_WINDOW_S, MAX_WINDOW_S),
+        *number(config.MIN_LIVE_WINDOW_S, config.MAX_LIVE_WINDOW_S),
         "Of a window.",
     ),
     **{name: FIELDS[name] for name in ("size", "seed", "num_inference_steps")},
@@ -98,7 +96,7 @@ def opening_of(text: str, authorization: str, settings: Settings) -> Opening:
         raise invalid("image must be the picture to begin with, as a data URL", "image")
     if "sample_rate" not in values:
         raise invalid("sample_rate must be given: that of the voice", "sample_rate")
-    prompt = values.get("prompt", DEFAULT_PROMPT)
+    prompt = values.get("prompt", config.LIVE_PROMPT)
     if len(prompt) > settings.limits.prompt_chars:
         limit = settings.limits.prompt_chars
         raise invalid(f"prompt must have no more than {limit} characters", "prompt")
@@ -116,7 +114,7 @@ def options_of(values: dict[str, Any], settings: Settings) -> dict[str, Any]:
         options["steps"] = values["num_inference_steps"]
     longest = Request("-", seconds=2 * window_s, **options)
     try:
-        plan = longest.plan(VARIANTS[settings.variant], settings.sr)
+        plan = longest.plan(config.VARIANTS[settings.variant], settings.sr)
     except InvalidRequestError as error:
         raise invalid(str(error), "size") from None
     if settings.capacity is not None and settings.capacity.lacks(plan) is not None:
