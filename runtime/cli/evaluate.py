@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from magihuman.runtime.cli.options import DeviceOptions, JsonOptions, ModelOption, takes_options
+from magihuman.runtime.cli.options import (
+    DeviceOptions,
+    JsonOptions,
+    ModelOption,
+    TrialOptions,
+    takes_options,
+)
 from magihuman.runtime.cli.terminal.console import FAILED, Bar, err, out, print_table, user_errors
 from magihuman.runtime.config import NANO
 
@@ -21,7 +27,7 @@ DEFAULT = ("bf16", "fp8", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(DeviceOptions, JsonOptions):
+class EvaluateOptions(TrialOptions, DeviceOptions, JsonOptions):
     """What clips are made of, in which precisions, and what hears them."""
 
     prompts: Annotated[
@@ -43,14 +49,6 @@ class EvaluateOptions(DeviceOptions, JsonOptions):
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", help="A new folder for clips and figures.")
     ] = None
-    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill"
-    transformer: Annotated[
-        str | None, typer.Option(help="Folder of a transformer that lies elsewhere.")
-    ] = None
-    seconds: Annotated[float | None, typer.Option(help="By default 5, or as suits.")] = None
-    width: Annotated[int | None, typer.Option(help="Pixels; by default 480, or as suits.")] = None
-    height: Annotated[int | None, typer.Option(help="Pixels; by default 256, or as suits.")] = None
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next has the next.")] = 42
 
     @property

@@ -130,6 +130,20 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrialOptions:
+    """Which transformer makes the clips of a comparison, and how large they are."""
+
+    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill"
+    transformer: Annotated[
+        str | None, typer.Option(help="Folder of a transformer that lies elsewhere.")
+    ] = None
+    seconds: Annotated[float | None, typer.Option(help="By default 5, or as suits.")] = None
+    width: Annotated[int | None, typer.Option(help="Pixels; by default 480, or as suits.")] = None
+    height: Annotated[int | None, typer.Option(help="Pixels; by default 256, or as suits.")] = None
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionOptions:
     """The precision of a transformer, and the linears that stay bf16 beside those in 8 bits."""
 

@@ -16,6 +16,7 @@ from magihuman.runtime.cli.options import (
     JsonOptions,
     ModelOption,
     PrecisionOptions,
+    TrialOptions,
     takes_options,
 )
 from magihuman.runtime.cli.terminal.console import FAILED, Bar, err, out, print_table, user_errors
@@ -28,7 +29,7 @@ SHOWN_LINEARS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(PrecisionOptions, DeviceOptions, JsonOptions):
+class VerifyOptions(TrialOptions, PrecisionOptions, DeviceOptions, JsonOptions):
     """What is compared, at which size, and the thresholds of the verdict."""
 
     model: ModelOption
@@ -37,14 +38,6 @@ class VerifyOptions(PrecisionOptions, DeviceOptions, JsonOptions):
     ] = None
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None
     precision: Annotated[str, typer.Option(help="fp8, fp8-attn: attention too, or int8.")] = "fp8"
-    variant: Annotated[str, typer.Option(help="distill or base.")] = "distill"
-    transformer: Annotated[
-        str | None, typer.Option(help="Folder of a transformer that lies elsewhere.")
-    ] = None
-    seconds: Annotated[float | None, typer.Option(help="By default 5, or as suits.")] = None
-    width: Annotated[int | None, typer.Option(help="Pixels; by default 480, or as suits.")] = None
-    height: Annotated[int | None, typer.Option(help="Pixels; by default 256, or as suits.")] = None
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None
     seed: Annotated[int, typer.Option(help="Of both clips of a prompt.")] = 42
     max_linear_error: Annotated[float, typer.Option(help="Of any linear's product.")] = 0.08
     max_attention_error: Annotated[float, typer.Option(help="Of any layer's attention.")] = 0.12

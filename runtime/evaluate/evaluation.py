@@ -166,8 +166,8 @@ def evaluate(
         OutputError: the folder exists, or cannot be written.
         CheckpointError, DeviceError: as `load`.
     """
-    known = EvaluateOptions.__annotations__
-    one_of("options", next((name for name in options if name not in known), "out"), tuple(known))
+    for name in options:
+        one_of("options", name, tuple(EvaluateOptions.__annotations__))
     out = options.get("out")
     folder = None if out is None else Path(out).absolute()
     if folder is not None:

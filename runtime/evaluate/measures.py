@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,9 @@ from magihuman.runtime.weights import exists, model_folder
 
 GROUP = "magihuman.measures"
 MOST_DB = 100.0  # of clips that are equal
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+SynchronyOf = Callable[[Video], Synchrony | None]
 Boxes = dict[str, tuple[tuple[float, float, float, float], ...]]
 WHOLE: Boxes = {"frame": ((0.0, 1.0, 0.0, 1.0),)}
 
@@ -74,22 +77,32 @@ class NotMeasured:
         """No figure."""
 
 
-class Hearing:
-    """What a recogniser hears in a clip, which several measures ask for."""
+def last_kept(of: Callable[[Key], Value]) -> Callable[[Key], Value]:
+    """The same function, which keeps the value of the last argument: several measures ask for what
+    is found in a clip.
+    """
+    last: tuple[Key, Value] | None = None
 
-    def __init__(self, recogniser: Recogniser) -> None:
-        self._recogniser = recogniser
-        self._last: tuple[Video, str] | None = None
+    def kept(key: Key) -> Value:
+        nonlocal last
+        if last is None or last[0] is not key:
+            last = key, of(key)
+        return last[1]
 
-    def of(self, clip: EvaluatedClip) -> str:
-        """The words; the last clip's are kept."""
+    return kept
+
+
+def hearing_of(recogniser: Recogniser) -> Callable[[EvaluatedClip], str]:
+    """What a recogniser hears in a clip."""
+
+    def heard(clip: EvaluatedClip) -> str:
         video = clip.video
-        if self._last is None or self._last[0] is not video:
-            languages = {line.language for line in clip.case.lines}
-            language = languages.pop() if len(languages) == 1 else None
-            mono = video.audio.reshape(len(video.audio), -1).mean(1)
-            self._last = video, self._recogniser(mono, video.sample_rate_hz, language)
-        return self._last[1]
+        languages = {line.language for line in clip.case.lines}
+        language = languages.pop() if len(languages) == 1 else None
+        mono = video.audio.reshape(len(video.audio), -1).mean(1)
+        return recogniser(mono, video.sample_rate_hz, language)
+
+    return last_kept(heard)
 
 
 class ErrorRate:
@@ -99,7 +112,7 @@ class ErrorRate:
 
     unit = "share"
 
-    def __init__(self, heard: Hearing, by_characters: bool) -> None:
+    def __init__(self, heard: Callable[[EvaluatedClip], str], by_characters: bool) -> None:
         self.name = "character error rate" if by_characters else "word error rate"
         self._heard, self._by_characters = heard, by_characters
 
@@ -109,45 +122,39 @@ class ErrorRate:
         if not words or hearing.is_by_characters(words) != self._by_characters:
             return None
         if self._by_characters:
-            return hearing.character_error_rate(self._heard.of(clip), words)
-        return hearing.word_error_rate(self._heard.of(clip), words)
+            return hearing.character_error_rate(self._heard(clip), words)
+        return hearing.word_error_rate(self._heard(clip), words)
 
     def note(self, clip: EvaluatedClip) -> str | None:
         """What was heard."""
-        return None if self.of(clip) is None else self._heard.of(clip)
+        return None if self.of(clip) is None else self._heard(clip)
 
 
-class Synchronies:
-    """How the mouth goes with the sound, once for the two figures of it."""
+def synchrony_of(opening: Callable[[Video], Array | None]) -> SynchronyOf:
+    """How the mouth, by its opening, goes with the sound; None where it is not seen."""
 
-    def __init__(self, opening: Callable[[Video], Array | None]) -> None:
-        self._opening = opening
-        self._last: tuple[Video, Synchrony | None] | None = None
+    def found(video: Video) -> Synchrony | None:
+        mouth = opening(video)
+        if mouth is None:
+            return None
+        frames, rate_hz = len(video.frames), video.sample_rate_hz
+        sound = clip_score.loudness(video.audio, rate_hz, video.fps, frames)
+        return clip_score.synchrony(mouth, sound)
 
-    def of(self, video: Video) -> Synchrony | None:
-        """None where the mouth is not seen; the last clip's is kept."""
-        if self._last is None or self._last[0] is not video:
-            opening = self._opening(video)
-            found = None
-            if opening is not None:
-                frames, rate_hz = len(video.frames), video.sample_rate_hz
-                sound = clip_score.loudness(video.audio, rate_hz, video.fps, frames)
-                found = clip_score.synchrony(opening, sound)
-            self._last = video, found
-        return self._last[1]
+    return last_kept(found)
 
 
 @dataclass
 class MouthWithSound:
     """Correlation of the mouth's opening and the sound's loudness, at their best lag."""
 
-    synchronies: Synchronies
+    synchrony: SynchronyOf
     name: str = "mouth with sound"
     unit: str = "correlation"
 
     def of(self, clip: EvaluatedClip) -> float | None:
         """-1 to 1."""
-        found = self.synchronies.of(clip.video)
+        found = self.synchrony(clip.video)
         return None if found is None else found.correlation
 
 
@@ -155,13 +162,13 @@ class MouthWithSound:
 class MouthLag:
     """By how much the mouth comes after the sound."""
 
-    synchronies: Synchronies
+    synchrony: SynchronyOf
     name: str = "mouth after sound"
     unit: str = "frames"
 
     def of(self, clip: EvaluatedClip) -> float | None:
         """Below 0 where the mouth is early."""
-        found = self.synchronies.of(clip.video)
+        found = self.synchrony(clip.video)
         return None if found is None else float(found.lag_frames)
 
 
@@ -268,13 +275,13 @@ def standard_measures(
 def _heard(asr: str | Recogniser | None) -> Sequence[Measure]:
     if asr is None:
         return [NotMeasured("word error rate", "share", "name an ASR model, by --asr or asr=")]
-    heard = Hearing(open_recogniser(asr) if isinstance(asr, str) else asr)
+    heard = hearing_of(open_recogniser(asr) if isinstance(asr, str) else asr)
     return [ErrorRate(heard, False), ErrorRate(heard, True)]
 
 
 def _of_nano() -> Sequence[Measure]:
-    synchronies = Synchronies(lambda video: clip_score.mouth_opening(video.frames))
-    mouth = MouthWithSound(synchronies), MouthLag(synchronies)
+    synchrony = synchrony_of(lambda video: clip_score.mouth_opening(video.frames))
+    mouth = MouthWithSound(synchrony), MouthLag(synchrony)
     return [*mouth, NamedColours(), ColourDrift(clip_score.REGIONS)]
 
 
@@ -285,19 +292,11 @@ def _of_faces(landmarks: Landmarks | None) -> Sequence[Measure]:
             NotMeasured(FaceDrift.name, FaceDrift.unit, faces.INSTALL),
             ColourDrift(),
         ]
-    points = _last_kept(landmarks)
-    synchronies = Synchronies(lambda video: faces.opening(points(video)))
-    mouth = MouthWithSound(synchronies), MouthLag(synchronies)
+
+    def looked_for(video: Video) -> faces.Points:
+        return landmarks(video.frames)
+
+    points = last_kept(looked_for)
+    synchrony = synchrony_of(lambda video: faces.opening(points(video)))
+    mouth = MouthWithSound(synchrony), MouthLag(synchrony)
     return [*mouth, FaceDrift(points), ColourDrift()]
-
-
-def _last_kept(landmarks: Landmarks) -> Callable[[Video], faces.Points]:
-    """The points of a clip, looked for once."""
-    last: list[Any] = [None, None]
-
-    def points(video: Video) -> faces.Points:
-        if last[0] is not video:
-            last[:] = video, landmarks(video.frames)
-        return last[1]
-
-    return points
