@@ -5,8 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from fastapi.responses import JSONResponse
+
+if TYPE_CHECKING:
+    from magihuman.runtime.serving.jobs import Jobs
+    from magihuman.runtime.serving.record import Job
 
 log = logging.getLogger("magihuman")
 
@@ -76,6 +81,11 @@ def too_large(limit_bytes: int) -> ApiError:
     )
 
 
+def no_video() -> ApiError:
+    """Return the error of an id that no video has."""
+    return ApiError(404, "video_not_found", "there is no such video, or no more", "video_id")
+
+
 def no_decoder() -> ApiError:
     """Return the error of a server that can start no process to decode a file."""
     headers = {"Retry-After": str(DECODER_RETRY_S)}
@@ -106,6 +116,15 @@ def disk_taken() -> Iterator[None]:
         yield
     except OSError as error:
         raise refused(error) from error
+
+
+async def found(jobs: Jobs, video_id: str) -> Job:
+    """Return the job of an id. Raises `ApiError` where there is none."""
+    with disk_taken():
+        job = await jobs.find(video_id)
+    if job is None:
+        raise no_video()
+    return job
 
 
 def _whole(text: str) -> str:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import platform
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from magihuman.runtime.errors import (
+    DeadlineExceeded,
+    DeviceError,
+    EngineUnusable,
+    InvalidRequestError,
+    MagiHumanError,
+    NonFiniteError,
+    OutputError,
+)
 from magihuman.runtime.request import Request
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
+
+log = logging.getLogger("magihuman")
 
 
 @dataclass(frozen=True)
@@ -156,3 +169,48 @@ class EngineLost(Exception):  # noqa: N818 - a state, not a fault of this reques
 
 Event = Report | Window | Spoken | Made | Failed
 Make = Callable[[Work | LiveWork], AsyncGenerator[Event, None]]  # may raise EngineLost
+Put = Callable[[Event], None]
+
+
+async def told(make: Callable[[Put], Coroutine[Any, Any, Event]]) -> AsyncGenerator[Event, None]:
+    """Yield what a task puts, and then its result. Closing this, or cancelling it, cancels it."""
+    events: asyncio.Queue[Event | None] = asyncio.Queue()
+    making = asyncio.create_task(make(events.put_nowait))
+    making.add_done_callback(lambda _: events.put_nowait(None))
+    try:
+        while (event := await events.get()) is not None:
+            yield event
+        yield making.result()
+    finally:
+        if not making.done():
+            making.cancel()
+            await asyncio.wait([making])
+
+
+def failure(error: Exception, name: str) -> Failed:
+    """Return what the server is told of an engine's error; name: of what was being made.
+
+    Raises `EngineLost` for that of an engine that has failed for good.
+    """
+    if isinstance(error, EngineUnusable):
+        raise EngineLost(str(error)) from error
+    if isinstance(error, MagiHumanError):
+        return Failed(_code_of(error), str(error))
+    log.error("%s has failed", name, exc_info=error)
+    message = "something went wrong in the engine; the server's log has the details"
+    return Failed("internal_error", message)
+
+
+def _code_of(error: MagiHumanError) -> str:
+    match error:
+        case InvalidRequestError():
+            return "invalid_request"
+        case DeadlineExceeded():
+            return "deadline_exceeded"
+        case DeviceError():
+            return "device"
+        case OutputError():
+            return "disk"
+        case NonFiniteError():
+            return "model"
+    return "engine"

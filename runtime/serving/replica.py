@@ -10,8 +10,10 @@ import os
 import resource
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,19 @@ from magihuman import runtime
 from magihuman.runtime.files import sync
 from magihuman.runtime.hooks import Hooks
 from magihuman.runtime.media import FragmentWriter, check_output
-from magihuman.runtime.serving.face.speaking import code_of, speak
+from magihuman.runtime.serving.face.speaking import speak
 from magihuman.runtime.serving.messages import (
-    EngineLost,
     Event,
     Failed,
     Figures,
     LiveWork,
     Made,
+    Put,
     Report,
     Window,
     Work,
+    failure,
+    told,
 )
 
 log = logging.getLogger("magihuman")
@@ -79,35 +83,35 @@ class EngineReplica:
         yield Report("prepare", 0, 0)
         _count_memory()
         if isinstance(work, LiveWork):
-            async with aclosing(speak(self._engine, work)) as spoken:
-                async for said in spoken:
-                    yield said
-            return
+            making = speak(self._engine, work)
+        else:
+            making = told(partial(self._made, work))
+        async with aclosing(making) as events:
+            async for event in events:
+                yield event
+
+    async def _made(self, work: Work, put: Put) -> Made | Failed:
+        """Make a video, and return how that ended."""
+        folder = work.save.parent
+        try:
+            last = await self._film(work, put)
+            await asyncio.to_thread(sync, work.save)
+        except Exception as error:
+            failed = failure(error, folder.name)
+            message = failed.message.replace(str(folder), "the server's folder")
+            return replace(failed, message=message)
+        return Made(last.timings_s, last.warnings, _peak_memory_mb())
+
+    async def _film(self, work: Work, put: Put) -> runtime.Chunk:
+        """Make the clip, and return its last chunk. put: takes how far it is, and a window once it
+        can be read.
+        """
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
 
         def tell(progress: runtime.Progress) -> None:
             report = Report(progress.stage, progress.step, progress.of)
-            loop.call_soon_threadsafe(events.put_nowait, report)
+            loop.call_soon_threadsafe(put, report)
 
-        making = asyncio.create_task(self._film(work, tell, events.put_nowait))
-        making.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
-                yield event
-            yield await _outcome(making, work.save)
-        finally:
-            if not making.done():
-                making.cancel()
-                await asyncio.wait([making])
-
-    async def _film(
-        self,
-        work: Work,
-        tell: Callable[[runtime.Progress], None],
-        put: Callable[[Window], None],
-    ) -> runtime.Chunk:
-        """Make the clip, and return its last chunk. put: takes a window once it can be read."""
         last: runtime.Chunk | None = None
         live = _LiveFile(work)
         save = runtime.Output(work.save, **self._encoding)
@@ -182,21 +186,6 @@ def _count(registry: CollectorRegistry, devices: int) -> None:
     Gauge("magihuman_engines", "Engines that run.", registry=registry).set(1)
     name, meaning = "magihuman_engine_devices", "GPUs of the engines; on a CPU, their processes."
     Gauge(name, meaning, registry=registry).set(devices)
-
-
-async def _outcome(making: asyncio.Task[runtime.Chunk], path: Path) -> Made | Failed:
-    try:
-        last = making.result()
-        await asyncio.to_thread(sync, path)
-    except runtime.EngineUnusable as error:
-        raise EngineLost(str(error)) from error
-    except runtime.MagiHumanError as error:
-        return Failed(code_of(error), str(error).replace(str(path.parent), "the server's folder"))
-    except Exception:
-        log.exception("%s has failed", path.parent.name)
-        message = "something went wrong in the engine; the server's log has the details"
-        return Failed("internal_error", message)
-    return Made(last.timings_s, last.warnings, _peak_memory_mb())
 
 
 def _count_memory() -> None:

@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 from magihuman.runtime.serving import uploads
-from magihuman.runtime.serving.errors import ApiError, disk_taken, refused, retry
+from magihuman.runtime.serving.errors import ApiError, disk_taken, found, no_video, refused, retry
 from magihuman.runtime.serving.jobs import Draining, Jobs, LineFull
 from magihuman.runtime.serving.metrics import Metrics
 from magihuman.runtime.serving.schema import (
@@ -158,7 +158,7 @@ class VideoRoutes:
 
     async def retrieve(self, video_id: str) -> VideoObject:
         """A video's status and progress."""
-        return VideoObject.of(await self._job(video_id), self.settings.model)
+        return VideoObject.of(await found(self.jobs(), video_id), self.settings.model)
 
     async def content(
         self,
@@ -168,7 +168,7 @@ class VideoRoutes:
         ] = "video",
     ) -> Response:
         """The finished mp4, whole or in ranges; or an image of it, as WebP."""
-        job = await self._job(video_id)
+        job = await found(self.jobs(), video_id)
         if job.status is not Status.COMPLETED:
             wait = None if job.has_ended else retry(self.jobs().retry_after_s)
             raise ApiError(
@@ -187,28 +187,16 @@ class VideoRoutes:
                 image = await self.stills.of(video, variant)
             return await download(image, "image/webp", f"{job.id}-{variant}.webp")
         except FileNotFoundError:  # removed by hand
-            raise _not_found() from None
+            raise no_video() from None
         except StorageError as error:
             raise refused(error) from error
 
     async def delete(self, video_id: str) -> Deleted:
         """Cancel a video that waits or is being made, or remove a finished one."""
-        job = await self._job(video_id)
+        job = await found(self.jobs(), video_id)
         with disk_taken():
             await self.jobs().remove(job)
         return Deleted(id=job.id)
-
-    async def _job(self, video_id: str) -> Job:
-        """Return the job of an id. Raises `ApiError` where there is none."""
-        with disk_taken():
-            job = await self.jobs().find(video_id)
-        if job is None:
-            raise _not_found()
-        return job
-
-
-def _not_found() -> ApiError:
-    return ApiError(404, "video_not_found", "there is no such video, or no more", "video_id")
 
 
 async def _read(request: Request, settings: Settings, budget: Budget) -> uploads.NewVideo:

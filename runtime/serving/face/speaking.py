@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,41 +13,39 @@ from magihuman import runtime
 from magihuman.runtime.config import FPS, SAMPLE_RATE_HZ
 from magihuman.runtime.media import Fragments
 from magihuman.runtime.serving.messages import (
-    EngineLost,
     Event,
     Failed,
     LiveWork,
     Made,
+    Put,
     Report,
     Spoken,
+    failure,
+    told,
 )
-
-log = logging.getLogger("magihuman")
 
 READY = Report("ready", 0, 0)  # the clock has started
 PIECE_BYTES = 64 * 1024
 
 
-async def speak(engine: runtime.Engine, work: LiveWork) -> AsyncGenerator[Event, None]:
+def speak(engine: runtime.Engine, work: LiveWork) -> AsyncGenerator[Event, None]:
     """Have a face speak, and say how far it is. Closing this, or cancelling it, ends it.
 
     Raises:
         EngineLost: the engine has failed for good.
     """
-    events: asyncio.Queue[Event | None] = asyncio.Queue()
-    speaking = asyncio.create_task(_speak(engine, work, events.put_nowait))
-    speaking.add_done_callback(lambda _: events.put_nowait(None))
+    return told(partial(_made, engine, work))
+
+
+async def _made(engine: runtime.Engine, work: LiveWork, put: Put) -> Made | Failed:
     try:
-        while (event := await events.get()) is not None:
-            yield event
-        yield _outcome(speaking, work.name)
-    finally:
-        if not speaking.done():
-            speaking.cancel()
-            await asyncio.wait([speaking])
+        await _speak(engine, work, put)
+    except Exception as error:
+        return failure(error, work.name)
+    return Made({}, ())
 
 
-async def _speak(engine: runtime.Engine, work: LiveWork, put: Callable[[Event], None]) -> None:
+async def _speak(engine: runtime.Engine, work: LiveWork, put: Put) -> None:
     loop = asyncio.get_running_loop()
 
     def tell() -> None:
@@ -89,33 +87,3 @@ def _spoken(chunk: runtime.LiveChunk) -> Spoken:
         chunk.late,
         chunk.repeated,
     )
-
-
-def _outcome(speaking: asyncio.Task[None], name: str) -> Made | Failed:
-    try:
-        speaking.result()
-    except runtime.EngineUnusable as error:
-        raise EngineLost(str(error)) from error
-    except runtime.MagiHumanError as error:
-        return Failed(code_of(error), str(error))
-    except Exception:
-        log.exception("%s has failed", name)
-        message = "something went wrong in the engine; the server's log has the details"
-        return Failed("internal_error", message)
-    return Made({}, ())
-
-
-def code_of(error: runtime.MagiHumanError) -> str:
-    """Return the code that clients are told of an error."""
-    match error:
-        case runtime.InvalidRequestError():
-            return "invalid_request"
-        case runtime.DeadlineExceeded():
-            return "deadline_exceeded"
-        case runtime.DeviceError():
-            return "device"
-        case runtime.OutputError():
-            return "disk"
-        case runtime.NonFiniteError():
-            return "model"
-    return "engine"

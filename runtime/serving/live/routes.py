@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Response
 
-from magihuman.runtime.serving.errors import ApiError, disk_taken
+from magihuman.runtime.serving.errors import found
 from magihuman.runtime.serving.jobs import Jobs
 from magihuman.runtime.serving.live import events, stream
 from magihuman.runtime.serving.live.watching import Watchers
 from magihuman.runtime.serving.schema import ErrorBody
-from magihuman.runtime.serving.store import Job, Status
+from magihuman.runtime.serving.store import Status
 
 Check = Callable[..., Awaitable[None]]  # a dependency of FastAPI's, which raises `ApiError`
 LastEvent = Annotated[str | None, Header(alias="Last-Event-ID")]
@@ -62,11 +62,11 @@ class LiveRoutes:
 
     async def stream(self, video_id: str) -> Response:
         """The video while it is made, as fragmented mp4, from its beginning."""
-        return stream.LiveStream(self.jobs(), await self._job(video_id), self.watchers)
+        return stream.LiveStream(self.jobs(), await found(self.jobs(), video_id), self.watchers)
 
     async def stream_head(self, video_id: str) -> Response:
         """Whether there is a stream, without waiting for it."""
-        job = await self._job(video_id)
+        job = await found(self.jobs(), video_id)
         stream.refuse(job)
         is_kept = job.status is not Status.COMPLETED or self.jobs().live(job).is_file()
         if not self.jobs().has_live or not is_kept:
@@ -75,14 +75,7 @@ class LiveRoutes:
 
     async def events(self, video_id: str, last_event_id: LastEvent = None) -> Response:
         """How far the video is, as server-sent events, until it ends."""
-        job = await self._job(video_id)
+        job = await found(self.jobs(), video_id)
         if job.has_ended and last_event_id == job.status.value:
             return Response(status_code=204)  # the client comes no more
         return events.Events(self.jobs(), job, self.watchers)
-
-    async def _job(self, video_id: str) -> Job:
-        with disk_taken():
-            job = await self.jobs().find(video_id)
-        if job is None:
-            raise ApiError(404, "video_not_found", "there is no such video, or no more", "video_id")
-        return job
