@@ -23,9 +23,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # while the other has nothing left.
 LONG = (
     "benchmarks/test_scripts.py",
-    "runtime/serving/test_server.py",
-    "runtime/serving/test_fuzz.py",
-    "runtime/serving/test_page.py",
+    "runtime/serving/cluster/test_server.py",
+    "runtime/serving/cluster/test_fuzz.py",
+    "runtime/serving/page/test_page.py",
     "benchmarks/test_suites.py",
     "runtime/engine/test_soak.py",
     "runtime/media/test_fuzz.py",
@@ -101,7 +101,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--load-jobs",
         type=int,
         default=60,
-        help="jobs of tests/runtime/serving/test_load.py; from 300 on of 20 clients",
+        help="jobs of tests/runtime/serving/cluster/test_load.py; from 300 on of 20 clients",
     )
 
 

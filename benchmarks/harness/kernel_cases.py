@@ -1,9 +1,9 @@
 """Fused kernels as a table, and what rewritten graphs hold: all that a new kernel adds to tests.
 
 An entry of `CASES` is read by `tests/kernels` (the operator on a CPU, its schema, Triton's
-interpreter, and what the compiler makes of it for Hopper), by `tests/gpu/test_kernels.py` and by
-`benchmarks/test_kernels.py`. Kernels whose results are not compared by an error, as e4m3 values,
-have tests of their own there.
+interpreter, and what the compiler makes of it for Hopper), by
+`tests/gpu/kernels/test_kernels.py` and by `benchmarks/suites/test_kernels.py`. Kernels whose
+results are not compared by an error, as e4m3 values, have tests of their own there.
 """
 
 from __future__ import annotations

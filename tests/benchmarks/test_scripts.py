@@ -45,21 +45,21 @@ TINY: dict[str, list[str]] = {
     "exchanges": [],
     "full_size": ["--scratch", "{scratch}"],
     "live": ["--precision", "bf16", "--seconds", "1.5", "--window", "0.64"],
-    "load_artifact": ["{artifacts}"],
-    "memory_limit": ["--case", "540p fp8 in 24", "--sr-steps", "1"],
-    "mp4": [],
-    "nano_score": [],
+    "host/load_artifact": ["{artifacts}"],
+    "memory/memory_limit": ["--case", "540p fp8 in 24", "--sr-steps", "1"],
+    "host/mp4": [],
+    "accuracy/nano_score": [],
     "prompt_to_mp4": ["--precisions", "bf16", "--repeats", "1"],
     "check_cost": ["--precisions", "bf16"],
-    "memory_flat": [],
+    "memory/memory_flat": [],
     "vae_decode": ["--baseline", "--variants", "default"],
     "power": ["--rows", "40"],
-    "fp8_errors": [],
+    "accuracy/fp8_errors": [],
     "portable": ["--only", "torch.compile;bf16;int8;fp8"],
-    "many_videos": [],
-    "text_precision": [],
+    "host/many_videos": [],
+    "accuracy/text_precision": [],
 }
-WRITES = {"memory_flat": "memory_flat_cpu"}  # where a file is not named as its script
+WRITES = {"memory/memory_flat": "memory_flat_cpu"}  # not named as its script
 # Those that read what the others wrote, and take no --tiny.
 READERS: dict[str, list[str]] = {
     "reports/history": ["{report}", "--folder", "{folder}/history"],
@@ -192,7 +192,7 @@ MAY_BE_ZERO = (
 
 @pytest.mark.parametrize("name", TINY)
 def test_its_figures_are_numbers(results, name):
-    figures = json.loads((results[0] / f"{WRITES.get(name, name)}.json").read_text())
+    figures = json.loads((results[0] / f"{WRITES.get(name, Path(name).name)}.json").read_text())
     assert "gpu" not in figures.pop("environment")
     assert '"failed"' not in json.dumps(figures)  # a part that failed while others went on
     found = list(numbers(figures))

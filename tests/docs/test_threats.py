@@ -48,5 +48,11 @@ def test_all_tests_are_named_in_rows():
 def test_a_test_that_is_gone_is_found():
     here = "tests/docs/test_threats.py"
     there = [f"{here}::test_a_test_that_is_gone_is_found"]
-    lost = [f"{here}::test_no_such", f"{here}::gone", here, "tests/pages.py::rows", "no.py::test_a"]
+    lost = [
+        f"{here}::test_no_such",
+        f"{here}::gone",
+        here,
+        "tests/helpers/pages.py::rows",
+        "no.py::test_a",
+    ]
     assert gone([*there, *lost]) == lost

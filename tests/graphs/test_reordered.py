@@ -21,7 +21,7 @@ NAMESPACE = "reordered"
 
 
 def test_passes_do_not_depend_on_the_order_of_arguments() -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "helpers")}
     done = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
     )

@@ -1,6 +1,6 @@
 """The Hopper product compiled without a Hopper: every tile that a route uses, with every epilogue.
 
-What it computes is tested on a GPU, in tests/gpu/test_matmul.py.
+What it computes is tested on a GPU, in tests/gpu/kernels/test_matmul.py.
 """
 
 from __future__ import annotations

@@ -106,7 +106,14 @@ def test_mutants(tmp_path, kind, request):
         (folder / f"{index:03}").write_bytes(seed)
     count = request.config.getoption("--fuzz-count")
     # In a process of their own: a decoder that crashes is a failure as well.
-    command = [sys.executable, "-W", "ignore", str(TESTS / "fuzz_child.py"), kind, str(folder)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(TESTS / "helpers" / "fuzz_child.py"),
+        kind,
+        str(folder),
+    ]
     done = subprocess.run(
         [*command, "0", str(count)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

@@ -1,6 +1,7 @@
 """Score the nano model that comes with the package: 64 held-out prompts, images and voices.
 
-    python benchmarks/nano_score.py [--folder RESULTS] [--precisions bf16 fp8 int8] [--tiny]
+    python benchmarks/accuracy/nano_score.py [--precisions bf16 fp8 int8] [--folder RESULTS]
+        [--tiny]
 
 Where a precision's kernels cannot run it is simulated in the plain model, as by `magihuman verify`.
 With --tiny, one short clip of each kind.
@@ -9,8 +10,12 @@ With --tiny, one short clip of each kind.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `harness` is
 
 from harness import environment
 from magihuman.runtime.evaluate.model_score import score_model

@@ -1,6 +1,6 @@
 """How far 8 bits are from bf16, and where they break: per linear, per layer, after 8 steps.
 
-    python benchmarks/fp8_errors.py [--precisions fp8 int8] [--folder RESULTS] [--tiny]
+    python benchmarks/accuracy/fp8_errors.py [--precisions fp8 int8] [--folder RESULTS] [--tiny]
 
 On weights that are normally distributed, heavy-tailed with massive activations, and made to break
 (`harness/weight_kinds.py`), at full size, 480x256, 5 s, 300 text tokens; with --tiny at a size for
@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `harness` is
 
 from harness import environment, sizes, weight_kinds
 from harness.measure import STEPS, distilled_steps, error, example, release

@@ -1,6 +1,6 @@
 """Whole clips of the full size in little GPU memory: what is held, and the seconds of each stage.
 
-    python benchmarks/memory_limit.py [--case NAME ...] [--sr-steps N] [--folder RESULTS]
+    python benchmarks/memory/memory_limit.py [--case NAME ...] [--sr-steps N] [--folder RESULTS]
         [--tiny]
 
 Random weights, 5 s, prompt to frames. Each case has a process of its own, in which the engine has
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `harness` is
 
 from harness import environment, sizes
 from harness.measure import (

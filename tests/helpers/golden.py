@@ -14,7 +14,7 @@ from magihuman.runtime.config import DiTConfig
 from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
 
-FOLDER = Path(__file__).parent / "data" / "golden"
+FOLDER = Path(__file__).parents[1] / "data" / "golden"
 META: dict[str, Any] = json.loads((FOLDER / "meta.json").read_text())
 FIELDS = {
     "num_layers": "num_layers",

@@ -1,6 +1,6 @@
 """Whether a process that makes many clips of several sizes keeps its memory.
 
-    python benchmarks/memory_flat.py [--clips N] [--model nano] [--folder RESULTS] [--tiny]
+    python benchmarks/memory/memory_flat.py [--clips N] [--model nano] [--folder RESULTS] [--tiny]
 
 On the GPU or, without one, on the CPU: clips of three sizes in turn, of a prompt alone, with an
 image, with a voice and with both, each second one streamed, each third written to a file. After
@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ import numpy as np
 import scipy.io.wavfile
 import torch
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `harness` is
 
 from harness import environment
 from harness.measure import allocated_bytes, device, reserved_bytes, resident_bytes, used_bytes

@@ -1,6 +1,6 @@
 """A transformer converted to fp8, at full size: seconds to load it, and host memory.
 
-    python benchmarks/load_artifact.py SCRATCH [--folder RESULTS] [--tiny]
+    python benchmarks/host/load_artifact.py SCRATCH [--folder RESULTS] [--tiny]
 
 Random weights are written below SCRATCH (14.3 GiB, removed afterwards), and read twice, each time
 in a fresh process and by the way that `load(transformer=...)` takes; the second time they come from
@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `harness` is
 
 from harness import environment, sizes
 from magihuman.graphs import quantization

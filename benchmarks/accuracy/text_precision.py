@@ -1,6 +1,7 @@
 """What 8 bits in the text encoder's weights do to embeddings, and to the nano model's clips.
 
-    python benchmarks/text_precision.py [--layers N] [--clips N] [--folder RESULTS] [--tiny]
+    python benchmarks/accuracy/text_precision.py [--layers N] [--clips N] [--folder RESULTS]
+        [--tiny]
 
 Random weights at the published width, normally distributed and with columns that are 30 times as
 large, in as many layers as asked for, and the nano model's own. Embeddings of bf16, int8 and fp8
@@ -12,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `harness` is
 
 from harness import environment
 from harness.measure import synchronize

@@ -1,6 +1,6 @@
 """How long an mp4 takes, and how soon after the last frame it is there; needs no GPU.
 
-    python benchmarks/mp4.py [--folder RESULTS] [--tiny]
+    python benchmarks/host/mp4.py [--folder RESULTS] [--tiny]
 
 Clips of 5 s at 480x256, of a soft moving scene and of noise, which hardly compresses. Figures are
 printed, and written where --folder is given.
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `harness` is
 
 from harness import environment
 from magihuman.kernels.decoder import reference as ref

@@ -1,6 +1,6 @@
 """What a server with thousands of finished videos takes to start, and to list a page of them.
 
-    python benchmarks/many_videos.py [--videos N] [--folder RESULTS] [--tiny]
+    python benchmarks/host/many_videos.py [--videos N] [--folder RESULTS] [--tiny]
 
 The start is that of `Store`, which is all that grows with the number: once with an empty folder,
 once with so many finished videos. Pages of 100 are asked of the server's application, without a
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from typing import Any
 
 import httpx
 from prometheus_client import generate_latest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `harness` is
 
 from harness import environment
 from magihuman.runtime.serving.api import create_app
