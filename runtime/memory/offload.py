@@ -8,6 +8,7 @@ to its last. Copies have streams of their own, and layers wait for their own byt
 
 from __future__ import annotations
 
+import logging
 import mmap
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from magihuman.runtime.errors import DeviceError
 from magihuman.runtime.memory import plan as memory_plan
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 256  # of a tensor within a run of bytes: what an allocation on a GPU has
 PAGE = 4096  # of host memory; two registered runs must not share one
@@ -208,14 +211,8 @@ class Offloaded:
                 inside.append(layer)
             known = {id(tensor) for layer in inside for tensor in _tensors(layer)}
             self._outside = Group((t for t in _tensors(model) if id(t) not in known), pin)
-        sizes = [group.size_bytes for group in self._layers]
-        self._rings = memory_plan.rings(sizes, streamed)
-        self._next = {
-            layer: turns[(at + 1) % len(turns)]
-            for _, turns in self._rings
-            for at, layer in enumerate(turns)
-            if len(turns) > 1
-        }
+        self._sizes = [group.size_bytes for group in self._layers]
+        self._take_turns(streamed)
         self._buffers: dict[int, Tensor] = {}
         self._ready: dict[int, torch.cuda.Event | None] = {}
         self._running: int | None = None
@@ -256,16 +253,22 @@ class Offloaded:
         else:
             self._running = None
 
+    def _take_turns(self, streamed: Collection[int]) -> None:
+        self._streamed = frozenset(streamed)
+        self._rings = memory_plan.rings(self._sizes, streamed)
+        self._next = {
+            layer: turns[(at + 1) % len(turns)]
+            for _, turns in self._rings
+            for at, layer in enumerate(turns)
+            if len(turns) > 1
+        }
+
     def _bring(self) -> None:
         """Make room, and start copies in the order in which they are needed."""
-        slots = {layer: self._room(size) for size, turns in self._rings for layer in [turns[0]]}
-        first = set(slots)
-        for _, turns in self._rings:
-            slots |= dict.fromkeys(turns, slots[turns[0]])
-        outside = self._room(self._outside.size_bytes)
+        slots, outside = self._make_room()
+        first = {turns[0] for _, turns in self._rings}
         for layer, group in enumerate(self._layers):
-            slot = slots.get(layer)
-            run = self._room(group.size_bytes) if slot is None else slot[: group.size_bytes]
+            run = slots[layer][: group.size_bytes]
             self._buffers[layer] = run
             group.point_at(run)
         self._outside.point_at(outside)
@@ -273,11 +276,39 @@ class Offloaded:
         self._turns.follow()
         here = self._loads.add(outside, self._outside.host)
         for layer, group in enumerate(self._layers):
-            if layer not in slots:
+            if layer not in self._streamed:
                 self._ready[layer] = self._loads.add(self._buffers[layer], group.host)
             elif layer in first:
                 self._ready[layer] = self._turns.add(self._buffers[layer], group.host)
         self._loads.wait(here)
+
+    def _make_room(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Memory for every layer, which may be a slot, and for all else.
+
+        What is free may be in pieces, of which none is large enough: then more layers take turns,
+        from now on.
+        """
+        while True:
+            try:
+                return self._rooms()
+            except torch.OutOfMemoryError:
+                before = len(self._streamed)
+                ways = memory_plan.streamings(self._sizes)
+                more = next((way for way in ways if len(way) > before), None)
+                if more is None:
+                    raise
+            self._take_turns(more)
+            log.info("memory is in pieces: %d layers take turns, %d before", len(more), before)
+
+    def _rooms(self) -> tuple[dict[int, Tensor], Tensor]:
+        rooms: dict[int, Tensor] = {}
+        for size, turns in self._rings:
+            rooms |= dict.fromkeys(turns, self._room(size))
+        outside = self._room(self._outside.size_bytes)
+        for layer, size in enumerate(self._sizes):
+            if layer not in self._streamed:
+                rooms[layer] = self._room(size)
+        return rooms, outside
 
     def _room(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)

@@ -7,6 +7,7 @@ place gives other results than the model that stays.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -98,6 +99,45 @@ def test_layers_share_slots():
         model(**golden.inputs_of(model, LAYOUT))
         assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
     assert sum(g.host.nbytes for g in (part._outside, *part._layers)) == part.size_bytes
+
+
+@pytest.mark.parametrize(("streamed", "steps"), [((), [2, 3, 5]), ((1, 2, 3), [5])])
+def test_where_memory_is_in_pieces_more_layers_take_turns(streamed, steps, monkeypatch, caplog):
+    """As many as it takes, and from then on."""
+    monkeypatch.setattr(memory_plan, "SLOTS", 1)
+    model = dit()
+    inputs = golden.inputs_of(model, LAYOUT)
+    expected = model(**inputs)
+    part = moved(model, streamed)
+    sizes = tuple(group.size_bytes for group in part._layers)
+    planned = memory_plan.Part("x", part._outside.size_bytes, sizes)
+    least = planned.loaded_bytes(range(len(sizes)))
+    held: list[weakref.ref[np.ndarray]] = []  # each lives as long as the tensor's memory
+
+    def room(self, size):
+        now = sum(array.nbytes for reference in held if (array := reference()) is not None)
+        if now + size > least:
+            raise torch.OutOfMemoryError(f"{now} of {least} bytes are taken")
+        array = np.full(size, 0x7F, np.uint8)
+        held.append(weakref.ref(array))
+        return torch.from_numpy(array)
+
+    monkeypatch.setattr(Offloaded, "_room", room)
+    caplog.set_level("INFO", "magihuman")
+    for _ in range(2):
+        with part.present(), torch.inference_mode():
+            assert torch.equal(model(**inputs)[0], expected[0])
+    said = zip(steps, [len(streamed), *steps], strict=False)
+    wanted = [
+        f"memory is in pieces: {now} layers take turns, {before} before" for now, before in said
+    ]
+    assert caplog.messages == wanted  # the second time there is room at once
+    least -= 1
+    with pytest.raises(torch.OutOfMemoryError), part.present():
+        pass
+    least += 1
+    with part.present(), torch.inference_mode():
+        assert torch.equal(model(**inputs)[0], expected[0])
 
 
 def test_the_schedule_is_needed():
