@@ -10,6 +10,7 @@ keys; the weighted sum is kept in that of the block last added, a factor of its 
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from magihuman.kernels.attention.tiles import (
-    CONSUMER_REGISTERS,
     LOADER_REGISTERS,
     LOG2_E,
     ROWS,
@@ -43,6 +43,9 @@ from magihuman.kernels.reference import FP8_KEYS, LocalAttention
 BLOCK_K = gl.constexpr(FP8_KEYS)  # keys in a block: those that share a scale of values
 STAGES = 3
 PEAK = gl.constexpr(8.0)  # log2 of the largest weight
+REGISTERS_OF_TWO = gl.constexpr(240)  # of each of two consumers' threads
+REGISTERS_OF_THREE = gl.constexpr(160)
+GAIN = 1.05  # of three consumers over two, where their tiles take as many rounds of work
 
 
 @gluon.jit
@@ -110,14 +113,16 @@ def _consume(
         total = lane_sums(no_scores)
         sums = gl.zeros([ROWS, seq.DIM], gl.float32, o_layout)
 
-        # A block's softmax runs beside the scores of the next, and beside the other consumer's
-        # products. Its own weighted sum is waited for: weights that go round the loop would do so
-        # byte by byte.
+        # Of two consumers each has its softmax beside the scores of the next block, and beside the
+        # other's products. Three have no registers for scores and sums in flight together: each has
+        # its softmax beside the products of the others alone. Its own weighted sum is waited for:
+        # weights that go round the loop would do so byte by byte.
         for i in range(1, blocks):
             next_slot = (count + 1) % STAGES
-            mbarrier.wait(keys.full.index(next_slot), (count + 1) // STAGES & 1)
             key = keys.memory.index(next_slot).permute((1, 0))
-            pending = warpgroup_mma(query, key, no_scores, use_acc=False, is_async=True)
+            if seq.CONSUMERS == 2:
+                mbarrier.wait(keys.full.index(next_slot), (count + 1) // STAGES & 1)
+                pending = warpgroup_mma(query, key, no_scores, use_acc=False, is_async=True)
             peak, total, decay, weights = softmax(scores, scale, peak, total, PEAK)
             new_unit = gl.load(scales + block.index)
             block = seq.key_block(i, video, tile)
@@ -126,7 +131,12 @@ def _consume(
             mbarrier.wait(values.full.index(slot), count // STAGES & 1)
             value = values.memory.index(slot).permute((1, 0))
             sums = warpgroup_mma(weight, value, sums, is_async=True)
-            scores, sums = warpgroup_mma_wait(0, [pending, sums])
+            if seq.CONSUMERS == 2:
+                scores, sums = warpgroup_mma_wait(0, [pending, sums])
+            else:
+                sums = warpgroup_mma_wait(0, [sums])
+                mbarrier.wait(keys.full.index(next_slot), (count + 1) // STAGES & 1)
+                scores = warpgroup_mma(query, key, no_scores, use_acc=False)
             mbarrier.arrive(keys.empty.index(next_slot))
             mbarrier.arrive(values.empty.index(slot))
             if seq.frames.LOCAL:
@@ -158,24 +168,47 @@ def _attention(
     q_map, k_map, v_map, out_map, out, gate, qk_scale, v_scale, valid_length, rows,
     gate_stride, scale, frames, frame_tokens, reach,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
-    LOCAL: gl.constexpr,
+    LOCAL: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     length = gl.load(valid_length)
     scale *= gl.load(qk_scale)
     local = Frames(frames, frame_tokens, reach, LOCAL)
-    tiles = tiles_of_head(rows, local) * HEADS
-    seq = Sequence(rows, length, tiles, local, HEADS, KV_HEADS, DIM, BLOCK_K)
-    rings = make_rings(q_map, k_map, v_map, out_map, STAGES)
+    tiles = tiles_of_head(rows, local, CONSUMERS) * HEADS
+    seq = Sequence(rows, length, tiles, local, HEADS, KV_HEADS, DIM, BLOCK_K, CONSUMERS)
+    rings = make_rings(q_map, k_map, v_map, out_map, STAGES, CONSUMERS)
     output = Output(out_map, out, gate, gate_stride)
-    gl.warp_specialize(
-        [
-            (_consume, (output, scale, v_scale, rings, seq, 0, STAGES)),
-            (_consume, (output, scale, v_scale, rings, seq, 1, STAGES)),
-            (load, (q_map, k_map, v_map, rings, seq, STAGES, True)),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS],
-    )
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (output, scale, v_scale, rings, seq, 0, STAGES)),
+                (_consume, (output, scale, v_scale, rings, seq, 1, STAGES)),
+                (load, (q_map, k_map, v_map, rings, seq, STAGES, True)),
+            ],
+            [4, 1],
+            [REGISTERS_OF_TWO, LOADER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (output, scale, v_scale, rings, seq, 0, STAGES)),
+                (_consume, (output, scale, v_scale, rings, seq, 1, STAGES)),
+                (_consume, (output, scale, v_scale, rings, seq, 2, STAGES)),
+                (load, (q_map, k_map, v_map, rings, seq, STAGES, True)),
+            ],
+            [4, 4, 1],
+            [REGISTERS_OF_THREE, REGISTERS_OF_THREE, LOADER_REGISTERS],
+        )
+
+
+def consumers_for(rows: int, heads: int, local: LocalAttention | None, processors: int) -> int:
+    """How many consumers share a tile, 2 or 3: what takes least, whole rounds of tiles counted.
+
+    Masks of frame-local attention have no registers among three.
+    """
+    if local is not None:
+        return 2
+    two, three = (n * triton.cdiv(tiles_of(rows, heads, None, n), processors) for n in (2, 3))
+    return 3 if three <= GAIN * two else 2
 
 
 def attention(
@@ -187,6 +220,7 @@ def attention(
     gate: Tensor,
     length: Tensor,
     local: LocalAttention | None = None,
+    consumers: int | None = None,
 ) -> Tensor:
     """`reference.attention_fp8` in bf16.
 
@@ -201,19 +235,23 @@ def attention(
         length: int32 scalar on the device, 1 to N: keys from there on carry no weight. With
             `local`, beyond the last frame.
         local: shape of frame-local attention, or None for all tokens.
+        consumers: of a tile of queries, 64 each, 2 or 3; by default as of `consumers_for`.
 
     Returns:
         [N, heads, D] bf16. Rows from `length` on are computed and mean nothing.
 
-    Tuned on H100 at D = 128: 806 TFLOP/s at N = 4286, 850 at N = 14784; at N = 65,726 (1080p) 947,
-    and 887 of what frame-local attention over 32 frames computes. Weights that go round the
-    loop (as in bf16, beside the next block's softmax) cost 27 %: the compiler carries their bytes.
+    Tuned on H100 at D = 128: 871 TFLOP/s at N = 4286 and 902 at N = 14784, by two consumers 751 and
+    822 in the same run; by two 887 of what frame-local attention over 32 frames of 1080p computes.
+    Weights that go round the loop (as in bf16, beside the next block's softmax) cost 27 %: the
+    compiler carries their bytes.
     """
     rows, heads, dim = q.shape
     kv_heads = k.shape[1]
     out = q.new_empty(q.shape, dtype=torch.bfloat16)
-    tiles = tiles_of(rows, heads, local)
-    _attention[(min(tiles, processors(q.device)),)](
+    programs = processors(q.device)
+    consumers = consumers or consumers_for(rows, heads, local, programs)
+    tiles = tiles_of(rows, heads, local, consumers)
+    _attention[(min(tiles, programs),)](
         tensor_map(q.view(rows, -1), ROWS.value, dim),
         tensor_map(k.view(rows, -1), BLOCK_K.value, dim),
         tensor_map(v.flatten(0, 1), dim, BLOCK_K.value),
@@ -221,6 +259,6 @@ def attention(
         out, gate, qk_scale, v_scale, length, rows, gate.stride(0), dim**-0.5 * LOG2_E,
         *(local or (0, 0, 0)),
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, STAGES=STAGES, LOCAL=local is not None,
-        num_warps=4,
+        CONSUMERS=consumers, num_warps=4,
     )  # fmt: skip
     return out

@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from magihuman.kernels.attention.tiles import (
-    CONSUMER_REGISTERS,
     LOADER_REGISTERS,
     LOG2_E,
     ROWS,
@@ -41,6 +40,8 @@ from magihuman.kernels.attention.tiles import (
 from magihuman.kernels.reference import LocalAttention
 
 BLOCK_K = 128  # keys in a block
+CONSUMERS = gl.constexpr(2)
+CONSUMER_REGISTERS = gl.constexpr(240)
 STAGES = 2  # blocks of keys, and as many of values, in shared memory
 
 
@@ -129,9 +130,9 @@ def _attention(
 ):  # fmt: skip
     length = gl.load(valid_length)
     local = Frames(frames, frame_tokens, reach, LOCAL)
-    tiles = tiles_of_head(rows, local) * HEADS
-    seq = Sequence(rows, length, tiles, local, HEADS, KV_HEADS, DIM, BLOCK_K)
-    rings = make_rings(q_map, k_map, v_map, out_map, STAGES)
+    tiles = tiles_of_head(rows, local, CONSUMERS) * HEADS
+    seq = Sequence(rows, length, tiles, local, HEADS, KV_HEADS, DIM, BLOCK_K, CONSUMERS)
+    rings = make_rings(q_map, k_map, v_map, out_map, STAGES, CONSUMERS)
     output = Output(out_map, out, gate, gate_stride)
     gl.warp_specialize(
         [
@@ -172,7 +173,7 @@ def attention(
     """
     rows, heads, dim = q.shape
     out = torch.empty_like(q)
-    tiles = tiles_of(rows, heads, local)
+    tiles = tiles_of(rows, heads, local, CONSUMERS.value)
     _attention[(min(tiles, processors(q.device)),)](
         tensor_map(q.view(rows, -1), ROWS.value, dim), tensor_map(k.view(rows, -1), BLOCK_K, dim),
         tensor_map(v.view(rows, -1), BLOCK_K, dim), tensor_map(out.view(rows, -1), ROWS.value, dim),

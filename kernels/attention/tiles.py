@@ -1,10 +1,11 @@
 """What the two attention kernels for Hopper share: tiles of queries, the blocks of keys that a tile
 sees, rings in shared memory, the loader, the softmax, the epilogue and the host's tensor maps.
 
-A tile is 128 queries of one head, 64 for each of two consumers. A program takes every n-th tile of
-its kernel, n being the number of programs. Frame-local attention (`reference.LocalAttention`) walks
-two ranges of keys under one softmax: audio and text, then the frames seen. A tile then ends where
-its frame ends, and a block of keys is masked where it reaches out of its range.
+A tile is queries of one head, 64 for each consumer, of which there are two or three. A program
+takes every n-th tile of its kernel, n being the number of programs. Frame-local attention
+(`reference.LocalAttention`) walks two ranges of keys under one softmax: audio and text, then the
+frames seen. A tile then ends where its frame ends, and a block of keys is masked where it reaches
+out of its range.
 
 A ring is a few blocks of shared memory with two barriers each. The copy engine completes `full`,
 the consumers complete `empty`; slot and parity follow from a running count of blocks, which never
@@ -31,9 +32,7 @@ from triton.language.core import _aggregate as aggregate
 from magihuman.kernels.reference import LocalAttention
 
 LOG2_E = math.log2(math.e)
-CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of one wgmma
-CONSUMER_REGISTERS = gl.constexpr(240)
 LOADER_REGISTERS = gl.constexpr(24)
 
 # triton 3.6 has the copies of a tensor map by their first names, later releases by shorter ones.
@@ -114,7 +113,7 @@ class KeyBlock:
 
 
 @gluon.jit
-def tiles_of_head(rows, frames: Frames):
+def tiles_of_head(rows, frames: Frames, CONSUMERS: gl.constexpr):
     """Tiles of each frame, and of what follows the last frame: `tiles_of` for one head."""
     tile: gl.constexpr = CONSUMERS * ROWS
     count = gl.cdiv(rows - frames.count * frames.tokens, tile)
@@ -135,9 +134,10 @@ class Sequence:
     KV_HEADS: gl.constexpr
     DIM: gl.constexpr
     BLOCK_K: gl.constexpr
+    CONSUMERS: gl.constexpr  # of the queries of a tile
 
     @gluon.constexpr_function
-    def __init__(self, rows, length, tiles, frames, HEADS, KV_HEADS, DIM, BLOCK_K):
+    def __init__(self, rows, length, tiles, frames, HEADS, KV_HEADS, DIM, BLOCK_K, CONSUMERS):
         self.rows = rows
         self.length = length
         self.tiles = tiles
@@ -146,14 +146,15 @@ class Sequence:
         self.KV_HEADS = gl.constexpr(KV_HEADS)
         self.DIM = gl.constexpr(DIM)
         self.BLOCK_K = gl.constexpr(BLOCK_K)
+        self.CONSUMERS = gl.constexpr(CONSUMERS)
 
     @gluon.jit
     def tile(self, number):
         """The tile of this number; tiles that share keys are neighbours."""
-        size: gl.constexpr = CONSUMERS * ROWS
+        size: gl.constexpr = self.CONSUMERS * ROWS
         shared: gl.constexpr = self.HEADS // self.KV_HEADS
         frames = self.frames
-        per_kv_head = tiles_of_head(self.rows, frames) * shared
+        per_kv_head = tiles_of_head(self.rows, frames, self.CONSUMERS) * shared
         kv_head = number // per_kv_head
         rest = number % per_kv_head
         at = rest // shared
@@ -250,7 +251,7 @@ class Rings:
     queries: Ring  # a slot for each consumer
     keys: Ring
     values: Ring
-    results: gl.shared_memory_descriptor  # [CONSUMERS, ROWS, D]
+    results: gl.shared_memory_descriptor  # [consumers, ROWS, D]
 
     @gluon.constexpr_function
     def __init__(self, queries, keys, values, results):
@@ -261,7 +262,7 @@ class Rings:
 
 
 @gluon.jit
-def make_rings(q_map, k_map, v_map, out_map, stages: gl.constexpr):
+def make_rings(q_map, k_map, v_map, out_map, stages: gl.constexpr, CONSUMERS: gl.constexpr):
     """Rings of so many blocks of keys, and as many of values, with their barriers made ready."""
     queries = make_ring(q_map, CONSUMERS, 1)
     keys = make_ring(k_map, stages, CONSUMERS)
@@ -286,7 +287,7 @@ def load(
     for number in range(gl.program_id(0), seq.tiles, gl.num_programs(0)):
         tile = seq.tile(number)
         lap = number // gl.num_programs(0)
-        for consumer in gl.static_range(CONSUMERS):
+        for consumer in gl.static_range(seq.CONSUMERS):
             row = tile.first + consumer * ROWS
             rings.queries.fill(consumer, lap, q_map, row, tile.head * seq.DIM)
         blocks = seq.key_blocks(video, tile)
@@ -392,9 +393,9 @@ def tensor_map(x: Tensor, block_rows: int, block_columns: int) -> TensorDescript
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
 
 
-def tiles_of(rows: int, heads: int, local: LocalAttention | None) -> int:
+def tiles_of(rows: int, heads: int, local: LocalAttention | None, consumers: int) -> int:
     """Tiles of all heads over this many rows: what `Sequence.tiles` holds."""
-    size = CONSUMERS.value * ROWS.value
+    size = consumers * ROWS.value
     if local is None:
         return heads * triton.cdiv(rows, size)
     rest = rows - local.frames * local.frame_tokens

@@ -106,22 +106,24 @@ def test_gluon_attention_pipelines_its_products_and_spills_nothing(
     compiled = build(monkeypatch, module, "_attention", lambda: attend(dim, local))
     ptx = compiled.asm["ptx"]
     products = re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx)
-    # Both consumers: scores of the first block and of any, weighted sums in the loop and after it.
-    depth = 32 if is_fp8 else 16
-    assert len(products) == 2 * 2 * (dim + 128) // depth
+    # Each consumer: scores of the first block and of any, weighted sums in the loop and after it.
+    depth, consumers = 32 if is_fp8 else 16, 3 if is_fp8 and local is None else 2
+    assert len(products) == consumers * 2 * (dim + 128) // depth
     assert all(re.fullmatch(PRODUCTS[attend], product) for product in products)
     # In bf16 the softmax runs beside the weighted sum of the block before: one product pending.
     assert ptx.count("wgmma.wait_group.sync.aligned 1;") == (0 if is_fp8 else 2)
     # Frame-local results are stored by threads, others through a tensor map by each consumer.
-    assert ptx.count("cp.async.bulk.tensor.2d.global") == (0 if local else 2)
+    assert ptx.count("cp.async.bulk.tensor.2d.global") == (0 if local else consumers)
     assert "cp.async.bulk.tensor.2d.shared" in ptx
     assert spills(compiled, tmp_path) <= allowed_spills(is_fp8, dim, local)
 
 
 def allowed_spills(is_fp8: bool, dim: int, local: LocalAttention | None) -> int:
-    """None with the release that the kernels are tuned with; triton 3.9 keeps six counters of one
-    of them in memory.
+    """Of three consumers what is kept while a tile's blocks are gone through, else none with the
+    release that the kernels are tuned with; triton 3.9 keeps six counters of one in memory.
     """
+    if is_fp8 and local is None:
+        return 160
     is_newer = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
     return 32 if is_newer and is_fp8 and dim == 128 and local is not None else 0
 
