@@ -18,6 +18,17 @@ from magihuman.runtime.files import staged_folder, write_text
 
 COMMAND = [sys.executable, "-m", "magihuman.export.cli"]
 SMALL = ("--seconds", "0.2", "--width", "64", "--height", "64", "--steps", "1")
+# What Python runs when it starts: nothing half-written becomes whole, however late a signal comes.
+UNFINISHED = """
+import os, time
+def held(rename):
+    def late(source, *rest, **options):
+        while ".magihuman-" in str(source):
+            time.sleep(0.1)
+        return rename(source, *rest, **options)
+    return late
+os.rename, os.replace = held(os.rename), held(os.replace)
+"""
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -32,12 +43,21 @@ def leftovers(folder: Path) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.name.startswith(".magihuman-")]
 
 
+@pytest.fixture
+def unfinished(tmp_path_factory) -> dict[str, str]:
+    """The environment of a command that never comes to its end by itself."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    (folder / "sitecustomize.py").write_text(UNFINISHED)
+    path = os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))
+    return {**os.environ, "PYTHONPATH": path}
+
+
 def stopped(process: subprocess.Popen[str], folder: Path, number: int) -> tuple[int, str]:
     """Send the signal once something is half-written below the folder; exit code and stderr."""
     end = time.monotonic() + 120
     while not leftovers(folder):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.0005)
+        time.sleep(0.01)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     return process.returncode, stderr
@@ -52,7 +72,7 @@ def stopped(process: subprocess.Popen[str], folder: Path, number: int) -> tuple[
         ("generate", signal.SIGINT),
     ],
 )
-def test_a_signal_leaves_nothing_half_written(tiny_dir, tmp_path, command, number):
+def test_a_signal_leaves_nothing_half_written(tiny_dir, tmp_path, unfinished, command, number):
     out = tmp_path / "out"
     arguments = {
         "generate": (
@@ -65,16 +85,17 @@ def test_a_signal_leaves_nothing_half_written(tiny_dir, tmp_path, command, numbe
     }[command]  # fmt: skip
     if command == "generate":
         # What is looked for is the clip, not the file that tries the folder before.
-        process = start(command, *arguments)
+        process = start(command, *arguments, env=unfinished)
         end = time.monotonic() + 120
         while not list(tmp_path.glob(".magihuman-*.mp4")):
             assert process.poll() is None and time.monotonic() < end, process.communicate()
-            time.sleep(0.001)
+            time.sleep(0.01)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=120)
         code = process.returncode
     else:
-        code, stderr = stopped(start(command, *arguments), tmp_path, number)
+        process = start(command, *arguments, env=unfinished)
+        code, stderr = stopped(process, tmp_path, number)
     assert code == (1 if number == signal.SIGINT else 128 + number), stderr
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
