@@ -26,7 +26,7 @@ from publish import reopen
 from training import Average, Run, Standardized, finish, load, save
 from world import scene
 from world.captions import attributes, caption, draw
-from world.voice import speak
+from world.voice import FRAME, speak, with_mouth
 
 CPU = torch.device("cpu")
 SIZE_PX, LATENTS = 32, 2
@@ -370,6 +370,20 @@ def test_free_voices_say_what_other_clips_say():
     assert [torch.equal(a, b) for a, b in zip(found, others, strict=True)] == [0, 1, 0, 0]
 
 
+def test_clips_that_go_on_begin_in_the_midst_of_speech_and_pause():
+    generator = torch.Generator().manual_seed(3)
+    batch = scene.go_on(6, 37, random.Random(1), generator, size_px=SIZE_PX)
+    assert batch.frames.shape == (6, 3, 37, SIZE_PX, SIZE_PX)
+    assert batch.sound.wave.shape == (6, 37 * FRAME)
+    opening = batch.sound.opening
+    assert (opening[:, 0] > 0.2).sum() >= 2  # a clip's own first syllable is four frames later
+    shut = (opening < 0.05).unfold(1, 5, 1).all(-1).any(1)  # for five frames
+    assert shut.sum() >= 3
+    # The mouth goes by what is heard, but at the edges, where it was smoothed over what is cut off.
+    heard = with_mouth(*batch.sound[:1], *batch.sound[2:]).opening
+    torch.testing.assert_close(opening[:, 1:-1], heard[:, 1:-1])
+
+
 def test_sound_depends_on_its_latents_from_the_start():
     torch.manual_seed(0)
     model = sound.SoundAutoencoder()
@@ -499,7 +513,8 @@ def test_held_out_colours_are_not_trained_on(out):
     assert len(lines) == len(set(lines)) == 64
 
 
-def test_the_stock_is_a_ring(out):
+def test_the_stock_is_a_ring(out, monkeypatch):
+    monkeypatch.setattr("diffusion.stock.GOING_ON", 0.0)
     stock = Stock(out, 5, SIZE_PX, prompts.train_tokenizer(), 0, CPU)
     assert stock.count == 8
     stock.refresh()
@@ -515,6 +530,9 @@ def test_the_stock_is_a_ring(out):
         assert taken.latents.video.shape == (5, 48, frames, LATENTS, LATENTS)
         assert taken.latents.sound.shape == (5, audio, 64)
     assert stock.is_free.sum() == 2
+    monkeypatch.setattr("diffusion.stock.GOING_ON", 1.0)
+    stock.refresh()
+    assert stock.is_free.sum() == 5  # the captions of the four new ones say nothing of their sound
 
 
 def test_the_architecture_is_read_back(out):

@@ -29,8 +29,8 @@ STOCK = 4096  # clips: 0.9 GB
 REFRESH_STEPS = 16  # after each of which 16 of them are replaced
 # Latents of sound in a batch, drawn from these. A clip of S seconds has 25 S + 1, one by a given
 # voice 25 S, and positions stretch them over the latent frames: in 80 a sound lies up to three
-# frames away from where it lies in 81.
-AUDIO = (81, 81, 81, 80, 80, 41)
+# frames away from where it lies in 81. Windows of long clips are shorter, and have one more, too.
+AUDIO = (81, 81, 81, 80, 65, 49, 37, 37)
 SOUND_NOISE = 0.05  # as the runtime adds to a given voice
 LINEARS = ("linear_qkv.weight", "linear_proj.weight", "up_gate_proj.weight", "down_proj.weight")
 

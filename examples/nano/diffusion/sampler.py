@@ -15,6 +15,7 @@ from training import autocast
 
 STEPS = VARIANTS["distill"].steps
 HOLD_IMAGE = 0.3  # of the clips have a clean first frame
+HOLD_FREE_IMAGE = 0.75  # of those whose sound is free, as of a window that goes on
 HOLD_SOUND = 0.15  # of those whose captions say it have a clean sound; all free ones do
 
 
@@ -31,7 +32,8 @@ def draw_task(clips: Clips, generator: torch.Generator) -> Task:
     device = clips.ids.device
     hold_image, hold_sound = torch.rand(2, count, device=device, generator=generator).unbind()
     is_first = torch.arange(frames, device=device) == 0
-    video = ~((hold_image < HOLD_IMAGE)[:, None] & is_first)
+    share = torch.where(clips.is_free, HOLD_FREE_IMAGE, HOLD_IMAGE)
+    video = ~((hold_image < share)[:, None] & is_first)
     sound = ~(clips.is_free | (hold_sound < HOLD_SOUND))
     return Task(video.float()[:, None, :, None, None], sound.float()[:, None, None])
 

@@ -20,6 +20,7 @@ from world.scene import AUDIO
 
 DRAWN = 16  # clips at a time
 FREE = 0.25  # of the clips say what their captions do not
+GOING_ON = 0.4  # of the drawings are of clips that begin in the midst of what is said
 
 
 class Pair(NamedTuple):
@@ -85,9 +86,12 @@ class Stock:
     @torch.no_grad()
     def refresh(self) -> None:
         """Draw `DRAWN` clips into the place of the oldest."""
-        data = scene.make(
-            DRAWN, AUDIO, self.rng, self.generator, free_voice=FREE, size_px=self.size_px
-        )
+        drawing = (DRAWN, AUDIO, self.rng, self.generator)
+        goes_on = self.rng.random() < GOING_ON
+        if goes_on:
+            data = scene.go_on(*drawing, size_px=self.size_px)
+        else:
+            data = scene.make(*drawing, free_voice=FREE, size_px=self.size_px)
         with autocast(self.device):
             video = self.pictures.encode(data.frames * 2 - 1)
         sound = self.sounds.encode(scene.as_stereo(data.sound)).transpose(1, 2)
@@ -95,7 +99,8 @@ class Stock:
         self.video[place], self.sound[place] = video.half(), sound.half()
         self.clips[place] = data.clips
         # `voices` has the free ones first.
-        self.is_free[place] = torch.arange(DRAWN, device=self.device) < round(FREE * DRAWN)
+        free = DRAWN if goes_on else round(FREE * DRAWN)
+        self.is_free[place] = torch.arange(DRAWN, device=self.device) < free
         self.next = (self.next + DRAWN) % self.count
 
     def take(self, count: int, audio: int) -> Clips:

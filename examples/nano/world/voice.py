@@ -157,6 +157,21 @@ def freely(sound: Sound, generator: torch.Generator) -> Sound:
     return with_mouth(wave, _sampled(sound.rounding, middle), _sampled(sound.spread, middle))
 
 
+def with_pauses(sound: Sound, generator: torch.Generator) -> Sound:
+    """The same with a pause or two of a quarter to a whole second, in which the mouth is shut."""
+    batch, frames = sound.opening.shape
+    device = sound.wave.device
+    middle, half, is_there = torch.rand(3, batch, 2, 1, device=device, generator=generator).unbind()
+    is_there[:, 0] = 0
+    edges = torch.arange(frames + 1, device=device) - frames * middle
+    away = edges.abs() - (3 + 9 * half) + frames * (is_there > 0.5)  # frames beyond each pause
+    gate = away.clamp(0, 1).amin(1)  # [B, frames + 1], at the start of each
+    fine = F.interpolate(gate[:, None], frames * FRAME + 1, mode="linear", align_corners=True)
+    level = (gate[:, :-1] + gate[:, 1:]) / 2
+    wave = sound.wave * fine[:, 0, :-1]
+    return with_mouth(wave, sound.rounding * level, sound.spread * level)
+
+
 def _sampled(values: Tensor, place: Tensor) -> Tensor:
     """Values [B, n] at fractional places [B, m]; zero outside."""
     left = place.floor()
