@@ -1,7 +1,7 @@
 """A face that answers: how soon a sound is seen, and how much faster than its voice it is made.
 
     python benchmarks/live.py [--folder RESULTS] [--ranks 1 4] [--precision fp8-attn]
-        [--seconds 60] [--window 1.44] [--only model nano] [--tiny]
+        [--seconds 60] [--window 1.44] [--only model nano] [--add] [--tiny]
 
 A voice is fed in blocks of 20 ms as it would be spoken, and chunks are taken as they come. `model`
 has random weights at full size, 480x256 and 300 text tokens, on each number of GPUs. `nano` comes
@@ -17,6 +17,7 @@ standard deviation, between windows, of the time from the last sound of a window
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import threading
@@ -162,9 +163,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--window", type=float, default=1.44)
     parser.add_argument("--only", nargs="+", choices=("model", "nano"), default=("model", "nano"))
+    parser.add_argument("--add", action="store_true", help="go on from what the folder has")
     arguments = environment.arguments(parser)
     size, seconds = sizes.of(arguments.tiny), arguments.seconds
     figures: dict[str, Any] = {"text_tokens": size.layout.text, "block_s": BLOCK_S}
+    if arguments.add:
+        figures = json.loads((arguments.folder / "live.json").read_text())
     with tempfile.TemporaryDirectory() as scratch:
         for ranks in arguments.ranks if "model" in arguments.only else ():
             found = of_model(
@@ -172,10 +176,12 @@ def main() -> None:
             )
             figures.setdefault(arguments.precision, {})[str(ranks)] = found
             print(ranks, found, flush=True)
+            figures["environment"] = environment.environment()
             environment.write("live", figures, arguments.folder)
     if "nano" in arguments.only:
         sides = TINY_SIDES if arguments.tiny else SIDES
         figures["nano"] = of_nano(sides, arguments.window, seconds)
+        figures["nano"]["environment"] = environment.environment()
         print("nano", figures["nano"], flush=True)
         environment.write("live", figures, arguments.folder)
 
