@@ -126,6 +126,14 @@ def limit(size_bytes: int):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
 
 
+@pytest.fixture
+def uncached() -> dict[str, str]:
+    """The environment of a command that keeps nothing of what Python compiles: cut short by a limit
+    it would be taken for whole by all that run after.
+    """
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 @pytest.mark.parametrize(
     ("size_bytes", "is_new"),
     [
@@ -135,14 +143,14 @@ def limit(size_bytes: int):
         pytest.param(200_000, False, marks=pytest.mark.thorough),
     ],
 )
-def test_tiny_on_a_full_disk(tiny_dir, tmp_path, size_bytes, is_new):
+def test_tiny_on_a_full_disk(tiny_dir, tmp_path, uncached, size_bytes, is_new):
     folder = tmp_path / "parent" / "model"
     if not is_new:
         (folder / "distill").mkdir(parents=True)
         (folder / "distill" / "model.safetensors").write_bytes(b"old")
         (folder / "mine").touch()
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    process = start("tiny", folder, preexec_fn=limit(size_bytes))
+    process = start("tiny", folder, preexec_fn=limit(size_bytes), env=uncached)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2, stderr
     assert (
@@ -164,10 +172,10 @@ def test_tiny_replaces_what_is_there_and_keeps_the_rest(tiny_dir, tmp_path):
     assert sorted(folders) == sorted(tmp_path.iterdir()) and leftovers(tmp_path) == []
 
 
-def test_explain_on_a_full_disk(tmp_path):
+def test_explain_on_a_full_disk(tmp_path, uncached):
     page = tmp_path / "page.html"
     page.write_text("old")
-    process = start("explain", "--html", page, preexec_fn=limit(500))
+    process = start("explain", "--html", page, preexec_fn=limit(500), env=uncached)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2 and f"{page} cannot be written" in stderr
     assert list(tmp_path.iterdir()) == [page] and page.read_text() == "old"
