@@ -110,7 +110,7 @@ def test_mutants(tmp_path, kind, request):
         sys.executable,
         "-W",
         "ignore",
-        str(TESTS / "helpers" / "fuzz_child.py"),
+        str(TESTS / "helpers" / "media" / "fuzz_child.py"),
         kind,
         str(folder),
     ]
