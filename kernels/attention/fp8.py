@@ -24,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from magihuman.kernels.attention.tiles import (
     LOADER_REGISTERS,
     LOG2_E,
+    REGISTERS_OF_THREE,
+    REGISTERS_OF_TWO,
     ROWS,
     Frames,
     Output,
@@ -43,8 +45,6 @@ from magihuman.kernels.reference import FP8_KEYS, LocalAttention
 BLOCK_K = gl.constexpr(FP8_KEYS)  # keys in a block: those that share a scale of values
 STAGES = 3
 PEAK = gl.constexpr(8.0)  # log2 of the largest weight
-REGISTERS_OF_TWO = gl.constexpr(240)  # of each of two consumers' threads
-REGISTERS_OF_THREE = gl.constexpr(160)
 # How much more work three consumers may take and still be faster: it fits what was measured at
 # 3,700, 4,286 and 14,784 rows of 40 heads, and nothing else was.
 GAIN = 1.05

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from magihuman.kernels.attention.tiles import (
     LOADER_REGISTERS,
     LOG2_E,
+    REGISTERS_OF_TWO,
     ROWS,
     Frames,
     Output,
@@ -41,7 +42,6 @@ from magihuman.kernels.reference import LocalAttention
 
 BLOCK_K = 128  # keys in a block
 CONSUMERS = gl.constexpr(2)
-CONSUMER_REGISTERS = gl.constexpr(240)
 STAGES = 2  # blocks of keys, and as many of values, in shared memory
 
 
@@ -141,7 +141,7 @@ def _attention(
             (load, (q_map, k_map, v_map, rings, seq, STAGES, False)),
         ],
         [4, 1],
-        [CONSUMER_REGISTERS, LOADER_REGISTERS],
+        [REGISTERS_OF_TWO, LOADER_REGISTERS],
     )
 
 

@@ -33,6 +33,9 @@ from magihuman.kernels.reference import LocalAttention
 
 LOG2_E = math.log2(math.e)
 ROWS = gl.constexpr(64)  # queries of a consumer: the height of one wgmma
+# Of a thread: of each of two consumers, of each of three, of the loader.
+REGISTERS_OF_TWO = gl.constexpr(240)
+REGISTERS_OF_THREE = gl.constexpr(160)
 LOADER_REGISTERS = gl.constexpr(24)
 
 # triton 3.6 has the copies of a tensor map by their first names, later releases by shorter ones.
