@@ -30,7 +30,13 @@ from harness import environment
 from harness.measure import resident_bytes
 from magihuman import runtime
 from magihuman.runtime import config
-from magihuman.runtime.evaluate.clip_score import box, loudness, mouth_opening, synchrony
+from magihuman.runtime.evaluate.clip_score import (
+    REGIONS,
+    box,
+    loudness,
+    mouth_opening,
+    synchrony,
+)
 from magihuman.runtime.media import read_audio
 from magihuman.runtime.weights.shipped import NANO_FOLDER, prompts
 
@@ -38,14 +44,12 @@ RATE = config.LATENT_AUDIO_RATE_HZ
 FRAME = RATE // config.FPS
 SECONDS, STRETCH_S = 30.0, 5.0
 PAUSES_S = (0.4, 0.8, 0.24, 0.6, 1.0)
-CORNER = (0.02, 0.11, 0.05, 0.5)  # of the picture, where nothing but the background is
-WAYS = ("long", "continued", "live")
 SIZE: dict[str, int] = {}  # of the clips, where not the model's own
 PIECE_S = 3.2  # of `continued`: what the model has learnt
 
 Wave = npt.NDArray[np.float32]
 Frames = npt.NDArray[np.uint8]
-Piece = tuple[Frames, float]  # a window's frames, and the bytes resident after it
+Piece = tuple[Frames, int]  # a window's frames, and the bytes resident after it
 
 
 def voice(folder: Path, seconds: float) -> Wave:
@@ -89,6 +93,9 @@ def live(engine: runtime.Engine, prompt: str, wave: Wave, seed: int) -> Iterator
                 yield chunk.frames, resident_bytes("VmRSS")
 
 
+WAYS = {"long": long, "continued": continued, "live": live}
+
+
 def figures_of(pieces: list[Piece], wave: Wave) -> dict[str, Any]:
     """Of one clip."""
     frames = np.concatenate([piece for piece, _ in pieces])
@@ -99,7 +106,7 @@ def figures_of(pieces: list[Piece], wave: Wave) -> dict[str, Any]:
     found = [synchrony(opening[a : a + stretch], sound[a : a + stretch]) for a in starts]
     steps = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean((1, 2, 3))
     joins = np.cumsum([len(piece) for piece, _ in pieces])[:-1]
-    colours = [box(piece, CORNER).mean((0, 1, 2)) for piece, _ in pieces]
+    colours = [box(piece, REGIONS["background"][0]).mean((0, 1, 2)) for piece, _ in pieces]
     rss = [size for _, size in pieces]
     return {
         "seconds": len(frames) / config.FPS,
@@ -131,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=NANO_FOLDER)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=tuple(WAYS))
     parser.add_argument("--device", default=None)
     arguments = environment.arguments(parser)
     seconds, seeds = SECONDS, arguments.seeds
@@ -140,7 +147,6 @@ def main() -> None:
         SIZE.update(width=32, height=32, steps=1)
     wave = voice(arguments.model, seconds)
     said = prompts(arguments.model)
-    ways = {"long": long, "continued": continued, "live": live}
     figures: dict[str, Any] = {"voice_s": len(wave) / RATE}
     with runtime.load(arguments.model, device=arguments.device) as engine:
         figures["device"] = str(engine.device)
@@ -148,7 +154,7 @@ def main() -> None:
             clips = []
             for seed in range(seeds):
                 prompt = said[seed % len(said)]
-                pieces = list(ways[name](engine, prompt, wave, 1000 * seed))
+                pieces = list(WAYS[name](engine, prompt, wave, 1000 * seed))
                 clips.append(figures_of(pieces, wave))
                 print(name, seed, clips[-1], flush=True)
             figures[name] = {**summary(clips), "clips": clips}
