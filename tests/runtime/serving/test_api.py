@@ -13,21 +13,20 @@ import os
 import re
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, aclosing, contextmanager
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 
 import av
 import httpx
 import numpy as np
 import pytest
+from connections import half_sent
 from mutants import mutated
 from PIL import Image
 from prometheus_client import CollectorRegistry
@@ -708,24 +707,11 @@ def test_hostile_uploads_change_nothing(local, settings, voice, request):
     local.when(local.create(SMALL, audio=voice.read_bytes()), "completed")
 
 
-@contextmanager
-def half_sent(local) -> Iterator[socket.socket]:
-    """A client whose body does not come to its end."""
-    host, port = local.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
-        lines = [
-            "POST /v1/videos HTTP/1.1",
-            f"Host: {host}",
-            f"Authorization: {BEARER['Authorization']}",
-            "Content-Type: application/json",
-            "Content-Length: 1000",
-        ]
-        connection.sendall("\r\n".join([*lines, "", '{"prompt": "']).encode())
-        yield connection
+HALF = (b'{"prompt": "', 1000, "application/json")
 
 
 def test_a_client_that_goes_away_leaves_nothing(local, settings):
-    with half_sent(local):
+    with half_sent(local, *HALF):
         until(lambda: local.jobs[0]._arriving == 1)
     local.when(local.create(), "completed")
     assert len(left_in(settings.folder)) == 1
@@ -737,7 +723,7 @@ def test_a_client_that_goes_away_leaves_nothing(local, settings):
 def test_bodies_that_are_being_sent_have_a_place_in_line(local):
     with ExitStack() as clients:
         for _ in range(LIMITS.queued):
-            clients.enter_context(half_sent(local))
+            clients.enter_context(half_sent(local, *HALF))
         until(lambda: local.jobs[0]._arriving == LIMITS.queued)
         assert error_of(local.post(), 429)["code"] == "queue_full"
     until(lambda: local.jobs[0]._arriving == 0)
@@ -746,7 +732,7 @@ def test_bodies_that_are_being_sent_have_a_place_in_line(local):
 
 def test_a_body_that_takes_too_long(local, monkeypatch):
     monkeypatch.setattr("magihuman.runtime.serving.routes.BODY_S", 0.2)
-    with half_sent(local) as connection:
+    with half_sent(local, *HALF) as connection:
         answer = connection.recv(4096)
     assert answer.startswith(b"HTTP/1.1 408 ")
     until(lambda: local.jobs[0]._arriving == 0)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import socket
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import av
 import httpx
 import numpy as np
 import pytest
+from connections import asking
 from video_client import BEARER, LONG, SMALL, TOKEN_SHA256, until
 
 from magihuman.runtime.files import close_to_others
@@ -261,19 +261,6 @@ def test_a_link_in_place_of_a_stream_is_not_followed(settings, replica, serve_he
 # -- clients that are slow, gone or many ----------------------------------------------------------
 
 
-@contextmanager
-def asking(local, path: str) -> Iterator[socket.socket]:
-    """A client with little room for the answer, of which it reads nothing by itself."""
-    host, port = local.url.removeprefix("http://").split(":")
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(120)
-        connection.connect((host, int(port)))
-        request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n"
-        connection.sendall(f"{request}Authorization: {BEARER['Authorization']}\r\n\r\n".encode())
-        yield connection
-
-
 def readers(path: Path) -> int:
     """How often this process has a file open."""
     count = 0
@@ -298,7 +285,7 @@ def large_stream(local, settings) -> tuple[str, Path]:
 def test_a_watcher_that_does_not_read_is_dropped(local, large_stream, monkeypatch):
     name, path = large_stream
     monkeypatch.setattr(download, "STALL_S", 0.5)
-    with asking(local, stream_of(name)) as connection:
+    with asking(local, stream_of(name), patience_s=120) as connection:
         until(lambda: readers(path) > 0)
         until(lambda: readers(path) == 0)
         assert local.http.get("/health").status_code == 200
@@ -329,7 +316,9 @@ def test_watchers_that_go_away_are_forgotten(local, held, settings):
     until(path.exists)
     with ExitStack() as clients:
         for kind in ("stream", "events"):
-            connection = clients.enter_context(asking(local, f"/v1/videos/{name}/{kind}"))
+            connection = clients.enter_context(
+                asking(local, f"/v1/videos/{name}/{kind}", patience_s=120)
+            )
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
         until(lambda: readers(path) == 2)  # of the writer, and one
     until(lambda: readers(path) == 1)

@@ -7,17 +7,17 @@ import errno
 import io
 import json
 import os
-import socket
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from connections import half_sent
 from PIL import Image
-from video_client import BEARER, SMALL, TOKEN_SHA256, left_in, until
+from video_client import SMALL, TOKEN_SHA256, left_in, until
 
 from magihuman.runtime.serving.records.database import FILE
 from magihuman.runtime.serving.settings import Limits, Settings
@@ -193,29 +193,13 @@ def test_a_large_body_is_never_in_memory(settings, replica, serve_here, kind):
         until(lambda: taken(settings.folder) == 0)
 
 
-@contextmanager
-def half_sent(local, content: bytes, length: int, kind: str = FORM_TYPE) -> Iterator[socket.socket]:
-    """A client whose body does not come to its end."""
-    host, port = local.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
-        lines = [
-            "POST /v1/videos HTTP/1.1",
-            f"Host: {host}",
-            f"Authorization: {BEARER['Authorization']}",
-            f"Content-Type: {kind}",
-            f"Content-Length: {length}",
-        ]
-        connection.sendall("\r\n".join([*lines, "", ""]).encode() + content)
-        yield connection
-
-
 HALF = form(('name="prompt"', b"hi"), ('name="audio"; filename="a"', b"x" * (BODY_BYTES - 1000)))
 
 
 def test_all_clients_share_one_budget_of_bytes(local, settings, large_png):
     with ExitStack() as clients:
         for _ in range(LIMITS.bodies):
-            clients.enter_context(half_sent(local, HALF, BODY_BYTES))
+            clients.enter_context(half_sent(local, HALF, BODY_BYTES, FORM_TYPE))
         until(lambda: taken(settings.folder) == LIMITS.bodies * (BODY_BYTES - 1000))
         announced = posted(local, b"x" * 5000)
         refused = local.http.post(

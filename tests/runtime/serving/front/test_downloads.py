@@ -7,13 +7,13 @@ import re
 import socket
 import struct
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from video_client import BEARER, TOKEN_SHA256, until
+from connections import asking
+from video_client import TOKEN_SHA256, until
 
 from magihuman.runtime.serving.settings import Settings
 from magihuman.runtime.serving.transfer import download
@@ -46,17 +46,8 @@ def readers(path: Path) -> int:
     return count
 
 
-@contextmanager
-def asking(local, name: str, more: str = "") -> Iterator[socket.socket]:
-    """A client that has asked for a video, and has little room for it."""
-    host, port = local.url.removeprefix("http://").split(":")
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(60)
-        connection.connect((host, int(port)))
-        request = f"GET /v1/videos/{name}/content HTTP/1.1\r\nHost: {host}\r\n{more}"
-        connection.sendall(f"{request}Authorization: {BEARER['Authorization']}\r\n\r\n".encode())
-        yield connection
+def content_of(name: str) -> str:
+    return f"/v1/videos/{name}/content"
 
 
 def rest_of(connection: socket.socket) -> bytes:
@@ -73,7 +64,7 @@ def rest_of(connection: socket.socket) -> bytes:
 def test_a_client_that_does_not_read_is_dropped(local, large_video, monkeypatch, more):
     name, path, content = large_video
     monkeypatch.setattr(download, "STALL_S", 0.5)
-    with asking(local, name, more) as connection:
+    with asking(local, content_of(name), more) as connection:
         until(lambda: readers(path) > 0)
         until(lambda: readers(path) == 0, within_s=30)
         assert local.http.get("/health").status_code == 200
@@ -85,7 +76,7 @@ def test_a_client_that_reads_slowly_is_dropped(local, large_video, monkeypatch):
     name, path, _ = large_video
     monkeypatch.setattr(download, "STALL_S", 1.0)
     monkeypatch.setattr(download, "BYTES_PER_S", 10 * VIDEO_BYTES)
-    with asking(local, name) as connection:
+    with asking(local, content_of(name)) as connection:
         until(lambda: readers(path) > 0)
         got = 0
 
@@ -101,7 +92,7 @@ def test_a_client_that_reads_slowly_is_dropped(local, large_video, monkeypatch):
 def test_a_client_that_goes_away_is_read_for_no_longer(local, large_video):
     name, path, _ = large_video
     for lingers in (False, True):
-        with asking(local, name) as connection:
+        with asking(local, content_of(name)) as connection:
             until(lambda: readers(path) > 0)
             if lingers:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -110,7 +101,7 @@ def test_a_client_that_goes_away_is_read_for_no_longer(local, large_video):
 
 def test_a_video_that_is_removed_while_it_is_fetched_comes_whole(local, large_video):
     name, path, content = large_video
-    with asking(local, name, "Connection: close\r\n") as connection:
+    with asking(local, content_of(name), "Connection: close\r\n") as connection:
         until(lambda: readers(path) > 0)
         local.delete(name)
         assert local.content(name).status_code == 404
@@ -126,7 +117,7 @@ def test_many_who_do_not_read_cost_no_memory(local, large_video):
     try:
         with ExitStack() as clients:
             for _ in range(6):
-                clients.enter_context(asking(local, name))
+                clients.enter_context(asking(local, content_of(name)))
             until(lambda: readers(path) >= 6)
             assert local.http.get("/health").status_code == 200
             _, peak = tracemalloc.get_traced_memory()
