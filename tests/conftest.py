@@ -18,6 +18,9 @@ from magihuman.runtime.media import mp4
 # A shell has what it starts in the background ignore Ctrl-C, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Likewise SIGHUP, which nohup has ignored.
+if os.name != "nt" and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Files that take a minute and more, most of few tests: begun last, one would keep a worker busy
 # while the other has nothing left.

@@ -59,7 +59,11 @@ def stopped(process: subprocess.Popen[str], folder: Path, number: int) -> tuple[
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
+    try:
+        _, stderr = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, stderr
 
 
