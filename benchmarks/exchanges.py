@@ -2,9 +2,12 @@
 
     python benchmarks/exchanges.py [--folder RESULTS] [--ranks N ...] [--tiny]
 
-Rows of a process as at 480x256, 896x512 and 1920x1088, 40 and 8 heads of 128, bf16. Microseconds of
-rank 0 for one exchange, of several captured in one graph: both ways in turns in one run, and what
-they give is compared bit for bit. Without GPUs, with --tiny, gloo alone.
+Rows of a process as at 480x256, 896x512 and 1920x1088, 40 and 8 heads of 128. Microseconds of rank
+0 for one exchange, of several captured in one graph, both ways in turns in one run. In bf16 it is
+the exchange alone, and what both ways give is compared bit for bit. Of those with attention over
+e4m3, `narrowed` has the norms, rotation and rounding of q, k and v in it, `attended` attention, and
+`attended, kept here` is attention that writes to this GPU alone and tells nobody. Without GPUs,
+with --tiny, gloo alone.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness import environment
-from harness.measure import rounds
+from harness.measure import error, rounds
 from magihuman.kernels.parallel import exchange
 from magihuman.runtime.parallel.team import CLOSE, Team
 
@@ -28,37 +31,64 @@ HEADS, KV_HEADS, DIM = 40, 8, 128
 TOKENS = {"256p": 4286, "540p": 14_784, "1080p": 65_728}
 TINY_TOKENS = {"256p": 64}
 LAYERS, ROUNDS = 20, 7  # exchanges in a graph, and how often it is timed
-GIVES = ("rows_to_heads", "heads_to_rows")
+KINDS = ("rows_to_heads", "heads_to_rows", "narrowed", "attended")
+KEPT = "attended, kept here"
 
 Exchanged = Callable[[], Tensor]
 
 
-def exchanges(team: Team, rows: int) -> dict[str, Exchanged]:
-    """Both kinds, over random values of this process."""
-    ranks = team.ranks
-    generator = torch.Generator(team.device).manual_seed(team.rank)
-    columns = (HEADS + 2 * KV_HEADS) * DIM + HEADS
+def exchanges(team: Team, rows: int) -> dict[str, tuple[Exchanged, int]]:
+    """All kinds, over random values of this process, and the bytes that each sends by stores."""
+    ranks, device = team.ranks, team.device
+    generator = torch.Generator(device).manual_seed(team.rank)
+    columns, width = (HEADS + 2 * KV_HEADS) * DIM + HEADS, HEADS * DIM
+    total = rows * ranks
 
-    def randn(*shape: int) -> Tensor:
-        x = torch.randn(shape, generator=generator, device=team.device)
-        return x.to(torch.bfloat16)
+    def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=device)
+        return x.to(dtype)
 
-    qkv, out = randn(rows, columns), randn(rows * ranks, HEADS * DIM // ranks)
-    team.reserve(*exchange.room_bytes(rows, columns, HEADS * DIM, ranks, qkv.element_size()))
+    qkv, out = randn(rows, columns), randn(total, width // ranks)
+    team.reserve(*exchange.room_bytes(rows, columns, width, ranks, qkv.element_size()))
+    norms, rope = randn(2, DIM, dtype=torch.float32), randn(total, 96, dtype=torch.float32)
+    length = torch.tensor(total, dtype=torch.int32, device=device)
+
+    def narrowed() -> tuple[Tensor, ...]:
+        made: tuple[Tensor, ...] = exchange.rows_to_heads_fp8(
+            qkv, norms[0], norms[1], rope, length, [], HEADS, KV_HEADS, ranks
+        )
+        return made
+
+    parts = [part.clone() for part in narrowed()]
+    exchange.heads_to_rows(out, ranks)  # now all have theirs, and the room may be written to again
+    wide, narrow = (total // ranks * n * (ranks - 1) for n in (columns * 2, width * 2))
+    bytes_narrowed = (HEADS + KV_HEADS) * DIM + 2 * KV_HEADS * DIM + 2 * HEADS
     return {
-        GIVES[0]: partial(exchange.rows_to_heads, qkv, HEADS, KV_HEADS, ranks),
-        GIVES[1]: partial(exchange.heads_to_rows, out, ranks),
+        KINDS[0]: (
+            lambda: exchange.rows_to_heads(qkv, HEADS, KV_HEADS, ranks),
+            wide // ranks,
+        ),
+        KINDS[1]: (lambda: exchange.heads_to_rows(out, ranks), narrow // ranks),
+        KINDS[2]: (
+            lambda: narrowed()[2],
+            rows * bytes_narrowed * (ranks - 1) // ranks,
+        ),
+        KINDS[3]: (
+            lambda: exchange.gated_attention_fp8_to_rows(*parts, length, [], ranks, "gluon"),
+            narrow // ranks,
+        ),
     }
 
 
-def replayed(run: Exchanged, device: torch.device) -> Callable[[], object]:
-    """So many of them at once."""
+def replayed(run: Exchanged, device: torch.device, is_kept: bool = False) -> Callable[[], object]:
+    """So many of them at once. is_kept: nothing leaves this process."""
     if device.type == "cpu":
         return lambda: [run() for _ in range(LAYERS)]
     with exchange.apart():
         run()  # compiles
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    kept = exchange.apart() if is_kept else nullcontext()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"), kept:
         for _ in range(LAYERS):
             run()
     return graph.replay
@@ -86,7 +116,7 @@ def measure(team: Team, tokens: dict[str, int]) -> dict[str, Any]:
     ways = ("stores", "nccl") if peers is not None else (team.exchange,)
     for clip, total in tokens.items():
         rows = -(-total // team.ranks)
-        for kind, run in exchanges(team, rows).items():
+        for kind, (run, sent) in exchanges(team, rows).items():
             made, times = {}, {}
             for way in ways:
                 exchange.connect(peers if way == "stores" else None)
@@ -94,12 +124,15 @@ def measure(team: Team, tokens: dict[str, int]) -> dict[str, Any]:
                 again = replayed(run, team.device)
                 times[way] = timed_us(again, team.device)
             exchange.connect(peers)
-            first = made[ways[0]]
-            found.setdefault(clip, {"rows": rows})[kind] = {
-                "bytes_sent": first.nbytes * (team.ranks - 1) // team.ranks,
-                "same_bits": all(torch.equal(first, other) for other in made.values()),
-                **{f"{way}_us": statistics.median(times[way]) for way in ways},
+            first = made[ways[0]].float()
+            figures = {"bytes_sent": sent} | {
+                f"{way}_us": statistics.median(times[way]) for way in ways
             }
+            figures["error"] = max(error(other.float(), first) for other in made.values())
+            found.setdefault(clip, {"rows": rows})[kind] = figures
+            if kind == KINDS[3] and peers is not None:
+                again = replayed(run, team.device, is_kept=True)
+                found[clip][KEPT] = {"stores_us": statistics.median(timed_us(again, team.device))}
     return found
 
 

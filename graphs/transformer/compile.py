@@ -47,6 +47,7 @@ Pass = Callable[[fx.GraphModule, Context], int]
 TRACE_ROWS: Counts = (24, 7, 5)  # by modality; any do that nothing else in the model is split by
 TRACE_LOCAL = LocalAttention(frames=3, frame_tokens=8, reach=1)  # of so many video tokens
 META = torch.device("meta")
+OVER_E4M3 = (OPS.gated_attention_fp8.default, OPS.gated_attention_fp8_to_rows.default)
 ONE_KERNEL = "one kernel"  # where all attention is over fp8 or frame-local
 
 
@@ -226,7 +227,7 @@ def specialize(
         if getattr(node.target, "namespace", None) == OPS.name:
             given = arguments(node)
             changes = {name: value for name, value in symbols.items() if given.get(name)}
-            if node.target is OPS.gated_attention_fp8.default or given.get("local"):
+            if node.target in OVER_E4M3 or given.get("local"):
                 changes["backend"] = other_backend or attention_backend
             with_arguments(node, **changes)
     module.recompile()

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from magihuman.kernels.attention.shared_rows import SharedRows
 from magihuman.kernels.attention.tiles import (
     LOADER_REGISTERS,
     LOG2_E,
@@ -29,6 +30,7 @@ from magihuman.kernels.attention.tiles import (
     ROWS,
     Frames,
     Output,
+    Owners,
     Rings,
     Sequence,
     lane_sums,
@@ -165,12 +167,14 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["rows", "gate_stride", "frames", "frame_tokens", "reach"])
+@gluon.jit(
+    do_not_specialize=["rows", "gate_stride", "frames", "frame_tokens", "reach", "rows_each"]
+)
 def _attention(
     q_map, k_map, v_map, out_map, out, gate, qk_scale, v_scale, valid_length, rows,
-    gate_stride, scale, frames, frame_tokens, reach,
+    gate_stride, scale, frames, frame_tokens, reach, distances, rows_each, out_stride,
     HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
-    LOCAL: gl.constexpr, CONSUMERS: gl.constexpr,
+    LOCAL: gl.constexpr, CONSUMERS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     length = gl.load(valid_length)
     scale *= gl.load(qk_scale)
@@ -178,7 +182,8 @@ def _attention(
     tiles = tiles_of_head(rows, local, CONSUMERS) * HEADS
     seq = Sequence(rows, length, tiles, local, HEADS, KV_HEADS, DIM, BLOCK_K, CONSUMERS)
     rings = make_rings(q_map, k_map, v_map, out_map, STAGES, CONSUMERS)
-    output = Output(out_map, out, gate, gate_stride)
+    owners = Owners(distances, rows_each, out_stride, SHARED)
+    output = Output(out_map, out, gate, gate_stride, owners)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -223,6 +228,7 @@ def attention(
     length: Tensor,
     local: LocalAttention | None = None,
     consumers: int | None = None,
+    shared: SharedRows | None = None,
 ) -> Tensor:
     """`reference.attention_fp8` in bf16.
 
@@ -238,9 +244,11 @@ def attention(
             `local`, beyond the last frame.
         local: shape of frame-local attention, or None for all tokens.
         consumers: of a tile of queries, 64 each, 2 or 3; by default as of `consumers_for`.
+        shared: where rows go, not with `local`, if not all of them are this process's.
 
     Returns:
-        [N, heads, D] bf16. Rows from `length` on are computed and mean nothing.
+        [N, heads, D] bf16, or the `out` of `shared`. Rows from `length` on are computed and mean
+        nothing.
 
     Tuned on H100 at D = 128: in two runs 842 and 871 TFLOP/s at N = 4286, 794 and 751 by two
     consumers, and 882 and 902 at N = 14784, 860 and 822 by two; by two 887 of what frame-local
@@ -250,18 +258,23 @@ def attention(
     """
     rows, heads, dim = q.shape
     kv_heads = k.shape[1]
-    out = q.new_empty(q.shape, dtype=torch.bfloat16)
     programs = processors(q.device)
     consumers = consumers or consumers_for(rows, heads, local, programs)
     tiles = tiles_of(rows, heads, local, consumers)
+    if shared is None:
+        out = q.new_empty(q.shape, dtype=torch.bfloat16)
+        result, distances = out.view(rows, -1), length
+    else:
+        out, distances = shared.out, shared.distances
+        result = out[:, shared.first : shared.first + heads * dim]
     _attention[(min(tiles, programs),)](
         tensor_map(q.view(rows, -1), ROWS.value, dim),
         tensor_map(k.view(rows, -1), BLOCK_K.value, dim),
         tensor_map(v.flatten(0, 1), dim, BLOCK_K.value),
-        tensor_map(out.view(rows, -1), ROWS.value, dim),
-        out, gate, qk_scale, v_scale, length, rows, gate.stride(0), dim**-0.5 * LOG2_E,
-        *(local or (0, 0, 0)),
+        tensor_map(result, ROWS.value, dim),
+        result, gate, qk_scale, v_scale, length, rows, gate.stride(0), dim**-0.5 * LOG2_E,
+        *(local or (0, 0, 0)), distances, out.shape[0], result.stride(0),
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, STAGES=STAGES, LOCAL=local is not None,
-        CONSUMERS=consumers, num_warps=4,
+        CONSUMERS=consumers, SHARED=shared is not None, num_warps=4,
     )  # fmt: skip
     return out

@@ -27,6 +27,7 @@ from magihuman.kernels.attention.tiles import (
     ROWS,
     Frames,
     Output,
+    Owners,
     Rings,
     Sequence,
     lane_sums,
@@ -133,7 +134,7 @@ def _attention(
     tiles = tiles_of_head(rows, local, CONSUMERS) * HEADS
     seq = Sequence(rows, length, tiles, local, HEADS, KV_HEADS, DIM, BLOCK_K, CONSUMERS)
     rings = make_rings(q_map, k_map, v_map, out_map, STAGES, CONSUMERS)
-    output = Output(out_map, out, gate, gate_stride)
+    output = Output(out_map, out, gate, gate_stride, Owners(out, rows, rows, False))
     gl.warp_specialize(
         [
             (_consume, (output, scale, rings, seq, 0, STAGES)),

@@ -130,6 +130,43 @@ def _qkv_fp8(
         )  # fmt: skip
 
 
+@triton.jit
+def _values_fp8(
+    values, valid_length, v, v_scale,
+    row_vectors, blocks, limit, inverse_limit, smallest,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr, KEYS: tl.constexpr,
+    PIECE: tl.constexpr,
+):  # fmt: skip
+    """A block of one head's values; programs are [blocks KV_HEADS], arguments as of `_qkv_fp8`."""
+    program = tl.program_id(0)
+    head = program % KV_HEADS
+    block = program // KV_HEADS
+    _quantize_values(
+        values + head * DIM, v + head.to(tl.int64) * DIM * blocks * KEYS,
+        v_scale + head * blocks + block, block, tl.load(valid_length), row_vectors * LANES,
+        blocks * KEYS, limit, inverse_limit, smallest, KEYS, DIM, PIECE,
+    )  # fmt: skip
+
+
+def values_fp8(x: Tensor, length: Tensor, kv_heads: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Values and their scales of `reference.qkv_fp8`, where q and k have been narrowed elsewhere.
+
+    x: [N, at least kv_heads dim] bf16 or fp32, rows that begin with all heads' values, contiguous
+    but for their stride; dim as for `qkv_fp8`. length: int32 scalar on the device. Returns v
+    [kv_heads, dim, keys] e4m3 and [kv_heads, keys / 128] fp32.
+    """
+    blocks: int = triton.cdiv(x.shape[0], FP8_KEYS)
+    v = x.new_empty((kv_heads, dim, blocks * FP8_KEYS), dtype=FP8)
+    v_scale = x.new_empty((kv_heads, blocks), dtype=torch.float32)
+    lanes = math.gcd(8, x.stride(0))
+    _values_fp8[(blocks * kv_heads,)](
+        x, length, v, v_scale, x.stride(0) // lanes, blocks, FP8_LIMIT, 1 / FP8_LIMIT,
+        SMALLEST_VALUE, KV_HEADS=kv_heads, DIM=dim, LANES=lanes, KEYS=FP8_KEYS, PIECE=PIECE,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return v, v_scale
+
+
 def qkv_fp8(
     qkv: Tensor,
     q_weight: Tensor,

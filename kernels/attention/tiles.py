@@ -337,6 +337,26 @@ def softmax(scores, scale, peak, total, PEAK: gl.constexpr):
 
 
 @aggregate
+class Owners:
+    """Which processes results are for where several share a sequence: equal runs of rows.
+
+    SHARED is false, and the others are not looked at, where all rows are this process's.
+    """
+
+    distances: gl.tensor  # a pointer to int64 [processes]: from `out` to theirs, in 8 elements
+    rows: gl.tensor  # of each
+    stride: gl.tensor  # elements of a row of `out`
+    SHARED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, distances, rows, stride, SHARED):
+        self.distances = distances
+        self.rows = rows
+        self.stride = stride
+        self.SHARED = gl.constexpr(SHARED)
+
+
+@aggregate
 class Output:
     """Where results [rows, heads D] go, and the gates [rows, heads] that they are scaled by."""
 
@@ -344,13 +364,15 @@ class Output:
     out: gl.tensor  # a pointer to the same
     gate: gl.tensor  # a pointer
     gate_stride: gl.tensor  # elements of a row
+    owners: Owners
 
     @gluon.constexpr_function
-    def __init__(self, out_map, out, gate, gate_stride):
+    def __init__(self, out_map, out, gate, gate_stride, owners):
         self.out_map = out_map
         self.out = out
         self.gate = gate
         self.gate_stride = gate_stride
+        self.owners = owners
 
     @gluon.jit
     def gated(self, factor, rows, first, head, layout: gl.constexpr):
@@ -364,10 +386,23 @@ class Output:
     def store(self, sums, staging, seq: Sequence, tile: Tile, first, layout: gl.constexpr):
         """A consumer's rows, rounded; of a frame's tile, which may end inside, by threads.
 
-        Elsewhere by the tensor map, from the shared memory `staging`.
+        Elsewhere by the tensor map, from the shared memory `staging`, or by threads to several
+        processes, whole rows of a head at a time.
         """
         result = sums.to(staging.dtype)
-        if seq.frames.LOCAL:
+        if self.owners.SHARED:
+            lanes: gl.constexpr = seq.DIM // 8
+            wide: gl.constexpr = gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+            staging.store(result)
+            row = first + gl.arange(0, ROWS, gl.SliceLayout(1, wide))
+            column = tile.head * seq.DIM + gl.arange(0, seq.DIM, gl.SliceLayout(0, wide))
+            exists = row < seq.rows
+            owner = row // self.owners.rows
+            away = gl.load(self.owners.distances + owner, mask=exists, other=0) * 8
+            start = away + (row - owner * self.owners.rows).to(gl.int64) * self.owners.stride
+            place = self.out + start[:, None] + column[None, :]
+            gl.store(place, staging.load(wide), mask=exists[:, None])
+        elif seq.frames.LOCAL:
             row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             column = tile.head * seq.DIM + gl.arange(0, seq.DIM, gl.SliceLayout(0, layout))
             place = self.out + row.to(gl.int64)[:, None] * (seq.HEADS * seq.DIM) + column[None, :]

@@ -6,7 +6,8 @@ for them, so it can be captured like any other. Room is for one exchange of each
 process writes to it again only once it has got the next exchange of the other kind, which all
 others send after they have read what is there.
 
-Nothing is exchanged by multicast, which some hosts do not allow.
+Attention over e4m3 sends less: q and k are narrowed on their way (`rows_to_heads_fp8`), and its own
+kernel writes results where they are wanted (`shared_rows`), so that a signal is all that is left.
 """
 
 from __future__ import annotations
@@ -14,26 +15,46 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from magihuman.kernels.attention.shared_rows import SharedRows
 from magihuman.kernels.jit import nvrtc
-from magihuman.kernels.reference import packed_width
+from magihuman.kernels.parallel.rooms import Gather, Room
+from magihuman.kernels.reference import (
+    FP8_LIMIT,
+    NORM_EPS,
+    SMALLEST_VALUE,
+    Counts,
+    packed_width,
+    run_starts,
+)
 
-SOURCE = Path(__file__).with_name("peer_exchange.cu")
+FOLDER = Path(__file__).parent
+SIGNAL = "peer_signal.cu"  # comes before each of the others
+SOURCES = {"exchange": "peer_exchange.cu", "exchange_qkv": "peer_qkv.cu"}  # of each kernel
 MOST = 8  # processes
 THREADS = 512
-ROW_BYTES = 256  # rooms begin at multiples of so many
-PAGE_BYTES = 2**21  # of device memory, which is mapped by whole pages
-HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 BLOCKS_EACH = 2  # of threads, on a multiprocessor
+NARROW_DIM = 128  # width of heads that are narrowed on their way
+ANGLES_OF = 16  # multiples of so many angles turn them
+VECTOR_BYTES = 16  # of loads
 
-Gather = Callable[[bytes], list[bytes]]
+
+class _Signal(ctypes.Structure):
+    """`Signal` of the source, field by field."""
+
+    _fields_ = [
+        ("flags", ctypes.c_void_p * MOST),
+        ("state", ctypes.c_void_p),
+        ("is_given_up", ctypes.c_void_p),
+        ("rank", ctypes.c_int),
+        ("ranks", ctypes.c_int),
+        ("is_alone", ctypes.c_int),
+    ]
 
 
 class _Exchange(ctypes.Structure):
@@ -42,118 +63,42 @@ class _Exchange(ctypes.Structure):
     _fields_ = [
         ("source", ctypes.c_void_p),
         ("target", ctypes.c_void_p * MOST),
-        ("flags", ctypes.c_void_p * MOST),
-        ("state", ctypes.c_void_p),
-        ("is_given_up", ctypes.c_void_p),
+        ("signal", _Signal),
         ("source_stride", ctypes.c_longlong),
         ("target_stride", ctypes.c_longlong),
         ("rows", ctypes.c_int),
-        ("rank", ctypes.c_int),
-        ("ranks", ctypes.c_int),
-        ("is_alone", ctypes.c_int),
         ("q", ctypes.c_int),
         ("kv", ctypes.c_int),
         ("gate", ctypes.c_int),
     ]
 
 
-@dataclass(frozen=True)
-class _Bytes:
-    """Device memory, for PyTorch to make a tensor of."""
+class _Qkv(ctypes.Structure):
+    """`Qkv` of the source, field by field."""
 
-    address: int
-    size: int
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        data = (self.address, False)
-        return {"shape": (self.size,), "typestr": "|u1", "data": data, "version": 3}
-
-
-def _allocate(size: int, device: torch.device) -> int:
-    """The address of device memory that other processes can map.
-
-    PyTorch's allocator cuts tensors out of larger blocks; this is a block of its own.
-
-    Raises `torch.OutOfMemoryError` where there is none.
-    """
-    from cuda.bindings import driver
-
-    with torch.cuda.device(device):
-        torch.cuda.empty_cache()
-        status, pointer = driver.cuMemAlloc(size)
-        if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise torch.OutOfMemoryError(f"no {size / 2**20:.0f} MiB for exchanges on {device}")
-        return int(nvrtc.check((status, pointer)))
-
-
-def _handle(address: int) -> bytes:
-    """What another process needs to map this memory."""
-    from cuda.bindings import driver
-
-    handle = nvrtc.check(driver.cuIpcGetMemHandle(address))
-    return ctypes.string_at(int(handle.getPtr()), HANDLE_BYTES)
-
-
-def _map(handle: bytes, device: torch.device) -> int:
-    """The address of another process's memory in this one."""
-    from cuda.bindings import driver
-
-    given = driver.CUipcMemHandle()
-    ctypes.memmove(int(given.getPtr()), handle, HANDLE_BYTES)
-    flag = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
-    with torch.cuda.device(device):
-        return int(nvrtc.check(driver.cuIpcOpenMemHandle(given, flag.value)))
-
-
-class _Room:
-    """Memory of this process for both kinds of exchange, and where it is in every process.
-
-    First come the flags, then what `rows_to_heads` gives, then what `heads_to_rows` gives.
-    """
-
-    def __init__(self, device: torch.device, heads_bytes: int, rows_bytes: int) -> None:
-        """Allocates; the others cannot write to it before `meet`."""
-        self.device = device
-        self.heads_bytes = -(-heads_bytes // ROW_BYTES) * ROW_BYTES
-        self.rows_bytes = rows_bytes
-        size = ROW_BYTES + self.heads_bytes + rows_bytes
-        self._address = _allocate(-(-size // PAGE_BYTES) * PAGE_BYTES, device)
-        starts = (0, ROW_BYTES, ROW_BYTES + self.heads_bytes)
-        sizes = (ROW_BYTES, self.heads_bytes, rows_bytes)
-        # Each has a storage of its own, as outputs of operators must.
-        flags, self.own_heads, self.own_rows = (
-            torch.as_tensor(_Bytes(self._address + start, size), device=device)
-            for start, size in zip(starts, sizes, strict=True)
-        )
-        flags.zero_()
-        self.state = torch.zeros(2, dtype=torch.int32, device=device)
-        self.addresses: list[int] = []
-
-    def meet(self, rank: int, gather: Gather) -> None:
-        """Have all processes map each other's room; all call this."""
-        torch.cuda.synchronize(self.device)  # flags are zero before anybody can set them
-        for other, handle in enumerate(gather(_handle(self._address))):
-            own = other == rank
-            self.addresses.append(self._address if own else _map(handle, self.device))
-
-    def leave(self, rank: int) -> None:
-        """Unmap the others' rooms, and give up this one."""
-        from cuda.bindings import driver
-
-        with torch.cuda.device(self.device):
-            for other, address in enumerate(self.addresses):
-                if other != rank:
-                    driver.cuIpcCloseMemHandle(address)
-            driver.cuMemFree(self._address)
-
-    def heads(self, rank: int) -> int:
-        """The address of what `rows_to_heads` gives in a process."""
-        return self.addresses[rank] + ROW_BYTES
-
-    def rows(self, rank: int) -> int:
-        """The address of what `heads_to_rows` gives in a process."""
-        return self.heads(rank) + self.heads_bytes
+    _fields_ = [
+        ("qkv", ctypes.c_void_p),
+        ("q_weight", ctypes.c_void_p),
+        ("k_weight", ctypes.c_void_p),
+        ("rope", ctypes.c_void_p),
+        ("qk_scale", ctypes.c_void_p),
+        ("target", ctypes.c_void_p * MOST),
+        ("signal", _Signal),
+        ("stride", ctypes.c_longlong),
+        ("k_at", ctypes.c_longlong),
+        ("rest_at", ctypes.c_longlong),
+        ("rest_stride", ctypes.c_int),
+        ("rows", ctypes.c_int),
+        ("audio_start", ctypes.c_int),
+        ("text_start", ctypes.c_int),
+        ("experts", ctypes.c_int),
+        ("angles", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("kv_heads", ctypes.c_int),
+        ("eps", ctypes.c_float),
+        ("of_gain", ctypes.c_float),
+        ("smallest", ctypes.c_float),
+    ]
 
 
 class Peers:
@@ -167,7 +112,7 @@ class Peers:
         if ranks > MOST:
             raise ValueError(f"at most {MOST} processes exchange by stores, got {ranks}")
         self.rank, self.ranks, self.device = rank, ranks, device
-        self._rooms: list[_Room] = []
+        self._rooms: list[Room] = []
         self._is_given_up = torch.zeros(1, dtype=torch.int32, pin_memory=True)
 
     def has_room(self, heads_bytes: int, rows_bytes: int) -> bool:
@@ -179,7 +124,7 @@ class Peers:
 
     def allocate(self, heads_bytes: int, rows_bytes: int) -> None:
         """Make room in this process. Raises `torch.OutOfMemoryError` or `RuntimeError` for none."""
-        self._rooms.append(_Room(self.device, heads_bytes, rows_bytes))
+        self._rooms.append(Room(self.device, heads_bytes, rows_bytes))
 
     def meet(self, gather: Gather) -> None:
         """Have all processes map the room that each has just made.
@@ -217,7 +162,7 @@ class Peers:
         shape = self._shape(qkv, out, rows, is_alone, room.heads)
         shape.q, shape.kv, shape.gate = q, kv, heads // ranks * size
         parts = (qkv.data_ptr(), shape.source_stride, shape.target_stride, q, kv)
-        self._launch(True, parts, size, shape)
+        self._copy(True, parts, size, shape)
         return out[:, : columns // ranks]
 
     def heads_to_rows(self, x: Tensor, ranks: int, is_alone: bool) -> Tensor:
@@ -228,28 +173,119 @@ class Peers:
         shape = self._shape(x, out, rows, is_alone, room.rows)
         shape.q = columns * size
         parts = (x.data_ptr(), shape.source_stride, shape.target_stride, shape.q)
-        self._launch(False, parts, size, shape)
+        self._copy(False, parts, size, shape)
         return out
 
-    def _shape(self, x: Tensor, out: Tensor, rows: int, is_alone: bool, place: Any) -> _Exchange:
-        room, shape = self._rooms[-1], _Exchange()
-        shape.source = x.data_ptr()
+    def narrows(
+        self, qkv: Tensor, tables: tuple[Tensor, Tensor, Tensor], heads: int, kv_heads: int
+    ) -> bool:
+        """Whether `rows_to_heads_fp8` takes this projection, and has room for it.
+
+        tables: its `q_weight`, `k_weight` and `rope`.
+        """
+        rows, columns = qkv.shape
+        dim = (columns - heads) // (heads + 2 * kv_heads)
+        if dim != NARROW_DIM or qkv.dtype != torch.bfloat16:
+            return False
+        starts = (x.data_ptr() for x in (qkv, *tables))
+        if math.gcd(VECTOR_BYTES, 2 * qkv.stride(0), *starts) < VECTOR_BYTES:
+            return False
+        angles, ranks = tables[2].shape[1] // 2, self.ranks
+        if angles % ANGLES_OF:
+            return False
+        room = self._rooms[-1].narrow(rows * ranks, heads // ranks, kv_heads // ranks, dim)
+        return room is not None
+
+    def rows_to_heads_fp8(
+        self,
+        qkv: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        rope: Tensor,
+        counts: Counts | None,
+        heads: int,
+        kv_heads: int,
+        is_alone: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`exchange.rows_to_heads_fp8` on the device, likewise, but for the values in e4m3.
+
+        Where `narrows`. counts, rope: of the rows of all processes.
+
+        Returns:
+            q [N, heads / ranks, D] and k [N, kv_heads / ranks, D] in e4m3, rows [V | gate] and
+            then zeros in bf16, and the scale [1] fp32 of q times k.
+        """
+        (rows, columns), ranks, room = qkv.shape, self.ranks, self._rooms[-1]
+        own, own_kv = heads // ranks, kv_heads // ranks
+        dim = (columns - heads) // (heads + 2 * kv_heads)
+        given = room.narrow(rows * ranks, own, own_kv, dim)
+        assert given is not None
+        scale = qkv.new_empty(1, dtype=torch.float32)
+        shape = _Qkv()
+        shape.qkv, shape.q_weight, shape.k_weight, shape.rope, shape.qk_scale = (
+            x.data_ptr() for x in (qkv, q_weight, k_weight, rope, scale)
+        )
+        for rank in range(ranks):
+            shape.target[rank] = room.heads(rank)
+        shape.signal = self._signal(is_alone)
+        shape.stride, shape.rest_stride = qkv.stride(0), given.rest.stride(0)
+        shape.k_at, shape.rest_at = given.k_at, given.rest_at
+        shape.rows, shape.heads, shape.kv_heads = rows, own, own_kv
+        shape.audio_start, shape.text_start = run_starts(counts, rows * ranks)
+        shape.experts, shape.angles = 1 if counts is None else 3, rope.shape[1] // 2
+        shape.eps, shape.of_gain, shape.smallest = NORM_EPS, dim**0.5 / FP8_LIMIT, SMALLEST_VALUE
+        self._launch(rows, "exchange_qkv", (), shape)
+        return given.q, given.k, given.rest, scale
+
+    def shared_rows(self, rows: int, columns: int, dtype: torch.dtype, alone: bool) -> SharedRows:
+        """Where heads of all rows are written to be `exchange.heads_to_rows`, before `meet_again`.
+
+        rows: of each process; columns: of one's heads.
+        """
+        room = self._rooms[-1]
+        out = _view(room.own_rows, dtype, rows, self.ranks * columns)
+        distances = room.no_distances if alone else room.distances
+        return SharedRows(out, self.rank * columns, distances)
+
+    def meet_again(self, is_alone: bool) -> None:
+        """Tell the others that what was launched before has written to their memory, and wait for
+        what they have told.
+        """
+        shape = _Exchange()
+        shape.signal = self._signal(is_alone)
+        self._launch(0, "exchange", (("PACK", 0), ("VECTOR", 16), ("ELEMENT", 2)), shape)
+
+    def _signal(self, is_alone: bool) -> _Signal:
+        room, signal = self._rooms[-1], _Signal()
         for rank in range(self.ranks):
-            shape.target[rank], shape.flags[rank] = place(rank), room.addresses[rank]
-        shape.state, shape.is_given_up = room.state.data_ptr(), self._is_given_up.data_ptr()
+            signal.flags[rank] = room.addresses[rank]
+        signal.state, signal.is_given_up = room.state.data_ptr(), self._is_given_up.data_ptr()
+        signal.rank, signal.ranks, signal.is_alone = self.rank, self.ranks, int(is_alone)
+        return signal
+
+    def _shape(self, x: Tensor, out: Tensor, rows: int, is_alone: bool, place: Any) -> _Exchange:
+        shape = _Exchange()
+        shape.source, shape.signal = x.data_ptr(), self._signal(is_alone)
+        for rank in range(self.ranks):
+            shape.target[rank] = place(rank)
         shape.source_stride = x.stride(0) * x.element_size()
         shape.target_stride = out.stride(0) * x.element_size()
-        shape.rows, shape.rank, shape.ranks = rows, self.rank, self.ranks
-        shape.is_alone = int(is_alone)
+        shape.rows = rows
         return shape
 
-    def _launch(self, pack: bool, parts: tuple[int, ...], size: int, shape: _Exchange) -> None:
-        warps = max(1, shape.rows * shape.ranks)
+    def _copy(self, pack: bool, parts: tuple[int, ...], size: int, shape: _Exchange) -> None:
+        macros = ("PACK", int(pack)), ("VECTOR", math.gcd(16, *parts)), ("ELEMENT", size)
+        self._launch(shape.rows, "exchange", macros, shape)
+
+    def _launch(
+        self, rows: int, name: str, macros: tuple[tuple[str, int], ...], shape: ctypes.Structure
+    ) -> None:
+        """A warp for what each row has for each process, as far as there are warps."""
+        warps = max(1, rows * self.ranks)
         most = BLOCKS_EACH * torch.cuda.get_device_properties(self.device).multi_processor_count
         blocks = min(-(-warps * 32 // THREADS), most)
         with torch.cuda.device(self.device):
-            kernel = _kernel(pack, math.gcd(16, *parts), size, self.device)
-            kernel.launch(blocks, THREADS, shape)
+            _kernel(name, macros, self.device).launch(blocks, THREADS, shape)
 
 
 def _view(memory: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -257,11 +293,16 @@ def _view(memory: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     return memory[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
+def source_of(name: str, macros: tuple[tuple[str, int], ...]) -> str:
+    """The CUDA C++ of a kernel, whole."""
+    lines = [f"#define {macro} {value}" for macro, value in macros]
+    files = [(FOLDER / file).read_text() for file in (SIGNAL, SOURCES[name])]
+    return "\n".join([*lines, *files])
+
+
 @functools.cache
-def _kernel(pack: bool, vector: int, element: int, device: torch.device) -> nvrtc.Kernel:
+def _kernel(name: str, macros: tuple[tuple[str, int], ...], device: torch.device) -> nvrtc.Kernel:
     """The compiled kernel, loaded into the context of the device, which must be current."""
     major, minor = torch.cuda.get_device_capability(device)
-    macros = {"PACK": int(pack), "VECTOR": vector, "ELEMENT": element}
-    lines = [f"#define {name} {value}" for name, value in macros.items()]
-    code = nvrtc.compile_cubin("\n".join([*lines, SOURCE.read_text()]), f"sm_{major}{minor}")
-    return nvrtc.Kernel(code, "exchange", 0)
+    code = nvrtc.compile_cubin(source_of(name, macros), f"sm_{major}{minor}")
+    return nvrtc.Kernel(code, name, 0)

@@ -97,6 +97,7 @@ def test_exchanges_by_stores_are_those_of_nccl(ranks: int) -> None:
         if team.exchange != "stores":
             pytest.skip("these GPUs cannot write to each other's memory")
         assert all(teams.exchange_both_ways(team))
+        assert all(teams.attend_both_ways(team))
     finally:
         team.close()
 

@@ -269,8 +269,44 @@ def exchange_both_ways(team: Team, _: object = None) -> list[bool]:
     return same
 
 
+def attend_both_ways(team: Team, _: object = None) -> list[bool]:
+    """On every process: whether attention over e4m3 by stores has the bits of that through NCCL, of
+    a few layers, one after another as a forward has them.
+    """
+    same = []
+    for heads, kv_heads, dim, rows in ((40, 8, 128, 1072), (8, 8, 128, 37), (24, 8, 32, 1)):
+        ranks, total = team.ranks, rows * team.ranks
+        columns = (heads + 2 * kv_heads) * dim + heads
+        team.reserve(*exchange.room_bytes(rows, columns, heads * dim, ranks, 2))
+        length = torch.tensor(max(1, total - 3), dtype=torch.int32, device=team.device)
+        counts = [total - total // 2 - total // 4, total // 4, total // 2]
+        made: list[list[torch.Tensor]] = []
+        for peers in (team._peers, None):
+            exchange.connect(peers)
+            torch.manual_seed(0)  # what all processes have alike
+            angle = torch.randn(total, 3 * dim // 8, device=team.device)
+            rope = torch.cat((angle.sin(), angle.cos()), dim=1)
+            norms = [0.3 * torch.randn(3 * dim, device=team.device) for _ in "qk"]
+            torch.manual_seed(1 + team.rank)
+            outs = []
+            for _ in range(3):
+                qkv = torch.randn(rows, columns + 8, device=team.device).bfloat16()[:, :columns]
+                parts = exchange.rows_to_heads_fp8(
+                    qkv, *norms, rope, length, counts, heads, kv_heads, ranks
+                )
+                out = exchange.gated_attention_fp8_to_rows(*parts, length, [], ranks, "gluon")
+                outs.append(out.clone())
+            made.append(outs)
+        exchange.connect(team._peers)
+        valid = min(rows, max(0, int(length) - team.rank * rows))
+        pairs = [(a[:valid], b[:valid]) for a, b in zip(*made, strict=True) if valid]
+        same += [torch.equal(a, b) for a, b in pairs]
+    return same
+
+
 def follow_exchanges(team: Team, payload: object) -> None:
     assert all(exchange_both_ways(team, payload))
+    assert all(attend_both_ways(team))
     while team.listen()[0] != CLOSE:
         pass
     team.close()

@@ -175,6 +175,13 @@ CASES: dict[str, Callable[[], list[Arguments]]] = {
         (torch.randn(6, QKV_ROWS).bfloat16(), HEADS, KV_HEADS, ranks) for ranks in (1, 2)
     ],
     "heads_to_rows": lambda: [(torch.randn(6, HEADS * DIM // r).bfloat16(), r) for r in (1, 2)],
+    "rows_to_heads_fp8": lambda: [
+        (*projection()[:3], torch.randn(6 * ranks, 12), LENGTH, rows, HEADS, KV_HEADS, ranks)
+        for ranks, rows in ((1, ROWS), (2, [9, 2, 1]))
+    ],
+    "gated_attention_fp8_to_rows": lambda: [
+        (*attended_fp8(), [], 1), (*attended_fp8(), [2, 2, 1], 2, "gluon")
+    ],
     "join_norm": lambda: [
         (video(2, 8, 3, 4, 5), None, None, None, "none", 1, 1, [False, False]),
         (

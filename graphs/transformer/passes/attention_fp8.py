@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from magihuman.graphs.rewrite import arguments, call
+from magihuman.graphs.rewrite import CompileError, arguments, call
 from magihuman.kernels import ops  # noqa: F401 - register torch.ops.magihuman
 from magihuman.kernels.jit import UNSET
 from magihuman.kernels.parallel import exchange  # noqa: F401 - register torch.ops.magihuman
@@ -15,8 +15,9 @@ from magihuman.kernels.parallel import exchange  # noqa: F401 - register torch.o
 OPS = torch.ops.magihuman
 
 # Arguments that the e4m3 operators take over from those whose places they take.
-SPLIT = ("qkv", "q_weight", "k_weight", "rope", "attended_rows", "heads", "kv_heads")
-ATTENTION = ("gate", "length", "local")
+TABLES = ("q_weight", "k_weight", "rope", "attended_rows")
+PROJECTION = ("qkv", "heads", "kv_heads")
+ATTENTION = ("length", "local")
 
 
 def run(graph: fx.Graph) -> int:
@@ -30,38 +31,72 @@ def run(graph: fx.Graph) -> int:
             continue
         split = arguments(node)["q"].args[0]  # q, k and v are the items of one
         projection = arguments(split)["qkv"]
-        if projection.target is OPS.rows_to_heads.default:
-            projection = arguments(projection)["qkv"]
+        exchanged = projection if projection.target is OPS.rows_to_heads.default else None
+        if exchanged is not None:
+            projection = arguments(exchanged)["qkv"]
         if projection.target is OPS.linear_fp8.default:
-            _replace(graph, node, split)
+            _replace(graph, node, split, exchanged)
             done += 1
     return done
 
 
-def _replace(graph: fx.Graph, attention: fx.Node, split: fx.Node) -> None:
-    """Put the e4m3 operators in place of attention and of what makes its q, k and v."""
-    attended, parts = arguments(attention), arguments(split)
+def _replace(
+    graph: fx.Graph, attention: fx.Node, split: fx.Node, exchanged: fx.Node | None
+) -> None:
+    """Put the e4m3 operators in place of attention and of what makes its q, k and v.
+
+    exchanged: the rows for heads that these are made of, where processes share a sequence. Both
+    exchanges are then taken in.
+    """
+    attended, tables = arguments(attention), {n: arguments(split)[n] for n in TABLES}
+    shared, last = {}, attention
+    source = split
+    if exchanged is not None:
+        shared["ranks"] = arguments(exchanged)["ranks"]
+        source, last = exchanged, _back(attention)
     with graph.inserting_before(attention):
-        narrow = call(
+        parts = call(
             graph,
-            OPS.qkv_fp8.default,
+            OPS.qkv_fp8.default if exchanged is None else OPS.rows_to_heads_fp8.default,
             length=attended["length"],
-            **{name: parts[name] for name in SPLIT},
+            **tables,
+            **{name: arguments(source)[name] for name in PROJECTION},
+            **shared,
         )
-        q, k, v, qk_scale, v_scale = (
-            graph.call_function(operator.getitem, (narrow, i)) for i in range(5)
-        )
+        names = ("q", "k", "v", "qk_scale", "v_scale", *(("gate",) if shared else ()))
+        narrow = {
+            name: graph.call_function(operator.getitem, (parts, i)) for i, name in enumerate(names)
+        }
         out = call(
             graph,
-            OPS.gated_attention_fp8.default,
-            q=q,
-            k=k,
-            v=v,
-            qk_scale=qk_scale,
-            v_scale=v_scale,
+            (OPS.gated_attention_fp8_to_rows if shared else OPS.gated_attention_fp8).default,
+            **{"gate": attended["gate"], **narrow},
             backend=UNSET,
             **{name: attended[name] for name in ATTENTION},
+            **shared,
         )
-    attention.replace_all_uses_with(out)
-    for node in (attention, attended["q"], attended["k"], attended["v"], split):
+    last.replace_all_uses_with(out)
+    between = [] if last is attention else [last, *_chain(last, attention)]
+    for node in (*between, attention, attended["q"], attended["k"], attended["v"], split):
         graph.erase_node(node)
+
+
+def _back(attention: fx.Node) -> fx.Node:
+    """The exchange of heads for rows that attention's result goes to, flattened, and alone."""
+    node = attention
+    while node.target is not OPS.heads_to_rows.default:
+        if len(node.users) != 1:
+            raise CompileError(
+                f"attention in the sharing of a sequence must be followed by one heads_to_rows,"
+                f" {node} has {len(node.users)} users; mend passes/attention_fp8.py"
+            )
+        node = next(iter(node.users))
+    return node
+
+
+def _chain(last: fx.Node, attention: fx.Node) -> list[fx.Node]:
+    """What lies between attention and its exchange, the last first."""
+    nodes = list(last.all_input_nodes)
+    while nodes[-1] is not attention:
+        nodes.extend(nodes[-1].all_input_nodes)
+    return nodes[:-1]

@@ -195,6 +195,43 @@ def test_exchanges_are_operators_of_the_graph(ranks: int, tmp_path: Path) -> Non
     assert graph_cache.key_of(*key, ranks=ranks) != graph_cache.key_of(*key)
 
 
+@pytest.mark.parametrize("keep", ["none", ["block.layers.1.*"]])
+def test_exchanges_are_taken_in_by_attention_over_e4m3(
+    keep: str | list[str], tmp_path: Path
+) -> None:
+    """In the layers whose projection is quantised; the others exchange as they do in bf16."""
+    config = dataclasses.replace(golden.dit(local=False).config, hidden_size=128, kv_heads=4)
+    model = DiT(config)
+    quantization.quantize_model(model, quantization.quantized_linears(config, keep))
+    compiling.pad_weights(model, config)
+    sharding = ref.Sharding.of(LAYOUTS[0].counts, 2)
+    made = []
+    for narrow in (False, True):
+        context = Context(config, sharding.own_counts(1), torch.bfloat16, CPU, sharding=sharding)
+        options = CompileOptions(cache=tmp_path, fp8_attention=narrow)
+        module, _ = compiling.compile_forward(model, context, options)
+        names = Counter(str(node.target).split(".")[1] for node in module.graph.nodes
+                        if str(node.target).startswith("magihuman."))  # fmt: skip
+        narrowed = config.num_layers - (keep != "none") if narrow else 0
+        assert names["rows_to_heads_fp8"] == names["gated_attention_fp8_to_rows"] == narrowed
+        plain = config.num_layers - narrowed
+        assert names["rows_to_heads"] == names["heads_to_rows"] == plain
+        assert names["gated_attention"] == names["qk_norm_rope"] == plain
+        assert names["gated_attention_fp8"] == names["qkv_fp8"] == 0
+        chosen = [arguments(n) for n in module.graph.nodes if "fp8_to_rows" in str(n.target)]
+        assert all(given["ranks"] == 2 and given["backend"] == UNSET for given in chosen)
+        torch.manual_seed(0)
+        inputs = golden.inputs_of(model, dataclasses.replace(LAYOUTS[0], text=sharding.counts[2]))
+        for (name, value), rows in zip(inputs.items(), sharding.own(1), strict=False):
+            inputs[name] = value[rows]
+        length = torch.tensor(LAYOUTS[0].tokens, dtype=torch.int32)
+        with exchange.apart():
+            made.append(module(*inputs.values(), length))
+    for plain_stream, narrow_stream in zip(*made, strict=True):
+        if len(plain_stream):
+            assert 0 < golden.error(narrow_stream, plain_stream) < 0.1
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_frame_local_layers(quantized: bool, tmp_path: Path) -> None:
     """One capture for any number of frames, size of frames and reach."""

@@ -75,6 +75,30 @@ def test_apart_nothing_is_exchanged() -> None:
         exchange.rows_to_heads(qkv, HEADS, KV_HEADS, 2)
 
 
+@pytest.mark.parametrize("counts", [None, (6, 3, 1)])
+def test_narrowed_heads_are_those_of_the_exchanged_projection(counts: ref.Counts | None) -> None:
+    """And what is attended with them comes back as it would from the heads of several."""
+    torch.manual_seed(0)
+    dim, heads, kv_heads, ranks = 16, 4, 2, 2
+    qkv = torch.randn(ROWS, (heads + 2 * kv_heads) * dim + heads).bfloat16()
+    weights = [torch.randn(dim * (3 if counts else 1)) for _ in "qk"]
+    rope, length = torch.randn(ranks * ROWS, 12), torch.tensor(2 * ROWS - 1, dtype=torch.int32)
+    rows = list(counts or ())
+    with exchange.apart():
+        whole = exchange.rows_to_heads(qkv, heads, kv_heads, ranks)
+        own = heads // ranks, kv_heads // ranks
+        right = ref.qkv_fp8(whole, *weights, rope, length, counts, *own)
+        *made, gate = exchange.rows_to_heads_fp8(
+            qkv, *weights, rope, length, rows, heads, kv_heads, ranks
+        )
+        out = exchange.gated_attention_fp8_to_rows(*made, gate, length, [], ranks)
+        back = exchange.heads_to_rows(ref.attention_fp8(*right, gate, length).flatten(1), ranks)
+    for mine, theirs in zip(made, right, strict=True):
+        assert torch.equal(mine.float(), theirs.float())
+    assert torch.equal(gate, whole[:, -own[0] :])
+    assert torch.equal(out, back) and out.shape == (ROWS, heads * dim)
+
+
 def test_fake_results_have_the_strides_of_real_ones() -> None:
     qkv = projection()
     with exchange.apart():
