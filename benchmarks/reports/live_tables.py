@@ -11,10 +11,10 @@ def live_lines(figures: dict[str, Any]) -> list[str]:
     """Of each number of GPUs in each precision, and of nano on the CPU."""
     machine = figures["environment"]
     rows = [
-        _row(f"{precision}, {ranks} GPU{'' if ranks == '1' else 's'}", of_ranks[ranks])
+        _row(_name(precision, ranks, found), found)
         for precision, of_ranks in figures.items()
         if precision not in BESIDE
-        for ranks in of_ranks
+        for ranks, found in of_ranks.items()
     ]
     if "nano" in figures:
         nano = figures["nano"]
@@ -32,6 +32,12 @@ def live_lines(figures: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
         *rows,
     ]
+
+
+def _name(precision: str, ranks: str, found: dict[str, Any]) -> str:
+    """What a row is called, with its GPU where it is not that of the others."""
+    gpu = found.get("environment", {}).get("gpu")
+    return f"{precision}, {ranks} GPU{'' if ranks == '1' else 's'}" + (f", {gpu}" if gpu else "")
 
 
 def _row(name: str, found: dict[str, Any]) -> str:

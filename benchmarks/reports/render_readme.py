@@ -114,7 +114,7 @@ def headline_table(folder: Path) -> list[str]:
                 f"{request[name]['stages_s']['denoise']:.2f} s" if name in request else ""
                 for name in PRECISIONS
             ],
-            f"`torch.compile`, bf16: {compiled_s:.2f} s",
+            f"`torch.compile`, bf16: {compiled_s:.2f} s{elsewhere(forward, machine)}",
         ),
     ]
     for size in ("540p", "1080p"):
@@ -124,7 +124,8 @@ def headline_table(folder: Path) -> list[str]:
             for name in PRECISIONS
         ]
         published = f"published: {sizes[size]['published_s']:.1f} s"
-        rows.append((f"noise to frames of {width}x{height}", sums, published))
+        name = f"noise to frames of {width}x{height}{elsewhere(sizes, machine)}"
+        rows.append((name, sums, published))
     return [
         f"| a clip of 5 s on one {machine.get('gpu', 'CPU')} | {' | '.join(PRECISIONS)}"
         " | for comparison |",
@@ -136,6 +137,12 @@ def headline_table(folder: Path) -> list[str]:
         f"{forward['compiled_8_steps_ms'] / 1e3:.2f} s. The published seconds are the authors' own."
         f" {machine['date']}, torch {machine['torch']}.",
     ]
+
+
+def elsewhere(figures: dict[str, Any], machine: dict[str, Any]) -> str:
+    """The GPU of these figures, where it is not that of the table they are in."""
+    gpu = figures["environment"].get("gpu")
+    return "" if gpu == machine.get("gpu") else f", {gpu or 'CPU'}"
 
 
 def denoising_table(forward: dict[str, Any]) -> list[str]:
@@ -432,6 +439,7 @@ def request_table(figures: dict[str, Any], decoding: dict[str, Any]) -> list[str
     """Whole requests by precision, from the prompt to the file."""
     names = [name for name in PRECISIONS if name in figures]
     own = [figures[name] for name in names]
+    machine = figures["environment"]
     soft_s, noise_s = after_last_frame_s(decoding)
     rows = [
         ("text", [f"{f['stages_s']['text']:.3f} s" for f in own]),
@@ -450,8 +458,8 @@ def request_table(figures: dict[str, Any], decoding: dict[str, Any]) -> list[str
         f"|---|{'---|' * len(names)}",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
         "",
-        "Medians of one run. Random weights make frames of noise, which is the most work there is"
-        " for the mp4",
+        f"Medians of one run, {machine.get('gpu', 'CPU')}, {machine['date']}. Random weights make"
+        " frames of noise, which is the most work there is for the mp4",
         f"encoder; in the run of the decoders a file of soft content ended {noise_s - soft_s:.2f} s"
         " sooner.",
     ]

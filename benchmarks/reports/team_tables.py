@@ -139,7 +139,8 @@ def exchange_lines(figures: dict[str, Any]) -> list[str]:
     columns = [count for count in counts(figures) if count != "1"]
     heads = [f"{count} GPUs" for count in columns]
     return [
-        f"| share of exchanges, waiting for the others included | {' | '.join(heads)} |",
+        "| share of exchanges, with the norms of q and k and waiting for the others"
+        f" | {' | '.join(heads)} |",
         "|---|" + "---|" * len(columns),
         *(f"| {name} | {' | '.join(own.get(c, '') for c in columns)} |" for name, own in rows),
     ]
