@@ -31,7 +31,6 @@ HEADS, KV_HEADS, DIM = 40, 8, 128
 TOKENS = {"256p": 4286, "540p": 14_784, "1080p": 65_728}
 TINY_TOKENS = {"256p": 64}
 LAYERS, ROUNDS = 20, 7  # exchanges in a graph, and how often it is timed
-KINDS = ("rows_to_heads", "heads_to_rows", "narrowed", "attended")
 KEPT = "attended, kept here"
 
 Exchanged = Callable[[], Tensor]
@@ -61,23 +60,23 @@ def exchanges(team: Team, rows: int) -> dict[str, tuple[Exchanged, int]]:
 
     parts = [part.clone() for part in narrowed()]
     exchange.heads_to_rows(out, ranks)  # now all have theirs, and the room may be written to again
-    wide, narrow = (total // ranks * n * (ranks - 1) for n in (columns * 2, width * 2))
-    bytes_narrowed = (HEADS + KV_HEADS) * DIM + 2 * KV_HEADS * DIM + 2 * HEADS
-    return {
-        KINDS[0]: (
-            lambda: exchange.rows_to_heads(qkv, HEADS, KV_HEADS, ranks),
-            wide // ranks,
-        ),
-        KINDS[1]: (lambda: exchange.heads_to_rows(out, ranks), narrow // ranks),
-        KINDS[2]: (
-            lambda: narrowed()[2],
-            rows * bytes_narrowed * (ranks - 1) // ranks,
-        ),
-        KINDS[3]: (
-            lambda: exchange.gated_attention_fp8_to_rows(*parts, length, [], ranks, "gluon"),
-            narrow // ranks,
+    narrow = (HEADS + KV_HEADS) * DIM + 2 * KV_HEADS * DIM + 2 * HEADS
+    row_bytes = {
+        "rows_to_heads": 2 * columns,
+        "heads_to_rows": 2 * width,
+        "narrowed": narrow,
+        "attended": 2 * width,
+    }
+    runs: dict[str, Exchanged] = {
+        "rows_to_heads": lambda: exchange.rows_to_heads(qkv, HEADS, KV_HEADS, ranks),
+        "heads_to_rows": lambda: exchange.heads_to_rows(out, ranks),
+        "narrowed": lambda: narrowed()[2],
+        "attended": lambda: exchange.gated_attention_fp8_to_rows(
+            *parts, length, [], ranks, "gluon"
         ),
     }
+    others = ranks - 1
+    return {n: (run, rows * row_bytes[n] * others // ranks) for n, run in runs.items()}
 
 
 def replayed(run: Exchanged, device: torch.device, is_kept: bool = False) -> Callable[[], object]:
@@ -130,7 +129,7 @@ def measure(team: Team, tokens: dict[str, int]) -> dict[str, Any]:
             }
             figures["error"] = max(error(other.float(), first) for other in made.values())
             found.setdefault(clip, {"rows": rows})[kind] = figures
-            if kind == KINDS[3] and peers is not None:
+            if kind == "attended" and peers is not None:
                 again = replayed(run, team.device, is_kept=True)
                 found[clip][KEPT] = {"stores_us": statistics.median(timed_us(again, team.device))}
     return found

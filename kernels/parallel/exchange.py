@@ -205,7 +205,7 @@ def gated_attention_fp8_to_rows(
     dtype, for q of [rows, heads, D].
     """
     scales = qk_scale, v_scale
-    if q.is_cuda and _peers is not None and not local:
+    if q.is_cuda and _peers is not None and not local and gate.dtype == torch.bfloat16:
         from magihuman.kernels.attention import backends
 
         if backend == backends.LOCAL:

@@ -87,7 +87,7 @@ def _back(attention: fx.Node) -> fx.Node:
     while node.target is not OPS.heads_to_rows.default:
         if len(node.users) != 1:
             raise CompileError(
-                f"attention in the sharing of a sequence must be followed by one heads_to_rows,"
+                "attention of several processes must go into one heads_to_rows and nowhere else,"
                 f" {node} has {len(node.users)} users; mend passes/attention_fp8.py"
             )
         node = next(iter(node.users))
