@@ -32,6 +32,7 @@ from magihuman.kernels.parallel import exchange
 from magihuman.runtime.model import tokens
 from magihuman.runtime.model.dit import DiT
 from magihuman.runtime.pipeline import denoise
+from magihuman.runtime.weights import random_weights
 
 CPU = torch.device("cpu")
 OPS = torch.ops.magihuman
@@ -201,7 +202,7 @@ def test_exchanges_are_taken_in_by_attention_over_e4m3(
 ) -> None:
     """In the layers whose projection is quantised; the others exchange as they do in bf16."""
     config = dataclasses.replace(golden.dit(local=False).config, hidden_size=128, kv_heads=4)
-    model = DiT(config)
+    model = random_weights.dit(config, 0, CPU, torch.bfloat16, "distill")
     quantization.quantize_model(model, quantization.quantized_linears(config, keep))
     compiling.pad_weights(model, config)
     sharding = ref.Sharding.of(LAYOUTS[0].counts, 2)
