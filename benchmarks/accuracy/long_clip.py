@@ -4,10 +4,10 @@
         [--ways long continued live] [--folder RESULTS] [--tiny]
 
 The voice is what the model's own four say, in turn, with pauses between. It is given whole to
-`generate_long`, in pieces to `generate` with `continue_from`, and to `live` at once. Mouth and
-sound are compared in every 5 s: the worst stretch of all seeds counts. A join is the step between
-the two frames on either side of it, over the median step of the clip; the background is its mean
-colour in every window, against the first.
+`generate_long`, in pieces that end in pauses to `generate` with `continue_from`, and to `live` at
+once. Mouth and sound are compared in every 5 s: the worst stretch of all seeds counts. A join is
+the larger of the steps to the first frame of a window and from it, over the median step of the
+clip; the background is its mean colour in every window, against the first.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from harness import environment
 from harness.measure import resident_bytes
 from magihuman import runtime
 from magihuman.runtime import config
+from magihuman.runtime.engine.long import cuts
 from magihuman.runtime.evaluate.clip_score import (
     REGIONS,
     box,
@@ -45,7 +46,7 @@ FRAME = RATE // config.FPS
 SECONDS, STRETCH_S = 30.0, 5.0
 PAUSES_S = (0.4, 0.8, 0.24, 0.6, 1.0)
 SIZE: dict[str, int] = {}  # of the clips, where not the model's own
-PIECE_S = 3.2  # of `continued`: what the model has learnt
+PIECE_S = 3.2  # of `continued`, at most: what the model has learnt
 
 Wave = npt.NDArray[np.float32]
 Frames = npt.NDArray[np.uint8]
@@ -71,15 +72,27 @@ def long(engine: runtime.Engine, prompt: str, wave: Wave, seed: int) -> Iterator
 
 
 def continued(engine: runtime.Engine, prompt: str, wave: Wave, seed: int) -> Iterator[Piece]:
-    """A clip for each piece of the voice, from the one before, whose last frame is its first."""
+    """A clip for each piece of the voice, from the one before, whose last frame is its first.
+
+    Pieces end in pauses, as somebody would cut a voice who hears it. Of the frame that two clips
+    share the mean of both is shown.
+    """
     before: runtime.Video | None = None
-    length = round(PIECE_S * config.FPS)
-    for number in range(len(wave) // FRAME // length):
-        part = wave[number * length * FRAME : ((number + 1) * length + 1) * FRAME]
-        asked = {"audio": part, "seed": seed + number, "seconds": PIECE_S, **SIZE}
-        video = engine.generate(prompt, continue_from=before, **asked)
-        yield video.frames[0 if before is None else 1 :], resident_bytes("VmRSS")
-        before = video
+    shared: Frames | None = None
+    stride = config.VIDEO_STRIDE[0]
+    frames = (len(wave) // FRAME - 1) // stride * stride
+    longest = round(PIECE_S * config.FPS)
+    points = cuts(0, frames, longest, loudness(wave, RATE, config.FPS, frames + 1))
+    for number, (first, last) in enumerate(itertools.pairwise(points)):
+        part = wave[first * FRAME : (last + 1) * FRAME]
+        asked = {"audio": part, "seed": seed + number, "seconds": (last - first) / config.FPS}
+        video = engine.generate(prompt, continue_from=before, **asked, **SIZE)
+        made = video.frames.copy()
+        if shared is not None:
+            made[0] = (shared.astype(np.uint16) + made[0] + 1) // 2
+        is_last = last == points[-1]
+        yield made if is_last else made[:-1], resident_bytes("VmRSS")
+        before, shared = video, made[-1]
 
 
 def live(engine: runtime.Engine, prompt: str, wave: Wave, seed: int) -> Iterator[Piece]:
@@ -113,7 +126,8 @@ def figures_of(pieces: list[Piece], wave: Wave) -> dict[str, Any]:
         "windows": len(pieces),
         "synchrony": [one.correlation for one in found],
         "lag": [one.lag_frames for one in found],
-        "largest join": max(float(steps[j - 1]) for j in joins) / float(np.median(steps)),
+        "largest join": max(float(steps[j - 1 : j + 1].max()) for j in joins)
+        / float(np.median(steps)),
         "background": max(float(np.abs(colour - colours[0]).max()) for colour in colours),
         "resident growth, bytes": rss[-1] - rss[len(rss) // 3],
     }

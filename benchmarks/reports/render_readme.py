@@ -46,6 +46,7 @@ FILES = {  # which tables each has
         "request",
         "several-gpus",
         "live",
+        "long",
         "loading",
         "kernels",
         "checks",
@@ -72,6 +73,7 @@ def tables(folder: Path) -> dict[str, str]:
         "headline-gpus": team_tables.headline_lines(folder),
         "several-gpus": team_tables.lines(folder),
         "live": live_table(folder),
+        "long": long_table(folder),
         "denoising": denoising_table(result("compiled_forward")),
         "fp8": fp8_table(result("fp8")),
         "fp8-errors": error_table(result("fp8_errors")),
@@ -481,6 +483,13 @@ def power_table(folder: Path) -> list[str]:
     if not (folder / "power.json").exists():
         return []
     return power_tables.power_lines(read(folder, "power"))
+
+
+def long_table(folder: Path) -> list[str]:
+    """Long clips of nano; nothing where they were not measured."""
+    if not (folder / "long_clip.json").exists():
+        return []
+    return live_tables.long_lines(read(folder, "long_clip"))
 
 
 def live_table(folder: Path) -> list[str]:
