@@ -31,7 +31,7 @@ def asking(local, path: str, more: str = "", *, patience_s: float = 60) -> Itera
 def half_sent(local, content: bytes, length: int, kind: str) -> Iterator[socket.socket]:
     """A client whose body, of this length and type, does not come to its end."""
     host, port = _place(local.url)
-    with socket.create_connection((host, port), timeout=60) as connection:
+    with socket.create_connection((host, port), timeout=300) as connection:
         lines = [
             "POST /v1/videos HTTP/1.1",
             f"Host: {host}",

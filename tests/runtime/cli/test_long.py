@@ -89,7 +89,7 @@ def test_what_was_finished_when_it_was_killed_can_be_played(tiny_dir, tmp_path):
         try:
             until(lambda: path.exists() and path.stat().st_size > 20_000)
             process.kill()
-            assert process.wait(60) == -signal.SIGKILL
+            assert process.wait(300) == -signal.SIGKILL
         finally:
             process.kill()
     frames, fps = read_frames(path)

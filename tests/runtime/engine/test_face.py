@@ -121,7 +121,7 @@ def test_the_next_voice_is_encoded_while_this_window_denoises(engine, monkeypatc
         if ready.is_set() and progress.stage == "denoise" and progress.step == 1:
             with encoded:
                 before = rehearsed + 1 + len(overlaps)
-                overlaps.append(encoded.wait_for(lambda: counts["voice"] > before, timeout=60))
+                overlaps.append(encoded.wait_for(lambda: counts["voice"] > before, timeout=300))
 
     def note() -> None:
         nonlocal rehearsed
@@ -203,7 +203,7 @@ def test_what_is_cancelled_ends(engine, how):
         assert engine.queue_length == 0
     else:
         del stream
-    assert closed.wait(60)
+    assert closed.wait(300)
     voice.feed(np.zeros(100, np.float32))  # nobody's any more, and no error
 
 

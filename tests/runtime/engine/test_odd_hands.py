@@ -174,7 +174,7 @@ def test_nor_may_a_callback_wait_for_a_stream_behind_it(fresh):
     gate = threading.Event()
 
     def on_progress(progress: Progress) -> None:
-        assert gate.wait(60)
+        assert gate.wait(300)
         if progress.stage == "denoise" and not errors:
             try:
                 next(streams[0])

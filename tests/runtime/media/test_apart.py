@@ -140,7 +140,7 @@ def test_a_process_killed_while_it_decodes_costs_one_file(face, number):
         os.kill(process, number)
         os.kill(process, signal.SIGCONT)
         with pytest.raises(InvalidRequestError, match=f"got one that ends its .*{name}"):
-            asked.result(60)
+            asked.result(300)
     (fresh,) = decoders.processes()  # starts at once, for the next file
     assert fresh != process
     decoders.run("image", image_task(face))
@@ -171,7 +171,7 @@ def test_a_process_that_a_file_has_taken_over_costs_one_file(face, answer):
         with place.open("wb", buffering=0) as its_own, suppress(BrokenPipeError):
             its_own.write(answer)
         with pytest.raises(InvalidRequestError, match="got one that makes its decoder say"):
-            asked.result(60)
+            asked.result(300)
     assert process not in decoders.processes()
     decoders.run("image", image_task(face))
     decoders.close()
@@ -234,13 +234,13 @@ def test_a_process_ends_after_so_many_files_and_with_its_parent(face, monkeypatc
     assert len(set(seen)) == 3 and seen[1] == seen[2]
     process = decoders._idle[0]
     process._process.stdin.close()  # as when its parent ends
-    assert process._process.wait(60) == 0
+    assert process._process.wait(300) == 0
     decoders.close()
 
 
 def test_many_threads_share_them(tmp_path, face):
     decoders = Decoders()
-    at_once = threading.Barrier(4, timeout=60)
+    at_once = threading.Barrier(4, timeout=300)
 
     def run(index: int) -> bool:
         task = ImageTask(str(face), str(tmp_path / str(index)), PIXELS, FORMATS)

@@ -660,7 +660,7 @@ def test_an_image_given_to_six_threads_at_once(tmp_path, suffix):
     expected = np.asarray(open_image(path))
     with ThreadPoolExecutor(6) as pool:
         for _ in range(40):
-            at_once = threading.Barrier(6, timeout=60)
+            at_once = threading.Barrier(6, timeout=300)
             with Image.open(path) as image:
 
                 def read(image=image, at_once=at_once) -> bool:

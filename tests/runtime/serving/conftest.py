@@ -46,7 +46,7 @@ class Local(Client):
 
     def run(self, coroutine: Any) -> Any:
         """In the server's own thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop[0]).result(60)
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop[0]).result(300)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def served(
     finally:
         for end in endings:
             end()
-        thread.join(60)
+        thread.join(300)
         DECODERS.close()
 
 
@@ -325,7 +325,7 @@ def server_at(tiny_dir, tmp_path) -> Iterator[Callable[[Path], Server]]:
             command += ["--model", str(tiny_dir), "--folder", str(folder), "--device", "cpu"]
             command += ["--port", str(port)]
             url = f"http://127.0.0.1:{port}"
-            http = made.enter_context(httpx.Client(base_url=url, headers=BEARER, timeout=60))
+            http = made.enter_context(httpx.Client(base_url=url, headers=BEARER, timeout=300))
             server = Server(http, command, tmp_path / "log", url)
             made.callback(server.end)
             return server
@@ -352,7 +352,7 @@ def one_server(tiny_dir, tmp_path_factory) -> Iterator[Server]:
     command = [sys.executable, "-m", "magihuman.runtime.cli", "serve"]
     command += [str(part) for option in options.items() for part in option]
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, headers=BEARER, timeout=60) as http:
+    with httpx.Client(base_url=url, headers=BEARER, timeout=300) as http:
         running = Server(http, command, folder / "log", url)
         yield running
         with suppress(httpx.TransportError):

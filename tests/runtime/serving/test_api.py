@@ -670,7 +670,7 @@ def test_a_decoder_that_crashes_costs_one_answer(local, settings, voice, number)
         time.sleep(0.1)  # it has the task, and does not go on with it
         os.kill(process, number)
         os.kill(process, signal.SIGCONT)
-        error = error_of(asked.result(60), 422)
+        error = error_of(asked.result(300), 422)
     assert error["param"] == "audio" and number.name in error["message"]
     local.when(kept, "completed")
     local.when(local.create(SMALL, audio=voice.read_bytes()), "completed")
@@ -739,7 +739,7 @@ def test_a_body_that_takes_too_long(local, monkeypatch):
 
 
 def test_few_uploads_are_decoded_at_once(local):
-    decoding, most, full = [], [], threading.Barrier(WRITERS, timeout=60)
+    decoding, most, full = [], [], threading.Barrier(WRITERS, timeout=300)
 
     def fill(folder) -> None:
         decoding.append(folder)
@@ -899,7 +899,7 @@ def test_draining(settings, replica, serve_here):
     kept = Kept(replica)
     with serve_here(settings, replica, kept.make) as local:
         running = local.create()
-        assert kept.made.wait(60)
+        assert kept.made.wait(300)
         beside = local.create(ENDLESS)
         local.when(beside, "in_progress")
         waiting = local.create()

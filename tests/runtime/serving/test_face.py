@@ -31,7 +31,7 @@ def settings(tmp_path) -> Settings:
 
 def talk(local, **headers: str) -> ClientConnection:
     address = local.url.replace("http:", "ws:") + "/v1/live"
-    return connect(address, additional_headers=headers, proxy=None, open_timeout=60)
+    return connect(address, additional_headers=headers, proxy=None, open_timeout=300)
 
 
 def picture(face: Path) -> str:

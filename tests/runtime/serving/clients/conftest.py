@@ -47,7 +47,7 @@ def nano(clients, one_server, tmp_path_factory) -> Iterator:
     for option in ("--folder", "--port", "--device"):
         place = like.command.index(option)
         ours += like.command[place : place + 2]
-    with httpx.Client(base_url=like.url, headers=BEARER, timeout=60) as http:
+    with httpx.Client(base_url=like.url, headers=BEARER, timeout=300) as http:
         server = dataclasses.replace(like, http=http, command=[*ours, "--model", "nano"])
         server.start()
         yield server

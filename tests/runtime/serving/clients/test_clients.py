@@ -173,7 +173,7 @@ def litellm(program, nano, folder: Path, port: int):
         )
     try:
         bearer = {"Authorization": f"Bearer {KEY}"}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=bearer, timeout=60) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=bearer, timeout=300) as http:
 
             def is_ready() -> bool:
                 assert process.poll() is None, (folder / "log").read_text()
@@ -186,7 +186,7 @@ def litellm(program, nano, folder: Path, port: int):
             yield http
     finally:
         process.kill()
-        process.wait(60)
+        process.wait(300)
 
 
 def test_litellm_in_front(nano, program, tmp_path):

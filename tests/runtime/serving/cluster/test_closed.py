@@ -52,7 +52,7 @@ def test_a_pickle_is_not_opened_for_a_stranger(server, tmp_path):
         for metadata in ((), (("authorization", "Bearer " + "0" * 64),)):
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
                 with pytest.raises(grpc.RpcError) as refused:
-                    ASGIServiceStub(channel).HandleRequest(request, timeout=30, metadata=metadata)
+                    ASGIServiceStub(channel).HandleRequest(request, timeout=300, metadata=metadata)
                 answers.append(refused.value.code())
     assert grpc.StatusCode.UNAUTHENTICATED in answers
     assert not (tmp_path / "opened").exists()

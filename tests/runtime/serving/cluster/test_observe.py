@@ -111,7 +111,7 @@ logging.getLogger("another.library").warning("\\u00e9\\ud800 " + "x" * 100_000)
 def test_lines_of_other_processes_arrive_whole(tmp_path, capfd):
     with relay.listening(tmp_path):
         children = [subprocess.Popen([sys.executable, "-c", CHILD, f"{n}"]) for n in range(2)]
-        assert [child.wait(60) for child in children] == [0, 0]
+        assert [child.wait(300) for child in children] == [0, 0]
     said = capfd.readouterr().err.splitlines()
     assert sorted(line.split(" INFO ")[1] for line in said if " INFO " in line) == [
         "from 0",
@@ -123,7 +123,7 @@ def test_lines_of_other_processes_arrive_whole(tmp_path, capfd):
 
 
 def test_without_a_command_lines_go_to_standard_error():
-    done = subprocess.run([sys.executable, "-c", CHILD, "here"], capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", CHILD, "here"], capture_output=True, timeout=300)
     assert done.returncode == 0
     assert re.match(rb"\S+Z INFO from here\n\S+Z WARNING ", done.stderr)
 

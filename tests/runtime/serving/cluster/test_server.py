@@ -52,7 +52,7 @@ def test_a_face_is_talked_to(server, face):
     asked = {"image": f"data:image/png;base64,{picture}", "token": TOKEN, "sample_rate": 16_000}
     asked |= {"size": "64x64", "num_inference_steps": 1, "window_seconds": 0.64}
     address = server.url.replace("http:", "ws:") + "/v1/live"
-    with connect(address, proxy=None, open_timeout=60) as client:
+    with connect(address, proxy=None, open_timeout=300) as client:
         client.send(json.dumps(asked))
         assert json.loads(client.recv(timeout=120)) == {"type": "ready"}
         client.send(bytes(16_000))
@@ -214,7 +214,7 @@ def test_everything_killed_and_started_again(server):
     waiting = [server.create({**SMALL, "seed": str(seed)}) for seed in range(3)]
     own = server.private_folder()
     server.process.kill()  # the processes of its Ray follow
-    server.process.wait(60)
+    server.process.wait(300)
     assert own.exists()
     server.start()
     assert not own.exists()
@@ -232,7 +232,7 @@ def test_a_server_whose_ray_has_ended_ends(server, part):
     finished = server.create()
     server.when(finished, "completed")
     server.kill(part)
-    assert server.process.wait(60) == 1  # a service is started again; 10 s where nothing else runs
+    assert server.process.wait(300) == 1  # a service is started again; 10 s where nothing else runs
     said = part.partition("/")[0]
     assert re.search(f"error: Ray's {said}.* ended unexpectedly", server.log.read_text())
     until(lambda: not server.processes())

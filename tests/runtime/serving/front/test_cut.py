@@ -25,7 +25,7 @@ KINDS = [("application/json", b'{"prompt": "'), (FORM_TYPE, HALF), (FORM_TYPE, b
 def asked(server, method: str, path: str, more: str = "", content: bytes = b""):
     """A connection on which this has been sent."""
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
         head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n{more}"
         head += f"Authorization: {BEARER['Authorization']}\r\n\r\n"
         connection.sendall(head.encode() + content)

@@ -80,11 +80,11 @@ class Cluster:
         children = psutil.Process(self._process.pid).children(recursive=True)
         self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(60)
+            self._process.wait(300)
         for process in (*children, self._process):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self._process.wait(60)
+        self._process.wait(300)
         self._process.stdout.close()
 
     def _tell(self, what: str) -> None:
@@ -119,7 +119,7 @@ class Nodes:
         with self.log.open("ab") as log:
             environment = {**os.environ, **ENVIRONMENT}
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
-        with httpx.Client(base_url=self.url, headers=BEARER, timeout=30) as http:
+        with httpx.Client(base_url=self.url, headers=BEARER, timeout=300) as http:
 
             def is_ready() -> bool:
                 assert self.process.poll() is None, self.log.read_text()[-5000:]
@@ -179,7 +179,7 @@ def nodes(tiny_dir, postgresql_url, s3_url, tmp_path, free_port) -> Iterator[Nod
 
 @contextmanager
 def client(nodes: Nodes) -> Iterator[Client]:
-    with httpx.Client(base_url=nodes.url, headers=BEARER, timeout=60) as http:
+    with httpx.Client(base_url=nodes.url, headers=BEARER, timeout=300) as http:
         yield Client(http)
 
 

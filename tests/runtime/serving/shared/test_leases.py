@@ -73,7 +73,7 @@ def test_many_at_once_take_each_once(process):
 
     def work(number: int) -> list[str]:
         records, taken = process(str(number)), []
-        together.wait(60)
+        together.wait(300)
         while (row := records.claim()) is not None:
             taken.append(row.id)
         return taken
@@ -166,7 +166,7 @@ def test_tables_are_made_once_by_many_at_once(process):
     together = threading.Barrier(4)
 
     def add(number: int) -> None:
-        together.wait(60)
+        together.wait(300)
         added(process(str(number)))
 
     with ThreadPoolExecutor(4) as pool:

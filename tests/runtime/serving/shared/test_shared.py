@@ -360,7 +360,7 @@ def test_nobody_talks_to_a_face_that_is_shared(server, face):
     a = server(takes=False)
     picture = "data:image/png;base64," + base64.b64encode(face.read_bytes()).decode()
     asked = {"image": picture, "token": TOKEN, "sample_rate": 16000, "size": "64x64"}
-    with connect(f"ws{a.url.removeprefix('http')}/v1/live", proxy=None, open_timeout=60) as client:
+    with connect(f"ws{a.url.removeprefix('http')}/v1/live", proxy=None, open_timeout=300) as client:
         client.send(json.dumps(asked))
-        answer = json.loads(client.recv(timeout=60))
+        answer = json.loads(client.recv(timeout=300))
     assert (answer["type"], answer["error"]["code"]) == ("error", "not_live"), answer

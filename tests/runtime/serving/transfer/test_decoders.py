@@ -44,7 +44,7 @@ def a_running_job(tmp_path, replica, serve_here):
 
 
 def ended(asked: Future, says: str) -> None:
-    answer = asked.result(60)
+    answer = asked.result(300)
     assert answer.status_code == 422, answer.text
     assert answer.json()["error"]["param"] == "input_reference"
     assert says in answer.json()["error"]["message"]
