@@ -116,7 +116,7 @@ def headline_table(folder: Path) -> list[str]:
                 f"{request[name]['stages_s']['denoise']:.2f} s" if name in request else ""
                 for name in PRECISIONS
             ],
-            f"`torch.compile`, bf16: {compiled_s:.2f} s{elsewhere(forward, machine)}",
+            f"`torch.compile`, bf16: {compiled_s:.2f} s",
         ),
     ]
     for size in ("540p", "1080p"):
@@ -126,8 +126,7 @@ def headline_table(folder: Path) -> list[str]:
             for name in PRECISIONS
         ]
         published = f"published: {sizes[size]['published_s']:.1f} s"
-        name = f"noise to frames of {width}x{height}{elsewhere(sizes, machine)}"
-        rows.append((name, sums, published))
+        rows.append((f"noise to frames of {width}x{height}", sums, published))
     return [
         f"| a clip of 5 s on one {machine.get('gpu', 'CPU')} | {' | '.join(PRECISIONS)}"
         " | for comparison |",
@@ -139,12 +138,6 @@ def headline_table(folder: Path) -> list[str]:
         f"{forward['compiled_8_steps_ms'] / 1e3:.2f} s. The published seconds are the authors' own."
         f" {machine['date']}, torch {machine['torch']}.",
     ]
-
-
-def elsewhere(figures: dict[str, Any], machine: dict[str, Any]) -> str:
-    """The GPU of these figures, where it is not that of the table they are in."""
-    gpu = figures["environment"].get("gpu")
-    return "" if gpu == machine.get("gpu") else f", {gpu or 'CPU'}"
 
 
 def denoising_table(forward: dict[str, Any]) -> list[str]:
