@@ -80,8 +80,7 @@ def test_a_signal_leaves_nothing_half_written(tiny_dir, tmp_path, unfinished, co
     out = tmp_path / "out"
     arguments = {
         "generate": (
-            "-m", tiny_dir, "-p", "hi", "-o", tmp_path / "out.mp4", "--seconds", "10",
-            "--width", "192", "--height", "192", "--steps", "1",
+            "-m", tiny_dir, "-p", "hi", "-o", tmp_path / "out.mp4", *SMALL,
         ),
         "tiny": (out,),
         "convert": (out, "-m", tiny_dir),
