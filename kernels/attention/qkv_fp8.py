@@ -41,15 +41,20 @@ def _scale_of(weight, of_gain, EXPERTS: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def _quantize_values(
-    source, target, scale_of, block, length, stride, end, limit, inverse_limit, smallest,
-    KEYS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
+    values, v, v_scale, program, length, stride, blocks, limit, inverse_limit, smallest,
+    KV_HEADS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """A block of one head's values [KEYS, DIM] to e4m3 [DIM, KEYS], and their scale.
 
-    source, target: pointers to the head's first value, of rows `stride` and `end` apart; keys from
-    `length` on give zeros. Values are read twice, the second time from a cache, so that few are in
-    registers.
+    values: pointer to the first head's in rows `stride` apart; program: which of [blocks KV_HEADS];
+    keys from `length` on give zeros. Values are read twice, the second time from a cache, so that
+    few are in registers.
     """
+    head = program % KV_HEADS
+    block = program // KV_HEADS
+    end = blocks * KEYS
+    source = values + head * DIM
+    target = v + head.to(tl.int64) * DIM * end
     place = tl.arange(0, KEYS)
     key = block * KEYS + place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
     exists = (key < length)[:, None]
@@ -60,7 +65,7 @@ def _quantize_values(
         x = tl.load(rows + start, mask=exists, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(x)))
     scale = largest * inverse_limit
-    tl.store(scale_of, scale)
+    tl.store(v_scale + head * blocks + block, scale)
     inverse = tl.div_rn(1.0, scale)
     columns = target + dims[:, None].to(tl.int64) * end + block * KEYS + place[None, :]
     for start in tl.static_range(0, DIM, PIECE):
@@ -104,12 +109,9 @@ def _qkv_fp8(
     program = tl.program_id(0)
     stride = row_vectors * LANES
     if program < blocks * KV_HEADS:
-        head = program % KV_HEADS
-        block = program // KV_HEADS
         _quantize_values(
-            qkv + (HEADS + KV_HEADS + head) * DIM, v + head.to(tl.int64) * DIM * blocks * KEYS,
-            v_scale + head * blocks + block, block, tl.load(valid_length), stride, blocks * KEYS,
-            limit, inverse_limit, smallest, KEYS, DIM, PIECE,
+            qkv + (HEADS + KV_HEADS) * DIM, v, v_scale, program, tl.load(valid_length), stride,
+            blocks, limit, inverse_limit, smallest, KV_HEADS, KEYS, DIM, PIECE,
         )  # fmt: skip
     else:
         row = (program - blocks * KV_HEADS).to(tl.int64)
@@ -138,13 +140,9 @@ def _values_fp8(
     PIECE: tl.constexpr,
 ):  # fmt: skip
     """A block of one head's values; programs are [blocks KV_HEADS], arguments as of `_qkv_fp8`."""
-    program = tl.program_id(0)
-    head = program % KV_HEADS
-    block = program // KV_HEADS
     _quantize_values(
-        values + head * DIM, v + head.to(tl.int64) * DIM * blocks * KEYS,
-        v_scale + head * blocks + block, block, tl.load(valid_length), row_vectors * LANES,
-        blocks * KEYS, limit, inverse_limit, smallest, KEYS, DIM, PIECE,
+        values, v, v_scale, tl.program_id(0), tl.load(valid_length), row_vectors * LANES, blocks,
+        limit, inverse_limit, smallest, KV_HEADS, KEYS, DIM, PIECE,
     )  # fmt: skip
 
 

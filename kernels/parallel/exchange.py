@@ -176,16 +176,9 @@ def _(
     ranks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     own, own_kv = heads // ranks, kv_heads // ranks
-    rows = qkv.shape[0] * ranks
-    dim = (qkv.shape[1] - heads) // (heads + 2 * kv_heads)
-    blocks = -(-rows // ref.FP8_KEYS)
-    shapes = (rows, own, dim), (rows, own_kv, dim), (own_kv, dim, blocks * ref.FP8_KEYS)
-    q, k, v = (qkv.new_empty(shape, dtype=ref.FP8) for shape in shapes)
-    qk_scale, v_scale = (
-        qkv.new_empty(shape, dtype=torch.float32) for shape in ((1,), (own_kv, blocks))
-    )
-    gate = _gates_behind(qkv.new_empty(rows, 0), own_kv * dim, own)
-    return q, k, v, qk_scale, v_scale, gate
+    whole = qkv.new_empty(qkv.shape[0] * ranks, qkv.shape[1] // ranks)
+    narrow = ops.qkv_fp8(whole, q_weight, k_weight, rope, length, attended_rows, own, own_kv)
+    return *narrow, _gates_behind(whole, own_kv * narrow[0].shape[2], own)
 
 
 @torch.library.custom_op("magihuman::gated_attention_fp8_to_rows", mutates_args=())

@@ -193,8 +193,7 @@ class Peers:
         angles, ranks = tables[2].shape[1] // 2, self.ranks
         if angles % ANGLES_OF:
             return False
-        room = self._rooms[-1].narrow(rows * ranks, heads // ranks, kv_heads // ranks, dim)
-        return room is not None
+        return self._rooms[-1].has_narrow(rows * ranks, heads // ranks, kv_heads // ranks, dim)
 
     def rows_to_heads_fp8(
         self,
@@ -219,7 +218,6 @@ class Peers:
         own, own_kv = heads // ranks, kv_heads // ranks
         dim = (columns - heads) // (heads + 2 * kv_heads)
         given = room.narrow(rows * ranks, own, own_kv, dim)
-        assert given is not None
         scale = qkv.new_empty(1, dtype=torch.float32)
         shape = _Qkv()
         shape.qkv, shape.q_weight, shape.k_weight, shape.rope, shape.qk_scale = (

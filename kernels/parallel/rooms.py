@@ -42,6 +42,12 @@ def _rounded(size: int) -> int:
     return -(-size // ROW_BYTES) * ROW_BYTES
 
 
+def _places(rows: int, heads: int, kv_heads: int, dim: int) -> tuple[int, int, int]:
+    """Columns of `Narrow.rest`, `Narrow.k_at` and `Narrow.rest_at`."""
+    k_at = _rounded(rows * heads * dim)
+    return packed_width(kv_heads * dim + heads, 1), k_at, k_at + _rounded(rows * kv_heads * dim)
+
+
 def _allocate(size: int, device: torch.device) -> int:
     """The address of device memory that other processes can map.
 
@@ -132,16 +138,17 @@ class Room:
         """The address of what `heads_to_rows` gives in a process."""
         return self.heads(rank) + self.heads_bytes
 
-    def narrow(self, rows: int, heads: int, kv_heads: int, dim: int) -> Narrow | None:
-        """What `rows_to_heads_fp8` gives as tensors of their own; None where it has no room.
+    def has_narrow(self, rows: int, heads: int, kv_heads: int, dim: int) -> bool:
+        """Whether what `narrow` gives has room."""
+        columns, _, rest_at = _places(rows, heads, kv_heads, dim)
+        return rest_at + rows * columns * torch.bfloat16.itemsize <= self.heads_bytes
+
+    def narrow(self, rows: int, heads: int, kv_heads: int, dim: int) -> Narrow:
+        """What `rows_to_heads_fp8` gives as tensors of their own, where `has_narrow`.
 
         rows: of all processes; heads, kv_heads: of this one.
         """
-        columns = packed_width(kv_heads * dim + heads, 1)
-        k_at = _rounded(rows * heads * dim)
-        rest_at = k_at + _rounded(rows * kv_heads * dim)
-        if rest_at + rows * columns * torch.bfloat16.itemsize > self.heads_bytes:
-            return None
+        columns, k_at, rest_at = _places(rows, heads, kv_heads, dim)
         start = self._address + ROW_BYTES
         shapes = (0, FP8, (heads, dim)), (k_at, FP8, (kv_heads, dim))
         q, k, rest = (

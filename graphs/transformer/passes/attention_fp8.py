@@ -21,7 +21,7 @@ ATTENTION = ("length", "local")
 
 
 def run(graph: fx.Graph) -> int:
-    """Put the e4m3 operators, once the linears have theirs.
+    """Put the e4m3 operators, once the linears have theirs. What had their places is then dead.
 
     Returns the number of layers in which attention was replaced.
     """
@@ -76,9 +76,6 @@ def _replace(
             **shared,
         )
     last.replace_all_uses_with(out)
-    between = [] if last is attention else [last, *_chain(last, attention)]
-    for node in (*between, attention, attended["q"], attended["k"], attended["v"], split):
-        graph.erase_node(node)
 
 
 def _back(attention: fx.Node) -> fx.Node:
@@ -92,11 +89,3 @@ def _back(attention: fx.Node) -> fx.Node:
             )
         node = next(iter(node.users))
     return node
-
-
-def _chain(last: fx.Node, attention: fx.Node) -> list[fx.Node]:
-    """What lies between attention and its exchange, the last first."""
-    nodes = list(last.all_input_nodes)
-    while nodes[-1] is not attention:
-        nodes.extend(nodes[-1].all_input_nodes)
-    return nodes[:-1]
