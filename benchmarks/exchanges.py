@@ -61,22 +61,20 @@ def exchanges(team: Team, rows: int) -> dict[str, tuple[Exchanged, int]]:
     parts = [part.clone() for part in narrowed()]
     exchange.heads_to_rows(out, ranks)  # now all have theirs, and the room may be written to again
     narrow = (HEADS + KV_HEADS) * DIM + 2 * KV_HEADS * DIM + 2 * HEADS
-    row_bytes = {
-        "rows_to_heads": 2 * columns,
-        "heads_to_rows": 2 * width,
-        "narrowed": narrow,
-        "attended": 2 * width,
-    }
-    runs: dict[str, Exchanged] = {
-        "rows_to_heads": lambda: exchange.rows_to_heads(qkv, HEADS, KV_HEADS, ranks),
-        "heads_to_rows": lambda: exchange.heads_to_rows(out, ranks),
-        "narrowed": lambda: narrowed()[2],
-        "attended": lambda: exchange.gated_attention_fp8_to_rows(
-            *parts, length, [], ranks, "gluon"
+    kinds: dict[str, tuple[Exchanged, int]] = {  # and the bytes of a row
+        "rows_to_heads": (
+            lambda: exchange.rows_to_heads(qkv, HEADS, KV_HEADS, ranks),
+            2 * columns,
+        ),
+        "heads_to_rows": (lambda: exchange.heads_to_rows(out, ranks), 2 * width),
+        "narrowed": (lambda: narrowed()[2], narrow),
+        "attended": (
+            lambda: exchange.gated_attention_fp8_to_rows(*parts, length, [], ranks, "gluon"),
+            2 * width,
         ),
     }
     others = ranks - 1
-    return {n: (run, rows * row_bytes[n] * others // ranks) for n, run in runs.items()}
+    return {name: (run, rows * size * others // ranks) for name, (run, size) in kinds.items()}
 
 
 def replayed(run: Exchanged, device: torch.device, is_kept: bool = False) -> Callable[[], object]:

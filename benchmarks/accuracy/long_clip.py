@@ -30,7 +30,7 @@ from harness import environment
 from harness.measure import resident_bytes
 from magihuman import runtime
 from magihuman.runtime import config
-from magihuman.runtime.engine.long import cuts
+from magihuman.runtime.engine.long import Seam, cuts
 from magihuman.runtime.evaluate.clip_score import (
     REGIONS,
     box,
@@ -74,11 +74,11 @@ def long(engine: runtime.Engine, prompt: str, wave: Wave, seed: int) -> Iterator
 def continued(engine: runtime.Engine, prompt: str, wave: Wave, seed: int) -> Iterator[Piece]:
     """A clip for each piece of the voice, from the one before, whose last frame is its first.
 
-    Pieces end in pauses, as somebody would cut a voice who hears it. Of the frame that two clips
-    share the mean of both is shown.
+    Pieces end in pauses, as somebody would cut a voice who hears it, and are put together as
+    `generate_long` does its windows.
     """
     before: runtime.Video | None = None
-    shared: Frames | None = None
+    seam = Seam()
     stride = config.VIDEO_STRIDE[0]
     frames = (len(wave) // FRAME - 1) // stride * stride
     longest = round(PIECE_S * config.FPS)
@@ -86,13 +86,8 @@ def continued(engine: runtime.Engine, prompt: str, wave: Wave, seed: int) -> Ite
     for number, (first, last) in enumerate(itertools.pairwise(points)):
         part = wave[first * FRAME : (last + 1) * FRAME]
         asked = {"audio": part, "seed": seed + number, "seconds": (last - first) / config.FPS}
-        video = engine.generate(prompt, continue_from=before, **asked, **SIZE)
-        made = video.frames.copy()
-        if shared is not None:
-            made[0] = (shared.astype(np.uint16) + made[0] + 1) // 2
-        is_last = last == points[-1]
-        yield made if is_last else made[:-1], resident_bytes("VmRSS")
-        before, shared = video, made[-1]
+        before = engine.generate(prompt, continue_from=before, **asked, **SIZE)
+        yield seam.add(before, is_last=last == points[-1]).frames, resident_bytes("VmRSS")
 
 
 def live(engine: runtime.Engine, prompt: str, wave: Wave, seed: int) -> Iterator[Piece]:

@@ -227,7 +227,7 @@ def _made(
     options: LongOptions,
 ) -> Iterator[Chunk]:
     end_s = None if options.deadline_s is None else time.monotonic() + options.deadline_s
-    seam = _Seam()
+    seam = Seam()
     before = options.request.get("continue_from")
     seam.is_first = before is None
     for number, window in enumerate(windows):
@@ -263,7 +263,7 @@ def _request(
     return Request(prompt=str(scenes[window.scene].prompt), **values)  # type: ignore[arg-type]
 
 
-class _Seam:
+class Seam:
     """Puts windows together: the frame that two of them share is that between both, and their sound
     is faded over it.
 

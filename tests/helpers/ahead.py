@@ -99,15 +99,21 @@ def build(
     )
 
 
-def spills(compiled: Any, folder: Path) -> int:
-    """Bytes spilled, from the object's own resource report."""
+def resource_usage(code: bytes, folder: Path) -> str:
+    """An object's own report of the resources it takes."""
     binary = folder / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
+    binary.write_bytes(code)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     done = subprocess.run(
         [tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
     )
-    return sum(int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", done.stdout))
+    return done.stdout
+
+
+def spills(compiled: Any, folder: Path) -> int:
+    """Bytes spilled."""
+    usage = resource_usage(compiled.asm["cubin"], folder)
+    return sum(int(size) for size in re.findall(r"(?:LOCAL|STACK):(\d+)", usage))
 
 
 def widths(compiled: Any, operation: str) -> set[int]:

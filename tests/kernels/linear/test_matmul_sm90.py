@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,13 @@ import pytest
 import torch
 
 pytest.importorskip("cuda.bindings")
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from magihuman.kernels.jit import cache, nvrtc  # noqa: E402
-from magihuman.kernels.linear import routes  # noqa: E402
-from magihuman.kernels.linear.matmul_sm90 import (  # noqa: E402
+from ahead import resource_usage
+
+from magihuman.kernels.jit import cache, nvrtc
+from magihuman.kernels.linear import routes
+from magihuman.kernels.linear.matmul_sm90 import (
     BARRIER_BYTES,
     CONSUMERS,
     DEPTH_BYTES,
@@ -39,9 +40,6 @@ from magihuman.kernels.linear.matmul_sm90 import (  # noqa: E402
     source,
 )
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
 OUTPUTS = [(epilogue, dtype) for epilogue in EPILOGUES for dtype in out_dtypes(epilogue)]
 # Of bf16 operands no pass asks for e4m3.
 CASES = [(*out, fp8) for out in OUTPUTS for fp8 in (False, True) if fp8 or out[1] != FP8]
@@ -54,16 +52,7 @@ def test_every_kernel_compiles_without_spills(
 ) -> None:
     text = source(routes.TILES[route], epilogue, fp8, out_dtype)
     code = nvrtc.compile_cubin(text, "sm_90a", tmp_path)
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(code)
-
-    def dump(option: str) -> str:
-        done = subprocess.run(
-            [CUOBJDUMP, option, binary], capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    usage = dump("--dump-resource-usage")
+    usage = resource_usage(code, tmp_path)
     assert re.findall(r"(?:LOCAL|STACK):(\d+)", usage) == ["0", "0"]
     # 168 a thread at launch, which the warp groups then share out as 104, 200 and 200.
     assert re.search(r"REG:168\b", usage)

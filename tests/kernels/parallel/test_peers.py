@@ -6,18 +6,18 @@ What they send is tested on a GPU, in tests/gpu/kernels/test_peers.py.
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("cuda.bindings")
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from magihuman.kernels.jit import nvrtc  # noqa: E402
-from magihuman.kernels.parallel import peers  # noqa: E402
+from ahead import resource_usage
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+from magihuman.kernels.jit import nvrtc
+from magihuman.kernels.parallel import peers
+
 COPIES = [
     (("PACK", pack), ("VECTOR", vector), ("ELEMENT", element))
     for pack, vector, element in ((0, 16, 2), (1, 16, 2), (1, 8, 4), (1, 2, 2))
@@ -34,12 +34,8 @@ def test_kernels_compile_without_spills(
     """And leave room for two blocks on a multiprocessor, as they are launched."""
     if name == "exchange_qkv" and architecture < "sm_89":
         pytest.skip("has no e4m3")
-    binary = tmp_path / "kernel.cubin"
     code = nvrtc.compile_cubin(peers.source_of(name, macros), architecture, tmp_path)
-    binary.write_bytes(code)
-    done = subprocess.run(
-        [CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-    )
-    assert re.findall(r"(?:LOCAL|STACK):(\d+)", done.stdout) == ["0", "0"]
-    registers = int(re.findall(r"REG:(\d+)", done.stdout)[0])
+    usage = resource_usage(code, tmp_path)
+    assert re.findall(r"(?:LOCAL|STACK):(\d+)", usage) == ["0", "0"]
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
     assert registers * peers.THREADS * peers.BLOCKS_EACH <= 65536
